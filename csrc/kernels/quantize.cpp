@@ -1,0 +1,370 @@
+#include "kernels/quantize.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+
+#include "core/check.h"
+#include "core/convert.h"
+#include "core/order.h"
+#include "core/parallel.h"
+#include "core/vectorize.h"
+
+namespace milpress {
+namespace {
+
+constexpr std::size_t kChunk = 2048;       // weights widened at a time; they stay in the L1 cache
+constexpr std::size_t kGrain = 131'072;    // weights a thread takes at a time
+
+struct Extremes {
+  float low;
+  float high;
+};
+
+struct Step {
+  float scale;
+  int offset;
+  bool quotient_in_weight_precision;
+};
+
+MILPRESS_VECTORIZE
+Extremes extremes_of(const float* values, std::size_t n) {
+  std::int32_t low = std::numeric_limits<std::int32_t>::max();
+  std::int32_t high = std::numeric_limits<std::int32_t>::min();
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::int32_t key = order_key(values[i]);
+    low = key < low ? key : low;
+    high = key > high ? key : high;
+  }
+  return {value_at(low), value_at(high)};
+}
+
+MILPRESS_VECTORIZE
+Extremes extremes_of(const Half* values, std::size_t n) {
+  std::int16_t low = std::numeric_limits<std::int16_t>::max();
+  std::int16_t high = std::numeric_limits<std::int16_t>::min();
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::int16_t key = order_key(values[i]);
+    low = key < low ? key : low;
+    high = key > high ? key : high;
+  }
+  return {to_float(value_at(low)), to_float(value_at(high))};
+}
+
+// The nearest integer, ties to even; exact below 2^22, where every quotient of interest lies.
+constexpr float round_even(float value) {
+  constexpr float kMagic = 0x1.8p23F;
+  return (value + kMagic) - kMagic;
+}
+
+// The precision of a half without its range: a quotient small enough to be subnormal rounds to
+// zero all the same.
+template <typename T>
+constexpr float round_quotient(float value) {
+  if constexpr (sizeof(T) == 2) {
+    const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
+    return std::bit_cast<float>((bits + 0xfffU + (bits >> 13 & 1U)) & ~0x1fffU);
+  } else {
+    return value;
+  }
+}
+
+template <typename T, bool kRoundQuotient>
+constexpr float code_of(float weight, float scale, float offset, float code_min, float code_max) {
+  // Limits far beyond any code, so that the rounding trick holds for a fallback scale too.
+  float quotient = weight / scale;
+  quotient = quotient > -1024 ? quotient : -1024;
+  quotient = quotient < 1024 ? quotient : 1024;
+  if constexpr (kRoundQuotient) {
+    quotient = round_quotient<T>(quotient);
+  }
+  float code = round_even(quotient) + offset;
+  code = code > code_min ? code : code_min;
+  code = code < code_max ? code : code_max;
+  return code;
+}
+
+template <typename T, typename Code, bool kRoundQuotient>
+[[gnu::always_inline]] inline void encode(const float* weights, std::size_t n, const Step& step,
+                                          CodeRange range, Code* codes) {
+  const float scale = step.scale;
+  const auto offset = static_cast<float>(step.offset);
+  const auto code_min = static_cast<float>(range.code_min);
+  const auto code_max = static_cast<float>(range.code_max);
+  for (std::size_t i = 0; i < n; ++i) {
+    const float code =
+        code_of<T, kRoundQuotient>(weights[i], scale, offset, code_min, code_max);
+    codes[i] = static_cast<Code>(static_cast<std::int32_t>(code));
+  }
+}
+
+// What the step makes of `weight`, through the same arithmetic as the kernel and its inverse.
+template <typename T>
+float restored(float weight, const Step& step, CodeRange range) {
+  const auto offset = static_cast<float>(step.offset);
+  const auto low = static_cast<float>(range.code_min);
+  const auto high = static_cast<float>(range.code_max);
+  const float code = step.quotient_in_weight_precision
+                         ? code_of<T, true>(weight, step.scale, offset, low, high)
+                         : code_of<T, false>(weight, step.scale, offset, low, high);
+  return round_to<T>(step.scale * (code - offset));
+}
+
+template <typename T>
+bool is_sound(const Step& step, Extremes extremes, CodeRange range) {
+  if (!(step.scale > 0) || !std::isfinite(step.scale)) {
+    return false;
+  }
+  for (const float weight : {extremes.low, extremes.high}) {
+    const float decoded = restored<T>(weight, step, range);
+    if (!(std::abs(weight - decoded) <= half_step_bound<T>(weight, decoded, step.scale))) {
+      return false;
+    }
+  }
+  return true;
+}
+
+template <typename T>
+T next_above(T value) {
+  return value_at(static_cast<decltype(order_key(value))>(order_key(value) + 1));
+}
+
+template <typename T>
+T next_below(T value) {
+  return value_at(static_cast<decltype(order_key(value))>(order_key(value) - 1));
+}
+
+int middle(CodeRange range) { return (range.code_min + range.code_max) / 2; }
+
+int clamp_code(float code, CodeRange range) {
+  return static_cast<int>(std::clamp(code, static_cast<float>(range.code_min),
+                                     static_cast<float>(range.code_max)));
+}
+
+// The arithmetic of coremltools 9.0, each result rounded to the weight's own precision.
+template <typename T>
+Step compatible_step(Extremes extremes, CodeRange range, bool fitted_offset) {
+  const auto n_steps = static_cast<float>(range.code_max - range.code_min);
+  const float width = round_to<T>(extremes.high - extremes.low);
+  Step step{round_to<T>(width / n_steps), middle(range), true};
+  if (fitted_offset) {
+    const float numerator =
+        round_to<T>(round_to<T>(static_cast<float>(range.code_min) * extremes.high) -
+                    round_to<T>(static_cast<float>(range.code_max) * extremes.low));
+    const float offset = std::nearbyint(round_to<T>(numerator / width));
+    step.offset = std::isfinite(offset) ? clamp_code(offset, range) : 0;
+  }
+  return step;
+}
+
+template <typename T>
+Step step_for(Extremes extremes, CodeRange range, bool fitted_offset) {
+  if (!std::isfinite(extremes.low) || !std::isfinite(extremes.high)) {
+    return {std::numeric_limits<float>::quiet_NaN(), middle(range), true};
+  }
+  if (extremes.low == extremes.high) {
+    return {1.0F, fitted_offset ? clamp_code(0, range) : middle(range), true};
+  }
+  // A symmetric scale of full precision always suits: the greatest code is off by at most half a
+  // last place. (The range was finite in `T`, so no product overflows either.)
+  constexpr float kSmallestNormal = sizeof(T) == 2 ? 0x1p-14F : 0x1p-126F;
+  const Step step = compatible_step<T>(extremes, range, fitted_offset);
+  const bool is_plain = !fitted_offset && step.scale >= kSmallestNormal &&
+                        step.scale < std::numeric_limits<float>::infinity();
+  if (is_plain || is_sound<T>(step, extremes, range)) {
+    return step;
+  }
+  const double width = static_cast<double>(extremes.high) - extremes.low;
+  const T nearest =
+      from_float<T>(static_cast<float>(width / (range.code_max - range.code_min)));
+  Step last{};
+  for (const T scale : {nearest, next_below(nearest), next_above(nearest)}) {
+    const float value = to_float(scale);
+    const float zero = std::nearbyint(static_cast<float>(range.code_min) - extremes.low / value);
+    last = {value, fitted_offset && std::isfinite(zero) ? clamp_code(zero, range) : middle(range),
+            false};
+    if (is_sound<T>(last, extremes, range)) {
+      break;
+    }
+  }
+  return last;
+}
+
+// The range that a row is given: around zero, or holding it.
+Extremes widened(Extremes extremes, bool fitted_offset) {
+  if (fitted_offset) {
+    return {std::min(0.0F, extremes.low), std::max(0.0F, extremes.high)};
+  }
+  const float limit = std::max(std::abs(extremes.low), std::abs(extremes.high));
+  return {-limit, limit};
+}
+
+template <typename T, typename Code>
+MILPRESS_VECTORIZE void encode_row(const float* weights, std::size_t n, const Step& step,
+                                   CodeRange range, Code* codes) {
+  if (step.quotient_in_weight_precision) {
+    encode<T, Code, true>(weights, n, step, range, codes);
+  } else {
+    encode<T, Code, false>(weights, n, step, range, codes);
+  }
+}
+
+template <typename T, typename Code>
+struct Quantizer {
+  MatrixView<const T> weights;
+  CodeRange range;
+  std::span<T> scales;
+  std::span<Code> offsets;
+  MatrixView<Code> codes;
+
+  Step fit(std::size_t row, Extremes extremes) const {
+    const bool fitted = !offsets.empty();
+    const bool finite = std::isfinite(extremes.low) && std::isfinite(extremes.high);
+    const Step step =
+        step_for<T>(finite ? widened(extremes, fitted) : extremes, range, fitted);
+    scales[row] = from_float<T>(step.scale);
+    if (fitted) {
+      offsets[row] = static_cast<Code>(step.offset);
+    }
+    return step;
+  }
+
+  void encode_piece(const T* piece, std::size_t n, const Step& step, Code* out) const {
+    std::array<float, kChunk> values;
+    for (std::size_t begin = 0; begin < n; begin += kChunk) {
+      const std::size_t count = std::min(kChunk, n - begin);
+      widen(piece + begin, count, values.data());
+      encode_row<T, Code>(values.data(), count, step, range, out + begin);
+    }
+  }
+
+  // Several short rows are widened at once, then each is fitted and encoded from the cache.
+  void short_rows(std::size_t begin, std::size_t end) const {
+    std::array<float, kChunk> values;
+    const std::size_t n_cols = weights.n_cols;
+    const std::size_t at_once = kChunk / n_cols;
+    for (std::size_t first = begin; first < end; first += at_once) {
+      const std::size_t count = std::min(at_once, end - first);
+      widen(weights.row(first).data(), count * n_cols, values.data());
+      for (std::size_t i = 0; i < count; ++i) {
+        const float* const row = values.data() + i * n_cols;
+        const Step step = fit(first + i, extremes_of(row, n_cols));
+        encode_row<T, Code>(row, n_cols, step, range, codes.row(first + i).data());
+      }
+    }
+  }
+
+  void long_rows(std::size_t begin, std::size_t end) const {
+    for (std::size_t i = begin; i < end; ++i) {
+      const std::span<const T> row = weights.row(i);
+      const Step step = fit(i, extremes_of(row.data(), row.size()));
+      encode_piece(row.data(), row.size(), step, codes.row(i).data());
+    }
+  }
+
+  // A row long enough to occupy every thread by itself.
+  void giant_row(std::size_t i) const {
+    const std::span<const T> row = weights.row(i);
+    std::vector<Extremes> partial((row.size() - 1) / kGrain + 1);
+    parallel_for(row.size(), kGrain, [&](std::size_t begin, std::size_t end) {
+      partial[begin / kGrain] = extremes_of(row.data() + begin, end - begin);
+    });
+    std::vector<float> all;
+    for (const Extremes& extremes : partial) {
+      all.insert(all.end(), {extremes.low, extremes.high});
+    }
+    const Step step = fit(i, extremes_of(all.data(), all.size()));
+    Code* const out = codes.row(i).data();
+    parallel_for(row.size(), kGrain, [&](std::size_t begin, std::size_t end) {
+      encode_piece(row.data() + begin, end - begin, step, out + begin);
+    });
+  }
+};
+
+}  // namespace
+
+template <typename T, typename Code>
+void quantize(MatrixView<const T> weights, CodeRange range, std::span<T> scales,
+              std::span<Code> offsets, MatrixView<Code> codes) {
+  check(range.code_min < range.code_max &&
+            range.code_min >= std::numeric_limits<Code>::min() &&
+            range.code_max <= std::numeric_limits<Code>::max(),
+        "code range must ascend within a byte, got ", range.code_min, " to ", range.code_max);
+  check(scales.size() == weights.n_rows, "scales must have one element a row, ", weights.n_rows,
+        ", got ", scales.size());
+  check(offsets.empty() || offsets.size() == weights.n_rows,
+        "offsets must be empty or have one element a row, ", weights.n_rows, ", got ",
+        offsets.size());
+  check(codes.n_rows == weights.n_rows && codes.n_cols == weights.n_cols,
+        "codes must have the shape of weights");
+  if (weights.n_cols == 0) {
+    std::fill(scales.begin(), scales.end(), from_float<T>(1.0F));
+    std::fill(offsets.begin(), offsets.end(), static_cast<Code>(clamp_code(0, range)));
+    return;
+  }
+  const Quantizer<T, Code> quantizer{weights, range, scales, offsets, codes};
+  if (weights.n_cols > 4 * kGrain) {
+    for (std::size_t i = 0; i < weights.n_rows; ++i) {
+      quantizer.giant_row(i);
+    }
+    return;
+  }
+  const std::size_t grain = std::max<std::size_t>(1, kGrain / weights.n_cols);
+  parallel_for(weights.n_rows, grain, [&](std::size_t begin, std::size_t end) {
+    if (weights.n_cols <= kChunk) {
+      quantizer.short_rows(begin, end);
+    } else {
+      quantizer.long_rows(begin, end);
+    }
+  });
+}
+
+namespace {
+
+template <typename Code>
+MILPRESS_VECTORIZE void decode_row(const Code* codes, std::size_t n, float scale, float offset,
+                                   float* out) {
+  for (std::size_t i = 0; i < n; ++i) {
+    out[i] = scale * (static_cast<float>(codes[i]) - offset);
+  }
+}
+
+}  // namespace
+
+template <typename T, typename Code>
+void dequantize(MatrixView<const Code> codes, std::span<const T> scales,
+                std::span<const Code> offsets, MatrixView<T> weights) {
+  check(scales.size() == codes.n_rows, "scales must have one element a row, ", codes.n_rows,
+        ", got ", scales.size());
+  check(offsets.empty() || offsets.size() == codes.n_rows,
+        "offsets must be empty or have one element a row, ", codes.n_rows, ", got ",
+        offsets.size());
+  check(weights.n_rows == codes.n_rows && weights.n_cols == codes.n_cols,
+        "weights must have the shape of codes");
+  const std::size_t n_cols = codes.n_cols;
+  parallel_for(codes.size(), kGrain, [&](std::size_t begin, std::size_t end) {
+    std::array<float, kChunk> values;
+    while (begin < end) {
+      const std::size_t row = begin / n_cols;
+      const std::size_t count = std::min({kChunk, end - begin, (row + 1) * n_cols - begin});
+      const float offset = offsets.empty() ? 0.0F : static_cast<float>(offsets[row]);
+      decode_row(codes.data + begin, count, to_float(scales[row]), offset, values.data());
+      narrow(values.data(), count, weights.data + begin);
+      begin += count;
+    }
+  });
+}
+
+#define MILPRESS_INSTANTIATE(T, Code)                                                            \
+  template void quantize(MatrixView<const T>, CodeRange, std::span<T>, std::span<Code>,          \
+                         MatrixView<Code>);                                                      \
+  template void dequantize(MatrixView<const Code>, std::span<const T>, std::span<const Code>,    \
+                           MatrixView<T>);
+
+MILPRESS_INSTANTIATE(Half, std::int8_t)
+MILPRESS_INSTANTIATE(Half, std::uint8_t)
+MILPRESS_INSTANTIATE(float, std::int8_t)
+MILPRESS_INSTANTIATE(float, std::uint8_t)
+
+}  // namespace milpress

@@ -1,0 +1,50 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "core/half.h"
+#include "core/matrix.h"
+
+namespace milpress {
+
+/// The codes that a block may use, `code_min` to `code_max`, within the range of a byte.
+struct CodeRange {
+  int code_min = -127;
+  int code_max = 127;
+};
+
+/// Writes to `codes` each weight divided by the scale of its row, rounded half to even, plus the
+/// offset of its row, so that `scale * (code - offset)` restores the weight within half a step
+/// (plus the rounding of quotient and product to `T`).
+///
+/// The range of a row is symmetric about zero and the offset the middle of `range` if `offsets` is
+/// empty; otherwise the range runs from the least to the greatest weight, widened to hold zero,
+/// and `offsets` receives the code of zero. `Code` is `std::int8_t` or `std::uint8_t`.
+///
+/// Every step is rounded to `T`, as coremltools 9.0 computes, wherever that keeps the extremes of
+/// the row within half a step and finite; elsewhere (range above the largest half, scale below the
+/// smallest) the nearest scale that does is taken and the quotient is not rounded to `T`. A row of
+/// zeros gets scale 1 and codes at the offset; a row with a weight that is not finite gets a scale
+/// of NaN, by which the caller knows it, and codes within the range.
+template <typename T, typename Code>
+void quantize(MatrixView<const T> weights, CodeRange range, std::span<T> scales,
+              std::span<Code> offsets, MatrixView<Code> codes);
+
+/// Writes `scale * (code - offset)` to `weights`, rounded to `T` once. One scale a row; one offset
+/// a row, or none for zero.
+template <typename T, typename Code>
+void dequantize(MatrixView<const Code> codes, std::span<const T> scales,
+                std::span<const Code> offsets, MatrixView<T> weights);
+
+/// The largest error that `quantize` promises for `weight` restored as `decoded`: half a step,
+/// half a last place of the quotient and of the product, and the spacing of subnormals.
+template <typename T>
+constexpr float half_step_bound(float weight, float decoded, float scale) {
+  constexpr float kHalfPlace = sizeof(T) == 2 ? 0x1.01p-11F : 0x1.01p-24F;
+  constexpr float kSubnormal = sizeof(T) == 2 ? 0x1p-25F : 0x1p-149F;
+  const float magnitude = (weight < 0 ? -weight : weight) + (decoded < 0 ? -decoded : decoded);
+  return 0.5F * scale + kHalfPlace * magnitude + kSubnormal;
+}
+
+}  // namespace milpress

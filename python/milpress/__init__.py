@@ -1,0 +1,59 @@
+"""milpress makes Core ML models smaller and proves that they still work."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from milpress import errors, formats
+    from milpress.compression import compress, decompress
+    from milpress.errors import CompressionError
+    from milpress.inspection import inspect
+    from milpress.recipe import Recipe
+    from milpress.report import Inspection, Report
+    from milpress.verification import Verification, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompressionError",
+    "Inspection",
+    "Recipe",
+    "Report",
+    "Verification",
+    "compress",
+    "decompress",
+    "errors",
+    "formats",
+    "inspect",
+    "verify",
+]
+
+# Loaded on first use, so that `import milpress` is quick.
+_HOMES = {
+    "CompressionError": "milpress.errors",
+    "Inspection": "milpress.report",
+    "Recipe": "milpress.recipe",
+    "Report": "milpress.report",
+    "Verification": "milpress.verification",
+    "compress": "milpress.compression",
+    "decompress": "milpress.compression",
+    "inspect": "milpress.inspection",
+    "verify": "milpress.verification",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    if name in ("errors", "formats"):
+        return importlib.import_module(f"milpress.{name}")
+    msg = f"module 'milpress' has no attribute {name!r}"
+    raise AttributeError(msg)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,338 @@
+"""The command line: thin, over the public functions."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from milpress import __version__
+from milpress.errors import CompressionError, ConfigError, VerificationError
+
+if TYPE_CHECKING:
+    from milpress.recipe import Recipe
+    from milpress.report import Report
+
+app = typer.Typer(
+    help="Make Core ML models smaller, and prove that they still work.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Source = Annotated[Path, typer.Argument(metavar="IN", help="The .mlpackage to read.")]
+Destination = Annotated[Path, typer.Argument(metavar="OUT", help="The .mlpackage to write.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing package.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", help="Threads; by default one for each core.")
+]
+Verify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Read the result back and compare it.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"milpress {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The .mlpackage to look at.")],
+    as_json: Json = False,
+) -> None:
+    """List functions, ops and weights of a package."""
+    from milpress.inspection import inspect as inspect_package
+
+    found = inspect_package(model)
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    _print(found.path, found, found.summary)
+    counts = ", ".join(f"{kind} {n}" for kind, n in found.op_counts.items())
+    _print_text(f"ops: {counts}")
+
+
+@app.command()
+def compress(
+    source: Source,
+    destination: Destination,
+    palettize: Annotated[
+        int | None, typer.Option(help="Lookup tables with indices of so many bits: 1 2 3 4 6 8.")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="With --palettize: output channels that share a table.")
+    ] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="Integer codes: int8, uint8, int4 or uint4.")
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="With --quantize: input channels that share a scale.")
+    ] = None,
+    per_channel: Annotated[
+        bool, typer.Option("--per-channel", help="With --quantize: a scale per output channel.")
+    ] = False,
+    per_tensor: Annotated[
+        bool, typer.Option("--per-tensor", help="With --quantize: one scale per weight.")
+    ] = False,
+    offset: Annotated[
+        bool, typer.Option("--offset", help="With --quantize: a range that is not symmetric.")
+    ] = False,
+    prune: Annotated[
+        float | None, typer.Option(help="Set this fraction of each weight to zero.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A YAML file that says it all.")] = None,
+    upgrade_to: Annotated[
+        str | None, typer.Option(help="Raise the opset first: iOS16, iOS17, iOS18 or iOS26.")
+    ] = None,
+    weight_threshold: Annotated[
+        int | None, typer.Option(help="Leave weights of at most so many elements [2048].")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail if a weight does not suit its treatment.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")
+    ] = False,
+    force: Force = False,
+    verify: Verify = True,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Compress the weights of a package into another package."""
+    from milpress.compression import compress as compress_package
+
+    asked = _recipe(
+        recipe,
+        {"bits": palettize, "group_size": group_size},
+        {
+            "dtype": quantize,
+            "block_size": block_size,
+            "per_channel": per_channel,
+            "per_tensor": per_tensor,
+            "offset": offset,
+        },
+        prune,
+        upgrade_to,
+        weight_threshold,
+    )
+    report = _with_progress(
+        lambda progress: compress_package(
+            source,
+            destination,
+            asked,
+            on_unsupported="error" if strict else "leave",
+            verify=verify,
+            progress=progress,
+            threads=threads,
+            force=force,
+            dry_run=dry_run,
+        )
+    )
+    _print_report(report, as_json=as_json, wrote=not dry_run)
+
+
+@app.command()
+def decompress(
+    source: Source,
+    destination: Destination,
+    force: Force = False,
+    verify: Verify = True,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Store every compressed weight of a package densely."""
+    from milpress.compression import decompress as decompress_package
+
+    report = decompress_package(source, destination, force=force, verify=verify, threads=threads)
+    _print_report(report, as_json=as_json, wrote=True)
+
+
+@app.command()
+def verify(
+    original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The source package.")],
+    compressed: Annotated[
+        Path, typer.Argument(metavar="COMPRESSED", help="The package made from it.")
+    ],
+    as_json: Json = False,
+) -> None:
+    """Compare a compressed package with its source, from the bytes of both."""
+    from milpress.verification import verify as verify_packages
+
+    found = verify_packages(original, compressed)
+    if as_json:
+        _print_json(found.to_dict())
+    else:
+        _print(str(compressed), found, found.summary)
+
+
+def _recipe(
+    path: Path | None,
+    palettize: dict[str, Any],
+    quantize: dict[str, Any],
+    prune: float | None,
+    target: str | None,
+    weight_threshold: int | None,
+) -> Recipe:
+    """Return the recipe that the options stand for."""
+    from dataclasses import replace
+
+    from milpress.formats import PalettizeConfig, PruneConfig
+    from milpress.recipe import DEFAULT_MIN_SIZE, Recipe
+
+    chosen = {
+        "--palettize": palettize["bits"],
+        "--quantize": quantize["dtype"],
+        "--prune": prune,
+        "--recipe": path,
+    }
+    given = [option for option, value in chosen.items() if value is not None]
+    if len(given) != 1:
+        msg = f"one of {', '.join(chosen)} must be given, got {' and '.join(given) or 'none'}"
+        raise ConfigError(msg)
+    _check_companions(given[0], palettize, quantize)
+    if path is not None:
+        if weight_threshold is not None:
+            msg = "--weight-threshold must be said in the recipe (select: min_size), got both"
+            raise ConfigError(msg)
+        recipe = Recipe.from_yaml(path)
+        return recipe if target is None else replace(recipe, target=target)
+    min_size = DEFAULT_MIN_SIZE if weight_threshold is None else weight_threshold + 1
+    if given == ["--palettize"]:
+        return Recipe.of(PalettizeConfig(**palettize), target=target, min_size=min_size)
+    if given == ["--prune"]:
+        return Recipe.of(PruneConfig(sparsity=prune), target=target, min_size=min_size)
+    return Recipe.of(_quantize_config(**quantize), target=target, min_size=min_size)
+
+
+def _check_companions(chosen: str, palettize: dict[str, Any], quantize: dict[str, Any]) -> None:
+    companions = {
+        "--palettize": {"--group-size": palettize["group_size"]},
+        "--quantize": {
+            "--block-size": quantize["block_size"],
+            "--per-channel": quantize["per_channel"],
+            "--per-tensor": quantize["per_tensor"],
+            "--offset": quantize["offset"],
+        },
+    }
+    for owner, options in companions.items():
+        for option, value in options.items():
+            if value not in (None, False) and chosen != owner:
+                msg = f"{option} must go with {owner}, got {chosen}"
+                raise ConfigError(msg)
+
+
+def _quantize_config(
+    dtype: Any,
+    block_size: int | None,
+    per_channel: bool,
+    per_tensor: bool,
+    offset: bool,
+) -> Any:
+    from milpress.formats import PerBlock, PerChannel, PerTensor, QuantizeConfig
+
+    if (block_size is not None) + per_channel + per_tensor > 1:
+        msg = "only one of --block-size, --per-channel and --per-tensor must be given, got several"
+        raise ConfigError(msg)
+    if dtype in ("int4", "uint4") and block_size is None and not per_channel and not per_tensor:
+        msg = (
+            f"--quantize {dtype} must come with --block-size N, which suits the GPU (32 is usual), "
+            "or with --per-channel, which the Neural Engine can run but which loses more; for the "
+            "Neural Engine, --palettize 4 is better than both"
+        )
+        raise ConfigError(msg)
+    granularity = (
+        PerBlock(block_size)
+        if block_size is not None
+        else PerTensor()
+        if per_tensor
+        else PerChannel()
+    )
+    return QuantizeConfig(dtype=dtype, granularity=granularity, offset=offset)
+
+
+def _with_progress(work: Callable[[Any], Report]) -> Report:
+    """Run long work under a progress bar, if somebody looks on."""
+    if not sys.stderr.isatty():
+        return work(None)
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from milpress.report import escaped
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=escaped(name))
+
+        return work(show)
+
+
+def _print_report(report: Report, *, as_json: bool, wrote: bool) -> None:
+    if as_json:
+        _print_json(report.to_dict())
+        return
+    _print(None, report, report.summary)
+    for note in report.notes:
+        _print_text(note)
+    n_other = len(report.weights) - len(report.asked)
+    if n_other:
+        _print_text(f"{n_other} smaller or other stored tensors were not asked for")
+    if not wrote:
+        _print_text("dry run: nothing was written")
+    elif report.verified:
+        _print_text(f"verified and written to {report.destination} in {report.seconds:.2f} s")
+    else:
+        _print_text(f"not verified; written to {report.destination} in {report.seconds:.2f} s")
+
+
+def _print(heading: str | None, table: Any, summary: str) -> None:
+    from rich.console import Console
+
+    if heading is not None:
+        _print_text(heading)
+    _print_text(summary)
+    width = None if sys.stdout.isatty() else 140
+    Console(width=width).print(table)
+
+
+def _print_text(text: str) -> None:
+    from milpress.report import printable
+
+    typer.echo(printable(text))
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    typer.echo(json.dumps(data, indent=2))
+
+
+def main() -> None:
+    """Run the command line: exit code 0, 1 for a failed verification, 2 for all other errors."""
+    try:
+        app()
+    except CompressionError as error:
+        from milpress.report import printable
+
+        typer.echo(f"error: {printable(str(error))}", err=True)
+        raise SystemExit(1 if isinstance(error, VerificationError) else 2) from None
+    except KeyboardInterrupt:
+        typer.echo("interrupted", err=True)
+        raise SystemExit(130) from None

@@ -1,0 +1,369 @@
+"""The ``.mlpackage`` on disk: manifest, model, weight files; read safely, written atomically."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from milpress import _core
+from milpress.errors import (
+    CompressionError,
+    DestinationError,
+    PackageError,
+    PackageNotFoundError,
+    StorageError,
+)
+from milpress.mil.dtypes import DType
+from milpress.mil.schema import messages
+
+# A parsed model takes up to fifty times its size in memory; the largest seen has 7 MB.
+MAX_MODEL_BYTES = 64 << 20
+MAX_MANIFEST_BYTES = 1 << 20
+_MAX_PIPELINE_DEPTH = 8
+_MODEL_PATH = "@model_path/"
+_STAGE_MARK = ".milpress-"
+
+
+class Program(NamedTuple):
+    """One ML program of a package, and where in a pipeline it stands.
+
+    ``place`` is empty for a package that is one program, else the names of the pipeline's models.
+    """
+
+    place: tuple[str, ...]
+    model: Any
+
+    @property
+    def functions(self) -> dict[str, Any]:
+        """The functions, in the order of their names."""
+        return dict(sorted(self.model.mlProgram.functions.items()))
+
+
+class Package:
+    """An ``.mlpackage``, opened for reading. Nothing in it is trusted.
+
+    Parameters
+    ----------
+    path
+        The package's folder.
+
+    Raises
+    ------
+    PackageNotFoundError
+        If nothing is there.
+    PackageError
+        If it is no package, not made of ML programs, too large to parse, or names files outside.
+    StorageError
+        If the system can't read it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.retyped: dict[tuple[str, int], DType] = {}
+        self._readers: dict[str, _core.BlobReader] = {}
+        with system_errors(self.path):
+            _check_kind(self.path)
+            self.model_path = self._find_model()
+            self.model_bytes = _read_bounded(self.model_path, MAX_MODEL_BYTES)
+        self.model = _parse(self.model_bytes, self.path)
+        self.programs = tuple(_programs(self.model, self.path))
+
+    def reader(self, file_name: str) -> _core.BlobReader:
+        """Return the reader of a weight file, by the name that the model gives it."""
+        if file_name not in self._readers:
+            path = self.weight_path(file_name)
+            try:
+                with system_errors(path):
+                    self._readers[file_name] = _core.BlobReader(path)
+            except _core.BlobError as error:
+                raise PackageError(str(error)) from error
+        return self._readers[file_name]
+
+    def weight_path(self, file_name: str) -> Path:
+        """Return the path of a weight file, by the name that the model gives it."""
+        if not file_name.startswith(_MODEL_PATH):
+            msg = f"a weight file's name must begin with {_MODEL_PATH}, got {file_name!r}"
+            raise PackageError(msg)
+        return self._inside(self.model_path.parent, file_name.removeprefix(_MODEL_PATH))
+
+    def _find_model(self) -> Path:
+        manifest_path = self._inside(self.path, "Manifest.json")
+        text = _read_bounded(manifest_path, MAX_MANIFEST_BYTES)
+        try:
+            manifest = json.loads(text)
+            entry = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            msg = f"{self.path}: Manifest.json must name the model's file, got no such entry"
+            raise PackageError(msg) from error
+        if not isinstance(entry, str):
+            msg = f"{self.path}: the path of the model in Manifest.json must be text"
+            raise PackageError(msg)
+        return self._inside(self.path / "Data", entry)
+
+    def _inside(self, folder: Path, name: str) -> Path:
+        """Return ``folder / name``, which must be a plain file of the package."""
+        parts = name.split("/")
+        if name.startswith("/") or "\0" in name or any(part in ("", ".", "..") for part in parts):
+            msg = f"{self.path}: the name of a file must stay inside the package, got {name!r}"
+            raise PackageError(msg)
+        path = folder / name
+        if path.resolve() != self.path.resolve() / path.relative_to(self.path):
+            msg = f"{self.path}: a file must be no symbolic link, got {name!r}"
+            raise PackageError(msg)
+        if not path.is_file():
+            msg = f"{self.path}: the package must contain {path.relative_to(self.path)}, got none"
+            raise PackageError(msg)
+        return path
+
+
+def n_package_bytes(path: Path) -> int:
+    """Sum of the sizes of all files in a package."""
+    with system_errors(path):
+        return sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _check_kind(path: Path) -> None:
+    if not path.exists():
+        msg = f"{path}: a model must be there, got nothing"
+        raise PackageNotFoundError(msg)
+    if path.suffix == ".mlmodel" or path.is_file():
+        msg = (
+            f"{path}: the model must be an .mlpackage, got a file; convert it again with "
+            "coremltools as an ML program (convert_to='mlprogram')"
+        )
+        raise PackageError(msg)
+    if not (path / "Manifest.json").exists():
+        msg = f"{path}: an .mlpackage must contain Manifest.json, got a folder without"
+        raise PackageError(msg)
+
+
+def _read_bounded(path: Path, limit: int) -> bytes:
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        msg = f"{path}: the file must have at most {limit} bytes, got more"
+        raise PackageError(msg)
+    return data
+
+
+def _parse(data: bytes, path: Path) -> Any:
+    # The parser itself refuses nesting beyond 100 levels.
+    try:
+        return messages().Model.FromString(data)
+    except (DecodeError, RecursionError) as error:
+        msg = (
+            f"{path}: the model must be a Core ML protobuf message, got damaged or bottomless data"
+        )
+        raise PackageError(msg) from error
+
+
+def _programs(model: Any, path: Path, place: tuple[str, ...] = ()) -> Iterator[Program]:
+    kind = model.WhichOneof("choice")
+    if kind == "mlProgram":
+        yield Program(place, model)
+    elif kind is not None and len(place) < _MAX_PIPELINE_DEPTH:
+        pipeline = model.pipeline if kind == "pipeline" else getattr(model, kind).pipeline
+        for i, part in enumerate(pipeline.models):
+            name = pipeline.names[i] if i < len(pipeline.names) else f"model{i}"
+            # A pipeline may hold models of other kinds, which have no MIL weights.
+            if part.WhichOneof("choice") is not None:
+                yield from _programs(part, path, (*place, name))
+    else:
+        msg = (
+            f"{path}: the model must be an ML program or a pipeline of them, got another kind "
+            "(such as a neural network); convert it again with convert_to='mlprogram'"
+        )
+        raise PackageError(msg)
+
+
+class Staged:
+    """A package being written beside its destination, in a hidden folder of its own.
+
+    Files that the writer does not replace are copied from the source. Nothing reaches the
+    destination before `commit`; leaving the ``with`` block without it leaves nothing behind, and
+    what a killed process left is removed by the next run.
+    """
+
+    def __init__(self, source: Package, destination: Path, *, force: bool) -> None:
+        self._source = source
+        self._destination = destination
+        self._force = force
+        self._writers: dict[str, _core.BlobWriter] = {}
+        self._lock: int | None = None
+
+    def __enter__(self) -> Staged:
+        check_destination(self._source.path, self._destination, force=self._force)
+        with system_errors(self._destination):
+            _sweep(self._destination)
+            self._folder, self._lock = _create_stage(self._destination)
+        self.path = self._folder / "new.mlpackage"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writers.clear()
+        with contextlib.suppress(OSError):
+            _restore(self._folder, self._destination)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def copy_rest(self, weight_files: set[str]) -> None:
+        """Copy all that is neither the model nor one of the named weight files."""
+        root = self._source.path
+        replaced = {self._source.weight_path(name) for name in weight_files}
+        replaced.add(self._source.model_path)
+        with system_errors(self._destination):
+            self.path.mkdir()
+            for folder, subfolders, files in os.walk(root):
+                here = Path(folder)
+                for name in subfolders:
+                    if (here / name).is_symlink():
+                        msg = f"{here / name}: a package must hold no symbolic link, got one"
+                        raise PackageError(msg)
+                    (self.path / here.relative_to(root) / name).mkdir()
+                for name in files:
+                    if here / name in replaced:
+                        continue
+                    if not (here / name).is_file() or (here / name).is_symlink():
+                        msg = f"{here / name}: a package must hold plain files only, got another"
+                        raise PackageError(msg)
+                    target = self.path / here.relative_to(root) / name
+                    shutil.copyfile(here / name, target)
+
+    def write(self, file_name: str, dtype: int, data: NDArray[np.uint8], padding_bits: int) -> int:
+        """Append a blob to a weight file and return its offset."""
+        with system_errors(self._destination):
+            return self._writer(file_name).write(dtype, data, padding_bits)
+
+    def copy(
+        self,
+        file_name: str,
+        reader: _core.BlobReader,
+        info: _core.BlobInfo,
+        dtype: int,
+        padding_bits: int,
+    ) -> int:
+        """Append the data of a blob of the source and return its new offset."""
+        with system_errors(self._destination):
+            try:
+                return self._writer(file_name).copy(reader, info, dtype, padding_bits)
+            except _core.BlobError as error:
+                raise PackageError(str(error)) from error
+
+    def finish(self, model: Any) -> None:
+        """Write the model and close the weight files."""
+        with system_errors(self._destination):
+            for writer in self._writers.values():
+                writer.close()
+            self._writers.clear()
+            target = self._path_of(self._source.model_path)
+            target.write_bytes(model.SerializeToString(deterministic=True))
+
+    def commit(self) -> None:
+        """Move the package to its destination; an existing one is deleted once that is done."""
+        check_destination(self._source.path, self._destination, force=self._force)
+        with system_errors(self._destination):
+            if self._destination.exists():
+                self._destination.rename(self._folder / "previous.mlpackage")
+            self.path.rename(self._destination)
+
+    def _path_of(self, source_path: Path) -> Path:
+        return self.path / source_path.relative_to(self._source.path)
+
+    def _writer(self, file_name: str) -> _core.BlobWriter:
+        if file_name not in self._writers:
+            path = self._path_of(self._source.weight_path(file_name))
+            self._writers[file_name] = _core.BlobWriter(path)
+        return self._writers[file_name]
+
+
+def check_destination(source: Path, destination: Path, *, force: bool) -> None:
+    """Refuse a destination that must not be written.
+
+    Raises
+    ------
+    DestinationError
+        If it is the source, inside it or around it; taken, without ``force``; or no package.
+    PackageNotFoundError
+        If its parent folder does not exist.
+    """
+    real, real_source = destination.resolve(), source.resolve()
+    if real == real_source or real in real_source.parents or real_source in real.parents:
+        msg = f"{destination}: the destination must be apart from the source {source}"
+        raise DestinationError(msg)
+    if not destination.absolute().parent.is_dir():
+        msg = f"{destination}: the folder of the destination must exist, got none"
+        raise PackageNotFoundError(msg)
+    if not os.path.lexists(destination):
+        return
+    if not force:
+        msg = f"{destination}: the destination must be free, got an existing one; use force"
+        raise DestinationError(msg)
+    if destination.is_symlink() or not (destination / "Manifest.json").is_file():
+        msg = f"{destination}: only an .mlpackage is replaced, got something else"
+        raise DestinationError(msg)
+
+
+def _create_stage(destination: Path) -> tuple[Path, int]:
+    # The lock tells a folder in use from one whose process was killed. It is taken after the
+    # folder exists; whoever finds it unlocked in between deletes it, and we try again.
+    for _ in range(100):
+        folder = destination.absolute().with_name(
+            f".{destination.name}{_STAGE_MARK}{secrets.token_hex(4)}"
+        )
+        folder.mkdir()
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if folder.exists():
+                return folder, descriptor
+            os.close(descriptor)
+    msg = f"{destination}: no temporary folder could be made beside it"
+    raise StorageError(msg)
+
+
+def _sweep(destination: Path) -> None:
+    """Remove what a killed run left beside this destination."""
+    pattern = f".{destination.name}{_STAGE_MARK}"
+    for folder in destination.absolute().parent.iterdir():
+        if not folder.name.startswith(pattern) or folder.is_symlink() or not folder.is_dir():
+            continue
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _restore(folder, destination)
+                shutil.rmtree(folder)
+            finally:
+                os.close(descriptor)
+
+
+def _restore(folder: Path, destination: Path) -> None:
+    """Put a package that was moved aside back, unless a new one has taken its place."""
+    previous = folder / "previous.mlpackage"
+    if previous.exists() and not destination.exists():
+        previous.rename(destination)
+
+
+@contextlib.contextmanager
+def system_errors(path: Path) -> Iterator[None]:
+    """Turn what the system refuses into a `StorageError` that says where."""
+    try:
+        yield
+    except CompressionError:
+        raise
+    except OSError as error:
+        where = error.filename or path
+        reason = error.strerror or str(error)
+        raise StorageError(error.errno or 0, reason, str(where)) from error

@@ -1,0 +1,192 @@
+"""The graph of a function: which op makes a value, who uses it, and edits in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from milpress.errors import PackageError
+from milpress.mil import values
+from milpress.mil.values import TensorType
+
+CONSTEXPR = "constexpr_"
+
+
+class Use(NamedTuple):
+    """A place that names a value: a parameter of an op."""
+
+    node: Node
+    parameter: str
+    binding: Any
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """An op where it stands.
+
+    ``uses`` are the parameters that name one of its outputs; ``is_block_output`` says that a block
+    returns one.
+    """
+
+    op: Any
+    scope: Scope
+    uses: list[Use] = field(default_factory=list)
+    is_block_output: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the first output, or the op's type where there is none."""
+        return str(self.op.outputs[0].name if self.op.outputs else self.op.type)
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether the op holds a value known before the model runs."""
+        return bool(self.op.type == "const" or self.op.type.startswith(CONSTEXPR))
+
+    @property
+    def type(self) -> TensorType | None:
+        """Type of the first output."""
+        return values.type_of(self.op.outputs[0].type) if self.op.outputs else None
+
+
+@dataclass(eq=False, slots=True)
+class Scope:
+    """The names that a block defines; those of the blocks around it are seen too."""
+
+    block: Any
+    parent: Scope | None
+    names: dict[str, tuple[Node | None, Any]] = field(default_factory=dict)
+
+    def find(self, name: str) -> tuple[Node | None, Any] | None:
+        """Return who makes a value (``None`` for an input) and its type, if it is known."""
+        scope: Scope | None = self
+        while scope is not None:
+            if name in scope.names:
+                return scope.names[name]
+            scope = scope.parent
+        return None
+
+
+class Graph:
+    """The ops of one block specialization, nested blocks included, in order.
+
+    Raises
+    ------
+    PackageError
+        If an op names a value that nothing defines.
+    """
+
+    def __init__(self, function: Any, block: Any) -> None:
+        self.nodes: list[Node] = []
+        self.scopes: list[Scope] = []
+        self._names: set[str] = set()
+        self._before: dict[Node, list[Any]] = {}
+        self._removed: set[Node] = set()
+        inputs = Scope(None, None)
+        for item in function.inputs:
+            self._define(inputs, item, None)
+        self._add_block(block, inputs)
+
+    def _define(self, scope: Scope, item: Any, node: Node | None) -> None:
+        scope.names[item.name] = (node, item.type)
+        self._names.add(item.name)
+
+    def _add_block(self, block: Any, parent: Scope) -> None:
+        scope = Scope(block, parent)
+        self.scopes.append(scope)
+        for item in block.inputs:
+            self._define(scope, item, None)
+        for op in block.operations:
+            node = Node(op, scope)
+            self.nodes.append(node)
+            for parameter, argument in op.inputs.items():
+                for binding in argument.arguments:
+                    if binding.WhichOneof("choice") == "name":
+                        self._add_use(scope, Use(node, parameter, binding))
+            for inner in op.blocks:
+                self._add_block(inner, scope)
+            for item in op.outputs:
+                self._define(scope, item, node)
+        for name in block.outputs:
+            producer, _ = self._find(scope, name)
+            if producer is not None:
+                producer.is_block_output = True
+
+    def _add_use(self, scope: Scope, use: Use) -> None:
+        producer, _ = self._find(scope, use.binding.name)
+        if producer is not None:
+            producer.uses.append(use)
+
+    def _find(self, scope: Scope, name: str) -> tuple[Node | None, Any]:
+        found = scope.find(name)
+        if found is None:
+            msg = f"an op must use values that exist, got the name {name!r} that nothing defines"
+            raise PackageError(msg)
+        return found
+
+    def unique_name(self, name: str) -> str:
+        """Return the name, with a number behind it if it is taken, and take it."""
+        unique, i = name, 0
+        while unique in self._names:
+            unique, i = f"{name}_{i}", i + 1
+        self._names.add(unique)
+        return unique
+
+    def value_type(self, node: Node, parameter: str) -> Any:
+        """Return the ``ValueType`` of what a parameter is bound to, or ``None``."""
+        if parameter not in node.op.inputs or not node.op.inputs[parameter].arguments:
+            return None
+        binding = node.op.inputs[parameter].arguments[0]
+        if binding.WhichOneof("choice") == "value":
+            return binding.value.type
+        return self._find(node.scope, binding.name)[1]
+
+    def constant(self, node: Node, parameter: str) -> Any:
+        """Return the ``Value`` that a parameter is bound to, if it is a constant."""
+        if parameter not in node.op.inputs or not node.op.inputs[parameter].arguments:
+            return None
+        binding = node.op.inputs[parameter].arguments[0]
+        if binding.WhichOneof("choice") == "value":
+            return binding.value
+        producer, _ = self._find(node.scope, binding.name)
+        if producer is None or producer.op.type != "const":
+            return None
+        return producer.op.attributes["val"]
+
+    def producer(self, node: Node, parameter: str) -> tuple[Node, str] | None:
+        """Return the op that makes what a parameter is bound to, and the value's name."""
+        if parameter not in node.op.inputs or not node.op.inputs[parameter].arguments:
+            return None
+        binding = node.op.inputs[parameter].arguments[0]
+        if binding.WhichOneof("choice") != "name":
+            return None
+        found, _ = self._find(node.scope, binding.name)
+        return None if found is None else (found, binding.name)
+
+    def insert_before(self, node: Node, ops: Iterable[Any]) -> None:
+        """Note ops to be put before another one by `apply`."""
+        self._before.setdefault(node, []).extend(ops)
+
+    def remove(self, nodes: Iterable[Node]) -> None:
+        """Note ops to be taken out by `apply`."""
+        self._removed.update(nodes)
+
+    def apply(self) -> None:
+        """Carry out the noted insertions and removals. The graph is of no use afterwards."""
+        changed = {id(node.scope) for node in (*self._before, *self._removed)}
+        # Innermost blocks first: rebuilding a list copies its ops with the blocks in them.
+        for scope in reversed([scope for scope in self.scopes if id(scope) in changed]):
+            ops: list[Any] = []
+            for node in self.nodes:
+                if node.scope is scope:
+                    ops.extend(self._before.get(node, []))
+                    ops.extend([] if node in self._removed else [node.op])
+            del scope.block.operations[:]
+            scope.block.operations.extend(ops)
+
+
+def blocks(function: Any) -> Iterator[Any]:
+    """Yield the block specializations of a function, in the order of their opsets."""
+    for _, block in sorted(function.block_specializations.items()):
+        yield block

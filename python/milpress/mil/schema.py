@@ -1,0 +1,161 @@
+"""The part of Core ML's protobuf schema that milpress reads and edits.
+
+Field names and numbers are those of ``Model.proto`` and ``MIL.proto`` in coremltools
+(BSD-3-Clause). A field that is not listed survives parsing and serialising untouched, as protobuf's
+unknown fields do. The messages live in a descriptor pool of their own, so that they never clash
+with coremltools' generated modules.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+_PACKAGE = "milpress.mil"
+
+# message -> field -> (number, type): "T" is a field, "[T]" repeated, "{T}" a map from string to T.
+_MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
+    "Model": {
+        "specificationVersion": (1, "int32"),
+        "description": (2, "ModelDescription"),
+        "pipelineClassifier": (200, "PipelineHolder"),
+        "pipelineRegressor": (201, "PipelineHolder"),
+        "pipeline": (202, "Pipeline"),
+        "mlProgram": (502, "Program"),
+    },
+    "PipelineHolder": {"pipeline": (1, "Pipeline")},
+    "Pipeline": {"models": (1, "[Model]"), "names": (2, "[string]")},
+    "ModelDescription": {"metadata": (100, "Metadata")},
+    "Metadata": {"userDefined": (100, "{string}")},
+    "Program": {
+        "version": (1, "int64"),
+        "functions": (2, "{Function}"),
+        "attributes": (4, "{Value}"),
+    },
+    "Function": {
+        "inputs": (1, "[NamedValueType]"),
+        "opset": (2, "string"),
+        "block_specializations": (3, "{Block}"),
+        "attributes": (4, "{Value}"),
+    },
+    "Block": {
+        "inputs": (1, "[NamedValueType]"),
+        "outputs": (2, "[string]"),
+        "operations": (3, "[Operation]"),
+        "attributes": (4, "{Value}"),
+    },
+    "Operation": {
+        "type": (1, "string"),
+        "inputs": (2, "{Argument}"),
+        "outputs": (3, "[NamedValueType]"),
+        "blocks": (4, "[Block]"),
+        "attributes": (5, "{Value}"),
+    },
+    "Argument": {"arguments": (1, "[Binding]")},
+    "Binding": {"name": (1, "string"), "value": (2, "Value")},
+    "NamedValueType": {"name": (1, "string"), "type": (2, "ValueType")},
+    "ValueType": {"tensorType": (1, "TensorType")},
+    "TensorType": {
+        "dataType": (1, "int32"),
+        "rank": (2, "int64"),
+        "dimensions": (3, "[Dimension]"),
+        "attributes": (4, "{Value}"),
+    },
+    "Dimension": {"constant": (1, "ConstantDimension"), "unknown": (2, "UnknownDimension")},
+    "ConstantDimension": {"size": (1, "uint64")},
+    "UnknownDimension": {"variadic": (1, "bool")},
+    "Value": {
+        "docString": (1, "string"),
+        "type": (2, "ValueType"),
+        "immediateValue": (3, "ImmediateValue"),
+        "blobFileValue": (5, "BlobFileValue"),
+    },
+    "ImmediateValue": {"tensor": (1, "TensorValue")},
+    "BlobFileValue": {"fileName": (1, "string"), "offset": (2, "uint64")},
+    "TensorValue": {
+        "floats": (1, "Floats"),
+        "ints": (2, "Ints"),
+        "bools": (3, "Bools"),
+        "strings": (4, "Strings"),
+        "longInts": (5, "LongInts"),
+        "doubles": (6, "Doubles"),
+        "bytes": (7, "Bytes"),
+    },
+    "Floats": {"values": (1, "[float]")},
+    "Ints": {"values": (1, "[int32]")},
+    "Bools": {"values": (1, "[bool]")},
+    "Strings": {"values": (1, "[string]")},
+    "LongInts": {"values": (1, "[int64]")},
+    "Doubles": {"values": (1, "[double]")},
+    "Bytes": {"values": (1, "bytes")},
+}
+
+# Messages of which only one field is set at a time.
+_CHOICES = {
+    "Model": ("pipelineClassifier", "pipelineRegressor", "pipeline", "mlProgram"),
+    "Binding": ("name", "value"),
+    "Dimension": ("constant", "unknown"),
+    "Value": ("immediateValue", "blobFileValue"),
+    "TensorValue": tuple(_MESSAGES["TensorValue"]),
+}
+
+
+class Messages(NamedTuple):
+    """The message classes that code constructs itself."""
+
+    Model: Any
+    Operation: Any
+    Value: Any
+    Binding: Any
+
+
+def _add_field(
+    message: descriptor_pb2.DescriptorProto, name: str, number: int, kind: str
+) -> descriptor_pb2.FieldDescriptorProto:
+    field = message.field.add(name=name, number=number)
+    repeated, kind = kind.startswith("["), kind.strip("[]")
+    field.label = field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL
+    if kind in _MESSAGES or "." in kind:
+        field.type = field.TYPE_MESSAGE
+        field.type_name = f".{_PACKAGE}.{kind}"
+    else:
+        field.type = getattr(field, f"TYPE_{kind.upper()}")
+    return field
+
+
+def _add_map(message: descriptor_pb2.DescriptorProto, name: str, number: int, kind: str) -> None:
+    entry_name = "".join(part[:1].upper() + part[1:] for part in name.split("_")) + "Entry"
+    entry = message.nested_type.add(name=entry_name)
+    entry.options.map_entry = True
+    _add_field(entry, "key", 1, "string")
+    _add_field(entry, "value", 2, kind)
+    _add_field(message, name, number, f"[{message.name}.{entry_name}]")
+
+
+@functools.cache
+def messages() -> Messages:
+    """Return the message classes, built on first use."""
+    file = descriptor_pb2.FileDescriptorProto(
+        name="milpress/mil.proto", package=_PACKAGE, syntax="proto3"
+    )
+    for message_name, fields in _MESSAGES.items():
+        message = file.message_type.add(name=message_name)
+        for field_name, (number, kind) in fields.items():
+            if kind.startswith("{"):
+                _add_map(message, field_name, number, kind.strip("{}"))
+            else:
+                field = _add_field(message, field_name, number, kind)
+                if field_name in _CHOICES.get(message_name, ()):
+                    field.oneof_index = 0
+        if message_name in _CHOICES:
+            message.oneof_decl.add(name="choice")
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return Messages(
+        *(
+            message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.{name}"))
+            for name in Messages._fields
+        )
+    )

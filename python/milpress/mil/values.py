@@ -1,0 +1,260 @@
+"""Tensors of a MIL program: where they are stored, and how to read and write them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from milpress import _core
+from milpress.errors import PackageError
+from milpress.mil import dtypes
+from milpress.mil.dtypes import DType
+from milpress.mil.schema import messages
+
+# coremltools stores arrays of fewer elements in the model itself, and so do we.
+_MIN_BLOB_ELEMENTS = 10
+_STRING = 2
+# Below CoreML8 a weight file holds these types only.
+_EARLY_BLOB_TYPES = frozenset({"float16", "float32", "int8", "uint8"})
+
+
+class TensorType(NamedTuple):
+    """Element type and shape; a dimension that is not fixed is ``None``."""
+
+    dtype: DType
+    shape: tuple[int | None, ...]
+
+    @property
+    def fixed_shape(self) -> tuple[int, ...]:
+        """The shape, if every dimension is fixed.
+
+        Raises
+        ------
+        PackageError
+            If one is not.
+        """
+        if None in self.shape:
+            msg = f"a stored tensor must have a fixed shape, got {self.shape}"
+            raise PackageError(msg)
+        return tuple(size for size in self.shape if size is not None)
+
+
+class Tensor(NamedTuple):
+    """A tensor in memory: one element of ``dtype.storage`` for each element, packed or not."""
+
+    dtype: DType
+    values: NDArray[Any]
+
+
+class WeightSource(Protocol):
+    """Gives the reader of the weight file that a model names.
+
+    ``retyped`` holds the types in the file of blobs that raising an opset gave another one.
+    """
+
+    retyped: dict[tuple[str, int], DType]
+
+    def reader(self, file_name: str) -> _core.BlobReader: ...  # noqa: D102
+
+
+class WeightSink(Protocol):
+    """Takes what is to be stored outside the model and returns its offset."""
+
+    def write(  # noqa: D102
+        self, file_name: str, dtype: int, data: NDArray[np.uint8], padding_bits: int
+    ) -> int: ...
+
+
+def type_of(value_type: Any) -> TensorType | None:
+    """Return element type and shape of a ``ValueType``, or ``None`` if it is no numeric tensor."""
+    tensor = value_type.tensorType
+    if not value_type.HasField("tensorType") or tensor.dataType == _STRING:
+        return None
+    shape = tuple(d.constant.size if d.HasField("constant") else None for d in tensor.dimensions)
+    return TensorType(dtypes.by_mil(tensor.dataType), shape)
+
+
+def set_type(value_type: Any, dtype: DType, shape: tuple[int, ...]) -> None:
+    """Make a ``ValueType`` a tensor of that type and shape."""
+    tensor = value_type.tensorType
+    tensor.dataType = dtype.mil
+    tensor.rank = len(shape)
+    del tensor.dimensions[:]
+    for size in shape:
+        tensor.dimensions.add().constant.size = size
+
+
+def stored_type(value: Any) -> TensorType:
+    """Return element type and fixed shape of a stored tensor.
+
+    Raises
+    ------
+    PackageError
+        If the value is no tensor, or its shape is not fixed.
+    """
+    tensor_type = type_of(value.type)
+    if tensor_type is None:
+        msg = "a stored value must be a tensor, got another kind"
+        raise PackageError(msg)
+    return TensorType(tensor_type.dtype, tensor_type.fixed_shape)
+
+
+def is_blob(value: Any) -> bool:
+    """Whether a value is stored in a weight file."""
+    return bool(value.HasField("blobFileValue"))
+
+
+def n_stored_bytes(value: Any) -> int:
+    """Bytes that the payload of a value takes, wherever it is stored."""
+    dtype, shape = stored_type(value)
+    return dtype.n_bytes(math.prod(size or 0 for size in shape))
+
+
+def locate_blob(value: Any, source: WeightSource) -> tuple[_core.BlobReader, _core.BlobInfo]:
+    """Find the blob of a value and check that it is of the type and size that the model declares.
+
+    Raises
+    ------
+    PackageError
+        If the weight file is damaged or disagrees with the model.
+    """
+    dtype, shape = stored_type(value)
+    where = value.blobFileValue
+    reader = source.reader(where.fileName)
+    try:
+        info = reader.info(where.offset)
+    except (_core.BlobError, ValueError) as error:
+        raise PackageError(str(error)) from error
+    n_bytes = dtype.n_bytes(math.prod(size or 0 for size in shape))
+    in_file = source.retyped.get((where.fileName, where.offset), dtype)
+    if (info.dtype, info.n_bytes) != (in_file.blob, n_bytes):
+        msg = (
+            f"{where.fileName}, offset {where.offset}: the model declares {dtype.name}{list(shape)}"
+            f" (type {dtype.blob}, {n_bytes} bytes), got type {info.dtype}, {info.n_bytes} bytes"
+        )
+        raise PackageError(msg)
+    return reader, info
+
+
+def read_payload(value: Any, source: WeightSource) -> NDArray[np.uint8]:
+    """Return the bytes of a blob, as stored.
+
+    Raises
+    ------
+    PackageError
+        If the weight file is damaged, disagrees with the model or shrinks meanwhile.
+    """
+    reader, info = locate_blob(value, source)
+    try:
+        return reader.read(info)
+    except _core.BlobError as error:
+        raise PackageError(str(error)) from error
+
+
+def read(value: Any, source: WeightSource) -> Tensor:
+    """Return a stored tensor, sub-byte elements unpacked.
+
+    Raises
+    ------
+    PackageError
+        If payload and declared type don't agree, or the weight file is damaged.
+    """
+    dtype, fixed = stored_type(value)
+    shape = tuple(size or 0 for size in fixed)
+    if is_blob(value):
+        return Tensor(dtype, _unpacked(read_payload(value, source), dtype, shape))
+    if not value.HasField("immediateValue") or not value.immediateValue.HasField("tensor"):
+        msg = "a stored tensor must have an immediate value or name a weight file, got neither"
+        raise PackageError(msg)
+    tensor = value.immediateValue.tensor
+    field = tensor.WhichOneof("choice")
+    n_elements = math.prod(shape)
+    if field == "bytes":
+        data = np.frombuffer(tensor.bytes.values, np.uint8)
+        if data.size != dtype.n_bytes(n_elements):
+            msg = (
+                f"an immediate {dtype.name}{list(shape)} must have {dtype.n_bytes(n_elements)} "
+                f"bytes, got {data.size}"
+            )
+            raise PackageError(msg)
+        return Tensor(dtype, _unpacked(data, dtype, shape))
+    if field in (None, "strings"):
+        msg = f"an immediate {dtype.name} must have numbers, got {field or 'nothing'}"
+        raise PackageError(msg)
+    numbers = getattr(tensor, field).values
+    if len(numbers) != n_elements:
+        msg = f"an immediate of shape {list(shape)} must have {n_elements} elements, " + (
+            f"got {len(numbers)}"
+        )
+        raise PackageError(msg)
+    try:
+        return Tensor(dtype, np.array(numbers, dtype.storage).reshape(shape))
+    except OverflowError as error:
+        msg = f"an immediate {dtype.name} must hold numbers of that type, got others"
+        raise PackageError(msg) from error
+
+
+def _unpacked(data: NDArray[np.uint8], dtype: DType, shape: tuple[int, ...]) -> NDArray[Any]:
+    if dtype.bits >= 8:
+        return data.view(dtype.storage).reshape(shape)
+    unpack = _core.unpack_signed if dtype.storage.kind == "i" else _core.unpack
+    return unpack(data, dtype.bits, math.prod(shape)).reshape(shape)
+
+
+def write(
+    value: Any, tensor: Tensor, *, file_name: str | None, early: bool, sink: WeightSink
+) -> None:
+    """Make ``value`` hold a tensor, in the weight file or in the model as coremltools decides.
+
+    ``early`` says that the program's opset is below CoreML8; without a ``file_name``, all is stored
+    in the model.
+    """
+    dtype, array = tensor
+    flat = np.ascontiguousarray(array).reshape(-1)
+    payload = (
+        flat.view(np.uint8) if dtype.bits >= 8 else _core.pack(flat.view(np.uint8), dtype.bits)
+    )
+    value.Clear()
+    set_type(value.type, dtype, array.shape)
+    suits = dtype.blob is not None and (not early or dtype.name in _EARLY_BLOB_TYPES)
+    if suits and file_name is not None and flat.size >= _MIN_BLOB_ELEMENTS:
+        padding = payload.size * 8 - flat.size * dtype.bits
+        value.blobFileValue.fileName = file_name
+        value.blobFileValue.offset = sink.write(file_name, dtype.blob or 0, payload, padding)
+    elif dtype.immediate == "bytes":
+        value.immediateValue.tensor.bytes.values = payload.tobytes()
+    else:
+        getattr(value.immediateValue.tensor, dtype.immediate).values.extend(flat.tolist())
+
+
+def write_numbers(value: Any, dtype_name: str, numbers: NDArray[Any]) -> None:
+    """Make ``value`` hold a small tensor in the model itself."""
+    dtype = dtypes.by_name(dtype_name)
+    value.Clear()
+    set_type(value.type, dtype, numbers.shape)
+    tensor = value.immediateValue.tensor
+    if dtype.immediate == "bytes":
+        tensor.bytes.values = np.ascontiguousarray(numbers, dtype.storage).tobytes()
+    else:
+        getattr(tensor, dtype.immediate).values.extend(numbers.reshape(-1).tolist())
+
+
+def string(text: str) -> Any:
+    """Return a value that is a string, such as an op's name."""
+    value = messages().Value()
+    value.type.tensorType.dataType = _STRING
+    value.immediateValue.tensor.strings.values.append(text)
+    return value
+
+
+def read_scalar(value: Any) -> Any:
+    """Return the one element of a small immediate value, or ``None`` if it has not just one."""
+    tensor = value.immediateValue.tensor
+    field = tensor.WhichOneof("choice")
+    if field is None or field == "bytes":
+        return None
+    numbers = getattr(tensor, field).values
+    return numbers[0] if len(numbers) == 1 else None

@@ -1,0 +1,159 @@
+"""The weights of a program: what is stored, for whom, and along which axes channels lie."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from milpress.errors import PackageError
+from milpress.mil import values
+from milpress.mil.constexpr import is_constexpr
+from milpress.mil.dtypes import DType
+from milpress.mil.package import Package, Program
+from milpress.mil.program import Graph, Node
+
+# Smaller constants are settings of ops (strides, axes, a scale), not weights.
+MIN_WEIGHT_ELEMENTS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A stored tensor that ops use.
+
+    Parameters
+    ----------
+    name
+        Its name in the graph; where the package has several functions or models, these stand
+        before it, with slashes between.
+    node
+        The op that holds it: ``const``, or the last of a chain of ``constexpr_*``.
+    graph
+        The graph it belongs to.
+    dtype, shape
+        Type and shape as ops see it.
+    """
+
+    name: str
+    node: Node
+    graph: Graph
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def op_types(self) -> tuple[str, ...]:
+        """Kinds of the ops that use it, each once, in order."""
+        return tuple(dict.fromkeys(use.node.op.type for use in self.node.uses))
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether it is stored compressed."""
+        return is_constexpr(self.node)
+
+    @property
+    def channel_axes(self) -> tuple[int, int] | None:
+        """Axes of output and input channels; ``None`` if the ops that use it disagree."""
+        found = {self._axes_for(use.node, use.parameter) for use in self.node.uses}
+        if len(found) != 1:
+            return None
+        rank = len(self.shape)
+        output, inputs = found.pop()
+        return output % rank, inputs % rank
+
+    def _axes_for(self, node: Node, parameter: str) -> tuple[int, int]:
+        if node.op.type == "conv_transpose":
+            return 1, 0
+        if node.op.type == "matmul":
+            transposed = self._flag(node, f"transpose_{parameter}")
+            return (-2, -1) if transposed == (parameter == "y") else (-1, -2)
+        return 0, 1
+
+    def _flag(self, node: Node, parameter: str) -> bool:
+        stored = self.graph.constant(node, parameter)
+        return bool(stored is not None and values.read_scalar(stored))
+
+
+class Site(NamedTuple):
+    """A block of a function, where it stands in the package, and its graph.
+
+    ``prefix`` is what the names of its weights begin with: empty in a package with one function.
+    """
+
+    prefix: str
+    program: Program
+    function_name: str
+    function: Any
+    block: Any
+    graph: Graph
+
+
+def sites(package: Package) -> Iterator[Site]:
+    """Yield every block of every function, in an order that does not depend on the file's.
+
+    Raises
+    ------
+    PackageError
+        If a function has no block, or an op uses a value that nothing defines.
+    """
+    for program in package.programs:
+        functions = program.functions
+        for function_name, function in functions.items():
+            place = (*program.place, function_name) if len(functions) > 1 else program.place
+            specializations = sorted(function.block_specializations.items())
+            if not specializations:
+                msg = f"{package.path}: function {function_name!r} must have a block, got none"
+                raise PackageError(msg)
+            for opset_name, block in specializations:
+                shown = (*place, opset_name) if len(specializations) > 1 else place
+                prefix = "".join(f"{part}/" for part in shown)
+                graph = Graph(function, block)
+                yield Site(prefix, program, function_name, function, block, graph)
+
+
+def weights(prefix: str, graph: Graph) -> Iterator[Weight]:
+    """Yield the weights of one graph, in order: those that some other op uses or a block returns.
+
+    Raises
+    ------
+    PackageError
+        If one has no fixed shape.
+    """
+    for node in graph.nodes:
+        if not node.is_stored or len(node.op.outputs) != 1:
+            continue
+        used = any(not is_constexpr(use.node) for use in node.uses) or node.is_block_output
+        tensor_type = node.type
+        if not used or tensor_type is None or tensor_type.dtype.name == "bool":
+            continue
+        shape = tensor_type.fixed_shape
+        if math.prod(shape) >= MIN_WEIGHT_ELEMENTS:
+            yield Weight(f"{prefix}{node.name}", node, graph, tensor_type.dtype, shape)
+
+
+def blob_values(node: Node) -> Iterator[Any]:
+    """Yield every value of an op that is stored in a weight file."""
+    for key in sorted(node.op.attributes):
+        if values.is_blob(node.op.attributes[key]):
+            yield node.op.attributes[key]
+    for key in sorted(node.op.inputs):
+        for binding in node.op.inputs[key].arguments:
+            if binding.WhichOneof("choice") == "value" and values.is_blob(binding.value):
+                yield binding.value
+
+
+def weight_files(package: Package) -> list[str]:
+    """Return the weight files that the model names, in the order of their first use."""
+    return list(
+        dict.fromkeys(
+            value.blobFileValue.fileName
+            for site in sites(package)
+            for node in site.graph.nodes
+            for value in blob_values(node)
+        )
+    )

