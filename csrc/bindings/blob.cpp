@@ -71,10 +71,10 @@ void register_blob(py::module_& m) {
              return std::make_unique<BlobWriter>(path.string());
            }),
            py::arg("path"))
-      .def("write", &write, py::arg("dtype"), py::arg("data").noconvert(),
-           py::arg("padding_bits"), "Appends a blob; returns the offset of its metadata.")
-      .def("copy", &BlobWriter::copy, py::arg("reader"), py::arg("info"),
-           py::arg("dtype"), py::arg("padding_bits"), py::call_guard<py::gil_scoped_release>(),
+      .def("write", &write, py::arg("dtype"), py::arg("data").noconvert(), py::arg("padding_bits"),
+           "Appends a blob; returns the offset of its metadata.")
+      .def("copy", &BlobWriter::copy, py::arg("reader"), py::arg("info"), py::arg("dtype"),
+           py::arg("padding_bits"), py::call_guard<py::gil_scoped_release>(),
            "Appends the data of a blob of another file, as a blob of that type.")
       .def("close", &BlobWriter::close, "Completes the file; without it the file is not valid.");
 }

@@ -253,8 +253,8 @@ void register_for(py::module_& m) {
         "The optimal ascending lookup table of each row of weights.");
   m.def("lut_assign", &lut_assign<T>, py::arg("weights").noconvert(), py::arg("luts").noconvert(),
         "Index of the nearest entry of the row's ascending table; ties go low.");
-  m.def("lut_to_dense", &lut_to_dense<T>, py::arg("codes").noconvert(),
-        py::arg("luts").noconvert(), "The entry of the row's table that each code names.");
+  m.def("lut_to_dense", &lut_to_dense<T>, py::arg("codes").noconvert(), py::arg("luts").noconvert(),
+        "The entry of the row's table that each code names.");
   m.def("quantize", &quantize<T>, py::arg("weights").noconvert(), py::arg("code_min"),
         py::arg("code_max"), py::arg("fit_offset"),
         "(codes, scales, offsets or None), one scale and offset a row.");
@@ -273,16 +273,18 @@ void register_for(py::module_& m) {
   m.def("compare_palette", &compare_palette<T>, py::arg("source").noconvert(),
         py::arg("codes").noconvert(), py::arg("luts").noconvert(),
         "(signal, noise, weights not at their nearest entry) of a palettized weight.");
-  m.def("compare_sparse", &compare_sparse<T>, py::arg("source").noconvert(),
-        py::arg("bitmask").noconvert(), py::arg("nonzeros").noconvert(),
-        "(signal, noise, stored weights that differ, zeros, greatest magnitude pruned, least kept).");
+  m.def(
+      "compare_sparse", &compare_sparse<T>, py::arg("source").noconvert(),
+      py::arg("bitmask").noconvert(), py::arg("nonzeros").noconvert(),
+      "(signal, noise, stored weights that differ, zeros, greatest magnitude pruned, least kept).");
   register_linear<T, std::int8_t>(m);
   register_linear<T, std::uint8_t>(m);
 }
 
 void register_bytes(py::module_& m) {
-  m.def("count_kept", [](const Bytes& bitmask) { return count_kept(view(bitmask)); },
-        py::arg("bitmask").noconvert(), "The number of bits set.");
+  m.def(
+      "count_kept", [](const Bytes& bitmask) { return count_kept(view(bitmask)); },
+      py::arg("bitmask").noconvert(), "The number of bits set.");
   m.def("pack", &pack, py::arg("codes").noconvert(), py::arg("bits"),
         "Codes as one stream of bits, least significant first.");
   m.def("unpack", &unpack<std::uint8_t>, py::arg("packed").noconvert(), py::arg("bits"),

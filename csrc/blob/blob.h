@@ -14,10 +14,10 @@ class BlobError : public std::runtime_error {
 
 /// Where a blob's data lies, as its metadata says and the file bears out.
 struct BlobInfo {
-  std::uint32_t dtype = 0;          // BlobDataType of MILBlob: 1 float16, 2 float32, 3 uint8, ...
+  std::uint32_t dtype = 0;  // BlobDataType of MILBlob: 1 float16, 2 float32, 3 uint8, ...
   std::uint64_t n_bytes = 0;
-  std::uint64_t data_offset = 0;    // from the start of the file
-  std::uint64_t padding_bits = 0;   // unused bits of the last byte; only sub-byte types have any
+  std::uint64_t data_offset = 0;   // from the start of the file
+  std::uint64_t padding_bits = 0;  // unused bits of the last byte; only sub-byte types have any
 };
 
 /// Blob storage, version 2, little endian: a 64-byte header (count, version), then for each blob

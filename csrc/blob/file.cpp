@@ -34,7 +34,7 @@ File::~File() {
 
 File File::open(const std::string& path) {
   File file(path, ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK));
-  struct stat status {};
+  struct stat status{};
   if (::fstat(file.descriptor_, &status) != 0) {
     fail(path);
   }
@@ -50,7 +50,7 @@ File File::create(const std::string& path) {
 }
 
 std::uint64_t File::size() const {
-  struct stat status {};
+  struct stat status{};
   if (::fstat(descriptor_, &status) != 0) {
     fail(path_);
   }

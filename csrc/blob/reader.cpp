@@ -26,8 +26,8 @@ BlobInfo BlobReader::info(std::uint64_t offset) const {
   blob_format::Metadata metadata;
   if (offset > file_size ||
       file_.read(offset, std::as_writable_bytes(std::span(&metadata, 1))) != sizeof metadata) {
-    refuse(offset, "a blob must begin within the file, which has " + std::to_string(file_size) +
-                       " bytes");
+    refuse(offset,
+           "a blob must begin within the file, which has " + std::to_string(file_size) + " bytes");
   }
   if (metadata.sentinel != blob_format::kSentinel) {
     std::ostringstream got;
@@ -53,15 +53,15 @@ BlobInfo BlobReader::info(std::uint64_t offset) const {
 
 void BlobReader::read(const BlobInfo& info, std::uint64_t begin, std::span<std::byte> out) const {
   if (begin > info.n_bytes || out.size() > info.n_bytes - begin) {
-    refuse(info.data_offset, "a blob of " + std::to_string(info.n_bytes) +
-                                 " bytes can't give " + std::to_string(out.size()) +
-                                 " bytes from byte " + std::to_string(begin));
+    refuse(info.data_offset, "a blob of " + std::to_string(info.n_bytes) + " bytes can't give " +
+                                 std::to_string(out.size()) + " bytes from byte " +
+                                 std::to_string(begin));
   }
   const std::size_t n = file_.read(info.data_offset + begin, out);
   if (n != out.size()) {
-    refuse(info.data_offset + begin, "the file became shorter while it was read: " +
-                                         std::to_string(out.size()) + " bytes expected, got " +
-                                         std::to_string(n));
+    refuse(info.data_offset + begin,
+           "the file became shorter while it was read: " + std::to_string(out.size()) +
+               " bytes expected, got " + std::to_string(n));
   }
 }
 

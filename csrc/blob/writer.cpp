@@ -38,8 +38,8 @@ std::uint64_t BlobWriter::write(std::uint32_t dtype, std::span<const std::byte> 
   return offset;
 }
 
-std::uint64_t BlobWriter::copy(const BlobReader& reader, const BlobInfo& info,
-                               std::uint32_t dtype, std::uint64_t padding_bits) {
+std::uint64_t BlobWriter::copy(const BlobReader& reader, const BlobInfo& info, std::uint32_t dtype,
+                               std::uint64_t padding_bits) {
   const std::uint64_t offset = begin_blob({dtype, info.n_bytes, 0, padding_bits});
   std::vector<std::byte> buffer(std::min<std::uint64_t>(kCopyBytes, info.n_bytes));
   for (std::uint64_t begin = 0; begin < info.n_bytes; begin += buffer.size()) {

@@ -33,8 +33,7 @@ __attribute__((target("avx,f16c"))) std::size_t narrow_f16c(const float* values,
                                                             Half* out) {
   std::size_t i = 0;
   for (; i + 8 <= n; i += 8) {
-    const __m128i halves =
-        _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT);
+    const __m128i halves = _mm256_cvtps_ph(_mm256_loadu_ps(values + i), _MM_FROUND_TO_NEAREST_INT);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), halves);
   }
   return i;

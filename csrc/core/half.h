@@ -20,8 +20,8 @@ constexpr float to_float(Half half) {
   const std::uint32_t magnitude = (half.bits & 0x7fffU) << 13;
   const std::uint32_t exponent = magnitude & kExponent;
   // A subnormal becomes normal under an added exponent that is subtracted again as a float.
-  const float subnormal = std::bit_cast<float>(magnitude + kSmallestNormal) -
-                          std::bit_cast<float>(kSmallestNormal);
+  const float subnormal =
+      std::bit_cast<float>(magnitude + kSmallestNormal) - std::bit_cast<float>(kSmallestNormal);
   std::uint32_t bits = magnitude + (exponent == kExponent ? 224U << 23 : 112U << 23);
   bits = exponent == 0 ? std::bit_cast<std::uint32_t>(subnormal) : bits;
   return std::bit_cast<float>(bits | (half.bits & 0x8000U) << 16);
@@ -32,9 +32,9 @@ constexpr float to_float(float value) { return value; }
 /// `value` rounded to the nearest half, ties to even; overflow gives infinity, NaN a quiet NaN.
 constexpr Half to_half(float value) {
   constexpr std::uint32_t kInfinity = 255U << 23;
-  constexpr std::uint32_t kOverflow = 143U << 23;         // 2^16
-  constexpr std::uint32_t kSmallestNormal = 113U << 23;   // 2^-14
-  constexpr std::uint32_t kSubnormalMagic = 126U << 23;   // its last bit weighs 2^-24
+  constexpr std::uint32_t kOverflow = 143U << 23;        // 2^16
+  constexpr std::uint32_t kSmallestNormal = 113U << 23;  // 2^-14
+  constexpr std::uint32_t kSubnormalMagic = 126U << 23;  // its last bit weighs 2^-24
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
   const std::uint32_t magnitude = bits & 0x7fffffffU;
   const std::uint32_t special = magnitude > kInfinity ? 0x7e00U : 0x7c00U;

@@ -22,14 +22,14 @@
 namespace milpress {
 namespace {
 
-constexpr std::size_t kChunk = 1024;      // weights compared at a time, in the L1 cache
-constexpr std::size_t kGrain = 131'072;   // weights a thread takes at a time
+constexpr std::size_t kChunk = 1024;     // weights compared at a time, in the L1 cache
+constexpr std::size_t kGrain = 131'072;  // weights a thread takes at a time
 constexpr std::size_t kLanes = 8;
 
 using Chunk = std::array<float, kChunk>;
 
-// Squares of halves neither overflow nor vanish in a float, and a chunk's sum of them is good to six
-// digits, far more than a ratio in dB shows. Squares of floats need doubles.
+// Squares of halves neither overflow nor vanish in a float, and a chunk's sum of them is good to
+// six digits, far more than a ratio in dB shows. Squares of floats need doubles.
 template <typename T>
 using Sum = std::conditional_t<sizeof(T) == 2, float, double>;
 
@@ -164,9 +164,9 @@ Fidelity compare_quantized(MatrixView<const T> source, MatrixView<const Code> co
       for (std::size_t i = begin; i < begin + n;) {
         const std::size_t row = i / n_cols;
         const std::size_t count = std::min(begin + n, (row + 1) * n_cols) - i;
-        total.n_outside += count_beyond_half_step<T>(weights.data() + (i - begin),
-                                                     values.data() + (i - begin), count,
-                                                     to_float(scales[row]));
+        total.n_outside +=
+            count_beyond_half_step<T>(weights.data() + (i - begin), values.data() + (i - begin),
+                                      count, to_float(scales[row]));
         i += count;
       }
       begin += n;
@@ -296,20 +296,20 @@ SparseFidelity compare_sparse(std::span<const T> source, std::span<const std::ui
                                             [](T weight) { return magnitude_bits(weight) == 0; });
   result.n_zeros = source.size() - nonzeros.size() + static_cast<std::size_t>(n_stored_zeros);
   result.greatest_pruned = magnitude_at<T>(split.greatest_pruned);
-  result.least_kept = nonzeros.empty() ? std::numeric_limits<float>::infinity()
-                                       : magnitude_at<T>(split.least_kept);
+  result.least_kept =
+      nonzeros.empty() ? std::numeric_limits<float>::infinity() : magnitude_at<T>(split.least_kept);
   return result;
 }
 
-#define MILPRESS_INSTANTIATE(T)                                                                   \
-  template Fidelity compare(std::span<const T>, std::span<const T>);                              \
-  template Fidelity compare_quantized(MatrixView<const T>, MatrixView<const std::int8_t>,         \
-                                      std::span<const T>, std::span<const std::int8_t>);          \
-  template Fidelity compare_quantized(MatrixView<const T>, MatrixView<const std::uint8_t>,        \
-                                      std::span<const T>, std::span<const std::uint8_t>);         \
-  template Fidelity compare_palette(MatrixView<const T>, MatrixView<const std::uint8_t>,          \
-                                    MatrixView<const T>);                                         \
-  template SparseFidelity compare_sparse(std::span<const T>, std::span<const std::uint8_t>,       \
+#define MILPRESS_INSTANTIATE(T)                                                             \
+  template Fidelity compare(std::span<const T>, std::span<const T>);                        \
+  template Fidelity compare_quantized(MatrixView<const T>, MatrixView<const std::int8_t>,   \
+                                      std::span<const T>, std::span<const std::int8_t>);    \
+  template Fidelity compare_quantized(MatrixView<const T>, MatrixView<const std::uint8_t>,  \
+                                      std::span<const T>, std::span<const std::uint8_t>);   \
+  template Fidelity compare_palette(MatrixView<const T>, MatrixView<const std::uint8_t>,    \
+                                    MatrixView<const T>);                                   \
+  template SparseFidelity compare_sparse(std::span<const T>, std::span<const std::uint8_t>, \
                                          std::span<const T>);
 
 MILPRESS_INSTANTIATE(Half)

@@ -12,9 +12,9 @@ namespace milpress {
 /// How close decoded weights are to their source. Sums are in double and in a fixed order, so they
 /// don't depend on the core count; weights that are not finite make them not finite.
 struct Fidelity {
-  double signal = 0;           // sum of source^2
-  double noise = 0;            // sum of (source - decoded)^2
-  std::size_t n_outside = 0;   // weights further off than the treatment promises
+  double signal = 0;          // sum of source^2
+  double noise = 0;           // sum of (source - decoded)^2
+  std::size_t n_outside = 0;  // weights further off than the treatment promises
 };
 
 /// Compares `decoded` with `source`; `n_outside` counts weights that differ in any bit.
@@ -35,10 +35,10 @@ Fidelity compare_palette(MatrixView<const T> source, MatrixView<const std::uint8
 
 /// What a pruned weight kept and dropped.
 struct SparseFidelity {
-  Fidelity fidelity;            // n_outside: stored weights that differ from their source in any bit
-  std::size_t n_zeros = 0;      // decoded weights that are zero
-  float greatest_pruned = 0;    // magnitude, 0 if nothing was
-  float least_kept = 0;         // magnitude of a stored weight, infinite if there is none
+  Fidelity fidelity;          // n_outside: stored weights that differ from their source in any bit
+  std::size_t n_zeros = 0;    // decoded weights that are zero
+  float greatest_pruned = 0;  // magnitude, 0 if nothing was
+  float least_kept = 0;       // magnitude of a stored weight, infinite if there is none
 };
 
 /// Compares what `expand` makes of `bitmask` and `nonzeros` with `source`.

@@ -29,9 +29,8 @@ std::size_t first_nonfinite(std::span<const T> weights) {
   for (std::size_t begin = 0; begin < weights.size(); begin += kChunk) {
     const auto chunk = weights.subspan(begin, std::min(kChunk, weights.size() - begin));
     if (greatest_magnitude(chunk.data(), chunk.size()) >= kInfinity) {
-      const auto found = std::find_if(chunk.begin(), chunk.end(), [](T weight) {
-        return magnitude_bits(weight) >= kInfinity;
-      });
+      const auto found = std::find_if(chunk.begin(), chunk.end(),
+                                      [](T weight) { return magnitude_bits(weight) >= kInfinity; });
       return begin + static_cast<std::size_t>(found - chunk.begin());
     }
   }

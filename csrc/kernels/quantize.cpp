@@ -14,8 +14,8 @@
 namespace milpress {
 namespace {
 
-constexpr std::size_t kChunk = 2048;       // weights widened at a time; they stay in the L1 cache
-constexpr std::size_t kGrain = 131'072;    // weights a thread takes at a time
+constexpr std::size_t kChunk = 2048;     // weights widened at a time; they stay in the L1 cache
+constexpr std::size_t kGrain = 131'072;  // weights a thread takes at a time
 
 struct Extremes {
   float low;
@@ -93,8 +93,7 @@ template <typename T, typename Code, bool kRoundQuotient>
   const auto code_min = static_cast<float>(range.code_min);
   const auto code_max = static_cast<float>(range.code_max);
   for (std::size_t i = 0; i < n; ++i) {
-    const float code =
-        code_of<T, kRoundQuotient>(weights[i], scale, offset, code_min, code_max);
+    const float code = code_of<T, kRoundQuotient>(weights[i], scale, offset, code_min, code_max);
     codes[i] = static_cast<Code>(static_cast<std::int32_t>(code));
   }
 }
@@ -138,8 +137,8 @@ T next_below(T value) {
 int middle(CodeRange range) { return (range.code_min + range.code_max) / 2; }
 
 int clamp_code(float code, CodeRange range) {
-  return static_cast<int>(std::clamp(code, static_cast<float>(range.code_min),
-                                     static_cast<float>(range.code_max)));
+  return static_cast<int>(
+      std::clamp(code, static_cast<float>(range.code_min), static_cast<float>(range.code_max)));
 }
 
 // The arithmetic of coremltools 9.0, each result rounded to the weight's own precision.
@@ -176,8 +175,7 @@ Step step_for(Extremes extremes, CodeRange range, bool fitted_offset) {
     return step;
   }
   const double width = static_cast<double>(extremes.high) - extremes.low;
-  const T nearest =
-      from_float<T>(static_cast<float>(width / (range.code_max - range.code_min)));
+  const T nearest = from_float<T>(static_cast<float>(width / (range.code_max - range.code_min)));
   Step last{};
   for (const T scale : {nearest, next_below(nearest), next_above(nearest)}) {
     const float value = to_float(scale);
@@ -221,8 +219,7 @@ struct Quantizer {
   Step fit(std::size_t row, Extremes extremes) const {
     const bool fitted = !offsets.empty();
     const bool finite = std::isfinite(extremes.low) && std::isfinite(extremes.high);
-    const Step step =
-        step_for<T>(finite ? widened(extremes, fitted) : extremes, range, fitted);
+    const Step step = step_for<T>(finite ? widened(extremes, fitted) : extremes, range, fitted);
     scales[row] = from_float<T>(step.scale);
     if (fitted) {
       offsets[row] = static_cast<Code>(step.offset);
@@ -287,8 +284,7 @@ struct Quantizer {
 template <typename T, typename Code>
 void quantize(MatrixView<const T> weights, CodeRange range, std::span<T> scales,
               std::span<Code> offsets, MatrixView<Code> codes) {
-  check(range.code_min < range.code_max &&
-            range.code_min >= std::numeric_limits<Code>::min() &&
+  check(range.code_min < range.code_max && range.code_min >= std::numeric_limits<Code>::min() &&
             range.code_max <= std::numeric_limits<Code>::max(),
         "code range must ascend within a byte, got ", range.code_min, " to ", range.code_max);
   check(scales.size() == weights.n_rows, "scales must have one element a row, ", weights.n_rows,
@@ -356,10 +352,10 @@ void dequantize(MatrixView<const Code> codes, std::span<const T> scales,
   });
 }
 
-#define MILPRESS_INSTANTIATE(T, Code)                                                            \
-  template void quantize(MatrixView<const T>, CodeRange, std::span<T>, std::span<Code>,          \
-                         MatrixView<Code>);                                                      \
-  template void dequantize(MatrixView<const Code>, std::span<const T>, std::span<const Code>,    \
+#define MILPRESS_INSTANTIATE(T, Code)                                                         \
+  template void quantize(MatrixView<const T>, CodeRange, std::span<T>, std::span<Code>,       \
+                         MatrixView<Code>);                                                   \
+  template void dequantize(MatrixView<const Code>, std::span<const T>, std::span<const Code>, \
                            MatrixView<T>);
 
 MILPRESS_INSTANTIATE(Half, std::int8_t)

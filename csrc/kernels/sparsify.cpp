@@ -117,7 +117,8 @@ std::vector<std::size_t> kept_before(std::span<const std::uint8_t> bitmask) {
   constexpr std::size_t kBytes = kGrain / 8;
   std::vector<std::size_t> starts((bitmask.size() + kBytes - 1) / kBytes);
   for (std::size_t i = 0; i < starts.size(); ++i) {
-    starts[i] = count_kept(bitmask.subspan(i * kBytes, std::min(kBytes, bitmask.size() - i * kBytes)));
+    starts[i] =
+        count_kept(bitmask.subspan(i * kBytes, std::min(kBytes, bitmask.size() - i * kBytes)));
   }
   std::exclusive_scan(starts.begin(), starts.end(), starts.begin(), std::size_t{0});
   return starts;
@@ -224,10 +225,10 @@ void expand(std::span<const std::uint8_t> bitmask, std::span<const T> nonzeros,
   });
 }
 
-#define MILPRESS_INSTANTIATE(T)                                                                 \
-  template void keep_largest(std::span<const T>, std::size_t, std::span<std::uint8_t>);         \
-  template void keep_above(std::span<const T>, T, std::span<std::uint8_t>);                     \
-  template void compact(std::span<const T>, std::span<const std::uint8_t>, std::span<T>);       \
+#define MILPRESS_INSTANTIATE(T)                                                           \
+  template void keep_largest(std::span<const T>, std::size_t, std::span<std::uint8_t>);   \
+  template void keep_above(std::span<const T>, T, std::span<std::uint8_t>);               \
+  template void compact(std::span<const T>, std::span<const std::uint8_t>, std::span<T>); \
   template void expand(std::span<const std::uint8_t>, std::span<const T>, std::span<T>);
 
 MILPRESS_INSTANTIATE(Half)

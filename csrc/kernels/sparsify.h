@@ -15,8 +15,7 @@ namespace milpress {
 /// that are zero already among them. Of equal magnitudes the earlier go first; NaN counts as
 /// greater than any number. Throws `std::invalid_argument` if `n_zeros` exceeds the weights.
 template <typename T>
-void keep_largest(std::span<const T> weights, std::size_t n_zeros,
-                  std::span<std::uint8_t> bitmask);
+void keep_largest(std::span<const T> weights, std::size_t n_zeros, std::span<std::uint8_t> bitmask);
 
 /// Writes to `bitmask` which weights have a magnitude above `threshold`, which is not negative.
 template <typename T>

@@ -113,7 +113,8 @@ def from_rows(
     rank = len(shape)
     order = [axis for pair in zip(range(rank), range(rank, 2 * rank), strict=True) for axis in pair]
     whole: NDArray[Any] = rows.reshape(grid + block_shape).transpose(order)
-    return np.ascontiguousarray(whole).reshape(shape)
+    restored: NDArray[Any] = np.ascontiguousarray(whole).reshape(shape)
+    return restored
 
 
 def normalized_axis(axis: int, rank: int) -> int:
