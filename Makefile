@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 SOURCES := $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.pyi') \
 	CMakeLists.txt pyproject.toml
 
-.PHONY: demo test bench check clean
+.PHONY: demo test bench clean
 
 demo: $(VENV)/models.stamp
 	$(VENV)/bin/python examples/demo.py

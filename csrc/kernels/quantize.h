@@ -43,8 +43,10 @@ template <typename T>
 constexpr float half_step_bound(float weight, float decoded, float scale) {
   constexpr float kHalfPlace = sizeof(T) == 2 ? 0x1.01p-11F : 0x1.01p-24F;
   constexpr float kSubnormal = sizeof(T) == 2 ? 0x1p-25F : 0x1p-149F;
-  const float magnitude = (weight < 0 ? -weight : weight) + (decoded < 0 ? -decoded : decoded);
-  return 0.5F * scale + kHalfPlace * magnitude + kSubnormal;
+  // Multiplied apart: the sum of two large magnitudes may overflow.
+  const float places = kHalfPlace * (weight < 0 ? -weight : weight) +
+                       kHalfPlace * (decoded < 0 ? -decoded : decoded);
+  return 0.5F * scale + places + kSubnormal;
 }
 
 }  // namespace milpress

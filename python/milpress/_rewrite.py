@@ -101,7 +101,7 @@ class Rewriter:
 
     def copy(self, node: Node) -> None:
         """Write what an op stores as it is."""
-        for value in blob_values(node):
+        for value in blob_values(node.op):
             where = value.blobFileValue
             dtype, shape = values.stored_type(value)
             key = (where.fileName, where.offset, dtype.mil)
@@ -149,7 +149,7 @@ class Rewriter:
     def decompress(self, weight: Weight, decoder: Decoder) -> int:
         """Turn the ``constexpr`` op of a weight into a ``const``; return the size stored."""
         node = weight.node
-        blob = next(blob_values(node), None)
+        blob = next(blob_values(node.op), None)
         file_name = self._default_file if blob is None else blob.blobFileValue.fileName
         dense = decoder.dense(node)
         constexpr.emit_const(dense, node, file_name=file_name, sink=self._sink)

@@ -113,8 +113,7 @@ def from_rows(
     rank = len(shape)
     order = [axis for pair in zip(range(rank), range(rank, 2 * rank), strict=True) for axis in pair]
     whole: NDArray[Any] = rows.reshape(grid + block_shape).transpose(order)
-    restored: NDArray[Any] = np.ascontiguousarray(whole).reshape(shape)
-    return restored
+    return np.ascontiguousarray(whole).reshape(shape)
 
 
 def normalized_axis(axis: int, rank: int) -> int:
@@ -133,6 +132,6 @@ def normalized_axis(axis: int, rank: int) -> int:
 
 def frozen(array: NDArray[Any]) -> NDArray[Any]:
     """Return a view of the array that can't be written to."""
-    view = array.view()
+    view: NDArray[Any] = array.view()
     view.flags.writeable = False
     return view

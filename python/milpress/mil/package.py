@@ -71,6 +71,7 @@ class Package:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self.retyped: dict[tuple[str, int], DType] = {}
+        self.weight_files: tuple[str, ...] | None = None
         self._readers: dict[str, _core.BlobReader] = {}
         with system_errors(self.path):
             _check_kind(self.path)

@@ -136,24 +136,34 @@ def weights(prefix: str, graph: Graph) -> Iterator[Weight]:
             yield Weight(f"{prefix}{node.name}", node, graph, tensor_type.dtype, shape)
 
 
-def blob_values(node: Node) -> Iterator[Any]:
+def blob_values(op: Any) -> Iterator[Any]:
     """Yield every value of an op that is stored in a weight file."""
-    for key in sorted(node.op.attributes):
-        if values.is_blob(node.op.attributes[key]):
-            yield node.op.attributes[key]
-    for key in sorted(node.op.inputs):
-        for binding in node.op.inputs[key].arguments:
+    for _, value in sorted(op.attributes.items()):
+        if values.is_blob(value):
+            yield value
+    for _, argument in sorted(op.inputs.items()):
+        for binding in argument.arguments:
             if binding.WhichOneof("choice") == "value" and values.is_blob(binding.value):
                 yield binding.value
 
 
-def weight_files(package: Package) -> list[str]:
-    """Return the weight files that the model names, in the order of their first use."""
-    return list(
-        dict.fromkeys(
+def weight_files(package: Package) -> tuple[str, ...]:
+    """Return the weight files that the model names, each once, sorted."""
+    if package.weight_files is None:
+        names = {
             value.blobFileValue.fileName
-            for site in sites(package)
-            for node in site.graph.nodes
-            for value in blob_values(node)
-        )
-    )
+            for program in package.programs
+            for function in program.functions.values()
+            for block in function.block_specializations.values()
+            for op in _all_ops(block)
+            for value in blob_values(op)
+        }
+        package.weight_files = tuple(sorted(names))
+    return package.weight_files
+
+
+def _all_ops(block: Any) -> Iterator[Any]:
+    for op in block.operations:
+        yield op
+        for inner in op.blocks:
+            yield from _all_ops(inner)
