@@ -52,13 +52,17 @@ void register_blob(py::module_& m) {
   py::register_exception<BlobError>(m, "BlobError", PyExc_ValueError);
   py::register_exception_translator(&translate_system_error);
 
-  py::class_<BlobInfo>(m, "BlobInfo", "Where a blob's data lies in its weight file.")
+  // Ordinary classes: pybind11's own metaclass serves static properties, of which there are none.
+  const py::metaclass plain_type(reinterpret_cast<PyObject*>(&PyType_Type));
+
+  py::class_<BlobInfo>(m, "BlobInfo", plain_type, "Where a blob's data lies in its weight file.")
       .def_readonly("dtype", &BlobInfo::dtype)
       .def_readonly("n_bytes", &BlobInfo::n_bytes)
       .def_readonly("data_offset", &BlobInfo::data_offset)
       .def_readonly("padding_bits", &BlobInfo::padding_bits);
 
-  py::class_<BlobReader>(m, "BlobReader", "Reads blobs of a weight file and trusts nothing in it.")
+  py::class_<BlobReader>(m, "BlobReader", plain_type,
+                         "Reads blobs of a weight file and trusts nothing in it.")
       .def(py::init([](const std::filesystem::path& path) {
              return std::make_unique<BlobReader>(path.string());
            }),
@@ -66,7 +70,7 @@ void register_blob(py::module_& m) {
       .def("info", &BlobReader::info, py::arg("offset"), "What the metadata at offset says.")
       .def("read", &read, py::arg("info"), "The bytes of a blob.");
 
-  py::class_<BlobWriter>(m, "BlobWriter", "Writes a weight file, a blob at a time.")
+  py::class_<BlobWriter>(m, "BlobWriter", plain_type, "Writes a weight file, a blob at a time.")
       .def(py::init([](const std::filesystem::path& path) {
              return std::make_unique<BlobWriter>(path.string());
            }),

@@ -190,9 +190,6 @@ class PrefixCost {
       second.add(data.weights[i] * value * value);
       // A weight too small to count would make a cluster of none and its mean 0 / 0.
       const double least = sums_.back().weight * (1 + kEpsilon);
-      if (weight.sum < least) {
-        raised_ += (least - weight.sum) * value * value;
-      }
       sums_.push_back({std::max(weight.sum, least), first.sum, second.sum});
     }
   }
@@ -231,7 +228,7 @@ class PrefixCost {
       bound += sums_.back().second + mean * (2 * largest + mean * sums_.back().weight);
       begin = end;
     }
-    return 2 * kEpsilon * bound + raised_;
+    return 2 * kEpsilon * bound;
   }
 
  private:
@@ -244,7 +241,6 @@ class PrefixCost {
   PrefixCost() = default;
 
   std::vector<Sums> sums_;  // one more than values
-  double raised_ = 0;       // what clusters may cost too much for the weights that were raised
 };
 
 // A tree of merged neighbours: every term is positive, so the error is relative to the cost itself.
