@@ -67,7 +67,7 @@ MILPRESS_VECTORIZE void add_errors(const float* source, const float* decoded, st
   }
 }
 
-// NaN is never within its bound.
+// NaN is never within its bound, nor is an infinite weight, whose bound is infinite too.
 template <typename T>
 MILPRESS_VECTORIZE std::size_t count_beyond_half_step(const float* source, const float* decoded,
                                                       std::size_t n, float scale) {
@@ -75,7 +75,8 @@ MILPRESS_VECTORIZE std::size_t count_beyond_half_step(const float* source, const
   for (std::size_t i = 0; i < n; ++i) {
     const float bound = half_step_bound<T>(source[i], decoded[i], scale);
     const float error = source[i] - decoded[i];
-    within += static_cast<std::uint32_t>((error <= bound) & (-error <= bound));
+    within += static_cast<std::uint32_t>((error <= bound) & (-error <= bound) &
+                                         (bound < std::numeric_limits<float>::infinity()));
   }
   return n - within;
 }

@@ -117,7 +117,9 @@ bool is_sound(const Step& step, Extremes extremes, CodeRange range) {
   }
   for (const float weight : {extremes.low, extremes.high}) {
     const float decoded = restored<T>(weight, step, range);
-    if (!(std::abs(weight - decoded) <= half_step_bound<T>(weight, decoded, step.scale))) {
+    // The bound of an infinite value is infinite: it has to be refused by itself.
+    if (!std::isfinite(decoded) ||
+        !(std::abs(weight - decoded) <= half_step_bound<T>(weight, decoded, step.scale))) {
       return false;
     }
   }
@@ -176,8 +178,14 @@ Step step_for(Extremes extremes, CodeRange range, bool fitted_offset) {
   }
   const double width = static_cast<double>(extremes.high) - extremes.low;
   const T nearest = from_float<T>(static_cast<float>(width / (range.code_max - range.code_min)));
+  // Where the outermost code would decode beyond the largest `T`: the scale by which the greater
+  // extreme rounds to the code before it, half a step away. The lesser then can't overflow either.
+  const float magnitude = std::max(std::abs(extremes.low), std::abs(extremes.high));
+  const float n_outermost = std::max(1.0F, std::nearbyint(magnitude / to_float(nearest)));
+  const T wider = from_float<T>(magnitude / (n_outermost - 0.5F));
   Step last{};
-  for (const T scale : {nearest, next_below(nearest), next_above(nearest)}) {
+  for (const T scale : {nearest, next_below(nearest), next_above(nearest), wider, next_above(wider),
+                        next_above(next_above(wider))}) {
     const float value = to_float(scale);
     const float zero = std::nearbyint(static_cast<float>(range.code_min) - extremes.low / value);
     last = {value, fitted_offset && std::isfinite(zero) ? clamp_code(zero, range) : middle(range),

@@ -1,10 +1,14 @@
 #include <doctest/doctest.h>
 
-#include <cstring>
+#include <algorithm>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <stdexcept>
 #include <system_error>
 #include <vector>
+
+#include <sys/stat.h>
 
 #include "blob/reader.h"
 #include "blob/writer.h"
@@ -80,6 +84,107 @@ TEST_CASE("a file has the documented layout and gives back what was written") {
   CHECK(data == bytes(100));
 }
 
+std::vector<std::byte> contents(const std::string& path) {
+  std::vector<std::byte> data(fs::file_size(path));
+  std::ifstream(path, std::ios::binary)
+      .read(reinterpret_cast<char*>(data.data()), static_cast<std::streamsize>(data.size()));
+  return data;
+}
+
+// `n_bytes` of `value`, least significant first.
+void append(std::vector<std::byte>& out, std::uint64_t value, std::size_t n_bytes) {
+  for (std::size_t i = 0; i < n_bytes; ++i) {
+    out.push_back(static_cast<std::byte>(value >> (8 * i)));
+  }
+}
+
+TEST_CASE("every byte of a file is as the format says, at all lengths around the alignment") {
+  const Folder folder;
+  const std::vector<std::size_t> lengths{0, 1, 63, 64, 65, 128, 200};
+  const std::string path = folder.file("weight.bin");
+  BlobWriter writer(path);
+  std::vector<std::byte> expected;
+  append(expected, lengths.size(), 4);
+  append(expected, 2, 4);
+  expected.resize(64);
+  std::vector<std::uint64_t> offsets;
+  for (std::size_t i = 0; i < lengths.size(); ++i) {
+    const std::vector<std::byte> data = bytes(lengths[i]);
+    offsets.push_back(writer.write(static_cast<std::uint32_t>(8 + i), data, i % 8));
+    expected.resize((expected.size() + 63) / 64 * 64);
+    CHECK(offsets.back() == expected.size());
+    append(expected, 0xdeadbeef, 4);
+    append(expected, 8 + i, 4);
+    append(expected, data.size(), 8);
+    append(expected, offsets.back() + 64, 8);
+    append(expected, i % 8, 8);
+    expected.resize(expected.size() + 32);
+    expected.insert(expected.end(), data.begin(), data.end());
+  }
+  writer.close();
+  CHECK(contents(path) == expected);
+  const BlobReader reader(path);
+  for (std::size_t i = 0; i < lengths.size(); ++i) {
+    const BlobInfo info = reader.info(offsets[i]);
+    CHECK(info.dtype == 8 + i);
+    CHECK(info.n_bytes == lengths[i]);
+    CHECK(info.data_offset == offsets[i] + 64);
+    CHECK(info.padding_bits == (8 + i < 14 ? i % 8 : 0));  // from 14 on whole bytes
+    std::vector<std::byte> data(lengths[i]);
+    reader.read(info, 0, data);
+    CHECK(data == bytes(lengths[i]));
+  }
+}
+
+TEST_CASE("an empty file is a header") {
+  const Folder folder;
+  BlobWriter writer(folder.file("weight.bin"));
+  writer.close();
+  CHECK(fs::file_size(folder.file("weight.bin")) == 64);
+  CHECK_THROWS_AS(BlobReader(folder.file("weight.bin")).info(64), BlobError);
+}
+
+TEST_CASE("a blob is read in parts, and nothing beyond its end is") {
+  const Folder folder;
+  const BlobReader reader(written(folder));
+  const BlobInfo info = reader.info(64);
+  const std::vector<std::byte> all = bytes(100);
+  std::vector<std::byte> part(30);
+  reader.read(info, 70, part);
+  CHECK(std::equal(part.begin(), part.end(), all.begin() + 70));
+  CHECK_NOTHROW(reader.read(info, 100, std::span(part).first(0)));
+  CHECK_THROWS_AS(reader.read(info, 71, part), BlobError);
+  CHECK_THROWS_AS(reader.read(info, 101, std::span(part).first(0)), BlobError);
+  CHECK_THROWS_AS(reader.read(info, ~std::uint64_t{0}, part), BlobError);
+}
+
+TEST_CASE("a copy longer than its buffer is whole") {
+  const Folder folder;
+  const std::vector<std::byte> data = bytes(3 * (1 << 20) + 17);
+  BlobWriter first(folder.file("first.bin"));
+  first.write(1, data, 0);
+  first.close();
+  const BlobReader reader(folder.file("first.bin"));
+  BlobWriter second(folder.file("second.bin"));
+  second.write(4, bytes(5), 0);
+  const std::uint64_t offset = second.copy(reader, reader.info(64), 8, 3);
+  second.close();
+  const BlobReader copy(folder.file("second.bin"));
+  CHECK(copy.info(offset).dtype == 8);
+  CHECK(copy.info(offset).padding_bits == 3);
+  std::vector<std::byte> back(data.size());
+  copy.read(copy.info(offset), 0, back);
+  CHECK(back == data);
+}
+
+TEST_CASE("a writer takes no type or padding that a reader would refuse") {
+  const Folder folder;
+  BlobWriter writer(folder.file("weight.bin"));
+  CHECK_THROWS_AS(writer.write(0, bytes(1), 0), std::invalid_argument);
+  CHECK_THROWS_AS(writer.write(18, bytes(1), 0), std::invalid_argument);
+  CHECK_THROWS_AS(writer.write(11, bytes(1), 8), std::invalid_argument);
+}
+
 TEST_CASE("a copied blob keeps its data and takes the type it is given") {
   const Folder folder;
   const BlobReader reader(written(folder));
@@ -108,6 +213,33 @@ TEST_CASE("damage is refused, with the file and the offset") {
     overwrite(path, 68, std::uint32_t{18});
     CHECK_THROWS_AS(BlobReader(path).info(64), BlobError);
   }
+  SUBCASE("no type") {
+    overwrite(path, 68, std::uint32_t{0});
+    CHECK_THROWS_AS(BlobReader(path).info(64), BlobError);
+  }
+  SUBCASE("a sentinel of other bits") {
+    overwrite(path, 64, std::uint32_t{0xdeadbeee});
+    CHECK_THROWS_AS(BlobReader(path).info(64), BlobError);
+  }
+  SUBCASE("data that starts beyond the file, or so far that its end overflows") {
+    for (const std::uint64_t start : {std::uint64_t{324}, ~std::uint64_t{0}, ~std::uint64_t{49}}) {
+      overwrite(path, 80, start);
+      CHECK_THROWS_AS(BlobReader(path).info(64), BlobError);
+    }
+  }
+  SUBCASE("one byte more than the file has; the last is accepted") {
+    overwrite(path, 256 + 8, std::uint64_t{4});
+    CHECK_THROWS_AS(BlobReader(path).info(256), BlobError);
+    overwrite(path, 256 + 8, std::uint64_t{3});
+    CHECK_NOTHROW(BlobReader(path).info(256));
+  }
+  SUBCASE("metadata that the file cuts off") {
+    for (const std::uint64_t size : {256U, 257U, 319U}) {
+      fs::resize_file(path, 323);
+      fs::resize_file(path, size);
+      CHECK_THROWS_AS(BlobReader(path).info(256), BlobError);
+    }
+  }
   SUBCASE("size that overflows") {
     overwrite(path, 72, ~std::uint64_t{0});
     CHECK_THROWS_AS(BlobReader(path).info(64), BlobError);
@@ -129,8 +261,17 @@ TEST_CASE("damage is refused, with the file and the offset") {
     CHECK_THROWS_AS(BlobReader{path}, BlobError);
   }
   SUBCASE("a file shorter than its header") {
-    fs::resize_file(path, 63);
-    CHECK_THROWS_AS(BlobReader{path}, BlobError);
+    for (const std::uint64_t size : {63U, 8U, 0U}) {
+      fs::resize_file(path, size);
+      CHECK_THROWS_AS(BlobReader{path}, BlobError);
+    }
+  }
+  SUBCASE("a source that shrinks while it is copied") {
+    const BlobReader reader(path);
+    const BlobInfo info = reader.info(64);
+    fs::resize_file(path, 150);
+    BlobWriter writer(folder.file("copy.bin"));
+    CHECK_THROWS_AS(writer.copy(reader, info, 1, 0), BlobError);
   }
   SUBCASE("a file that shrinks") {
     const BlobReader reader(path);
@@ -149,7 +290,14 @@ TEST_CASE("links, folders and files in the way are the system's errors") {
   CHECK_THROWS_AS(BlobReader{folder.file("link")}, std::system_error);
   CHECK_THROWS_AS(BlobReader{folder.file(".")}, std::system_error);
   CHECK_THROWS_AS(BlobReader{folder.file("none")}, std::system_error);
+  REQUIRE(::mkfifo(folder.file("pipe").c_str(), 0600) == 0);
+  CHECK_THROWS_AS(BlobReader{folder.file("pipe")}, std::system_error);  // and doesn't wait
+  const std::vector<std::byte> before = contents(path);
   CHECK_THROWS_AS(BlobWriter{path}, std::system_error);
+  CHECK(contents(path) == before);
+  fs::create_symlink(folder.file("none"), folder.file("dangling"));
+  CHECK_THROWS_AS(BlobWriter{folder.file("dangling")}, std::system_error);
+  CHECK_THROWS_AS(BlobWriter{folder.file("none/weight.bin")}, std::system_error);
 }
 
 }  // namespace

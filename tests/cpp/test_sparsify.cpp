@@ -6,6 +6,7 @@
 #include <numeric>
 #include <random>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "core/half.h"
@@ -32,13 +33,39 @@ bool bit(const std::vector<std::uint8_t>& mask, std::size_t i) {
   return (mask[i / 8] >> i % 8 & 1) != 0;
 }
 
+// Magnitudes in their order, NaN above infinity.
 template <typename T>
-void check_selection(std::size_t n, std::size_t n_zeros) {
-  const std::vector<T> weights = tied_weights<T>(n);
+std::pair<bool, float> rank(T weight) {
+  const float value = std::abs(to_float(weight));
+  return std::isnan(value) ? std::pair(true, 0.0F) : std::pair(false, value);
+}
+
+// Equal in every bit; -0.0 is not 0.0, and NaN equals itself.
+template <typename T>
+bool same(T a, T b) {
+  return order_key(a) == order_key(b);
+}
+
+template <typename T>
+std::vector<T> special_weights(std::size_t n) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  const std::vector<float> values{0.0F,     -0.0F, NAN,   -0.5F, 0.5F,   infinity,
+                                  0x1p-24F, 1.0F,  -1.0F, 0.0F,  -65504, -0x1p-24F};
+  std::mt19937 random(static_cast<unsigned>(n));
+  std::vector<T> weights(n);
+  for (T& weight : weights) {
+    weight = from_float<T>(values[random() % values.size()]);
+  }
+  return weights;
+}
+
+template <typename T>
+void check_selection(const std::vector<T>& weights, std::size_t n_zeros) {
+  const std::size_t n = weights.size();
   std::vector<std::size_t> order(n);
   std::iota(order.begin(), order.end(), std::size_t{0});
   std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
-    return std::abs(to_float(weights[a])) < std::abs(to_float(weights[b]));
+    return rank(weights[a]) < rank(weights[b]);
   });
   std::vector<bool> kept(n);
   for (std::size_t i = n_zeros; i < n; ++i) {
@@ -46,32 +73,79 @@ void check_selection(std::size_t n, std::size_t n_zeros) {
   }
   std::vector<std::uint8_t> mask((n + 7) / 8, 0xaa);
   keep_largest<T>(weights, n_zeros, mask);
+  std::size_t n_wrong = 0;
   for (std::size_t i = 0; i < n; ++i) {
-    REQUIRE(bit(mask, i) == kept[i]);
+    n_wrong += bit(mask, i) == kept[i] ? 0U : 1U;
   }
+  // As many as stay: no spare bit is set.
   REQUIRE(count_kept(mask) == static_cast<std::size_t>(std::count(kept.begin(), kept.end(), true)));
   std::vector<T> nonzeros(count_kept(mask));
   compact<T>(weights, mask, nonzeros);
   std::vector<T> dense(n);
   expand<T>(mask, nonzeros, dense);
   for (std::size_t i = 0; i < n; ++i) {
-    REQUIRE(to_float(dense[i]) == (kept[i] ? to_float(weights[i]) : 0.0F));
+    n_wrong += same(dense[i], kept[i] ? weights[i] : T{}) ? 0U : 1U;
   }
+  CHECK(n_wrong == 0);
   const SparseFidelity judged = compare_sparse<T>(weights, mask, nonzeros);
   CHECK(judged.fidelity.n_outside == 0);
   CHECK(judged.n_zeros == n - nonzeros.size());
-  CHECK(judged.greatest_pruned <= judged.least_kept);
+  CHECK_FALSE(judged.greatest_pruned > judged.least_kept);
 }
 
-TEST_CASE("the smallest go, of equals the earlier first, and the rest comes back") {
-  for (const std::size_t n : {1U, 7U, 8U, 9U, 2047U, 2048U, 2049U}) {
+TEST_CASE_TEMPLATE("the smallest go, of equals the earlier first, and the rest comes back", T, Half,
+                   float) {
+  for (const std::size_t n : {0U, 1U, 7U, 8U, 9U, 2047U, 2048U, 2049U}) {
     for (const std::size_t n_zeros : {std::size_t{0}, std::size_t{1}, n / 3, n / 2, n - 1, n}) {
-      check_selection<Half>(n, std::min(n, n_zeros));
-      check_selection<float>(n, std::min(n, n_zeros));
+      check_selection(tied_weights<T>(n), std::min(n, n_zeros));
+      check_selection(special_weights<T>(n), std::min(n, n_zeros));
     }
   }
-  check_selection<Half>(262'145, 100'000);
-  check_selection<float>(262'145, 100'000);
+  for (std::size_t n_zeros = 0; n_zeros <= 40; ++n_zeros) {
+    check_selection(special_weights<T>(40), n_zeros);
+  }
+  for (const std::size_t n : {262'143U, 262'144U, 262'145U}) {
+    check_selection(tied_weights<T>(n), 100'000);
+  }
+}
+
+TEST_CASE("floats that differ in their lowest bits only are told apart") {
+  std::vector<float> weights(3000);
+  std::mt19937 random(1);
+  for (float& weight : weights) {
+    weight =
+        value_at(static_cast<std::int32_t>(0x3f800000 + random() % 70'000));  // across both digits
+    weight = random() % 2 == 0 ? weight : -weight;
+  }
+  for (const std::size_t n_zeros : {1U, 1500U, 2999U}) {
+    check_selection(weights, n_zeros);
+  }
+}
+
+TEST_CASE_TEMPLATE("what is compacted comes back by expanding, at any density", T, Half, float) {
+  for (const std::size_t n : {0U, 1U, 9U, 2049U, 262'143U, 262'144U, 262'145U, 600'000U}) {
+    for (const double density : {0.0, 0.01, 0.5, 1.0}) {
+      const std::vector<T> weights = special_weights<T>(n);
+      std::mt19937 random(7);
+      std::vector<std::uint8_t> mask((n + 7) / 8);
+      std::vector<T> kept;
+      std::vector<T> expected(n);
+      for (std::size_t i = 0; i < n; ++i) {
+        if (static_cast<double>(random()) < density * 0x1p32) {
+          mask[i / 8] = static_cast<std::uint8_t>(mask[i / 8] | 1U << i % 8);
+          kept.push_back(weights[i]);
+          expected[i] = weights[i];
+        }
+      }
+      REQUIRE(count_kept(mask) == kept.size());
+      std::vector<T> nonzeros(kept.size());
+      compact<T>(weights, mask, nonzeros);
+      CHECK(std::equal(nonzeros.begin(), nonzeros.end(), kept.begin(), same<T>));
+      std::vector<T> dense(n, from_float<T>(3.0F));
+      expand<T>(mask, nonzeros, dense);
+      CHECK(std::equal(dense.begin(), dense.end(), expected.begin(), same<T>));
+    }
+  }
 }
 
 TEST_CASE("a threshold keeps what is above it and no zero of either sign") {
@@ -81,6 +155,23 @@ TEST_CASE("a threshold keeps what is above it and no zero of either sign") {
   CHECK(mask[0] == 0b1110000);
   keep_above<float>(weights, 0.0F, mask);
   CHECK(mask[0] == 0b1111100);
+  keep_above<float>(weights, -0.0F, mask);
+  CHECK(mask[0] == 0b1111100);
+}
+
+TEST_CASE_TEMPLATE("a threshold splits every length where the magnitudes say", T, Half, float) {
+  for (const std::size_t n : {0U, 1U, 7U, 8U, 9U, 2049U, 262'145U}) {
+    const std::vector<T> weights = special_weights<T>(n);
+    for (const float threshold : {0.0F, 0x1p-24F, 0.5F, 65504.0F, INFINITY}) {
+      std::vector<std::uint8_t> mask((n + 7) / 8, 0xaa);
+      keep_above<T>(weights, from_float<T>(threshold), mask);
+      std::size_t n_wrong = n % 8 != 0 && mask.back() >> n % 8 != 0 ? 1 : 0;
+      for (std::size_t i = 0; i < n; ++i) {
+        n_wrong += bit(mask, i) == (rank(weights[i]) > std::pair(false, threshold)) ? 0U : 1U;
+      }
+      CHECK(n_wrong == 0);
+    }
+  }
 }
 
 TEST_CASE("masks that don't fit are refused") {
@@ -91,6 +182,103 @@ TEST_CASE("masks that don't fit are refused") {
   std::vector<float> dense(9);
   CHECK_THROWS_AS(expand<float>(mask, std::vector<float>(16), dense), std::invalid_argument);
   CHECK_THROWS_AS(expand<float>(mask, std::vector<float>(3), dense), std::invalid_argument);
+  CHECK_THROWS_AS(compact<float>(weights, mask, dense), std::invalid_argument);
+  mask[1] = 1;
+  CHECK_NOTHROW(expand<float>(mask, std::vector<float>(9), dense));
+  for (unsigned spare = 1; spare < 8; ++spare) {
+    mask[1] = static_cast<std::uint8_t>(1U << spare);
+    CHECK_THROWS_AS(expand<float>(mask, std::vector<float>(9), dense), std::invalid_argument);
+  }
+  mask[1] = 0;
+  CHECK_THROWS_AS(expand<float>(mask, std::vector<float>(9), dense), std::invalid_argument);
+  CHECK_THROWS_AS(expand<float>(mask, std::vector<float>(7), dense), std::invalid_argument);
+  mask.resize(3);
+  CHECK_THROWS_AS(expand<float>(mask, std::vector<float>(8), dense), std::invalid_argument);
+  CHECK_THROWS_AS(keep_largest<float>(weights, 1, mask), std::invalid_argument);
+  mask.resize(2);
+  CHECK_THROWS_AS(keep_largest<float>(weights, 10, mask), std::invalid_argument);
+  CHECK_THROWS_AS(keep_above<float>(weights, -0.5F, mask), std::invalid_argument);
+  CHECK_THROWS_AS(keep_above<float>(weights, NAN, mask), std::invalid_argument);
+}
+
+TEST_CASE_TEMPLATE("a pruned weight's extremes and counts are those of a plain loop", T, Half,
+                   float) {
+  for (const std::size_t n : {0U, 1U, 9U, 1025U, 131'073U, 300'001U}) {
+    std::mt19937 random(static_cast<unsigned>(n));
+    const std::vector<T> weights = tied_weights<T>(n);
+    std::vector<std::uint8_t> mask((n + 7) / 8);
+    std::vector<T> nonzeros;
+    SparseFidelity expected;
+    expected.least_kept = std::numeric_limits<float>::infinity();
+    for (std::size_t i = 0; i < n; ++i) {
+      const float weight = to_float(weights[i]);
+      expected.fidelity.signal += double{weight} * weight;
+      if (random() % 4 == 0) {  // some are dropped that are greater than some that stay
+        expected.fidelity.noise += double{weight} * weight;
+        expected.greatest_pruned = std::max(expected.greatest_pruned, std::abs(weight));
+        ++expected.n_zeros;
+      } else {
+        const bool changed = random() % 100 == 0;
+        mask[i / 8] = static_cast<std::uint8_t>(mask[i / 8] | 1U << i % 8);
+        nonzeros.push_back(from_float<T>(changed ? weight + 0.25F : weight));
+        expected.fidelity.n_outside += changed ? 1U : 0U;
+        expected.fidelity.noise += changed ? 0.0625 : 0;
+        expected.n_zeros += to_float(nonzeros.back()) == 0 ? 1U : 0U;
+        expected.least_kept = std::min(expected.least_kept, std::abs(weight));
+      }
+    }
+    const SparseFidelity judged = compare_sparse<T>(weights, mask, nonzeros);
+    CHECK(judged.fidelity.n_outside == expected.fidelity.n_outside);
+    CHECK(judged.n_zeros == expected.n_zeros);
+    CHECK(judged.greatest_pruned == expected.greatest_pruned);
+    CHECK(judged.least_kept == expected.least_kept);
+    // Squares of eighths add up exactly in a float's 24 bits.
+    CHECK(judged.fidelity.signal == expected.fidelity.signal);
+    CHECK(judged.fidelity.noise == expected.fidelity.noise);
+  }
+}
+
+TEST_CASE_TEMPLATE("a palette's codes are outside where another entry is nearer, ties are not", T,
+                   Half, float) {
+  const std::size_t n_rows = 3;
+  const std::size_t k = 5;
+  const std::vector<float> tables{-2, -1, 0, 1, 2, -0.5, -0.5, 0, 0.25, 1, -1, 1, 1, 1, 2};
+  std::vector<T> luts;
+  std::transform(tables.begin(), tables.end(), std::back_inserter(luts), from_float<T>);
+  for (const std::size_t n_cols : {1U, 33U, 1025U, 70'000U}) {
+    const std::vector<T> weights = tied_weights<T>(n_rows * n_cols);
+    std::vector<std::uint8_t> codes(weights.size());
+    std::mt19937 random(static_cast<unsigned>(n_cols));
+    Fidelity expected;
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+      const float* const lut = tables.data() + i / n_cols * k;
+      const double weight = to_float(weights[i]);
+      double least = std::abs(weight - lut[0]);
+      for (std::size_t j = 1; j < k; ++j) {
+        least = std::min(least, std::abs(weight - lut[j]));
+      }
+      // Mostly the last of the nearest, the upper one of a tie; sometimes any code.
+      codes[i] = static_cast<std::uint8_t>(random() % k);
+      for (std::size_t j = 0; j < k && i % 10 != 0; ++j) {
+        codes[i] = std::abs(weight - lut[j]) == least ? static_cast<std::uint8_t>(j) : codes[i];
+      }
+      const double error = std::abs(weight - lut[codes[i]]);
+      expected.n_outside += error > least ? 1U : 0U;
+      expected.signal += weight * weight;
+      expected.noise += error * error;
+    }
+    const auto judge = [&](std::size_t n_luts) {
+      return compare_palette<T>({weights.data(), n_rows, n_cols}, {codes.data(), n_rows, n_cols},
+                                {luts.data(), n_luts, k});
+    };
+    const Fidelity judged = judge(n_rows);
+    CHECK(judged.n_outside == expected.n_outside);
+    CHECK(judged.signal == expected.signal);  // exact, as above
+    CHECK(judged.noise == expected.noise);
+    CHECK_THROWS_AS(judge(2), std::invalid_argument);
+    codes.back() = k;
+    CHECK_THROWS_AS(judge(n_rows), std::invalid_argument);
+  }
 }
 
 TEST_CASE("a changed survivor and a zero among the stored are found") {
@@ -134,8 +322,69 @@ TEST_CASE("packing is a stream of bits, least significant first, and unpacking u
     }
   }
   std::vector<std::uint8_t> one(1);
+  std::vector<std::int8_t> two(2);
+  for (const int bits : {-1, 0, 5, 7, 9}) {
+    CHECK_THROWS_AS(unpack<std::int8_t>(one, bits, two), std::invalid_argument);
+  }
+  CHECK_THROWS_AS(unpack<std::int8_t>(one, 8, two), std::invalid_argument);
   CHECK_THROWS_AS(pack(one, 5, one), std::invalid_argument);
   CHECK_THROWS_AS(pack(one, 8, std::span(one).first(0)), std::invalid_argument);
+}
+
+TEST_CASE("more codes than a thread takes at a time pack like few, high bits dropped") {
+  const std::size_t n = 524'288 + 13;
+  std::vector<std::uint8_t> codes(n);
+  for (std::size_t i = 0; i < n; ++i) {
+    codes[i] = static_cast<std::uint8_t>(i * 167 / 3);
+  }
+  for (const int bits : {1, 3, 6}) {
+    const auto width = static_cast<std::size_t>(bits);
+    std::vector<std::uint8_t> packed(packed_size(n, bits), 0xff);
+    pack(codes, bits, packed);
+    std::size_t n_wrong = 0;
+    for (std::size_t i = 0; i < packed.size() * 8; ++i) {
+      const bool expected = i < n * width && (codes[i / width] >> i % width & 1) != 0;
+      n_wrong += bit(packed, i) == expected ? 0U : 1U;
+    }
+    CHECK(n_wrong == 0);
+    std::vector<std::uint8_t> back(n);
+    unpack<std::uint8_t>(packed, bits, back);
+    for (std::size_t i = 0; i < n; ++i) {
+      n_wrong += back[i] == (codes[i] & ((1U << bits) - 1)) ? 0U : 1U;
+    }
+    CHECK(n_wrong == 0);
+  }
+}
+
+TEST_CASE_TEMPLATE("sums of squares are those of a plain loop at every length", T, Half, float) {
+  for (const std::size_t n : {0U, 1U, 7U, 8U, 9U, 1023U, 1024U, 1025U, 131'073U, 300'001U}) {
+    const std::vector<T> source = tied_weights<T>(n);
+    std::vector<T> decoded = source;
+    Fidelity expected;
+    for (std::size_t i = 0; i < n; ++i) {
+      const double weight = to_float(source[i]);
+      if (i % 7 == 3) {
+        decoded[i] = from_float<T>(static_cast<float>(weight) - 0.5F);
+        expected.noise += 0.25;
+        ++expected.n_outside;
+      }
+      expected.signal += weight * weight;
+    }
+    const Fidelity judged = compare<T>(source, decoded);
+    CHECK(judged.signal == expected.signal);  // exact, as above
+    CHECK(judged.noise == expected.noise);
+    CHECK(judged.n_outside == expected.n_outside);
+  }
+}
+
+TEST_CASE("weights that are not finite make the sums not finite, and sizes must agree") {
+  std::vector<float> source(20, 1.0F);
+  const std::vector<float> decoded(20, 1.0F);
+  source[19] = NAN;
+  CHECK(std::isnan(compare<float>(source, decoded).noise));
+  source[19] = INFINITY;
+  CHECK(std::isinf(compare<float>(source, decoded).signal));
+  CHECK_THROWS_AS(compare<float>(source, std::span(decoded).first(19)), std::invalid_argument);
 }
 
 TEST_CASE("the comparison counts weights that differ in any bit, a zero's sign included") {
@@ -161,6 +410,18 @@ TEST_CASE("the first weight that is not finite is found wherever it stands") {
     }
     CHECK(first_nonfinite<Half>(weights) == place);
     CHECK(first_nonfinite<float>(floats) == place);
+  }
+}
+
+TEST_CASE("one infinite or undefined weight is found at each place of a ragged row") {
+  std::vector<Half> weights(70, Half{0x7bff});
+  CHECK(first_nonfinite<Half>(std::span(weights).first(0)) == 0);
+  for (const std::uint16_t bad : {0x7c00, 0xfc00, 0x7c01, 0xffff}) {
+    for (std::size_t place = 0; place < weights.size(); ++place) {
+      weights[place] = Half{bad};
+      CHECK(first_nonfinite<Half>(weights) == place);
+      weights[place] = Half{0xfbff};
+    }
   }
 }
 
