@@ -9,6 +9,7 @@
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include <unistd.h>
@@ -55,8 +56,8 @@ struct Job {
         caught = std::current_exception();
       }
       const std::lock_guard lock(mutex);
-      if (caught != nullptr && error == nullptr) {
-        error = caught;
+      if (error == nullptr) {
+        error = std::move(caught);
       }
       if (++n_done == n_pieces) {
         finished.notify_all();
@@ -145,8 +146,10 @@ void parallel_for(std::size_t n, std::size_t grain,
   job->work();
   std::unique_lock lock(job->mutex);
   job->finished.wait(lock, [&] { return job->n_done == job->n_pieces; });
-  if (job->error != nullptr) {
-    std::rethrow_exception(job->error);
+  // Taken out of the job, which a thread that wakes late may be the last to hold: the exception
+  // ends on the thread that catches it.
+  if (std::exception_ptr error = std::exchange(job->error, nullptr); error != nullptr) {
+    std::rethrow_exception(std::move(error));
   }
 }
 
