@@ -122,6 +122,32 @@ Bytes keep_above(const Array<T>& weights, float threshold) {
 }
 
 template <typename T>
+Bytes keep_n_m(const Array<T>& weights, std::size_t outer, std::size_t n_channels,
+               std::size_t inner, std::size_t n, std::size_t m) {
+  const auto in = view(weights);
+  auto bitmask = empty<std::uint8_t>((in.size() + 7) / 8);
+  const auto out = mutable_view(bitmask);
+  {
+    const py::gil_scoped_release unlocked;
+    milpress::keep_n_m(in, {outer, n_channels, inner}, n, m, out);
+  }
+  return bitmask;
+}
+
+template <typename T>
+Bytes keep_blocks(const Array<T>& weights, std::size_t outer, std::size_t n_channels,
+                  std::size_t inner, std::size_t block_size, std::size_t n_zeros) {
+  const auto in = view(weights);
+  auto bitmask = empty<std::uint8_t>((in.size() + 7) / 8);
+  const auto out = mutable_view(bitmask);
+  {
+    const py::gil_scoped_release unlocked;
+    milpress::keep_blocks(in, {outer, n_channels, inner}, block_size, n_zeros, out);
+  }
+  return bitmask;
+}
+
+template <typename T>
 Array<T> compact(const Array<T>& weights, const Bytes& bitmask) {
   const auto in = view(weights);
   const auto mask = view(bitmask);
@@ -262,6 +288,12 @@ void register_for(py::module_& m) {
         "Bitmask of the weights left when the n_zeros smallest go; the earlier of equals first.");
   m.def("keep_above", &keep_above<T>, py::arg("weights").noconvert(), py::arg("threshold"),
         "Bitmask of the weights whose magnitude is above the threshold.");
+  m.def("keep_n_m", &keep_n_m<T>, py::arg("weights").noconvert(), py::arg("outer"),
+        py::arg("n_channels"), py::arg("inner"), py::arg("n"), py::arg("m"),
+        "Bitmask of the weights left when the n smallest of every m channels go.");
+  m.def("keep_blocks", &keep_blocks<T>, py::arg("weights").noconvert(), py::arg("outer"),
+        py::arg("n_channels"), py::arg("inner"), py::arg("block_size"), py::arg("n_zeros"),
+        "Bitmask of the weights left when the blocks of least norm go, n_zeros weights at most.");
   m.def("compact", &compact<T>, py::arg("weights").noconvert(), py::arg("bitmask").noconvert(),
         "The weights whose bit is set, in order.");
   m.def("expand", &expand<T>, py::arg("bitmask").noconvert(), py::arg("nonzeros").noconvert(),

@@ -21,6 +21,37 @@ void keep_largest(std::span<const T> weights, std::size_t n_zeros, std::span<std
 template <typename T>
 void keep_above(std::span<const T> weights, T threshold, std::span<std::uint8_t> bitmask);
 
+/// A flat weight seen as `(n_outer, n_channels, n_inner)`: the axis that is pruned, and what lies
+/// before and behind it.
+struct ChannelShape {
+  std::size_t n_outer = 1;
+  std::size_t n_channels = 1;
+  std::size_t n_inner = 1;
+};
+
+/// Writes to `bitmask` which weights stay when, of every `m` consecutive channels, the `n` of least
+/// magnitude become zero. Of equal magnitudes the earlier channel goes first; NaN counts as greater
+/// than any number.
+///
+/// Runs start at channel 0 of each outer and inner position. A last run of fewer than `m` channels
+/// counts as filled up with zeros, which go before any weight that isn't zero.
+template <typename T>
+void keep_n_m(std::span<const T> weights, ChannelShape shape, std::size_t n, std::size_t m,
+              std::span<std::uint8_t> bitmask);
+
+/// Writes to `bitmask` which weights stay when blocks of `block_size` consecutive channels, each at
+/// one outer and one inner position, become zero in the ascending order of their Euclidean norms
+/// until the next would make it more than `n_zeros` weights, those that are zero already among
+/// them.
+///
+/// The last block of a column may be shorter. Squares are added up in double, channel by channel.
+/// Of equal norms the earlier block goes first, in the order outer, block, inner; a norm of NaN
+/// counts as greater than any number. Throws `std::invalid_argument` if `n_zeros` exceeds the
+/// weights.
+template <typename T>
+void keep_blocks(std::span<const T> weights, ChannelShape shape, std::size_t block_size,
+                 std::size_t n_zeros, std::span<std::uint8_t> bitmask);
+
 /// The number of bits set.
 std::size_t count_kept(std::span<const std::uint8_t> bitmask);
 

@@ -201,6 +201,170 @@ TEST_CASE("masks that don't fit are refused") {
   CHECK_THROWS_AS(keep_above<float>(weights, NAN, mask), std::invalid_argument);
 }
 
+template <typename T>
+void check_n_m(const std::vector<T>& weights, ChannelShape shape, std::size_t n, std::size_t m) {
+  CAPTURE(shape.n_channels);
+  CAPTURE(shape.n_inner);
+  CAPTURE(n);
+  CAPTURE(m);
+  std::vector<std::uint8_t> mask((weights.size() + 7) / 8, 0xaa);
+  keep_n_m<T>(weights, shape, n, m, mask);
+  std::size_t n_wrong = 0;
+  std::size_t n_kept = 0;
+  for (std::size_t outer = 0; outer < shape.n_outer; ++outer) {
+    for (std::size_t inner = 0; inner < shape.n_inner; ++inner) {
+      for (std::size_t first = 0; first < shape.n_channels; first += m) {
+        using Item = std::pair<std::pair<bool, float>, std::size_t>;
+        std::vector<Item> run;
+        for (std::size_t channel = first; channel < first + m; ++channel) {
+          const std::size_t place = (outer * shape.n_channels + channel) * shape.n_inner + inner;
+          run.emplace_back(channel < shape.n_channels ? rank(weights[place]) : rank(T{}), place);
+        }
+        std::stable_sort(run.begin(), run.end(),
+                         [](const Item& a, const Item& b) { return a.first < b.first; });
+        for (std::size_t j = 0; j < m; ++j) {
+          // A weight that fills a run up is zero, so it never stays.
+          const bool stays = j >= n && run[j].first != std::pair(false, 0.0F);
+          const bool is_real = run[j].second < (outer + 1) * shape.n_channels * shape.n_inner;
+          n_kept += stays ? 1U : 0U;
+          n_wrong += is_real && bit(mask, run[j].second) != stays ? 1U : 0U;
+        }
+      }
+    }
+  }
+  CHECK(n_wrong == 0);
+  CHECK(count_kept(mask) == n_kept);  // no spare bit is set
+}
+
+TEST_CASE_TEMPLATE("the smallest of every few channels go, the earlier of equals first", T, Half,
+                   float) {
+  for (const std::size_t n_channels : {1U, 3U, 4U, 5U, 64U, 66U, 257U}) {
+    for (const std::size_t n_inner : {1U, 2U, 9U, 63U, 64U, 65U, 150U}) {
+      const ChannelShape shape{3, n_channels, n_inner};
+      const std::size_t size = 3 * n_channels * n_inner;
+      for (const std::size_t m : {1U, 2U, 4U, 7U, 32U, 33U, 300U}) {
+        for (const std::size_t n : {std::size_t{0}, std::size_t{1}, m / 2, m - 1, m}) {
+          check_n_m(tied_weights<T>(size), shape, n, m);
+          check_n_m(special_weights<T>(size), shape, n, m);
+        }
+      }
+    }
+  }
+  check_n_m(tied_weights<T>(600'000), {1, 600'000, 1}, 2, 4);
+  check_n_m(tied_weights<T>(600'000), {100'000, 6, 1}, 2, 4);
+  check_n_m(tied_weights<T>(2 * 300'000), {1, 2, 300'000}, 1, 2);
+}
+
+template <typename T>
+void check_blocks(const std::vector<T>& weights, ChannelShape shape, std::size_t block_size,
+                  std::size_t n_zeros) {
+  CAPTURE(shape.n_channels);
+  CAPTURE(shape.n_inner);
+  CAPTURE(block_size);
+  CAPTURE(n_zeros);
+  struct Column {
+    std::pair<bool, double> norm;
+    std::vector<std::size_t> places;
+  };
+  std::vector<Column> blocks;
+  for (std::size_t outer = 0; outer < shape.n_outer; ++outer) {
+    for (std::size_t first = 0; first < shape.n_channels; first += block_size) {
+      for (std::size_t inner = 0; inner < shape.n_inner; ++inner) {
+        Column block;
+        double sum = 0;
+        for (std::size_t j = first; j < std::min(first + block_size, shape.n_channels); ++j) {
+          block.places.push_back((outer * shape.n_channels + j) * shape.n_inner + inner);
+          const double weight = to_float(weights[block.places.back()]);
+          sum += weight * weight;
+        }
+        block.norm = std::isnan(sum) ? std::pair(true, 0.0) : std::pair(false, sum);
+        blocks.push_back(block);
+      }
+    }
+  }
+  std::stable_sort(blocks.begin(), blocks.end(),
+                   [](const Column& a, const Column& b) { return a.norm < b.norm; });
+  std::vector<bool> kept(weights.size());
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    kept[i] = to_float(weights[i]) != 0;
+  }
+  std::size_t n_left = n_zeros;
+  for (const Column& block : blocks) {
+    if (block.places.size() > n_left) {
+      break;
+    }
+    n_left -= block.places.size();
+    for (const std::size_t place : block.places) {
+      kept[place] = false;
+    }
+  }
+  std::vector<std::uint8_t> mask((weights.size() + 7) / 8, 0xaa);
+  keep_blocks<T>(weights, shape, block_size, n_zeros, mask);
+  std::size_t n_wrong = 0;
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    n_wrong += bit(mask, i) == kept[i] ? 0U : 1U;
+  }
+  CHECK(n_wrong == 0);
+  CHECK(count_kept(mask) == static_cast<std::size_t>(std::count(kept.begin(), kept.end(), true)));
+}
+
+TEST_CASE_TEMPLATE("blocks go by their norm as long as the zeros are not too many", T, Half,
+                   float) {
+  for (const std::size_t n_channels : {1U, 4U, 5U, 31U}) {
+    for (const std::size_t n_inner : {1U, 3U, 17U}) {
+      const std::size_t size = 2 * n_channels * n_inner;
+      for (const std::size_t block_size : {1U, 2U, 3U, 4U, 40U}) {
+        for (const std::size_t n_zeros : {std::size_t{0}, size / 3, size / 2, size - 1, size}) {
+          check_blocks(tied_weights<T>(size), {2, n_channels, n_inner}, block_size, n_zeros);
+          check_blocks(special_weights<T>(size), {2, n_channels, n_inner}, block_size, n_zeros);
+        }
+      }
+    }
+  }
+  check_blocks(tied_weights<T>(600'001), {1, 600'001, 1}, 4, 300'000);
+  check_blocks(tied_weights<T>(600'000), {1, 2, 300'000}, 2, 300'000);
+}
+
+TEST_CASE("norms are told apart far beyond the range of a float, and a NaN's sign doesn't matter") {
+  std::vector<float> weights{2e-40F, 1e-40F, 3e38F, 2e38F, -NAN, NAN};
+  std::vector<std::uint8_t> mask(1);
+  keep_blocks<float>(weights, {1, 6, 1}, 1, 3, mask);
+  CHECK(mask[0] == 0b110100);
+  keep_blocks<float>(weights, {1, 6, 1}, 1, 5, mask);
+  CHECK(mask[0] == 0b100000);
+}
+
+TEST_CASE("channels that don't fit are refused, and none at all is an empty mask") {
+  const std::vector<Half> weights(24, to_half(1.0F));
+  std::vector<std::uint8_t> mask(3);
+  const auto n_m = [&](ChannelShape shape, std::size_t n, std::size_t m) {
+    keep_n_m<Half>(weights, shape, n, m, mask);
+  };
+  const auto blocks = [&](ChannelShape shape, std::size_t block_size, std::size_t n_zeros) {
+    keep_blocks<Half>(weights, shape, block_size, n_zeros, mask);
+  };
+  CHECK_NOTHROW(n_m({2, 4, 3}, 2, 4));
+  CHECK_NOTHROW(blocks({2, 4, 3}, 2, 24));
+  constexpr std::size_t kHalf = std::size_t{1} << 63;
+  for (const ChannelShape shape :
+       {ChannelShape{2, 4, 4}, ChannelShape{0, 4, 3}, ChannelShape{5, 4, 3}, ChannelShape{24, 0, 1},
+        ChannelShape{kHalf, 2, 24}}) {
+    CHECK_THROWS_AS(n_m(shape, 1, 2), std::invalid_argument);
+    CHECK_THROWS_AS(blocks(shape, 1, 2), std::invalid_argument);
+  }
+  CHECK_THROWS_AS(n_m({2, 4, 3}, 1, 0), std::invalid_argument);
+  CHECK_THROWS_AS(n_m({2, 4, 3}, 0, 0), std::invalid_argument);
+  CHECK_THROWS_AS(n_m({2, 4, 3}, 5, 4), std::invalid_argument);
+  CHECK_THROWS_AS(blocks({2, 4, 3}, 0, 4), std::invalid_argument);
+  CHECK_THROWS_AS(blocks({2, 4, 3}, 1, 25), std::invalid_argument);
+  mask.resize(2);
+  CHECK_THROWS_AS(n_m({2, 4, 3}, 2, 4), std::invalid_argument);
+  CHECK_THROWS_AS(blocks({2, 4, 3}, 2, 4), std::invalid_argument);
+  CHECK_NOTHROW(keep_n_m<Half>({}, {3, 0, 2}, 1, 2, {}));
+  CHECK_NOTHROW(keep_blocks<Half>({}, {3, 2, 0}, 1, 0, {}));
+  CHECK_THROWS_AS(keep_blocks<Half>({}, {3, 2, 1}, 1, 0, {}), std::invalid_argument);
+}
+
 TEST_CASE_TEMPLATE("a pruned weight's extremes and counts are those of a plain loop", T, Half,
                    float) {
   for (const std::size_t n : {0U, 1U, 9U, 1025U, 131'073U, 300'001U}) {
