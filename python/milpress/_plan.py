@@ -2,41 +2,123 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol, TypeAlias
 
-from milpress.errors import UnsupportedError
-from milpress.formats import PalettizeConfig, PerBlock, PerTensor, QuantizeConfig
+from milpress.errors import CompressionError, UnsupportedError
+from milpress.formats import (
+    Blocks,
+    PalettizeConfig,
+    PerBlock,
+    PerTensor,
+    PruneConfig,
+    QuantizeConfig,
+    Treatment,
+)
+from milpress.formats.palette import folded_bytes
 from milpress.mil import constexpr, opset
 from milpress.mil.opset import Opset
 from milpress.mil.package import Package
 from milpress.mil.program import Node
 from milpress.mil.weights import Site, Weight, sites, weights
-from milpress.recipe import Keep, Recipe, Treatment, describe
+from milpress.recipe import Recipe, describe
 from milpress.report import Status
+
+OnIndivisible: TypeAlias = Literal["divisor", "leave"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What is asked for a weight.
+
+    Parameters
+    ----------
+    treatments
+        One after the other; none to keep it.
+    min_size
+        Least number of elements.
+    on_indivisible
+        Whether a group or block that does not divide the channels is made smaller.
+    reason
+        Why it can't be had, if that is known.
+    """
+
+    treatments: tuple[Treatment, ...] = ()
+    min_size: int = 0
+    on_indivisible: OnIndivisible = "divisor"
+    reason: str = ""
+
+
+class Wishes(Protocol):
+    """Says what is asked for each weight: a recipe, or what a face makes of its own settings."""
+
+    may_grow: bool
+    joint: bool
+
+    def wish(self, weight: Weight) -> Wish:
+        """Return what is asked for a weight."""
+
+    def too_early(
+        self, name: str, treatment: Treatment, needs: str, current: Opset
+    ) -> CompressionError:
+        """Return the error that says that a program's opset can't hold a treatment."""
+
+
+@dataclass(frozen=True, slots=True)
+class RecipeWishes:
+    """What a recipe asks for."""
+
+    recipe: Recipe
+    may_grow: bool = False
+    joint: bool = True
+
+    def wish(self, weight: Weight) -> Wish:
+        """Return the treatments of all steps that mean the weight."""
+        found = self.recipe.treatments_for(weight.name, weight.op_types)
+        return Wish(
+            treatments=tuple(treatment for treatment, _ in found),
+            min_size=max((min_size for _, min_size in found), default=0),
+        )
+
+    def too_early(
+        self, name: str, treatment: Treatment, needs: str, current: Opset
+    ) -> CompressionError:
+        """Return the error that says how to raise the model."""
+        msg = (
+            f"{name}: {describe(treatment)}: {needs} must be stored in an iOS18 model, got "
+            f"{current.target}; raise it with --upgrade-to iOS18 (target: iOS18 in a recipe)"
+        )
+        return UnsupportedError(msg)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to happen to one weight: a treatment, or none and why."""
+    """What is to happen to one weight: treatments, or none and why."""
 
     weight: Weight
     status: Status
-    treatment: Treatment | None
-    note: str = ""
+    treatments: tuple[Treatment, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def note(self) -> str:
+        """All notes in one text."""
+        return "; ".join(self.notes)
 
     def left(self, note: str) -> Plan:
         """Return the plan to leave the weight as it is although it was asked for."""
-        return replace(self, status="left", treatment=None, note=note)
+        return replace(self, status="left", treatments=(), notes=(note,))
 
 
 def plan_package(
-    package: Package, recipe: Recipe, *, strict: bool
+    package: Package, wishes: Wishes, *, strict: bool
 ) -> list[tuple[Site, dict[Node, Plan]]]:
-    """Resolve the treatment of every weight of a package.
+    """Resolve the treatments of every weight of a package.
 
     Raises
     ------
-    UnsupportedError
+    CompressionError
         If a program's opset can't hold a treatment; with ``strict``, also if a weight does not
         suit its own.
     """
@@ -44,7 +126,7 @@ def plan_package(
     for site in sites(package):
         current = opset.by_name(site.function.opset)
         plans = (
-            _plan_weight(weight, recipe, current) for weight in weights(site.prefix, site.graph)
+            _plan_weight(weight, wishes, current) for weight in weights(site.prefix, site.graph)
         )
         planned.append((site, {plan.weight.node: plan for plan in plans}))
     if strict:
@@ -56,96 +138,191 @@ def plan_package(
     return planned
 
 
-def _plan_weight(weight: Weight, recipe: Recipe, current: Opset) -> Plan:
-    treatment, min_size = _chosen(weight, recipe)
+def _plan_weight(weight: Weight, wishes: Wishes, current: Opset) -> Plan:
+    wish = wishes.wish(weight)
     reason = ""
-    if treatment is None:
+    if not wish.treatments:
         reason = "not selected"
-    elif weight.size < min_size:
-        reason = f"fewer than {min_size} elements"
+    elif weight.size < wish.min_size:
+        reason = f"fewer than {wish.min_size} elements"
     elif len(weight.shape) < 2:
         reason = "a vector"
     elif "int" in weight.dtype.name:
         reason = f"{weight.dtype.name}, not a float"
-    if treatment is None or reason:
-        return Plan(weight, "not asked", None, reason)
-    plan = Plan(weight, "compressed", treatment)
-    if weight.is_compressed:
-        return plan.left("compressed already")
-    if not weight.dtype.is_float:
-        return plan.left(f"{weight.dtype.name} is neither float16 nor float32")
-    if weight.node.is_block_output:
-        return plan.left("a block returns it")
-    if any(constexpr.is_constexpr(use.node) for use in weight.node.uses):
-        return plan.left("part of a compressed weight")
-    if weight.channel_axes is None and _needs_axes(treatment):
+    if reason:
+        return Plan(weight, "not asked", notes=(reason,))
+    plan = Plan(weight, "compressed", wish.treatments)
+    reason = wish.reason or _unsuitable(weight, wishes)
+    if reason:
+        return plan.left(reason)
+    if weight.channel_axes is None and any(_needs_axes(item) for item in wish.treatments):
         return plan.left("the ops that use it disagree on its channels")
-    _check_opset(weight.name, treatment, current)
-    return _with_divisor(plan, treatment)
+    for treatment in wish.treatments:
+        needs = _needs(treatment)
+        if needs and not current.has_blocks:
+            raise wishes.too_early(weight.name, treatment, needs, current)
+    if (len(wish.treatments) > 1 or weight.is_compressed) and not current.has_blocks:
+        raise wishes.too_early(weight.name, wish.treatments[-1], "joint compression", current)
+    return _fitted(plan, wish.on_indivisible)
 
 
-def _chosen(weight: Weight, recipe: Recipe) -> tuple[Treatment | None, int]:
-    chosen: Treatment | None = None
-    least = 0
-    for step in recipe.steps:
-        treatment, min_size = step.treatment_for(weight.name, weight.op_types)
-        if isinstance(treatment, Keep):
-            continue
-        if chosen is not None:
-            msg = (
-                f"{weight.name}: a weight must take part in one step, "
-                f"got {describe(chosen)} and {describe(treatment)}"
-            )
-            raise UnsupportedError(msg)
-        chosen, least = treatment, min_size
-    return chosen, least
+def _unsuitable(weight: Weight, wishes: Wishes) -> str:
+    if weight.is_compressed and not wishes.joint:
+        return "compressed already"
+    if not weight.dtype.is_float:
+        return f"{weight.dtype.name} is neither float16 nor float32"
+    if weight.node.is_block_output:
+        return "a block returns it"
+    if any(constexpr.is_constexpr(use.node) for use in weight.node.uses):
+        return "part of a compressed weight"
+    return ""
 
 
 def _needs_axes(treatment: Treatment) -> bool:
     if isinstance(treatment, PalettizeConfig):
-        return treatment.group_size is not None
+        in_groups = treatment.group_size is not None or treatment.vector_size > 1
+        return treatment.channel_scale or (in_groups and treatment.channel_axis is None)
     return isinstance(treatment, QuantizeConfig) and not isinstance(
-        treatment.granularity, PerTensor
+        treatment.granularity, (PerTensor, Blocks)
     )
 
 
-def _check_opset(name: str, treatment: Treatment, current: Opset) -> None:
-    needs = ""
+def _needs(treatment: Treatment) -> str:
+    """Return what of a treatment takes an iOS18 model; empty if nothing does."""
     if isinstance(treatment, PalettizeConfig):
         if treatment.group_size is not None:
-            needs = "groups of channels"
-        elif treatment.bits == 3:
-            needs = "3 bits"
-    elif isinstance(treatment, QuantizeConfig):
-        if isinstance(treatment.granularity, PerBlock):
-            needs = "blocks"
-        elif treatment.bits == 4:
-            needs = "4 bits"
-    if needs and not current.has_blocks:
+            return "groups of channels"
+        if treatment.vector_size > 1:
+            return "vectors"
+        if treatment.channel_scale:
+            return "scales of channels"
+        return "3 bits" if treatment.bits == 3 else ""
+    if isinstance(treatment, QuantizeConfig):
+        if isinstance(treatment.granularity, (PerBlock, Blocks)):
+            return "blocks"
+        return "4 bits" if treatment.bits == 4 else ""
+    return ""
+
+
+def _fitted(plan: Plan, on_indivisible: OnIndivisible) -> Plan:
+    """Make each treatment fit the weight's shape, or leave the weight."""
+    fitted: list[Treatment] = []
+    notes: list[str] = []
+    for treatment in plan.treatments:
+        made, note = _fit(plan.weight, treatment, on_indivisible)
+        if made is None:
+            return plan.left(note)
+        fitted.append(made)
+        notes.extend([note] if note else [])
+    return replace(plan, treatments=tuple(fitted), notes=tuple(notes))
+
+
+def _fit(
+    weight: Weight, treatment: Treatment, on_indivisible: OnIndivisible
+) -> tuple[Treatment | None, str]:
+    """Return the treatment that fits the shape, ``None`` if there is none; and in words why."""
+    output, inputs = weight.channel_axes or (0, 1)
+    if isinstance(treatment, PalettizeConfig):
+        return _fit_palette(weight, treatment, output, on_indivisible)
+    if isinstance(treatment, PruneConfig):
+        return treatment, ""
+    if isinstance(treatment.granularity, PerBlock):
+        size, note = _divisor(
+            "block", treatment.granularity.size, weight.shape, inputs, output, on_indivisible
+        )
+        if size is None:
+            return None, note
+        return replace(treatment, granularity=PerBlock(size)), note
+    if isinstance(treatment.granularity, Blocks):
+        return _fit_blocks(weight, treatment, treatment.granularity, on_indivisible)
+    return treatment, ""
+
+
+def _fit_palette(
+    weight: Weight, treatment: PalettizeConfig, output: int, on_indivisible: OnIndivisible
+) -> tuple[Treatment | None, str]:
+    axis = output if treatment.channel_axis is None else treatment.channel_axis
+    if not -len(weight.shape) <= axis < len(weight.shape):
+        return None, f"its {len(weight.shape)} dimensions have no axis {axis}"
+    axis %= len(weight.shape)
+    notes = []
+    if treatment.group_size is not None:
+        size, note = _divisor(
+            "group", treatment.group_size, weight.shape, axis, output, on_indivisible
+        )
+        if size is None:
+            return None, note
+        treatment = replace(treatment, group_size=size)
+        notes.extend([note] if note else [])
+    n = treatment.group_size or weight.shape[axis]
+    if n % treatment.vector_size:
+        return None, f"vectors of {treatment.vector_size} don't divide {n} channels"
+    if treatment.vector_size > 1 and not _vectors_suit(weight, treatment.vector_size, axis):
+        return None, f"vectors of {treatment.vector_size} don't divide the channels of a conv group"
+    if treatment.channel_scale:
+        itemsize = weight.dtype.bits // 8
+        table = folded_bytes(weight.shape, itemsize, treatment, output, axis)
+        if table >= weight.size * itemsize:
+            treatment = replace(treatment, channel_scale=False)
+            notes.append("without scales, as tables with them would be larger than the weight")
+    return treatment, "; ".join(notes)
+
+
+def _vectors_suit(weight: Weight, vector_size: int, axis: int) -> bool:
+    """Whether no vector reaches from one group of a grouped convolution into the next."""
+    for use in weight.node.uses:
+        if use.node.op.type in ("conv", "conv_transpose"):
+            n_groups = weight.graph.scalar(use.node, "groups") or 1
+            if weight.shape[axis] // n_groups % vector_size:
+                return False
+    return True
+
+
+def _fit_blocks(
+    weight: Weight, treatment: QuantizeConfig, blocks: Blocks, on_indivisible: OnIndivisible
+) -> tuple[Treatment | None, str]:
+    if len(blocks.shape) != len(weight.shape):
         msg = (
-            f"{name}: {describe(treatment)}: {needs} must be stored in an iOS18 model, got "
-            f"{current.target}; raise it with --upgrade-to iOS18 (target: iOS18 in a recipe)"
+            f"{weight.name}: the block_size must have one number for each of the "
+            f"{len(weight.shape)} axes of the weight, got {list(blocks.shape)}"
         )
         raise UnsupportedError(msg)
+    sizes = []
+    for axis, (asked, n) in enumerate(zip(blocks.shape, weight.shape, strict=True)):
+        size = asked or n
+        if n % size:
+            if on_indivisible == "leave":
+                return None, f"a block size of {asked} does not divide axis {axis} of {n}"
+            size = _largest_divisor(size, n)
+        sizes.append(size)
+    note = (
+        ""
+        if all(a in (0, b) for a, b in zip(blocks.shape, sizes, strict=True))
+        else (f"blocks of {sizes}, as {list(blocks.shape)} do not divide the weight")
+    )
+    return replace(treatment, granularity=Blocks(tuple(sizes))), note
 
 
-def _with_divisor(plan: Plan, treatment: Treatment) -> Plan:
-    """Take the largest group or block that divides the channels, or leave the weight."""
-    shape, axes = plan.weight.shape, plan.weight.channel_axes or (0, 1)
-    if isinstance(treatment, PalettizeConfig) and treatment.group_size is not None:
-        word, asked, n = "group", treatment.group_size, shape[axes[0]]
-        channels = f"{n} output channel{'s' * (n > 1)}"
-    elif isinstance(treatment, QuantizeConfig) and isinstance(treatment.granularity, PerBlock):
-        word, asked, n = "block", treatment.granularity.size, shape[axes[1]]
-        channels = f"{n} input channel{'s' * (n > 1)}"
-    else:
-        return plan
-    size = next(size for size in range(min(asked, n), 0, -1) if n % size == 0)
+def _divisor(
+    word: str,
+    asked: int,
+    shape: Sequence[int],
+    axis: int,
+    output: int,
+    on_indivisible: OnIndivisible,
+) -> tuple[int | None, str]:
+    """Return the largest group or block that divides the channels; ``None`` if it would be 1."""
+    n = shape[axis]
+    channels = f"{n} {'output' if axis == output else 'input'} channel{'s' * (n > 1)}"
+    size = _largest_divisor(asked, n)
     if size == asked:
-        return plan
+        return size, ""
+    if on_indivisible == "leave":
+        return None, f"{word} size {asked} does not divide {channels}"
     if size == 1 and n > 1:
-        return plan.left(f"no {word} size from 2 to {asked} divides {channels}")
-    note = f"{word} size {size}, as {asked} does not divide {channels}"
-    if isinstance(treatment, PalettizeConfig):
-        return replace(plan, treatment=replace(treatment, group_size=size), note=note)
-    return replace(plan, treatment=replace(treatment, granularity=PerBlock(size)), note=note)
+        return None, f"no {word} size from 2 to {asked} divides {channels}"
+    return size, f"{word} size {size}, as {asked} does not divide {channels}"
+
+
+def _largest_divisor(asked: int, n: int) -> int:
+    return next(size for size in range(min(asked, n), 0, -1) if n % size == 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -9,13 +10,12 @@ from numpy.typing import NDArray
 
 from milpress import _core
 from milpress.errors import UnsupportedError
-from milpress.formats import PalettizeConfig, QuantizeConfig, palettize, quantize, sparsify
+from milpress.formats import Compressed, Treatment, compress
 from milpress.mil import constexpr, values
-from milpress.mil.constexpr import Compressed, Decoder
+from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package
 from milpress.mil.program import Node
 from milpress.mil.weights import Weight, blob_values, weight_files
-from milpress.recipe import Treatment
 
 
 class Sink(Protocol):
@@ -74,7 +74,7 @@ class Counter:
 
 
 class _Written(NamedTuple):
-    op: Any
+    ops: list[Any]
     n_bytes: int
     suffix: str
 
@@ -113,38 +113,68 @@ class Rewriter:
                 )
             where.offset = self._copied[key]
 
-    def compress(self, weight: Weight, treatment: Treatment, *, early: bool) -> int:
-        """Turn a weight's ``const`` into a ``constexpr`` op; return the size of what is stored.
+    def compress(
+        self, weight: Weight, treatments: Sequence[Treatment], *, early: bool, may_grow: bool
+    ) -> int:
+        """Turn a weight's op into the last ``constexpr`` op of what the treatments make of it.
+
+        Returns the size of what is stored. Ops that have to stand before it, or are of no use
+        anymore, are noted in the weight's graph.
 
         Raises
         ------
         UnsupportedError
-            If the weight does not suit the treatment, or would get larger; nothing has changed.
+            If the weight does not suit the treatments, or would get larger and may not; nothing has
+            changed.
         """
         node = weight.node
-        stored = node.op.attributes["val"]
-        key = None
-        if values.is_blob(stored):
-            where = stored.blobFileValue
-            axes = weight.channel_axes
-            key = (where.fileName, where.offset, weight.shape, axes, treatment, early)
-        known = self._compressed.get(key) if key is not None else None
+        decoder = Decoder(weight.graph, self._package)
+        stored = decoder.stored_values(node)
+        key = self._key(weight, stored, treatments, early)
+        known = self._compressed.get(key)
         if known is not None:
             self._adopt(weight, known)
             return known.n_bytes
-        value = _compressed(weight, treatment, values.read(stored, self._package).values)
-        before = values.n_stored_bytes(stored)
+        before = sum(values.n_stored_bytes(value) for value in stored)
+        value, suffix = _treated(weight, treatments, decoder)
         n_bytes = constexpr.payload_bytes(value, early=early)
-        if n_bytes >= before:
+        if n_bytes >= before and not may_grow:
             msg = f"would get larger: {before} bytes as it is, {n_bytes} compressed"
             raise UnsupportedError(msg)
-        name = weight.graph.unique_name(constexpr.suffixed(node.name, value))
-        file_name = where.fileName if key is not None else self._default_file
-        constexpr.emit(value, node, name=name, early=early, file_name=file_name, sink=self._sink)
+        name = f"{node.name}{suffix}"
+        if suffix:
+            name = weight.graph.unique_name(name)
+        blob = next((value for value in stored if values.is_blob(value)), None)
+        file_name = self._default_file if blob is None else blob.blobFileValue.fileName
+        weight.graph.remove(decoder.parts(node))
+        inner = constexpr.emit(
+            value,
+            node,
+            names=weight.graph.unique_name,
+            name=name,
+            early=early,
+            file_name=file_name,
+            sink=self._sink,
+        )
+        weight.graph.insert_before(node, inner)
         _rename_uses(node, name)
         if key is not None:
-            self._compressed[key] = _Written(node.op, n_bytes, constexpr.suffixed("", value))
+            self._compressed[key] = _Written([*inner, node.op], n_bytes, suffix)
         return n_bytes
+
+    def _key(
+        self, weight: Weight, stored: list[Any], treatments: Sequence[Treatment], early: bool
+    ) -> Any:
+        """Return what tells weights apart whose results can't be shared; None if none can be."""
+        places = [
+            (value.blobFileValue.fileName, value.blobFileValue.offset)
+            for value in stored
+            if values.is_blob(value)
+        ]
+        if not places:
+            return None
+        kind = (weight.node.op.type, weight.shape, weight.channel_axes)
+        return (tuple(places), kind, tuple(treatments), early)
 
     def decompress(self, weight: Weight, decoder: Decoder) -> int:
         """Turn the ``constexpr`` op of a weight into a ``const``; return the size stored."""
@@ -156,15 +186,41 @@ class Rewriter:
         return values.n_stored_bytes(node.op.attributes["val"])
 
     def _adopt(self, weight: Weight, known: _Written) -> None:
+        """Make a weight's op, and those before it, twins of ones that are written already."""
         node = weight.node
         output_type = node.op.outputs[0].type
-        name = weight.graph.unique_name(f"{node.name}{known.suffix}")
-        twin = type(node.op).FromString(known.op.SerializeToString())
-        twin.attributes["name"].CopyFrom(values.string(name))
-        twin.outputs[0].name = name
-        twin.outputs[0].type.CopyFrom(output_type)
-        node.op.CopyFrom(twin)
+        name = f"{node.name}{known.suffix}"
+        if known.suffix:
+            name = weight.graph.unique_name(name)
+        base = known.ops[-1].outputs[0].name
+        renamed = {base: name}
+        twins = [type(op).FromString(op.SerializeToString()) for op in known.ops]
+        for twin in twins[:-1]:
+            old = values.read_string(twin.attributes["name"])
+            new = weight.graph.unique_name(old.replace(base, name, 1))
+            renamed[old] = new
+            renamed.update(
+                {output.name: output.name.replace(old, new, 1) for output in twin.outputs}
+            )
+        for twin in twins:
+            _rename(twin, renamed)
+        twins[-1].outputs[0].type.CopyFrom(output_type)
+        weight.graph.remove(Decoder(weight.graph, self._package).parts(node))
+        weight.graph.insert_before(node, twins[:-1])
+        node.op.CopyFrom(twins[-1])
         _rename_uses(node, name)
+
+
+def _rename(op: Any, renamed: dict[str, str]) -> None:
+    """Give an op, its outputs and what it uses other names."""
+    own = values.read_string(op.attributes["name"])
+    op.attributes["name"].CopyFrom(values.string(renamed.get(own, own)))
+    for output in op.outputs:
+        output.name = renamed.get(output.name, output.name)
+    for argument in op.inputs.values():
+        for binding in argument.arguments:
+            if binding.WhichOneof("choice") == "name":
+                binding.name = renamed.get(binding.name, binding.name)
 
 
 def _rename_uses(node: Node, name: str) -> None:
@@ -172,10 +228,22 @@ def _rename_uses(node: Node, name: str) -> None:
         use.binding.name = name
 
 
-def _compressed(weight: Weight, treatment: Treatment, array: Any) -> Compressed:
+def _treated(
+    weight: Weight, treatments: Sequence[Treatment], decoder: Decoder
+) -> tuple[Compressed, str]:
+    """Apply treatments one after the other; return the value and what its name ends in."""
     output, inputs = weight.channel_axes or (0, 1)
-    if isinstance(treatment, PalettizeConfig):
-        return palettize(array, treatment, channel_axis=output)
-    if isinstance(treatment, QuantizeConfig):
-        return quantize(array, treatment, channel_axis=output, input_axis=inputs)
-    return sparsify(array, treatment)
+    state: Any = None
+    if weight.is_compressed:
+        state = decoder.value(weight.node)
+        if state is None:
+            msg = "compressed already, in a way that milpress does not build on"
+            raise UnsupportedError(msg)
+    suffix = ""
+    made = state
+    for treatment in treatments:
+        source = decoder.dense(weight.node).values if made is None else made
+        after = compress(source, treatment, channel_axis=output, input_axis=inputs)
+        suffix = constexpr.suffixed(suffix, made, treatment)
+        made = after
+    return made, suffix

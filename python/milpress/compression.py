@@ -5,23 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from milpress import _core
-from milpress._plan import Plan, plan_package
+from milpress._plan import Plan, RecipeWishes, Wishes, plan_package
 from milpress._rewrite import Counter, Rewriter, Sink
 from milpress.errors import ConfigError, UnsupportedError
-from milpress.formats import PalettizeConfig, QuantizeConfig
 from milpress.mil import opset, treatments, values
 from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package, Staged, check_destination, n_package_bytes
 from milpress.mil.program import Node
-from milpress.mil.treatments import Promise, Record
 from milpress.mil.weights import Site, Weight, sites, weight_files, weights
-from milpress.recipe import Recipe, Treatment, describe, treatment_dict
+from milpress.recipe import Recipe, describe, treatment_dict
 from milpress.report import Report, WeightReport
 from milpress.verification import Verification, compare_packages
 
@@ -88,31 +86,63 @@ def compress(
     StorageError
         If the system refuses to read or write.
     """
-    started = time.perf_counter()
     if on_unsupported not in ("leave", "error"):
         msg = f"on_unsupported must be 'leave' or 'error', got {on_unsupported!r}"
         raise ConfigError(msg)
-    strict = on_unsupported == "error"
     if not isinstance(recipe, Recipe):
         recipe = Recipe.from_yaml(recipe)
+    return compress_package(
+        Package(source),
+        destination,
+        RecipeWishes(recipe),
+        target=recipe.target,
+        strict=on_unsupported == "error",
+        verify=verify,
+        progress=progress,
+        threads=threads,
+        force=force,
+        dry_run=dry_run,
+    )
+
+
+def compress_package(
+    package: Package,
+    destination: str | os.PathLike[str],
+    wishes: Wishes,
+    *,
+    target: str | None = None,
+    strict: bool = False,
+    verify: bool = True,
+    progress: Progress | None = None,
+    threads: int | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    may_be_idle: bool = False,
+) -> Report:
+    """Do what `compress` does, with an open package and any way to say what is wished.
+
+    With ``may_be_idle``, compressing nothing is no error: the result is a copy.
+    """
+    started = time.perf_counter()
     with thread_limit(threads):
-        package = Package(source)
         if not dry_run:
             check_destination(package.path, Path(destination), force=force)
         names = weight_files(package)
-        notes = _raise_opsets(package, recipe)
-        planned = plan_package(package, recipe, strict=strict)
+        notes = _raise_opsets(package, target)
+        planned = plan_package(package, wishes, strict=strict)
+        job = _Job(package, planned, strict, wishes.may_grow, may_be_idle, progress)
         if dry_run:
             counter = Counter()
-            reports = _compress_weights(package, planned, counter, strict, progress)
+            reports = job.run(counter)
             rest = sum(package.weight_path(name).stat().st_size for name in names)
-            size = n_package_bytes(package.path) - rest - len(package.model_bytes)
+            on_disk = package.model_path.stat().st_size
+            size = n_package_bytes(package.path) - rest - on_disk
             size += counter.n_bytes + package.model.ByteSize()
             verification = None
         else:
             with Staged(package, Path(destination), force=force) as staged:
                 staged.copy_rest(set(names))
-                reports = _compress_weights(package, planned, staged, strict, progress)
+                reports = job.run(staged)
                 verification, size = _complete(package, staged, verify=verify)
     return _report(package, destination, reports, notes, size, verification, started)
 
@@ -150,15 +180,29 @@ def decompress(
     CompressionError
         Whatever else `compress` raises.
     """
+    return decompress_package(
+        Package(source), destination, verify=verify, threads=threads, force=force
+    )
+
+
+def decompress_package(
+    package: Package,
+    destination: str | os.PathLike[str],
+    *,
+    verify: bool = True,
+    threads: int | None = None,
+    force: bool = False,
+    may_be_idle: bool = False,
+) -> Report:
+    """Do what `decompress` does, with an open package."""
     started = time.perf_counter()
     with thread_limit(threads):
-        package = Package(source)
         check_destination(package.path, Path(destination), force=force)
         with Staged(package, Path(destination), force=force) as staged:
             staged.copy_rest(set(weight_files(package)))
             reports = _decompress_weights(package, staged)
-            if not any(report.status == "compressed" for report in reports):
-                msg = f"{source}: some weight must be compressed, got none"
+            if not may_be_idle and not any(report.status == "compressed" for report in reports):
+                msg = f"{package.path}: some weight must be compressed, got none"
                 raise UnsupportedError(msg)
             treatments.forget(package.model)
             verification, size = _complete(package, staged, verify=verify)
@@ -184,9 +228,9 @@ def thread_limit(threads: int | None) -> Iterator[None]:
         _core.set_thread_limit(before)
 
 
-def _raise_opsets(package: Package, recipe: Recipe) -> list[str]:
-    """Raise programs to the recipe's target, and iOS15 to the first that can be compressed."""
-    asked = None if recipe.target is None else opset.by_target(recipe.target)
+def _raise_opsets(package: Package, target: str | None) -> list[str]:
+    """Raise programs to the target, and iOS15 to the first that can be compressed."""
+    asked = None if target is None else opset.by_target(target)
     notes: dict[str, None] = {}
     for program in package.programs:
         for function in program.functions.values():
@@ -201,54 +245,98 @@ def _raise_opsets(package: Package, recipe: Recipe) -> list[str]:
     return list(notes)
 
 
-def _compress_weights(
-    package: Package,
-    planned: list[tuple[Site, dict[Node, Plan]]],
-    sink: Sink,
-    strict: bool,
-    progress: Progress | None,
-) -> list[WeightReport]:
-    """Write all weights, compressed or as they are, and record what was promised of them."""
-    rewriter = Rewriter(package, sink)
-    reports: list[WeightReport] = []
-    records: list[tuple[str, Record]] = []
-    total = sum(
-        weight_bytes(plan.weight, package) for _, plans in planned for plan in plans.values()
-    )
-    done = 0
-    for site, plans in planned:
-        early = not opset.by_name(site.function.opset).has_blocks
-        for node in site.graph.nodes:
-            plan = plans.get(node)
-            if plan is None:
-                rewriter.copy(node)
-                continue
-            before = after = weight_bytes(plan.weight, package)
-            if progress is not None:
-                progress(done, total, plan.weight.name)
-            if plan.treatment is not None:
-                try:
-                    after = rewriter.compress(plan.weight, plan.treatment, early=early)
-                    record = Record(treatment_dict(plan.treatment), _promise_of(plan.treatment))
-                    records.append((plan.weight.name, record))
-                except UnsupportedError as error:
-                    if strict:
-                        msg = f"{plan.weight.name}: {error}"
-                        raise UnsupportedError(msg) from error
-                    plan = plan.left(str(error))
-            if plan.treatment is None:
-                rewriter.copy(node)
-            reports.append(_weight_report(plan, before, after))
-            done += before
-    if not records:
+class _Job:
+    """Writes all weights of a package, compressed or as they are, one after the other."""
+
+    def __init__(
+        self,
+        package: Package,
+        planned: list[tuple[Site, dict[Node, Plan]]],
+        strict: bool,
+        may_grow: bool,
+        may_be_idle: bool,
+        progress: Progress | None,
+    ) -> None:
+        self._package = package
+        self._planned = planned
+        self._strict = strict
+        self._may_grow = may_grow
+        self._may_be_idle = may_be_idle
+        self._progress = progress or (lambda *_: None)
+        self._records = treatments.read(package.model)
+
+    def run(self, sink: Sink) -> list[WeightReport]:
+        """Write to a sink, and record in the model what was done and is promised of it."""
+        rewriter = Rewriter(self._package, sink)
+        reports: list[WeightReport] = []
+        total = sum(
+            weight_bytes(plan.weight, self._package)
+            for _, plans in self._planned
+            for plan in plans.values()
+        )
+        done = 0
+        for site, plans in self._planned:
+            early = not opset.by_name(site.function.opset).has_blocks
+            parts = self._parts_to_replace(plans.values())
+            for node in site.graph.nodes:
+                plan = plans.get(node)
+                if plan is not None:
+                    self._progress(done, total, plan.weight.name)
+                    reports.append(self._write(plan, rewriter, parts, early=early))
+                    done += reports[-1].bytes_before
+                elif node not in parts:
+                    rewriter.copy(node)
+            site.graph.apply()
+        if not any(report.status == "compressed" for report in reports):
+            self._check_idle(reports)
+        else:
+            treatments.record(self._package.model, self._records)
+        self._progress(total, total, "")
+        return reports
+
+    def _parts_to_replace(self, plans: Iterable[Plan]) -> dict[Node, None]:
+        """Return the ops whose results compressed weights that are treated again decode from."""
+        return {
+            part: None
+            for plan in plans
+            if plan.treatments and plan.weight.is_compressed
+            for part in Decoder(plan.weight.graph, self._package).parts(plan.weight.node)
+        }
+
+    def _write(
+        self, plan: Plan, rewriter: Rewriter, parts: dict[Node, None], *, early: bool
+    ) -> WeightReport:
+        weight = plan.weight
+        name = weight.name  # that of the source; compressing changes it
+        before = after = weight_bytes(weight, self._package)
+        if plan.treatments:
+            try:
+                after = rewriter.compress(
+                    weight, plan.treatments, early=early, may_grow=self._may_grow
+                )
+                steps = [treatment_dict(treatment) for treatment in plan.treatments]
+                self._records.add(name, weight.name, steps)
+            except UnsupportedError as error:
+                if self._strict:
+                    msg = f"{name}: {error}"
+                    raise UnsupportedError(msg) from error
+                plan = plan.left(str(error))
+                for part in Decoder(weight.graph, self._package).parts(weight.node):
+                    if part in parts:
+                        rewriter.copy(part)
+        if not plan.treatments:
+            rewriter.copy(weight.node)
+        return _weight_report(plan, name, before, after)
+
+    def _check_idle(self, reports: list[WeightReport]) -> None:
+        if self._may_be_idle:
+            return
         left = [report for report in reports if report.status == "left"]
         reasons = [f"{report.name}: {report.note}" for report in left[:3]] or ["none was selected"]
-        msg = f"{package.path}: some weight must be compressed, got none ({'; '.join(reasons)})"
+        msg = (
+            f"{self._package.path}: some weight must be compressed, got none ({'; '.join(reasons)})"
+        )
         raise UnsupportedError(msg)
-    treatments.record(package.model, records)
-    if progress is not None:
-        progress(total, total, "")
-    return reports
 
 
 def _decompress_weights(package: Package, sink: Sink) -> list[WeightReport]:
@@ -302,16 +390,10 @@ def _complete(package: Package, staged: Staged, *, verify: bool) -> tuple[Verifi
     staged.finish(package.model)
     verification = None
     if verify:
-        verification = compare_packages(Package(package.path), Package(staged.path))
+        verification = compare_packages(package.reopened(), Package(staged.path))
     size = n_package_bytes(staged.path)
     staged.commit()
     return verification, size
-
-
-def _promise_of(treatment: Treatment) -> Promise:
-    if isinstance(treatment, PalettizeConfig):
-        return "nearest"
-    return "half_step" if isinstance(treatment, QuantizeConfig) else "pruned"
 
 
 def weight_bytes(weight: Weight, package: Package) -> int:
@@ -320,13 +402,13 @@ def weight_bytes(weight: Weight, package: Package) -> int:
     return sum(values.n_stored_bytes(value) for value in stored)
 
 
-def _weight_report(plan: Plan, before: int, after: int) -> WeightReport:
+def _weight_report(plan: Plan, name: str, before: int, after: int) -> WeightReport:
     return WeightReport(
-        name=plan.weight.name,
+        name=name,
         op_types=plan.weight.op_types,
         shape=plan.weight.shape,
         status=plan.status,
-        treatment="" if plan.treatment is None else describe(plan.treatment),
+        treatment=", then ".join(describe(treatment) for treatment in plan.treatments),
         note=plan.note,
         bytes_before=before,
         bytes_after=after,

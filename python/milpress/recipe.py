@@ -8,19 +8,24 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import yaml
 
 from milpress.errors import ConfigError
 from milpress.formats import (
+    Blocks,
     Granularity,
+    KMeans,
     PalettizeConfig,
     PerBlock,
     PerChannel,
     PerTensor,
     PruneConfig,
     QuantizeConfig,
+    Treatment,
+    Uniform,
+    Unique,
 )
 
 # coremltools compresses weights of more than 2,048 elements.
@@ -32,7 +37,6 @@ class Keep:
     """Leave a weight as it is."""
 
 
-Treatment: TypeAlias = PalettizeConfig | QuantizeConfig | PruneConfig
 _KINDS: dict[str, type[Any]] = {
     "palettize": PalettizeConfig,
     "quantize": QuantizeConfig,
@@ -124,7 +128,8 @@ class Recipe:
     Parameters
     ----------
     steps
-        Treatments with the weights they are for. A weight takes part in one step.
+        Treatments with the weights they are for. Later steps go on with the result of earlier ones
+        (joint compression).
     target
         Deployment target to raise the model to, such as ``"iOS18"``; ``None`` leaves it, except
         that an iOS15 model becomes iOS16, the first that can hold compressed weights.
@@ -132,8 +137,8 @@ class Recipe:
     Examples
     --------
     >>> recipe = Recipe.from_dict({"steps": [{"palettize": {"bits": 4}}]})
-    >>> recipe.steps[0].treatment
-    PalettizeConfig(bits=4, group_size=None)
+    >>> recipe.steps[0].treatment.bits
+    4
     """
 
     steps: tuple[Step, ...]
@@ -148,6 +153,11 @@ class Recipe:
     def of(cls, treatment: Treatment, *, target: str | None = None, **select: Any) -> Recipe:
         """Return the recipe of one treatment for all weights, or those that ``select`` names."""
         return cls(steps=(Step(treatment=treatment, select=Select(**select)),), target=target)
+
+    def treatments_for(self, name: str, op_types: Sequence[str]) -> list[tuple[Treatment, int]]:
+        """Return the treatments of a weight, in order, and the least size each applies to."""
+        found = (step.treatment_for(name, op_types) for step in self.steps)
+        return [(chosen, least) for chosen, least in found if not isinstance(chosen, Keep)]
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> Recipe:
@@ -303,16 +313,46 @@ def treatment_from_dict(kind: str, settings: Any, place: str = "the recipe") -> 
     form = _Form(settings, place)
     if kind == "quantize":
         return _quantize_config(form, place)
-    config = _KINDS[kind]
-    given: dict[str, Any] = {}
-    for field in fields(config):
-        value = form.take(field.name, None)
-        if value is not None:
-            number = float if config is PruneConfig else int
-            given[field.name] = _number(value, number, f"{place}.{field.name}")
+    return _palettize_config(form, place) if kind == "palettize" else _prune_config(form, place)
+
+
+def _palettize_config(form: _Form, place: str) -> PalettizeConfig:
+    named = form.take("table", "kmeans")
+    seed = form.take("seed", 0)
+    tables = {"kmeans": KMeans(_number(seed, int, f"{place}.seed"))}
+    tables |= {"uniform": Uniform(), "unique": Unique()}
+    if not isinstance(named, str) or named not in tables:
+        msg = f"{place}: table must be one of {', '.join(tables)}, got {named!r}"
+        raise ConfigError(msg)
+    channel_scale = form.take("channel_scale", False)
+    if not isinstance(channel_scale, bool):
+        msg = f"{place}: channel_scale must be true or false, got {channel_scale!r}"
+        raise ConfigError(msg)
+    given = _numbers(form, place, int, "bits", "group_size", "channel_axis", "vector_size")
     form.finish()
-    made: Treatment = config(**given)
-    return made
+    if named == "unique":
+        given.setdefault("bits", None)
+    return PalettizeConfig(table=tables[named], channel_scale=channel_scale, **given)
+
+
+def _prune_config(form: _Form, place: str) -> PruneConfig:
+    n_m = form.take_list("n_m") or None
+    if n_m is not None:
+        n_m = tuple(_number(number, int, f"{place}.n_m") for number in n_m)
+    given = _numbers(form, place, float, "sparsity", "threshold", "min_sparsity")
+    given |= _numbers(form, place, int, "block_size", "axis")
+    form.finish()
+    return PruneConfig(n_m=n_m, **given)
+
+
+def _numbers(form: _Form, place: str, kind: type[int] | type[float], *keys: str) -> dict[str, Any]:
+    """Return those of the settings that are given."""
+    taken = {key: form.take(key, None) for key in keys}
+    return {
+        key: _number(value, kind, f"{place}.{key}")
+        for key, value in taken.items()
+        if value is not None
+    }
 
 
 def _quantize_config(form: _Form, place: str) -> QuantizeConfig:
@@ -320,6 +360,7 @@ def _quantize_config(form: _Form, place: str) -> QuantizeConfig:
     block_size = form.take("block_size", None)
     named = form.take("granularity", None)
     offset = form.take("offset", False)
+    kind = form.take("range", "minmax")
     form.finish()
     granularities: dict[str, Granularity] = {
         "per_tensor": PerTensor(),
@@ -329,7 +370,12 @@ def _quantize_config(form: _Form, place: str) -> QuantizeConfig:
         if named not in (None, "per_block"):
             msg = f"{place} must have granularity per_block with block_size, got {named!r}"
             raise ConfigError(msg)
-        granularity: Granularity = PerBlock(_number(block_size, int, f"{place}.block_size"))
+        where = f"{place}.block_size"
+        if isinstance(block_size, list):
+            sizes = tuple(_number(size, int, where) for size in block_size)
+            granularity: Granularity = Blocks(sizes)
+        else:
+            granularity = PerBlock(_number(block_size, int, where))
     elif named in (None, *granularities):
         granularity = granularities[named or "per_channel"]
     else:
@@ -338,7 +384,7 @@ def _quantize_config(form: _Form, place: str) -> QuantizeConfig:
             f"got {named!r}"
         )
         raise ConfigError(msg)
-    return QuantizeConfig(dtype=dtype, granularity=granularity, offset=offset)
+    return QuantizeConfig(dtype=dtype, granularity=granularity, offset=offset, range=kind)
 
 
 def _number(value: Any, kind: type[int] | type[float], place: str) -> Any:
@@ -350,40 +396,77 @@ def _number(value: Any, kind: type[int] | type[float], place: str) -> Any:
 
 def treatment_dict(treatment: Treatment) -> dict[str, dict[str, Any]]:
     """Return a treatment as the recipe's own words, ``{kind: settings}``."""
-    kind = next(kind for kind, config in _KINDS.items() if isinstance(treatment, config))
     if isinstance(treatment, QuantizeConfig):
-        settings: dict[str, Any] = {"dtype": treatment.dtype}
-        if isinstance(treatment.granularity, PerBlock):
-            settings["block_size"] = treatment.granularity.size
-        else:
-            is_tensor = isinstance(treatment.granularity, PerTensor)
-            settings["granularity"] = "per_tensor" if is_tensor else "per_channel"
-        if treatment.offset:
-            settings["offset"] = True
+        return {"quantize": _quantize_dict(treatment)}
+    settings = {
+        field.name: getattr(treatment, field.name)
+        for field in fields(treatment)
+        if getattr(treatment, field.name) != field.default
+    }
+    if isinstance(treatment, PalettizeConfig):
+        return {"palettize": {"bits": treatment.bits} | settings | _table_dict(treatment)}
+    if treatment.n_m is not None:
+        settings["n_m"] = list(treatment.n_m)
+    return {"prune": settings}
+
+
+def _quantize_dict(treatment: QuantizeConfig) -> dict[str, Any]:
+    settings: dict[str, Any] = {"dtype": treatment.dtype}
+    if isinstance(treatment.granularity, PerBlock):
+        settings["block_size"] = treatment.granularity.size
+    elif isinstance(treatment.granularity, Blocks):
+        settings["block_size"] = list(treatment.granularity.shape)
     else:
-        settings = {
-            field.name: getattr(treatment, field.name)
-            for field in fields(treatment)
-            if getattr(treatment, field.name) is not None
-        }
-    return {kind: settings}
+        is_tensor = isinstance(treatment.granularity, PerTensor)
+        settings["granularity"] = "per_tensor" if is_tensor else "per_channel"
+    if treatment.offset:
+        settings["offset"] = True
+    if treatment.range != "minmax":
+        settings["range"] = treatment.range
+    return settings
+
+
+def _table_dict(treatment: PalettizeConfig) -> dict[str, Any]:
+    table = treatment.table
+    if isinstance(table, KMeans):
+        return {"seed": table.seed} if table.seed else {}
+    return {"table": type(table).__name__.lower()}
 
 
 def describe(treatment: Treatment) -> str:
     """Return a treatment in a few words, such as ``palettize 4 bits, group size 16``."""
     if isinstance(treatment, PalettizeConfig):
-        group = "" if treatment.group_size is None else f", group size {treatment.group_size}"
-        return f"palettize {treatment.bits} bits{group}"
+        return _describe_palette(treatment)
     if isinstance(treatment, QuantizeConfig):
         where = {PerTensor: "per tensor", PerChannel: "per channel"}.get(
             type(treatment.granularity), ""
         )
         if isinstance(treatment.granularity, PerBlock):
             where = f"block size {treatment.granularity.size}"
-        return f"quantize {treatment.dtype}, {where}" + (", offset" if treatment.offset else "")
+        elif isinstance(treatment.granularity, Blocks):
+            where = f"blocks of {'x'.join(map(str, treatment.granularity.shape))}"
+        clipped = ", clipped" if treatment.range == "mse" else ""
+        offset = ", offset" if treatment.offset else ""
+        return f"quantize {treatment.dtype}, {where}{offset}{clipped}"
+    if treatment.n_m is not None:
+        return f"prune {treatment.n_m[0]} of {treatment.n_m[1]}"
     if treatment.sparsity is not None:
-        return f"prune {treatment.sparsity:.0%}"
+        blocks = "" if treatment.block_size is None else f", blocks of {treatment.block_size}"
+        return f"prune {treatment.sparsity:.0%}{blocks}"
     return f"prune threshold {treatment.threshold:g}"
+
+
+def _describe_palette(treatment: PalettizeConfig) -> str:
+    words = ["palettize" if treatment.bits is None else f"palettize {treatment.bits} bits"]
+    if not isinstance(treatment.table, KMeans):
+        words.append(f"{type(treatment.table).__name__.lower()} table")
+    if treatment.group_size is not None:
+        words.append(f"group size {treatment.group_size}")
+    if treatment.vector_size > 1:
+        words.append(f"vectors of {treatment.vector_size}")
+    if treatment.channel_scale:
+        words.append("channel scales")
+    return ", ".join(words)
 
 
 def _select_dict(select: Select) -> dict[str, Any]:

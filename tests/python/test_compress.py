@@ -10,12 +10,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from oracles import (
+    assert_coremltools_agrees,
+    decoded,
+    decoded_by_coremltools,
+    decompressed_by_coremltools,
+    ops_of,
+)
 
 import milpress
 from milpress import formats as f
 from milpress.errors import UnsupportedError, VerificationError
 from milpress.mil import treatments
-from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package
 from milpress.mil.weights import sites, weights
 
@@ -23,7 +29,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import coremltools as ct
     import coremltools.optimize.coreml as cto
-    from coremltools.converters.mil.frontend.milproto.load import load as load_mil
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -47,56 +52,6 @@ LATE = {
     "uint4 block 8 offset": f.QuantizeConfig(dtype="uint4", granularity=f.PerBlock(8), offset=True),
     "int4": f.QuantizeConfig(dtype="int4"),
 }
-
-
-def decoded(path: Path) -> dict[str, np.ndarray]:
-    """Return every weight of a package, as ours decodes it."""
-    package = Package(path)
-    return {
-        weight.name: Decoder(site.graph, package).dense(weight.node).values
-        for site in sites(package)
-        for weight in weights(site.prefix, site.graph)
-    }
-
-
-def decoded_by_coremltools(path: Path, function: str = "main") -> dict[str, np.ndarray]:
-    """Return every weight of a package, as coremltools loads, type-checks and decodes it."""
-    model = ct.models.MLModel(str(path), skip_model_load=True)
-    program = load_mil(
-        model.get_spec(),
-        specification_version=model.get_spec().specificationVersion,
-        file_weights_dir=model.weights_dir,
-    )
-    found = {}
-    queue = list(program.functions[function].operations)
-    while queue:
-        op = queue.pop()
-        for block in op.blocks:
-            queue.extend(block.operations)
-        is_stored = op.op_type == "const" or op.op_type.startswith("constexpr_")
-        if is_stored and len(op.outputs) == 1:
-            value = op.outputs[0].val
-            if value is None:
-                value = op.materialized_val_inference()
-            found[op.outputs[0].name] = np.asarray(value)
-    return found
-
-
-def decompressed_by_coremltools(path: Path) -> dict[str, np.ndarray]:
-    """Return every weight of a package after coremltools' own decompress_weights."""
-    model = cto.decompress_weights(ct.models.MLModel(str(path), skip_model_load=True))
-    return {
-        op.outputs[0].name: op.outputs[0].val
-        for op in model._mil_program.functions["main"].operations
-        if op.op_type == "const" and isinstance(op.outputs[0].val, np.ndarray)
-    }
-
-
-def assert_coremltools_agrees(path: Path, decode: Any = decoded_by_coremltools) -> None:
-    theirs = decode(path)
-    for name, ours in decoded(path).items():
-        assert ours.dtype == theirs[name].dtype, name
-        assert ours.tobytes() == np.ascontiguousarray(theirs[name]).tobytes(), name
 
 
 @pytest.mark.parametrize("target", [None, "iOS17", "iOS18", "iOS26"])
@@ -153,20 +108,6 @@ COREMLTOOLS = {
     "uint8": cto.OpLinearQuantizerConfig(dtype="uint8"),
     "threshold": cto.OpThresholdPrunerConfig(threshold=0.03, minimum_sparsity_percentile=0.0),
 }
-
-
-def ops_of(path: Path) -> list[tuple[str, list[str], list[str], list[str]]]:
-    """Return what each op is, with its parameters, in order; how values are stored aside."""
-    (site,) = sites(Package(path))
-    return [
-        (
-            node.op.type,
-            sorted(node.op.attributes),
-            sorted(node.op.inputs),
-            [output.name for output in node.op.outputs],
-        )
-        for node in site.graph.nodes
-    ]
 
 
 @pytest.mark.parametrize("treatment", COREMLTOOLS)
@@ -533,7 +474,7 @@ def _rewire(package: Package) -> None:
 def _forget_weight(package: Package) -> None:
     metadata = package.model.description.metadata.userDefined
     record = json.loads(metadata[treatments.KEY])
-    record["treatments"][0]["weights"].pop()
+    record["treatments"][0]["weights"].popitem()
     metadata[treatments.KEY] = json.dumps(record)
 
 

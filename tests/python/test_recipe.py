@@ -97,7 +97,7 @@ def test_the_first_rule_that_matches_wins():
         ("{version: 2, steps: [{prune: {sparsity: 0.5}}]}", "version must be 1, got 2"),
         ("{steps: [{prune: {sparsity: 0.5}}], extra: 1}", "the recipe must have no keys .*extra"),
         ("{steps: [{}]}", "a step must have one of"),
-        ("{steps: [{prune: {}}]}", "exactly one of sparsity and threshold"),
+        ("{steps: [{prune: {}}]}", "exactly one of sparsity, threshold and n_m"),
         ("{steps: [{prune: {sparsity: half}}]}", r"steps\[0\].prune.sparsity must be a number"),
         ("{steps: [{palettize: {bits: 4.0}}]}", r"palettize.bits must be a whole number, got 4.0"),
         ("{steps: [{palettize: {nbits: 4}}]}", r"steps\[0\].palettize must have no keys .*nbits"),

@@ -1,11 +1,22 @@
 """The numeric layer: arrays in, immutable compressed values out.
 
 `palettize`, `quantize` and `sparsify` take a weight as a NumPy array or a torch CPU tensor and
-return a `Palette`, `Quantized` or `Sparse`, whose ``dense()`` restores the weight.
+return a `Palette`, `Quantized` or `Sparse`, whose ``dense()`` restores the weight; `compress` goes
+on with such a value, which may give a `Masked` one.
 """
 
-from milpress.formats.palette import Palette, PalettizeConfig, palettize
+from milpress.formats.joint import Compressed, Masked, Treatment, compress
+from milpress.formats.palette import (
+    Custom,
+    KMeans,
+    Palette,
+    PalettizeConfig,
+    Uniform,
+    Unique,
+    palettize,
+)
 from milpress.formats.quantized import (
+    Blocks,
     Granularity,
     PerBlock,
     PerChannel,
@@ -17,7 +28,12 @@ from milpress.formats.quantized import (
 from milpress.formats.sparse import PruneConfig, Sparse, sparsify
 
 __all__ = [
+    "Blocks",
+    "Compressed",
+    "Custom",
     "Granularity",
+    "KMeans",
+    "Masked",
     "Palette",
     "PalettizeConfig",
     "PerBlock",
@@ -27,6 +43,10 @@ __all__ = [
     "QuantizeConfig",
     "Quantized",
     "Sparse",
+    "Treatment",
+    "Uniform",
+    "Unique",
+    "compress",
     "palettize",
     "quantize",
     "sparsify",

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from milpress import _core
-from milpress.errors import ConfigError
+from milpress.errors import ConfigError, UnsupportedError
 from milpress.formats._layout import (
     Floats,
     as_weight,
@@ -19,8 +21,41 @@ from milpress.formats._layout import (
     normalized_axis,
     to_rows,
 )
+from milpress.formats.quantized import Quantized
 
 Bits = Literal[1, 2, 3, 4, 6, 8]
+_MAX_ENTRIES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class KMeans:
+    """The table of least squared error: exact for single values, from ``seed`` for vectors."""
+
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Uniform:
+    """Entries evenly spaced from the least to the greatest weight."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unique:
+    """The weight's distinct values, of which there may be 256 at most; nothing is lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Custom:
+    """The table and indices that a function makes of each group.
+
+    ``function`` takes an array whose first axis is the channel axis, and returns the table, of
+    ``2**bits`` entries, and one index for each weight, in order.
+    """
+
+    function: Callable[[NDArray[Any]], tuple[Any, Any]]
+
+
+Table: TypeAlias = KMeans | Uniform | Unique | Custom
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,22 +65,47 @@ class PalettizeConfig:
     Parameters
     ----------
     bits
-        Width of an index. A table has ``2**bits`` entries.
+        Width of an index. A table has ``2**bits`` entries. ``None`` with `Unique` and `Custom`,
+        which find it themselves.
     group_size
-        Output channels that share a table; ``None`` gives the whole weight one table.
+        Channels that share a table; ``None`` gives the whole weight one table.
+    channel_axis
+        Axis along which groups and vectors lie; ``None`` for that of the output channels.
+    vector_size
+        Weights, consecutive along that axis, that one index stands for.
+    channel_scale
+        Whether each output channel is first divided by its greatest magnitude. The scales end up in
+        the tables, of which each output channel then has its own.
+    table
+        How a table is made.
     """
 
-    bits: Bits = 4
+    bits: Bits | None = 4
     group_size: int | None = None
+    channel_axis: int | None = None
+    vector_size: int = 1
+    channel_scale: bool = False
+    table: Table = KMeans()
 
     def __post_init__(self) -> None:
-        if self.bits not in get_args(Bits):
+        if isinstance(self.table, (Unique, Custom)):
+            if self.bits is not None:
+                name = type(self.table).__name__
+                msg = f"bits must be None with {name}, which finds them, got {self.bits}"
+                raise ConfigError(msg)
+        elif self.bits not in get_args(Bits):
             msg = f"bits must be one of {get_args(Bits)}, got {self.bits}"
             raise ConfigError(msg)
         if self.group_size is not None and (
             isinstance(self.group_size, bool) or self.group_size < 1
         ):
             msg = f"group_size must be at least 1, got {self.group_size}"
+            raise ConfigError(msg)
+        if isinstance(self.vector_size, bool) or self.vector_size < 1:
+            msg = f"vector_size must be at least 1, got {self.vector_size}"
+            raise ConfigError(msg)
+        if self.vector_size > 1 and isinstance(self.table, Uniform):
+            msg = f"vector_size must be 1 with Uniform, got {self.vector_size}"
             raise ConfigError(msg)
 
 
@@ -59,7 +119,7 @@ class Palette:
         uint8, one index for each weight, or for each vector of weights.
     lut
         float16 or float32 of shape ``(*n_groups, 2**bits, vector_size)``, where ``n_groups`` has
-        the number of groups along each axis of ``codes``.
+        the number of groups along each axis of ``codes``; or that in quantized form.
     bits
         Width of an index.
     vector_axis
@@ -67,7 +127,7 @@ class Palette:
     """
 
     codes: NDArray[np.uint8]
-    lut: Floats
+    lut: Floats | Quantized
     bits: int
     vector_axis: int | None = None
 
@@ -76,8 +136,13 @@ class Palette:
         """Shape of the dense weight."""
         shape = list(self.codes.shape)
         if self.vector_axis is not None:
-            shape[self.vector_axis] *= self.lut.shape[-1]
+            shape[self.vector_axis] *= self.vector_size
         return tuple(shape)
+
+    @property
+    def vector_size(self) -> int:
+        """Weights that one index stands for."""
+        return self.lut.shape[-1]
 
     @property
     def group_shape(self) -> tuple[int, ...]:
@@ -86,9 +151,16 @@ class Palette:
         return tuple(size // n for size, n in zip(self.codes.shape, n_groups, strict=True))
 
     @property
+    def entries(self) -> Floats:
+        """The tables as floats."""
+        return self.lut.dense() if isinstance(self.lut, Quantized) else self.lut
+
+    @property
     def n_payload_bits(self) -> int:
         """Bits that indices and tables take when stored."""
-        return self.codes.size * self.bits + self.lut.size * self.lut.itemsize * 8
+        lut = self.lut
+        lut_bits = lut.n_payload_bits if isinstance(lut, Quantized) else lut.nbytes * 8
+        return self.codes.size * self.bits + lut_bits
 
     def rows(self) -> tuple[NDArray[np.uint8], Floats]:
         """Return indices and tables as the rows that kernels take, one a group."""
@@ -96,22 +168,18 @@ class Palette:
         if vector_size != 1:
             msg = f"rows are for tables of single values, got vectors of {vector_size}"
             raise ConfigError(msg)
-        return to_rows(self.codes, self.group_shape), self.lut.reshape(-1, n_entries)
+        return to_rows(self.codes, self.group_shape), self.entries.reshape(-1, n_entries)
 
     def dense(self) -> Floats:
         """Return the weight, each index replaced by its entry."""
-        if self.lut.shape[-1] == 1:
+        if self.vector_size == 1:
             codes, luts = self.rows()
             return from_rows(_core.lut_to_dense(codes, luts), self.codes.shape, self.group_shape)
-        rank = self.codes.ndim
-        lut = self.lut
-        for axis, block in enumerate(self.group_shape):
-            lut = np.repeat(lut, block, axis)
-        entries = np.take_along_axis(
-            lut, self.codes.astype(np.intp)[..., None, None], axis=rank
-        ).squeeze(rank)
-        axis = normalized_axis(0 if self.vector_axis is None else self.vector_axis, rank)
-        return np.ascontiguousarray(np.moveaxis(entries, -1, axis + 1)).reshape(self.shape)
+        rows = to_rows(self.codes, self.group_shape)
+        luts = self.entries.reshape(len(rows), *self.lut.shape[-2:])
+        entries = np.take_along_axis(luts, rows.astype(np.intp)[..., None], axis=1)
+        axis = 0 if self.vector_axis is None else self.vector_axis
+        return _joined(entries, self.codes.shape, self.group_shape, axis)
 
 
 def palettize(
@@ -123,8 +191,9 @@ def palettize(
 ) -> Palette:
     """Replace a weight by indices into tables of values.
 
-    The tables minimise the squared error exactly (Groenlund et al. 2017, arXiv 1701.07204), each
-    index names the nearest entry.
+    For single values the k-means tables minimise the squared error exactly (Groenlund et al. 2017,
+    arXiv 1701.07204), for vectors they come from k-means++ (Arthur and Vassilvitskii 2007) and
+    Lloyd's iteration. Each index names the nearest entry.
 
     Parameters
     ----------
@@ -136,13 +205,14 @@ def palettize(
         Axis of the output channels, along which groups are formed.
     importance
         Weight of each element in the squared error, of the same shape; ``None`` for equal weight.
+        An element of importance 0 has no influence on a k-means table.
 
     Raises
     ------
     ConfigError
-        If the group size does not divide the channels.
+        If the group size does not divide the channels, or the vector size the group.
     UnsupportedError
-        If the weight is of another type, or not finite.
+        If the weight is of another type, or not finite, or has too many distinct values.
 
     Examples
     --------
@@ -151,28 +221,227 @@ def palettize(
     """
     config = config or PalettizeConfig()
     array = as_weight(weight)
-    group_shape = list(array.shape)
+    output = normalized_axis(channel_axis, array.ndim)
+    axis = output
+    if config.channel_axis is not None:
+        axis = normalized_axis(config.channel_axis, array.ndim)
+    group_shape = _group_shape(array.shape, config, axis)
+    share = None if importance is None else _checked_importance(importance, array.shape)
+    if not config.channel_scale:
+        return _fitted(array, config, axis, group_shape, share)
+    scale = _channel_scale(array, output)
+    # An error counts in units of the weight, not of the scaled weight.
+    relative = (scale / scale.max()).astype(np.float32)
+    share = relative**2 * (np.ones(array.shape, np.float32) if share is None else share)
+    scaled = (array / scale.astype(np.float32)).astype(array.dtype)
+    return _folded(array, _fitted(scaled, config, axis, group_shape, share), scale, output)
+
+
+def folded_bytes(
+    shape: tuple[int, ...], itemsize: int, config: PalettizeConfig, output: int, axis: int
+) -> int:
+    """Return the size of a palette's tables once a scale for each output channel is in them."""
+    groups = [1] * len(shape)
     if config.group_size is not None:
-        axis = normalized_axis(channel_axis, array.ndim)
-        if array.shape[axis] % config.group_size != 0:
-            msg = (
-                f"group_size must divide the {array.shape[axis]} output channels, "
-                f"got {config.group_size}"
-            )
-            raise ConfigError(msg)
-        group_shape[axis] = config.group_size
-    shape = tuple(group_shape)
-    rows = to_rows(array, shape)
-    row_importance = None
-    if importance is not None:
-        row_importance = to_rows(_checked_importance(importance, array.shape), shape)
-    luts = _core.kmeans1d(rows, 2**config.bits, row_importance)
-    codes = from_rows(_core.lut_assign(rows, luts), array.shape, shape)
-    n_groups = block_grid(array.shape, shape)
+        groups[axis] = shape[axis] // config.group_size
+    groups[output] = shape[output] // (config.vector_size if axis == output else 1)
+    return math.prod(groups) * int(2 ** (config.bits or 8)) * config.vector_size * itemsize
+
+
+def _group_shape(shape: tuple[int, ...], config: PalettizeConfig, axis: int) -> tuple[int, ...]:
+    size = shape[axis] if config.group_size is None else config.group_size
+    if shape[axis] % size != 0:
+        msg = f"group_size must divide the {shape[axis]} output channels, got {size}"
+        raise ConfigError(msg)
+    if size % config.vector_size != 0:
+        msg = f"vector_size must divide the {size} channels of a group, got {config.vector_size}"
+        raise ConfigError(msg)
+    return (*shape[:axis], size // config.vector_size, *shape[axis + 1 :])
+
+
+def _fitted(
+    array: Floats,
+    config: PalettizeConfig,
+    axis: int,
+    group_shape: tuple[int, ...],
+    importance: NDArray[np.float32] | None,
+) -> Palette:
+    """Make tables and indices of the groups, scales aside."""
+    if isinstance(config.table, Custom):
+        return _custom(array, config.table, config.vector_size, axis, group_shape)
+    if config.vector_size > 1:
+        return _vectors(array, config, axis, group_shape, importance)
+    rows = to_rows(array, group_shape)
+    bits: int = config.bits or 0
+    if isinstance(config.table, Uniform):
+        luts = _uniform_tables(rows, bits)
+    elif isinstance(config.table, Unique):
+        tables = [np.unique(row) for row in rows]
+        bits = _bits_for(max(len(table) for table in tables))
+        luts = np.stack([np.pad(table, (0, 2**bits - len(table)), "edge") for table in tables])
+    else:
+        row_importance = None if importance is None else to_rows(importance, group_shape)
+        luts = _core.kmeans1d(rows, 2**bits, row_importance)
+    return _palette(_core.lut_assign(rows, luts), luts[..., None], array.shape, group_shape, bits)
+
+
+def _uniform_tables(rows: Floats, bits: int) -> Floats:
+    low, high = (edge.astype(np.float64)[:, None] for edge in (rows.min(axis=1), rows.max(axis=1)))
+    steps = np.arange(2**bits) / (2**bits - 1)
+    return (low + steps * (high - low)).astype(rows.dtype)
+
+
+def _vectors(
+    array: Floats,
+    config: PalettizeConfig,
+    axis: int,
+    group_shape: tuple[int, ...],
+    importance: NDArray[np.float32] | None,
+) -> Palette:
+    size = config.vector_size
+    index_shape, rows = _split(array, size, axis, group_shape)
+    n_groups = len(rows)
+    bits: int = config.bits or 0
+    if isinstance(config.table, Unique):
+        found = [np.unique(row, axis=0, return_inverse=True) for row in rows]
+        bits = _bits_for(max(len(table) for table, _ in found))
+        luts = np.stack(
+            [np.pad(table, ((0, 2**bits - len(table)), (0, 0)), "edge") for table, _ in found]
+        )
+        codes = np.stack([inverse.reshape(-1) for _, inverse in found]).astype(np.uint8)
+    else:
+        share = None
+        if importance is not None:
+            share = _split(importance, size, axis, group_shape)[1].mean(axis=-1)
+        seed = config.table.seed if isinstance(config.table, KMeans) else 0
+        flat, codes = _core.kmeans_vector(rows.reshape(n_groups, -1), 2**bits, size, seed, share)
+        luts = flat.reshape(n_groups, 2**bits, size)
+    return _palette(codes, luts, index_shape, group_shape, bits, axis)
+
+
+def _custom(
+    array: Floats, table: Custom, vector_size: int, axis: int, group_shape: tuple[int, ...]
+) -> Palette:
+    front = np.swapaxes(array, 0, axis)
+    parts = np.split(front, front.shape[0] // (group_shape[axis] * vector_size))
+    made = [table.function(part) for part in parts]
+    luts = [np.asarray(lut).reshape(-1, vector_size) for lut, _ in made]
+    n_entries = len(luts[0])
+    bits = max(n_entries - 1, 1).bit_length()
+    if bits not in get_args(Bits) or any(len(lut) != 2**bits for lut in luts):
+        msg = (
+            "a custom table must have 2, 4, 8, 16, 64 or 256 entries, as many for each group, got "
+            + ", ".join(str(size) for size in sorted({len(lut) for lut in luts}))
+        )
+        raise UnsupportedError(msg)
+    codes = np.stack([np.asarray(indices).reshape(-1) for _, indices in made])
+    n_codes = math.prod(array.shape) // vector_size // len(parts)
+    if codes.shape[1] != n_codes or codes.min() < 0 or codes.max() >= n_entries:
+        msg = (
+            f"a custom function must return {n_codes} indices from 0 to {n_entries - 1}, got "
+            f"{codes.shape[1]} from {codes.min()} to {codes.max()}"
+        )
+        raise UnsupportedError(msg)
+    index_shape = list(front.shape)
+    index_shape[0] //= vector_size
+    indices = np.ascontiguousarray(
+        np.swapaxes(codes.astype(np.uint8).reshape(index_shape), 0, axis)
+    )
+    n_groups = block_grid(indices.shape, group_shape)
+    lut = np.stack(luts).astype(array.dtype).reshape(*n_groups, n_entries, vector_size)
     return Palette(
-        codes=frozen(codes),
-        lut=frozen(luts.reshape(*n_groups, 2**config.bits, 1)),
-        bits=config.bits,
+        codes=frozen(indices),
+        lut=frozen(lut),
+        bits=bits,
+        vector_axis=axis if vector_size > 1 else None,
+    )
+
+
+def _palette(
+    code_rows: NDArray[np.uint8],
+    luts: Floats,
+    index_shape: tuple[int, ...],
+    group_shape: tuple[int, ...],
+    bits: int,
+    vector_axis: int | None = None,
+) -> Palette:
+    """Put together what was made of each group: ``luts`` has ``(n_groups, 2**bits, size)``."""
+    return Palette(
+        codes=frozen(from_rows(code_rows, index_shape, group_shape)),
+        lut=frozen(luts.reshape(*block_grid(index_shape, group_shape), *luts.shape[1:])),
+        bits=bits,
+        vector_axis=vector_axis,
+    )
+
+
+def _split(
+    array: NDArray[Any], size: int, axis: int, group_shape: tuple[int, ...]
+) -> tuple[tuple[int, ...], NDArray[Any]]:
+    """Return the shape of the indices, and the vectors as ``(n_groups, n_vectors, size)``."""
+    shape = array.shape
+    index_shape = (*shape[:axis], shape[axis] // size, *shape[axis + 1 :])
+    parts = array.reshape(*index_shape[: axis + 1], size, *shape[axis + 1 :])
+    vectors = np.moveaxis(parts, axis + 1, -1)
+    rows = to_rows(vectors, (*group_shape, size))
+    return index_shape, rows.reshape(len(rows), -1, size)
+
+
+def _joined(
+    vectors: NDArray[Any], index_shape: tuple[int, ...], group_shape: tuple[int, ...], axis: int
+) -> NDArray[Any]:
+    """Undo `_split`."""
+    size = vectors.shape[-1]
+    rows = vectors.reshape(len(vectors), -1)
+    parts = np.moveaxis(from_rows(rows, (*index_shape, size), (*group_shape, size)), -1, axis + 1)
+    shape = (*index_shape[:axis], index_shape[axis] * size, *index_shape[axis + 1 :])
+    return np.ascontiguousarray(parts).reshape(shape)
+
+
+def _bits_for(n_entries: int) -> int:
+    if n_entries > _MAX_ENTRIES:
+        msg = f"a weight must have at most {_MAX_ENTRIES} distinct values, got {n_entries}"
+        raise UnsupportedError(msg)
+    return next(bits for bits in get_args(Bits) if 2**bits >= n_entries)
+
+
+def _channel_scale(array: Floats, output: int) -> NDArray[np.float64]:
+    """Return the greatest magnitude of each output channel, 1 where all are zero."""
+    others = tuple(axis for axis in range(array.ndim) if axis != output)
+    scale = np.abs(array).max(axis=others, keepdims=True).astype(np.float64)
+    scale[scale == 0] = 1
+    return scale
+
+
+def _folded(array: Floats, palette: Palette, scale: NDArray[np.float64], output: int) -> Palette:
+    """Multiply a scale for each output channel into the tables; assign single values anew."""
+    n_rows = palette.codes.shape[output]
+    lut = palette.entries.astype(np.float64)
+    lut = np.repeat(lut, n_rows // lut.shape[output], axis=output)
+    factors = scale[..., None, None]
+    if palette.vector_axis == output:
+        factors = np.moveaxis(
+            scale.reshape(*scale.shape[:output], n_rows, -1, *scale.shape[output + 1 :]),
+            output + 1,
+            -1,
+        )[..., None, :]
+    folded = (lut * factors).astype(array.dtype)
+    made = Palette(
+        codes=palette.codes,
+        lut=frozen(folded),
+        bits=palette.bits,
+        vector_axis=palette.vector_axis,
+    )
+    return made if made.vector_size > 1 else reassigned(made, array)
+
+
+def reassigned(palette: Palette, array: Floats) -> Palette:
+    """Return the palette of single values with each index naming the entry nearest to a weight."""
+    _, luts = palette.rows()
+    codes = _core.lut_assign(to_rows(array, palette.group_shape), luts)
+    return Palette(
+        codes=frozen(from_rows(codes, palette.codes.shape, palette.group_shape)),
+        lut=palette.lut,
+        bits=palette.bits,
     )
 
 

@@ -46,7 +46,19 @@ class PerBlock:
             raise ConfigError(msg)
 
 
-Granularity: TypeAlias = PerTensor | PerChannel | PerBlock
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """One scale for each block of this shape, one number an axis; 0 takes the whole axis."""
+
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if any(isinstance(size, bool) or size < 0 for size in self.shape):
+            msg = f"a block's shape must hold no negative numbers, got {self.shape}"
+            raise ConfigError(msg)
+
+
+Granularity: TypeAlias = PerTensor | PerChannel | PerBlock | Blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,21 +74,31 @@ class QuantizeConfig:
     offset
         Whether a block's range runs from its least to its greatest weight, with the code of zero as
         offset, instead of being symmetric about zero.
+    range
+        ``"minmax"`` holds every weight of a block; ``"mse"`` clips it where that lowers the squared
+        error, and lets a symmetric scale be negative so that the least code is used too.
     """
 
     dtype: IntDType = "int8"
     granularity: Granularity = PerChannel()
     offset: bool = False
+    range: Literal["minmax", "mse"] = "minmax"
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(IntDType):
             msg = f"dtype must be one of {get_args(IntDType)}, got {self.dtype!r}"
             raise ConfigError(msg)
         if not isinstance(self.granularity, get_args(Granularity)):
-            msg = f"granularity must be PerTensor, PerChannel or PerBlock, got {self.granularity!r}"
+            msg = (
+                "granularity must be PerTensor, PerChannel, PerBlock or Blocks, "
+                f"got {self.granularity!r}"
+            )
             raise ConfigError(msg)
         if self.offset not in (True, False):
             msg = f"offset must be true or false, got {self.offset!r}"
+            raise ConfigError(msg)
+        if self.range not in ("minmax", "mse"):
+            msg = f"range must be 'minmax' or 'mse', got {self.range!r}"
             raise ConfigError(msg)
 
     @property
@@ -91,10 +113,10 @@ class QuantizeConfig:
 
     @property
     def code_range(self) -> tuple[int, int]:
-        """Least and greatest code, as coremltools chooses them."""
+        """Least and greatest code; those of a block's whole range are as coremltools chooses."""
         n_codes = 2**self.bits
         least = -n_codes // 2 if self.signed else 0
-        if self.offset:
+        if self.offset or (self.signed and self.range == "mse"):
             return least, least + n_codes - 1
         return (least + 1, -least - 1) if self.signed else (0, n_codes - 2)
 
@@ -177,7 +199,7 @@ def quantize(
     Raises
     ------
     ConfigError
-        If the block size does not divide the input channels.
+        If a block does not divide the weight.
     UnsupportedError
         If the weight is of another type, or not finite.
 
@@ -196,7 +218,8 @@ def quantize(
     block_shape = _block_shape(array.shape, config.granularity, channel_axis, input_axis)
     grid = block_grid(array.shape, block_shape)
     rows = to_rows(array, block_shape)
-    codes, scales, offsets = _core.quantize(rows, *config.code_range, config.offset)
+    kernel = _core.quantize if config.range == "minmax" else _core.quantize_mse
+    codes, scales, offsets = kernel(rows, *config.code_range, config.offset)
     if not np.isfinite(scales).all():
         check_finite(array)
     if offsets is None and not config.signed:
@@ -216,6 +239,11 @@ def _block_shape(
     blocks = list(shape)
     if isinstance(granularity, PerTensor):
         return tuple(blocks)
+    if isinstance(granularity, Blocks):
+        if len(granularity.shape) != len(shape):
+            msg = f"a block must have {len(shape)} axes like the weight, got {granularity.shape}"
+            raise ConfigError(msg)
+        return tuple(size or whole for size, whole in zip(granularity.shape, shape, strict=True))
     blocks[normalized_axis(channel_axis, len(shape))] = 1
     if isinstance(granularity, PerBlock):
         axis = normalized_axis(input_axis, len(shape))

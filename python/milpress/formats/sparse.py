@@ -10,13 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from milpress import _core
-from milpress.errors import ConfigError
+from milpress.errors import ConfigError, UnsupportedError
 from milpress.formats._layout import Floats, as_weight, frozen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneConfig:
-    """Which weights become zero; exactly one field is given.
+    """Which weights become zero; exactly one of ``sparsity``, ``threshold``, ``n_m`` is given.
 
     Parameters
     ----------
@@ -25,17 +25,47 @@ class PruneConfig:
         earlier of equals first.
     threshold
         Weights whose magnitude is not above this, rounded to the weight's precision.
+    n_m
+        ``(n, m)``: of each ``m`` consecutive weights along an axis, the ``n`` of least magnitude
+        (Zhou et al. 2021, arXiv 2102.04010).
+    block_size
+        With ``sparsity``: weights, consecutive along an axis, that stay or go together, those of
+        least L2 norm first, as long as no more weights go than asked for.
+    axis
+        Axis of blocks and of ``n_m``, 0 or 1; by default 0 (output channels of a conv or linear)
+        for blocks and 1 (input channels) for ``n_m``.
+    min_sparsity
+        With ``threshold``: a weight of which a smaller fraction would be zero is refused.
     """
 
     sparsity: float | None = None
     threshold: float | None = None
+    n_m: tuple[int, int] | None = None
+    block_size: int | None = None
+    axis: int | None = None
+    min_sparsity: float = 0.0
 
     def __post_init__(self) -> None:
-        if (self.sparsity is None) == (self.threshold is None):
+        given = [self.sparsity is not None, self.threshold is not None, self.n_m is not None]
+        if sum(given) != 1:
             msg = (
-                "exactly one of sparsity and threshold must be given, "
-                f"got {self.sparsity} and {self.threshold}"
+                "exactly one of sparsity, threshold and n_m must be given, "
+                f"got {self.sparsity}, {self.threshold} and {self.n_m}"
             )
+            raise ConfigError(msg)
+        if self.n_m is not None and not (len(self.n_m) == 2 and 0 <= self.n_m[0] <= self.n_m[1]):
+            msg = f"n_m must be two numbers, the first not above the second, got {self.n_m}"
+            raise ConfigError(msg)
+        if self.block_size is not None and (self.sparsity is None or self.block_size < 2):
+            msg = f"block_size must be at least 2 and go with sparsity, got {self.block_size}"
+            raise ConfigError(msg)
+        if self.axis is not None and (
+            self.axis not in (0, 1) or (self.block_size is None and self.n_m is None)
+        ):
+            msg = f"axis must be 0 or 1 and go with block_size or n_m, got {self.axis}"
+            raise ConfigError(msg)
+        if not 0 <= self.min_sparsity <= 1:
+            msg = f"min_sparsity must be from 0 to 1, got {self.min_sparsity}"
             raise ConfigError(msg)
         if self.sparsity is not None and not 0 <= self.sparsity <= 1:
             msg = f"sparsity must be from 0 to 1, got {self.sparsity}"
@@ -93,7 +123,7 @@ def sparsify(weight: Any, config: PruneConfig) -> Sparse:
     Raises
     ------
     UnsupportedError
-        If the weight is of another type, or not finite.
+        If the weight is of another type, not finite, or too small for the blocks.
 
     Examples
     --------
@@ -101,13 +131,47 @@ def sparsify(weight: Any, config: PruneConfig) -> Sparse:
     array([3., 0., 2., 0.], dtype=float32)
     """
     array = as_weight(weight)
-    flat = array.reshape(-1)
-    if config.sparsity is not None:
-        bitmask = _core.keep_largest(flat, n_pruned(flat.size, config.sparsity))
-    else:
-        bitmask = _core.keep_above(flat, config.threshold or 0.0)
-    nonzeros = _core.compact(flat, bitmask)
+    bitmask = kept(array, config)
+    n_zeros = array.size - _core.count_kept(bitmask)
+    if n_zeros < config.min_sparsity * array.size:
+        msg = f"a fraction of {config.min_sparsity} must be zero, got {n_zeros / array.size:.3f}"
+        raise UnsupportedError(msg)
+    nonzeros = _core.compact(array.reshape(-1), bitmask)
     return Sparse(shape=array.shape, bitmask=frozen(bitmask), nonzeros=frozen(nonzeros))
+
+
+def kept(array: Floats, config: PruneConfig) -> NDArray[np.uint8]:
+    """Return the bitmask of the weights that are left.
+
+    Raises
+    ------
+    UnsupportedError
+        If blocks or runs of ``m`` are longer than half of their axis.
+    """
+    flat = array.reshape(-1)
+    if config.threshold is not None:
+        return _core.keep_above(flat, config.threshold)
+    if config.n_m is not None:
+        n, m = config.n_m
+        return _core.keep_n_m(flat, *_around(array, config, m, "m"), n, m)
+    n_zeros = n_pruned(flat.size, config.sparsity or 0.0)
+    if config.block_size is not None:
+        around = _around(array, config, config.block_size, "block_size")
+        return _core.keep_blocks(flat, *around, config.block_size, n_zeros)
+    return _core.keep_largest(flat, n_zeros)
+
+
+def _around(array: Floats, config: PruneConfig, size: int, word: str) -> tuple[int, int, int]:
+    """Return the number of elements before, along and behind the axis of blocks."""
+    axis = (0 if config.n_m is None else 1) if config.axis is None else config.axis
+    if array.ndim < 2:
+        msg = f"blocks must lie in a weight of 2 or more dimensions, got {array.ndim}"
+        raise UnsupportedError(msg)
+    if 2 * size > array.shape[axis]:
+        msg = f"{word} must be at most half of the {array.shape[axis]} channels, got {size}"
+        raise UnsupportedError(msg)
+    shape = array.shape
+    return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
 
 
 def n_pruned(n_weights: int, sparsity: float) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -10,44 +12,91 @@ from numpy.typing import NDArray
 
 from milpress import _core
 from milpress.errors import PackageError
-from milpress.formats import Palette, Quantized, Sparse
+from milpress.formats import (
+    Compressed,
+    Masked,
+    Palette,
+    PalettizeConfig,
+    PruneConfig,
+    QuantizeConfig,
+    Quantized,
+    Sparse,
+    Treatment,
+)
 from milpress.mil import dtypes, values
+from milpress.mil.dtypes import DType
 from milpress.mil.program import CONSTEXPR, Graph, Node
 from milpress.mil.schema import messages
 from milpress.mil.values import Tensor, WeightSink, WeightSource
 
-Compressed: TypeAlias = Palette | Quantized | Sparse
+Namer: TypeAlias = Callable[[str], str]
 
-_SUFFIXES = {Palette: "palettized", Quantized: "quantized", Sparse: "sparsified"}
+_SUFFIXES = {PalettizeConfig: "palettized", QuantizeConfig: "quantized", PruneConfig: "sparsified"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """What an op makes for the next one: its place among the op's outputs, and its type."""
+
+    index: int
+    dtype: DType
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    """An op of a chain: its parameters are stored, or outputs of the stage of that name."""
+
+    kind: str
+    role: str
+    parameters: dict[str, Tensor | tuple[str, _Output]]
+    outputs: tuple[_Output, ...] = ()
 
 
 def emit(
     value: Compressed,
     node: Node,
     *,
+    names: Namer,
     name: str,
     early: bool,
     file_name: str | None,
     sink: WeightSink,
-) -> None:
-    """Turn a ``const`` op into the ``constexpr_*`` op of a compressed value, in place.
+) -> list[Any]:
+    """Turn an op into the last ``constexpr_*`` op of a compressed value, in place.
 
-    Below CoreML8 (``early``) the parameters are attributes, from there on inputs.
+    Returns the ops that have to stand before it, if the value takes a chain of them. Below CoreML8
+    (``early``) the parameters are attributes, from there on inputs.
     """
-    parameters = _early_parameters(value) if early else _parameters(value)
-    kind = {
-        Palette: "constexpr_lut_to_dense",
-        Quantized: "constexpr_affine_dequantize" if early else "constexpr_blockwise_shift_scale",
-        Sparse: "constexpr_sparse_to_dense",
-    }[type(value)]
-    op = messages().Operation(type=kind)
-    op.attributes["name"].CopyFrom(values.string(name))
-    for parameter, tensor in parameters.items():
-        stored = op.attributes[parameter] if early else op.inputs[parameter].arguments.add().value
-        values.write(stored, tensor, file_name=file_name, early=early, sink=sink)
-    output = op.outputs.add(name=name)
-    output.type.CopyFrom(node.op.outputs[0].type)
-    node.op.CopyFrom(op)
+    made: dict[str, Any] = {}
+    written: dict[int, Any] = {}
+    *inner, last = _stages(value, early=early)
+    for stage in (*inner, last):
+        stage_name = name if stage is last else names(f"{name}_{stage.role}")
+        op = messages().Operation(type=stage.kind)
+        op.attributes["name"].CopyFrom(values.string(stage_name))
+        for parameter, given in stage.parameters.items():
+            if not isinstance(given, Tensor):
+                role, output = given
+                source = made[role].outputs[output.index].name
+                op.inputs[parameter].arguments.add().name = source
+                continue
+            stored = (
+                op.attributes[parameter] if early else op.inputs[parameter].arguments.add().value
+            )
+            if id(given) in written:
+                stored.CopyFrom(written[id(given)])
+            else:
+                values.write(stored, given, file_name=file_name, early=early, sink=sink)
+                written[id(given)] = stored
+        for output in stage.outputs:
+            ending = f"_{output.index}" if len(stage.outputs) > 1 else ""
+            item = op.outputs.add(name=f"{stage_name}{ending}")
+            values.set_type(item.type, output.dtype, output.shape)
+        made[stage.role] = op
+    made[last.role].outputs.add(name=name).type.CopyFrom(node.op.outputs[0].type)
+    node.op.CopyFrom(made[last.role])
+    return [made[stage.role] for stage in inner]
 
 
 def emit_const(tensor: Tensor, node: Node, *, file_name: str | None, sink: WeightSink) -> None:
@@ -62,35 +111,108 @@ def emit_const(tensor: Tensor, node: Node, *, file_name: str | None, sink: Weigh
 
 def payload_bytes(value: Compressed, *, early: bool) -> int:
     """Return how many bytes `emit` stores for a value."""
-    parameters = _early_parameters(value) if early else _parameters(value)
-    return sum(dtype.n_bytes(array.size) for dtype, array in parameters.values())
+    stored = {
+        id(given): given
+        for stage in _stages(value, early=early)
+        for given in stage.parameters.values()
+        if isinstance(given, Tensor)
+    }
+    return sum(dtype.n_bytes(array.size) for dtype, array in stored.values())
 
 
-def suffixed(name: str, value: Compressed) -> str:
-    """Return the name that coremltools gives the compressed form of a weight."""
-    return f"{name}_{_SUFFIXES[type(value)]}"
+def suffixed(name: str, before: Compressed | None, treatment: Treatment) -> str:
+    """Return the name that coremltools gives what a treatment makes of a weight.
+
+    ``before`` is what the weight was made of, ``None`` if it was dense: codes and tables of a
+    compressed weight change under its name, only pruning renames it again.
+    """
+    if before is None or (isinstance(treatment, PruneConfig) and not isinstance(before, Sparse)):
+        return f"{name}_{_SUFFIXES[type(treatment)]}"
+    return name
 
 
-def _parameters(value: Compressed) -> dict[str, Tensor]:
-    if isinstance(value, Palette):
-        parameters = {
-            "indices": Tensor(dtypes.by_name(f"uint{value.bits}"), value.codes),
-            "lut": _tensor(value.lut),
-        }
-        if value.vector_axis is not None:
-            parameters["vector_axis"] = _tensor(np.int32(value.vector_axis))
-        return parameters
+def _stages(value: Compressed, *, early: bool) -> list[_Stage]:
+    if isinstance(value, Masked):
+        return _masked_stages(value)
     if isinstance(value, Quantized):
-        dtype = dtypes.by_name(value.dtype)
-        parameters = {"data": Tensor(dtype, value.codes), "scale": _tensor(value.scale)}
-        if value.offset is not None:
-            parameters["offset"] = Tensor(dtype, value.offset)
-        return parameters
+        if early:
+            parameters = _early_parameters(value)
+            return [_Stage("constexpr_affine_dequantize", "", parameters)]
+        return [_Stage("constexpr_blockwise_shift_scale", "", _quantized_parameters(value))]
+    if isinstance(value, Palette):
+        if early:
+            return [_Stage("constexpr_lut_to_dense", "", _early_parameters(value))]
+        before, lut = _lut(value)
+        parameters = {"indices": _codes(value, value.codes), "lut": lut, **_vector_axis(value)}
+        return [*before, _Stage("constexpr_lut_to_dense", "", parameters)]
+    if early:
+        return [_Stage("constexpr_sparse_to_dense", "", _early_parameters(value))]
     mask = Tensor(dtypes.by_name("uint1"), value.mask().view(np.uint8))
-    return {"mask": mask, "nonzero_data": _tensor(value.nonzeros)}
+    parameters = {"mask": mask, "nonzero_data": _tensor(value.nonzeros)}
+    return [_Stage("constexpr_sparse_to_dense", "", parameters)]
 
 
-def _early_parameters(value: Compressed) -> dict[str, Tensor]:
+def _masked_stages(value: Masked) -> list[_Stage]:
+    inner = value.value
+    uint1 = dtypes.by_name("uint1")
+    mask = Tensor(uint1, value.code_mask().view(np.uint8))
+    codes = _codes(inner, value.nonzero_codes())
+    scale = inner.scale if isinstance(inner, Quantized) else inner.entries
+    size = inner.vector_size if isinstance(inner, Palette) else 1
+    kept = _Output(0, uint1, inner.shape)
+    nonzeros = _Output(1, dtypes.of_array(scale), (codes.values.size * size,))
+    if isinstance(inner, Palette):
+        role = "nonzero_data_0_palettized"
+        before, lut = _lut(inner)
+        parameters = {
+            "indices_mask": mask,
+            "indices_nonzero_data": codes,
+            "lut": lut,
+            **_vector_axis(inner),
+        }
+        stage = _Stage("constexpr_lut_to_sparse", role, parameters, (kept, nonzeros))
+        last = {"mask": (role, kept), "nonzero_data": (role, nonzeros)}
+        return [*before, stage, _Stage("constexpr_sparse_to_dense", "", last)]
+    role = "nonzero_data_0_quantized"
+    quantized = _quantized_parameters(inner)
+    del quantized["data"]
+    parameters = {"data_mask": mask, "nonzero_data": codes, **quantized}
+    stage = _Stage("constexpr_sparse_blockwise_shift_scale", role, parameters, (kept, nonzeros))
+    last = {"mask": mask, "nonzero_data": (role, nonzeros)}
+    return [stage, _Stage("constexpr_sparse_to_dense", "", last)]
+
+
+def _codes(value: Palette | Quantized, codes: NDArray[Any]) -> Tensor:
+    name = f"uint{value.bits}" if isinstance(value, Palette) else value.dtype
+    return Tensor(dtypes.by_name(name), codes)
+
+
+def _lut(value: Palette) -> tuple[list[_Stage], Tensor | tuple[str, _Output]]:
+    """Return the stage that decodes a quantized table, if it is one, and the parameter."""
+    lut = value.lut
+    if not isinstance(lut, Quantized):
+        return [], _tensor(lut)
+    role = "lut_0_quantized"
+    output = _Output(0, dtypes.of_array(lut.scale), lut.shape)
+    parameters = _quantized_parameters(lut)
+    stage = _Stage("constexpr_blockwise_shift_scale", role, parameters, (output,))
+    return [stage], (role, output)
+
+
+def _vector_axis(value: Palette) -> dict[str, Tensor]:
+    return (
+        {} if value.vector_axis is None else {"vector_axis": _tensor(np.int32(value.vector_axis))}
+    )
+
+
+def _quantized_parameters(value: Quantized) -> dict[str, Any]:
+    parameters = {"data": _codes(value, value.codes), "scale": _tensor(value.scale)}
+    if value.offset is not None:
+        parameters["offset"] = _codes(value, value.offset)
+    return parameters
+
+
+def _early_parameters(value: Palette | Quantized | Sparse) -> dict[str, Any]:
     if isinstance(value, Quantized):
         axes = [axis for axis, n in enumerate(value.scale.shape) if n > 1]
         axis = axes[0] if axes else 0
@@ -105,8 +227,11 @@ def _early_parameters(value: Compressed) -> dict[str, Tensor]:
         }
     shape = _tensor(np.array(value.shape, np.uint32))
     if isinstance(value, Palette):
-        indices = _packed(value.codes, value.bits)
-        return {"indices": indices, "lut": _tensor(value.lut.reshape(-1)), "shape": shape}
+        # iOS16 has no indices of 3 bits.
+        bits = 4 if value.bits == 3 else value.bits
+        lut = value.entries.reshape(-1)
+        lut = np.pad(lut, (0, 2**bits - lut.size), "edge")
+        return {"indices": _packed(value.codes, bits), "lut": _tensor(lut), "shape": shape}
     return {"mask": _tensor(value.bitmask), "nonzero_data": _tensor(value.nonzeros), "shape": shape}
 
 
@@ -140,7 +265,25 @@ class Decoder:
         self._source = source
 
     def stored_values(self, node: Node) -> list[Any]:
-        """Return all that is stored for an op and those it builds on."""
+        """Return all that is stored for an op and those it builds on, what they share once."""
+        found: dict[Any, Any] = {}
+        for value in self._stored_values(node):
+            where = value.blobFileValue
+            key = (where.fileName, where.offset) if values.is_blob(value) else id(value)
+            found.setdefault(key, value)
+        return list(found.values())
+
+    def parts(self, node: Node) -> list[Node]:
+        """Return the ops that an op decodes from, each once; no other op may use them."""
+        found: dict[Node, None] = {}
+        for key in sorted(node.op.inputs):
+            producer = self._graph.producer(node, key)
+            if producer is not None and producer[0].is_stored:
+                found[producer[0]] = None
+                found.update(dict.fromkeys(self.parts(producer[0])))
+        return list(found)
+
+    def _stored_values(self, node: Node) -> list[Any]:
         found = [node.op.attributes["val"]] if node.op.type == "const" else []
         if is_constexpr(node):
             for key in sorted(set(node.op.attributes) - {"name"}):
@@ -151,7 +294,7 @@ class Decoder:
                 if stored is not None:
                     found.append(stored)
                 elif producer is not None:
-                    found.extend(self.stored_values(producer[0]))
+                    found.extend(self._stored_values(producer[0]))
         return found
 
     def value(self, node: Node) -> Compressed | None:
@@ -234,6 +377,9 @@ class Decoder:
         if kind == "constexpr_lut_to_dense":
             return self._palette(node)
         if kind == "constexpr_sparse_to_dense":
+            found = self._graph.producer(node, "nonzero_data")
+            if found is not None and is_constexpr(found[0]):
+                return self._masked(node, found[0])
             return self._sparse(node)
         return None
 
@@ -251,28 +397,60 @@ class Decoder:
         return made
 
     def _palette(self, node: Node) -> Palette | None:
-        indices, lut = self._need(node, "indices"), self._need(node, "lut")
-        if not lut.dtype.is_float:
+        indices = self._need(node, "indices")
+        if "shape" not in node.op.attributes:
+            return self._palette_of(node, indices)
+        lut = self._need(node, "lut")
+        shape = _shape(self._need(node, "shape"))
+        bits = (lut.values.size - 1).bit_length()
+        codes = _core.unpack(indices.values, bits, math.prod(shape)).reshape(shape)
+        table = lut.values.reshape((1,) * len(shape) + (-1, 1))
+        return Palette(codes=codes, lut=table, bits=bits)
+
+    def _palette_of(self, node: Node, indices: Tensor) -> Palette | None:
+        """Return the palette of an op of iOS18, whose table may be quantized."""
+        lut = self._lut(node)
+        if lut is None:
             return None
-        if "shape" in node.op.attributes:
-            shape = _shape(self._need(node, "shape"))
-            bits = (lut.values.size - 1).bit_length()
-            codes = _core.unpack(indices.values, bits, math.prod(shape)).reshape(shape)
-            table = lut.values.reshape((1,) * len(shape) + (-1, 1))
-            return Palette(codes=codes, lut=table, bits=bits)
         axis = self._tensor(node, "vector_axis")
         rank = indices.values.ndim
-        lut_shape: tuple[int, ...] = lut.values.shape
-        if len(lut_shape) != rank + 2 or lut_shape[rank] != 2**indices.dtype.bits:
+        if len(lut.shape) != rank + 2 or lut.shape[rank] != 2**indices.dtype.bits:
             msg = f"lut must have {rank + 2} dimensions and 2**bits entries"
             raise ValueError(msg)
-        _check_blocks(indices.values.shape, lut_shape[:rank])
+        _check_blocks(indices.values.shape, lut.shape[:rank])
         return Palette(
             codes=indices.values,
-            lut=lut.values,
+            lut=lut,
             bits=indices.dtype.bits,
             vector_axis=None if axis is None else int(axis.values),
         )
+
+    def _lut(self, node: Node) -> NDArray[Any] | Quantized | None:
+        found = self._graph.producer(node, "lut")
+        if found is not None and found[0].op.type == "constexpr_blockwise_shift_scale":
+            made = self.value(found[0])
+            if isinstance(made, Quantized):
+                return made
+        lut = self._need(node, "lut")
+        return lut.values if lut.dtype.is_float else None
+
+    def _masked(self, node: Node, inner: Node) -> Masked | None:
+        """Return the value of a chain of two or three ops, if it is one that `emit` writes."""
+        value: Palette | Quantized | None = None
+        if inner.op.type == "constexpr_lut_to_sparse":
+            mask = self._need(inner, "indices_mask")
+            codes = _scattered(mask, self._need(inner, "indices_nonzero_data"))
+            value = self._palette_of(inner, codes)
+        elif inner.op.type == "constexpr_sparse_blockwise_shift_scale":
+            mask = self._need(inner, "data_mask")
+            codes = _scattered(mask, self._need(inner, "nonzero_data"))
+            value = _quantized(codes, self._need(inner, "scale"), self._tensor(inner, "offset"))
+        if value is None:
+            return None
+        bitmask = _core.pack(np.ascontiguousarray(mask.values).reshape(-1), 1)
+        made = Masked(bitmask=bitmask, value=value)
+        same = np.array_equal(made.mask(), self._need(node, "mask").values != 0)
+        return made if same else None
 
     def _sparse(self, node: Node) -> Sparse | None:
         mask, nonzeros = self._need(node, "mask"), self._need(node, "nonzero_data")

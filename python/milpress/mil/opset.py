@@ -183,8 +183,7 @@ def _refuse(node: Node, current: Opset, target: Opset, reason: str) -> NoReturn:
 
 
 def _check_clip(node: Node, graph: Graph, current: Opset, target: Opset) -> None:
-    stored = [graph.constant(node, parameter) for parameter in ("alpha", "beta")]
-    low, high = (None if value is None else values.read_scalar(value) for value in stored)
+    low, high = (graph.scalar(node, parameter) for parameter in ("alpha", "beta"))
     if low is None or high is None or not low < high:
         _refuse(node, current, target, "alpha must be known and below beta")
 
@@ -230,8 +229,8 @@ def _scalar(graph: Graph, node: Node, parameter: str) -> int | None:
     """Return a parameter that is 0 by default, ``None`` if it is not known."""
     if parameter not in node.op.inputs:
         return 0
-    stored = graph.constant(node, parameter)
-    return None if stored is None else values.read_scalar(stored)
+    number: int | None = graph.scalar(node, parameter)
+    return number
 
 
 def _nonnegative(node: Node, index_name: str, sizes: Any, graph: Graph) -> Iterator[Any]:

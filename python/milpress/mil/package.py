@@ -80,6 +80,10 @@ class Package:
         self.model = _parse(self.model_bytes, self.path)
         self.programs = tuple(_programs(self.model, self.path))
 
+    def reopened(self) -> Package:
+        """Return the package as it was opened, without what has been done to its model since."""
+        return Package(self.path)
+
     def reader(self, file_name: str) -> _core.BlobReader:
         """Return the reader of a weight file, by the name that the model gives it."""
         if file_name not in self._readers:

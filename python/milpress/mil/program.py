@@ -40,6 +40,13 @@ class Node:
         return str(self.op.outputs[0].name if self.op.outputs else self.op.type)
 
     @property
+    def op_name(self) -> str:
+        """Name of the op itself, which tools that configure ops by name go by."""
+        attributes = self.op.attributes
+        named = values.read_string(attributes["name"]) if "name" in attributes else ""
+        return named or self.name
+
+    @property
     def is_stored(self) -> bool:
         """Whether the op holds a value known before the model runs."""
         return bool(self.op.type == "const" or self.op.type.startswith(CONSTEXPR))
@@ -153,6 +160,11 @@ class Graph:
         if producer is None or producer.op.type != "const":
             return None
         return producer.op.attributes["val"]
+
+    def scalar(self, node: Node, parameter: str) -> Any:
+        """Return the one number that a parameter is bound to; ``None`` if it is not known."""
+        stored = self.constant(node, parameter)
+        return None if stored is None else values.read_scalar(stored)
 
     def producer(self, node: Node, parameter: str) -> tuple[Node, str] | None:
         """Return the op that makes what a parameter is bound to, and the value's name."""

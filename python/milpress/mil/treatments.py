@@ -1,31 +1,82 @@
 """The record of what was done, kept in the package's user metadata so that `verify` can judge it.
 
-One JSON text under one key of the model's description:
-``{"version": 1, "treatments": [{"palettize": {...}, "promise": "nearest", "weights": [...]}]}``.
+One JSON text under one key of the model's description: for each list of treatments, in the recipe's
+words, the weights it was done to, each by its name in the source and the name of the result::
+
+    {"version": 1, "treatments": [
+        {"steps": [{"palettize": {...}}], "weights": {"w": "w_palettized"}}]}
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from milpress.errors import PackageError
 
 KEY = "com.milpress.treatments"
 
-Promise: TypeAlias = Literal["nearest", "half_step", "pruned"]
+Promise: TypeAlias = Literal["nearest", "half_step", "pruned", "none"]
+Step: TypeAlias = dict[str, dict[str, Any]]
 
 
 class Record(NamedTuple):
-    """What was done to one weight: the recipe's words, and what they promise of every element."""
+    """What was done to one weight, in order, and the name of what came of it."""
 
-    treatment: dict[str, Any]
-    promise: Promise
+    steps: tuple[Step, ...]
+    result: str
+
+    @property
+    def promise(self) -> Promise:
+        """What the steps promise of every element."""
+        return promise_of(self.steps)
 
 
-def read(model: Any) -> dict[str, Record]:
-    """Return the record of each treated weight, by its name; nothing where there is no record.
+def promise_of(steps: Sequence[Step]) -> Promise:
+    """Return what steps, done to a dense weight, promise of every element.
+
+    Single values that are palettized have the nearest entry, unclipped quantized ones are within
+    half a step, pruned ones are zero and the others equal; pruning may come first. Elsewhere
+    nothing is promised, and the signal-to-noise ratio says what was lost.
+    """
+    coding = [step for step in steps if "prune" not in step]
+    if not coding:
+        return "pruned" if len(steps) == 1 else "none"
+    if len(coding) > 1 or len(steps) > 2 or steps[-1] is not coding[0]:
+        return "none"
+    palettize = coding[0].get("palettize")
+    if palettize is not None:
+        singly = palettize.get("vector_size", 1) == 1 and palettize.get("table") != "custom"
+        return "nearest" if singly else "none"
+    return "none" if "range" in coding[0]["quantize"] else "half_step"
+
+
+@dataclass(slots=True)
+class Records:
+    """The record of each treated weight, by its name in the source."""
+
+    by_source: dict[str, Record] = field(default_factory=dict)
+
+    def find(self, name: str) -> tuple[str, Record] | None:
+        """Return the source's name and the record of a weight, by either of its names."""
+        if name in self.by_source:
+            return name, self.by_source[name]
+        for source, record in self.by_source.items():
+            if record.result == name:
+                return source, record
+        return None
+
+    def add(self, name: str, result: str, done: Sequence[Step]) -> None:
+        """Note what was done to a weight, after what had been done to it before."""
+        found = self.find(name)
+        source, before = (name, ()) if found is None else (found[0], found[1].steps)
+        self.by_source[source] = Record((*before, *done), result)
+
+
+def read(model: Any) -> Records:
+    """Return the records of a model; none where there is no record.
 
     Raises
     ------
@@ -34,35 +85,34 @@ def read(model: Any) -> dict[str, Record]:
     """
     metadata = model.description.metadata.userDefined
     if KEY not in metadata:
-        return {}
+        return Records()
     try:
         data = json.loads(metadata[KEY])
         if data["version"] != 1:
             msg = f"version {data['version']!r}"
             raise ValueError(msg)
-        found = {}
+        found = Records()
         for group in data["treatments"]:
-            promise = group["promise"]
-            if promise not in get_args(Promise):
-                msg = f"promise {promise!r}"
-                raise ValueError(msg)
-            treatment = {key: group[key] for key in group if key not in ("promise", "weights")}
-            found.update({str(name): Record(treatment, promise) for name in group["weights"]})
+            steps = tuple(dict(step) for step in group["steps"])
+            promise_of(steps)
+            for source, result in group["weights"].items():
+                found.by_source[str(source)] = Record(steps, str(result))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         msg = f"the user metadata {KEY} must be a record of version 1, got another text: {error}"
         raise PackageError(msg) from error
     return found
 
 
-def record(model: Any, done: Iterable[tuple[str, Record]]) -> None:
-    """Add weights, by name, to the model's record."""
-    groups: dict[str, list[str]] = {}
-    for name, entry in [*read(model).items(), *done]:
-        key = json.dumps({**entry.treatment, "promise": entry.promise}, sort_keys=True)
-        groups.setdefault(key, []).append(name)
+def record(model: Any, records: Records) -> None:
+    """Write the records into the model."""
+    groups: dict[str, dict[str, str]] = {}
+    for source, entry in records.by_source.items():
+        groups.setdefault(json.dumps(entry.steps, sort_keys=True), {})[source] = entry.result
     data = {
         "version": 1,
-        "treatments": [{**json.loads(key), "weights": names} for key, names in groups.items()],
+        "treatments": [
+            {"steps": json.loads(steps), "weights": names} for steps, names in groups.items()
+        ],
     }
     model.description.metadata.userDefined[KEY] = json.dumps(data, separators=(",", ":"))
 

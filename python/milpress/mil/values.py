@@ -250,6 +250,12 @@ def string(text: str) -> Any:
     return value
 
 
+def read_string(value: Any) -> str:
+    """Return the text of a value that is a string; empty if it is none."""
+    strings = value.immediateValue.tensor.strings.values
+    return str(strings[0]) if len(strings) == 1 else ""
+
+
 def read_scalar(value: Any) -> Any:
     """Return the one element of a small immediate value, or ``None`` if it has not just one."""
     tensor = value.immediateValue.tensor

@@ -24,9 +24,8 @@ class Weight:
 
     Parameters
     ----------
-    name
-        Its name in the graph; where the package has several functions or models, these stand
-        before it, with slashes between.
+    prefix
+        The functions or models it is in, with slashes behind; empty where the package has one.
     node
         The op that holds it: ``const``, or the last of a chain of ``constexpr_*``.
     graph
@@ -35,11 +34,16 @@ class Weight:
         Type and shape as ops see it.
     """
 
-    name: str
+    prefix: str
     node: Node
     graph: Graph
     dtype: DType
     shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Its name in the package, as it is now."""
+        return f"{self.prefix}{self.node.name}"
 
     @property
     def size(self) -> int:
@@ -57,6 +61,11 @@ class Weight:
         return is_constexpr(self.node)
 
     @property
+    def decoded_by(self) -> tuple[str, ...]:
+        """Kinds of the ``constexpr_*`` ops that decode it, last first; none if it is dense."""
+        return tuple(_chain(self.node, self.graph))
+
+    @property
     def channel_axes(self) -> tuple[int, int] | None:
         """Axes of output and input channels; ``None`` if the ops that use it disagree."""
         found = {self._axes_for(use.node, use.parameter) for use in self.node.uses}
@@ -70,13 +79,18 @@ class Weight:
         if node.op.type == "conv_transpose":
             return 1, 0
         if node.op.type == "matmul":
-            transposed = self._flag(node, f"transpose_{parameter}")
+            transposed = bool(self.graph.scalar(node, f"transpose_{parameter}"))
             return (-2, -1) if transposed == (parameter == "y") else (-1, -2)
         return 0, 1
 
-    def _flag(self, node: Node, parameter: str) -> bool:
-        stored = self.graph.constant(node, parameter)
-        return bool(stored is not None and values.read_scalar(stored))
+
+def _chain(node: Node, graph: Graph) -> Iterator[str]:
+    if is_constexpr(node):
+        yield node.op.type
+        for parameter in sorted(node.op.inputs):
+            found = graph.producer(node, parameter)
+            if found is not None:
+                yield from _chain(found[0], graph)
 
 
 class Site(NamedTuple):
@@ -133,7 +147,7 @@ def weights(prefix: str, graph: Graph) -> Iterator[Weight]:
             continue
         shape = tensor_type.fixed_shape
         if math.prod(shape) >= MIN_WEIGHT_ELEMENTS:
-            yield Weight(f"{prefix}{node.name}", node, graph, tensor_type.dtype, shape)
+            yield Weight(prefix, node, graph, tensor_type.dtype, shape)
 
 
 def blob_values(op: Any) -> Iterator[Any]:

@@ -1,0 +1,124 @@
+"""Joint compression: chains of constexpr ops, written, decoded by coremltools, verified."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import assert_coremltools_agrees, decoded, decompressed_by_coremltools, ops_of
+
+import milpress
+from milpress import formats as f
+from milpress.errors import UnsupportedError
+from milpress.recipe import Recipe, Step
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+PRUNE = f.PruneConfig(sparsity=0.5)
+PALETTE = f.PalettizeConfig(bits=4)
+GROUPS = f.PalettizeConfig(bits=3, group_size=8)
+VECTORS = f.PalettizeConfig(bits=4, vector_size=2)
+INT8 = f.QuantizeConfig()
+LUT8 = f.QuantizeConfig(granularity=f.PerTensor())
+LUT8_OFFSET = f.QuantizeConfig(dtype="uint8", offset=True, granularity=f.PerTensor())
+INT4_BLOCKS = f.QuantizeConfig(dtype="int4", granularity=f.PerBlock(8), offset=True)
+
+CHAINS = {
+    "prune, palettize": ((PRUNE, PALETTE), ["lut_to_sparse", "sparse_to_dense"], "nearest"),
+    "prune, groups": ((PRUNE, GROUPS), ["lut_to_sparse", "sparse_to_dense"], "nearest"),
+    "prune, vectors": ((PRUNE, VECTORS), ["lut_to_sparse", "sparse_to_dense"], "none"),
+    "prune, int8": (
+        (PRUNE, INT8),
+        ["sparse_blockwise_shift_scale", "sparse_to_dense"],
+        "half_step",
+    ),
+    "prune, int4 blocks": (
+        (PRUNE, INT4_BLOCKS),
+        ["sparse_blockwise_shift_scale", "sparse_to_dense"],
+        "half_step",
+    ),
+    "palettize, int8": ((PALETTE, LUT8), ["blockwise_shift_scale", "lut_to_dense"], "none"),
+    "groups, uint8": ((GROUPS, LUT8_OFFSET), ["blockwise_shift_scale", "lut_to_dense"], "none"),
+    "int8, palettize": ((INT8, PALETTE), ["blockwise_shift_scale", "lut_to_dense"], "none"),
+    "prune, palettize, int8": (
+        (PRUNE, PALETTE, LUT8),
+        ["blockwise_shift_scale", "lut_to_sparse", "sparse_to_dense"],
+        "none",
+    ),
+    "palettize, prune": ((PALETTE, PRUNE), ["lut_to_sparse", "sparse_to_dense"], "none"),
+    "vectors, prune": ((VECTORS, PRUNE), ["lut_to_sparse", "sparse_to_dense"], "none"),
+    "int8, prune": ((INT8, PRUNE), ["sparse_blockwise_shift_scale", "sparse_to_dense"], "none"),
+}
+
+
+def in_one(*treatments) -> Recipe:
+    return Recipe(steps=tuple(Step(treatment=treatment) for treatment in treatments))
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("kind", ["layers", "shared", "nested"])
+def test_a_chain_is_decoded_by_coremltools_and_keeps_its_promise(build, tmp_path, kind, chain):
+    treatments, kinds, promise = CHAINS[chain]
+    source, out = build(kind), tmp_path / "out.mlpackage"
+    report = milpress.compress(source, out, in_one(*treatments))
+    assert report.with_status("compressed")
+    assert {check.promise for check in milpress.verify(source, out).weights} == {promise}
+    assert_coremltools_agrees(out, decompressed_by_coremltools)
+    if kind == "layers":
+        chains = [op for op, *_ in ops_of(out) if op.startswith("constexpr_")]
+        assert chains[: len(kinds)] == [f"constexpr_{name}" for name in kinds]
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_chain_made_in_several_runs_equals_one_made_at_once(build, tmp_path, chain):
+    treatments, _, _ = CHAINS[chain]
+    source, once = build("layers"), tmp_path / "once.mlpackage"
+    milpress.compress(source, once, in_one(*treatments))
+    current = source
+    for i, treatment in enumerate(treatments):
+        step = tmp_path / f"{i}.mlpackage"
+        milpress.compress(current, step, Recipe.of(treatment))
+        current = step
+    milpress.verify(source, current)
+    ours, theirs = decoded(once), decoded(current)
+    assert set(ours) == set(theirs)
+    for name, values in ours.items():
+        np.testing.assert_array_equal(values, theirs[name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("treatments", "message"),
+    [
+        ((PRUNE, PRUNE), "pruned weight can't be pruned again"),
+        ((PALETTE, PALETTE), "palette can't be palettized again"),
+        ((INT8, INT8), "quantized weight can't be quantized again"),
+        ((PALETTE, INT8), "tables of a palette must be quantized to 8 bits per tensor"),
+        ((PALETTE, LUT8, LUT8), "a table can't be quantized again"),
+        ((PRUNE, INT8, PALETTE), "a pruned weight with codes can't be palettized again"),
+    ],
+)
+def test_what_has_no_form_in_core_ml_is_refused(treatments, message):
+    value = np.linspace(-1, 1, 4096).astype(np.float16).reshape(64, 64)
+    *first, last = treatments
+    for treatment in first:
+        value = f.compress(value, treatment)
+    with pytest.raises(UnsupportedError, match=message):
+        f.compress(value, last)
+
+
+def test_joint_compression_takes_ios18(build, tmp_path):
+    with pytest.raises(UnsupportedError, match="joint compression must be stored in an iOS18"):
+        milpress.compress(build("layers", "iOS16"), tmp_path / "out", in_one(PRUNE, PALETTE))
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(seed=st.integers(0, 1000), bits=st.sampled_from([1, 2, 3, 4]))
+def test_zeros_have_no_influence_on_the_table_of_a_pruned_weight(seed, bits):
+    weight = np.random.default_rng(seed).standard_normal((8, 16)).astype(np.float16)
+    sparse = f.sparsify(weight, PRUNE)
+    value = f.compress(sparse, f.PalettizeConfig(bits=bits))
+    alone = f.palettize(sparse.nonzeros, f.PalettizeConfig(bits=bits))
+    np.testing.assert_array_equal(value.value.lut.reshape(-1), alone.lut.reshape(-1))
+    np.testing.assert_array_equal(value.dense()[sparse.mask()], alone.dense())
+    assert not value.dense()[~sparse.mask()].any()
