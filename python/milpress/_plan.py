@@ -53,8 +53,13 @@ class Wish:
 class Wishes(Protocol):
     """Says what is asked for each weight: a recipe, or what a face makes of its own settings."""
 
-    may_grow: bool
-    joint: bool
+    @property
+    def may_grow(self) -> bool:
+        """Whether a weight is compressed even if that makes it larger."""
+
+    @property
+    def joint(self) -> bool:
+        """Whether weights that are compressed already are treated too."""
 
     def wish(self, weight: Weight) -> Wish:
         """Return what is asked for a weight."""

@@ -23,6 +23,7 @@ from milpress.formats import (
     PerTensor,
     PruneConfig,
     QuantizeConfig,
+    Table,
     Treatment,
     Uniform,
     Unique,
@@ -319,7 +320,7 @@ def treatment_from_dict(kind: str, settings: Any, place: str = "the recipe") -> 
 def _palettize_config(form: _Form, place: str) -> PalettizeConfig:
     named = form.take("table", "kmeans")
     seed = form.take("seed", 0)
-    tables = {"kmeans": KMeans(_number(seed, int, f"{place}.seed"))}
+    tables: dict[str, Table] = {"kmeans": KMeans(_number(seed, int, f"{place}.seed"))}
     tables |= {"uniform": Uniform(), "unique": Unique()}
     if not isinstance(named, str) or named not in tables:
         msg = f"{place}: table must be one of {', '.join(tables)}, got {named!r}"
@@ -336,13 +337,11 @@ def _palettize_config(form: _Form, place: str) -> PalettizeConfig:
 
 
 def _prune_config(form: _Form, place: str) -> PruneConfig:
-    n_m = form.take_list("n_m") or None
-    if n_m is not None:
-        n_m = tuple(_number(number, int, f"{place}.n_m") for number in n_m)
+    n_m: Any = tuple(_number(number, int, f"{place}.n_m") for number in form.take_list("n_m"))
     given = _numbers(form, place, float, "sparsity", "threshold", "min_sparsity")
     given |= _numbers(form, place, int, "block_size", "axis")
     form.finish()
-    return PruneConfig(n_m=n_m, **given)
+    return PruneConfig(n_m=n_m or None, **given)
 
 
 def _numbers(form: _Form, place: str, kind: type[int] | type[float], *keys: str) -> dict[str, Any]:

@@ -162,9 +162,9 @@ def masked(value: Palette | Quantized, mask: NDArray[np.bool_]) -> Masked:
     The code of a vector is kept if any of its weights is.
     """
     if isinstance(value, Palette) and value.vector_axis is not None:
-        axis, codes = value.vector_axis, value.codes.shape
-        parts = (*codes[: axis + 1], value.vector_size, *codes[axis + 1 :])
-        mask = mask.reshape(parts).any(axis=axis + 1)
+        axis, shape = value.vector_axis, value.codes.shape
+        parts = (*shape[: axis + 1], value.vector_size, *shape[axis + 1 :])
+        mask = np.asarray(mask.reshape(parts).any(axis=axis + 1))
     codes = np.where(mask, value.codes, value.codes.dtype.type(0))
     bitmask = _core.pack(np.ascontiguousarray(mask).view(np.uint8).reshape(-1), 1)
     return Masked(bitmask=frozen(bitmask), value=replace(value, codes=frozen(codes)))

@@ -288,7 +288,8 @@ def _fitted(
 def _uniform_tables(rows: Floats, bits: int) -> Floats:
     low, high = (edge.astype(np.float64)[:, None] for edge in (rows.min(axis=1), rows.max(axis=1)))
     steps = np.arange(2**bits) / (2**bits - 1)
-    return (low + steps * (high - low)).astype(rows.dtype)
+    luts: Floats = (low + steps * (high - low)).astype(rows.dtype)
+    return luts
 
 
 def _vectors(
@@ -401,13 +402,15 @@ def _bits_for(n_entries: int) -> int:
     if n_entries > _MAX_ENTRIES:
         msg = f"a weight must have at most {_MAX_ENTRIES} distinct values, got {n_entries}"
         raise UnsupportedError(msg)
-    return next(bits for bits in get_args(Bits) if 2**bits >= n_entries)
+    widths: tuple[int, ...] = get_args(Bits)
+    return next(bits for bits in widths if 2**bits >= n_entries)
 
 
 def _channel_scale(array: Floats, output: int) -> NDArray[np.float64]:
     """Return the greatest magnitude of each output channel, 1 where all are zero."""
     others = tuple(axis for axis in range(array.ndim) if axis != output)
-    scale = np.abs(array).max(axis=others, keepdims=True).astype(np.float64)
+    greatest = np.abs(array).max(axis=others, keepdims=True)
+    scale: NDArray[np.float64] = greatest.astype(np.float64)
     scale[scale == 0] = 1
     return scale
 

@@ -49,7 +49,7 @@ class _Stage:
 
     kind: str
     role: str
-    parameters: dict[str, Tensor | tuple[str, _Output]]
+    parameters: dict[str, Any]  # Tensor or (role, _Output)
     outputs: tuple[_Output, ...] = ()
 
 
@@ -171,7 +171,7 @@ def _masked_stages(value: Masked) -> list[_Stage]:
             **_vector_axis(inner),
         }
         stage = _Stage("constexpr_lut_to_sparse", role, parameters, (kept, nonzeros))
-        last = {"mask": (role, kept), "nonzero_data": (role, nonzeros)}
+        last: dict[str, Any] = {"mask": (role, kept), "nonzero_data": (role, nonzeros)}
         return [*before, stage, _Stage("constexpr_sparse_to_dense", "", last)]
     role = "nonzero_data_0_quantized"
     quantized = _quantized_parameters(inner)
