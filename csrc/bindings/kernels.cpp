@@ -9,6 +9,7 @@
 #include "kernels/fidelity.h"
 #include "kernels/finite.h"
 #include "kernels/kmeans1d.h"
+#include "kernels/kmeans_vector.h"
 #include "kernels/lut_assign.h"
 #include "kernels/pack.h"
 #include "kernels/quantize.h"
@@ -31,6 +32,22 @@ Array<T> kmeans1d(const Array<T>& weights, std::size_t n_entries,
     milpress::kmeans1d(in, weight_of, out);
   }
   return luts;
+}
+
+template <typename T>
+py::tuple kmeans_vector(const Array<T>& weights, std::size_t n_entries, std::size_t dim,
+                        std::uint64_t seed, const std::optional<Array<float>>& importance) {
+  const auto in = rows(weights);
+  const auto weight_of = importance ? rows(*importance) : MatrixView<const float>{};
+  auto luts = empty<T>(in.n_rows, n_entries * dim);
+  auto codes = empty<std::uint8_t>(in.n_rows, dim == 0 ? 0 : in.n_cols / dim);
+  const auto lut_of = mutable_rows(luts);
+  const auto code_of = mutable_rows(codes);
+  {
+    const py::gil_scoped_release unlocked;
+    milpress::kmeans_vector(in, {dim, seed}, weight_of, lut_of, code_of);
+  }
+  return py::make_tuple(luts, codes);
 }
 
 template <typename T>
@@ -277,6 +294,9 @@ void register_for(py::module_& m) {
   m.def("kmeans1d", &kmeans1d<T>, py::arg("weights").noconvert(), py::arg("n_entries"),
         py::arg("importance").noconvert().none(true),
         "The optimal ascending lookup table of each row of weights.");
+  m.def("kmeans_vector", &kmeans_vector<T>, py::arg("weights").noconvert(), py::arg("n_entries"),
+        py::arg("dim"), py::arg("seed"), py::arg("importance").noconvert().none(true),
+        "(lookup table of each row, index of the entry nearest to each vector).");
   m.def("lut_assign", &lut_assign<T>, py::arg("weights").noconvert(), py::arg("luts").noconvert(),
         "Index of the nearest entry of the row's ascending table; ties go low.");
   m.def("lut_to_dense", &lut_to_dense<T>, py::arg("codes").noconvert(), py::arg("luts").noconvert(),

@@ -35,6 +35,13 @@ class BlobWriter:
 def kmeans1d(
     weights: NDArray[_Float], n_entries: int, importance: NDArray[np.float32] | None
 ) -> NDArray[_Float]: ...
+def kmeans_vector(
+    weights: NDArray[_Float],
+    n_entries: int,
+    dim: int,
+    seed: int,
+    importance: NDArray[np.float32] | None,
+) -> tuple[NDArray[_Float], _Bytes]: ...
 def lut_assign(weights: NDArray[_Float], luts: NDArray[_Float]) -> _Bytes: ...
 def lut_to_dense(codes: _Bytes, luts: NDArray[_Float]) -> NDArray[_Float]: ...
 def quantize(

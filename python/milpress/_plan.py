@@ -42,8 +42,11 @@ class Wish:
         Whether a group or block that does not divide the channels is made smaller.
     reason
         Why it can't be had, if that is known.
+    needs
+        What of it takes an iOS18 model, beyond what the treatments tell.
     """
 
+    needs: str = ""
     treatments: tuple[Treatment, ...] = ()
     min_size: int = 0
     on_indivisible: OnIndivisible = "divisor"
@@ -111,6 +114,10 @@ class Plan:
         """All notes in one text."""
         return "; ".join(self.notes)
 
+    def carried_out(self, treatments: tuple[Treatment, ...], notes: tuple[str, ...]) -> Plan:
+        """Return the plan as it was carried out, and why some treatments were not."""
+        return replace(self, treatments=treatments, notes=(*self.notes, *notes))
+
     def left(self, note: str) -> Plan:
         """Return the plan to leave the weight as it is although it was asked for."""
         return replace(self, status="left", treatments=(), notes=(note,))
@@ -163,7 +170,7 @@ def _plan_weight(weight: Weight, wishes: Wishes, current: Opset) -> Plan:
     if weight.channel_axes is None and any(_needs_axes(item) for item in wish.treatments):
         return plan.left("the ops that use it disagree on its channels")
     for treatment in wish.treatments:
-        needs = _needs(treatment)
+        needs = wish.needs or _needs(treatment)
         if needs and not current.has_blocks:
             raise wishes.too_early(weight.name, treatment, needs, current)
     if (len(wish.treatments) > 1 or weight.is_compressed) and not current.has_blocks:
@@ -210,15 +217,15 @@ def _needs(treatment: Treatment) -> str:
 
 
 def _fitted(plan: Plan, on_indivisible: OnIndivisible) -> Plan:
-    """Make each treatment fit the weight's shape, or leave the weight."""
+    """Make each treatment fit the weight's shape, or drop it; leave the weight if none does."""
     fitted: list[Treatment] = []
     notes: list[str] = []
     for treatment in plan.treatments:
         made, note = _fit(plan.weight, treatment, on_indivisible)
-        if made is None:
-            return plan.left(note)
-        fitted.append(made)
+        fitted.extend([made] if made is not None else [])
         notes.extend([note] if note else [])
+    if not fitted:
+        return plan.left("; ".join(notes))
     return replace(plan, treatments=tuple(fitted), notes=tuple(notes))
 
 

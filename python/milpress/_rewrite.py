@@ -73,10 +73,18 @@ class Counter:
         return offset
 
 
+class Done(NamedTuple):
+    """What `Rewriter.compress` did: bytes stored, treatments applied, and why others were not."""
+
+    n_bytes: int
+    treatments: tuple[Treatment, ...]
+    notes: tuple[str, ...]
+
+
 class _Written(NamedTuple):
     ops: list[Any]
-    n_bytes: int
     suffix: str
+    done: Done
 
 
 class Rewriter:
@@ -115,16 +123,16 @@ class Rewriter:
 
     def compress(
         self, weight: Weight, treatments: Sequence[Treatment], *, early: bool, may_grow: bool
-    ) -> int:
+    ) -> Done:
         """Turn a weight's op into the last ``constexpr`` op of what the treatments make of it.
 
-        Returns the size of what is stored. Ops that have to stand before it, or are of no use
-        anymore, are noted in the weight's graph.
+        A treatment that does not suit what others made is not applied. Ops that have to stand
+        before it, or are of no use anymore, are noted in the weight's graph.
 
         Raises
         ------
         UnsupportedError
-            If the weight does not suit the treatments, or would get larger and may not; nothing has
+            If the weight suits none of the treatments, or would get larger and may not; nothing has
             changed.
         """
         node = weight.node
@@ -134,9 +142,9 @@ class Rewriter:
         known = self._compressed.get(key)
         if known is not None:
             self._adopt(weight, known)
-            return known.n_bytes
+            return known.done
         before = sum(values.n_stored_bytes(value) for value in stored)
-        value, suffix = _treated(weight, treatments, decoder)
+        value, suffix, applied, notes = _treated(weight, treatments, decoder)
         n_bytes = constexpr.payload_bytes(value, early=early)
         if n_bytes >= before and not may_grow:
             msg = f"would get larger: {before} bytes as it is, {n_bytes} compressed"
@@ -158,9 +166,10 @@ class Rewriter:
         )
         weight.graph.insert_before(node, inner)
         _rename_uses(node, name)
+        done = Done(n_bytes, applied, notes)
         if key is not None:
-            self._compressed[key] = _Written([*inner, node.op], n_bytes, suffix)
-        return n_bytes
+            self._compressed[key] = _Written([*inner, node.op], suffix, done)
+        return done
 
     def _key(
         self, weight: Weight, stored: list[Any], treatments: Sequence[Treatment], early: bool
@@ -230,20 +239,32 @@ def _rename_uses(node: Node, name: str) -> None:
 
 def _treated(
     weight: Weight, treatments: Sequence[Treatment], decoder: Decoder
-) -> tuple[Compressed, str]:
-    """Apply treatments one after the other; return the value and what its name ends in."""
+) -> tuple[Compressed, str, tuple[Treatment, ...], tuple[str, ...]]:
+    """Apply treatments one after the other, those that suit.
+
+    Returns the value, what its name ends in, what was applied and why other treatments were not.
+    """
     output, inputs = weight.channel_axes or (0, 1)
-    state: Any = None
+    made: Any = None
     if weight.is_compressed:
-        state = decoder.value(weight.node)
-        if state is None:
+        made = decoder.value(weight.node)
+        if made is None:
             msg = "compressed already, in a way that milpress does not build on"
             raise UnsupportedError(msg)
     suffix = ""
-    made = state
+    applied: list[Treatment] = []
+    notes: list[str] = []
     for treatment in treatments:
         source = decoder.dense(weight.node).values if made is None else made
-        after = compress(source, treatment, channel_axis=output, input_axis=inputs)
+        try:
+            after = compress(source, treatment, channel_axis=output, input_axis=inputs)
+        except UnsupportedError as error:
+            notes.append(str(error))
+            continue
         suffix = constexpr.suffixed(suffix, made, treatment)
         made = after
-    return made, suffix
+        applied.append(treatment)
+    if not applied:
+        msg = "; ".join(notes)
+        raise UnsupportedError(msg)
+    return made, suffix, tuple(applied), tuple(notes)

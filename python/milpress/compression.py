@@ -311,9 +311,12 @@ class _Job:
         before = after = weight_bytes(weight, self._package)
         if plan.treatments:
             try:
-                after = rewriter.compress(
+                done = rewriter.compress(
                     weight, plan.treatments, early=early, may_grow=self._may_grow
                 )
+                if done.notes and self._strict:
+                    raise UnsupportedError("; ".join(done.notes))
+                plan, after = plan.carried_out(done.treatments, done.notes), done.n_bytes
                 steps = [treatment_dict(treatment) for treatment in plan.treatments]
                 self._records.add(name, weight.name, steps)
             except UnsupportedError as error:

@@ -63,7 +63,9 @@ def test_a_chain_is_decoded_by_coremltools_and_keeps_its_promise(build, tmp_path
     source, out = build(kind), tmp_path / "out.mlpackage"
     report = milpress.compress(source, out, in_one(*treatments))
     assert report.with_status("compressed")
-    assert {check.promise for check in milpress.verify(source, out).weights} == {promise}
+    promises = {check.promise for check in milpress.verify(source, out).weights}
+    # Where vectors don't divide the channels, a weight is pruned only.
+    assert promises - ({"pruned"} if "vectors" in chain else set()) == {promise}
     assert_coremltools_agrees(out, decompressed_by_coremltools)
     if kind == "layers":
         chains = [op for op, *_ in ops_of(out) if op.startswith("constexpr_")]

@@ -21,6 +21,9 @@ from milpress.formats.palette import (
 from milpress.formats.quantized import PerTensor, QuantizeConfig, Quantized, quantize
 from milpress.formats.sparse import PruneConfig, Sparse, kept, n_pruned, sparsify
 
+# Core ML stores smaller tensors in the model itself.
+_MIN_ELEMENTS = 10
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Masked:
@@ -127,6 +130,9 @@ def _on_masked(value: Masked, treatment: Treatment) -> Masked:
 
 
 def _on_sparse(value: Sparse, treatment: Treatment, channel_axis: int, input_axis: int) -> Masked:
+    if value.nonzeros.size < _MIN_ELEMENTS:
+        msg = f"only {value.nonzeros.size} values are not zero, too few to be worth codes"
+        raise UnsupportedError(msg)
     dense, mask = value.dense(), value.mask()
     if isinstance(treatment, PalettizeConfig):
         palette = palettize(
@@ -192,6 +198,9 @@ def _with_quantized_lut(value: Palette, treatment: QuantizeConfig) -> Palette:
         raise _refused(treatment, "a table")
     if not isinstance(treatment.granularity, PerTensor) or treatment.bits != 8:
         msg = "the tables of a palette must be quantized to 8 bits per tensor"
+        raise UnsupportedError(msg)
+    if value.lut.size < _MIN_ELEMENTS:
+        msg = f"a table of {value.lut.size} entries is too small to be worth quantizing"
         raise UnsupportedError(msg)
     return replace(value, lut=quantize(value.lut, treatment))
 
