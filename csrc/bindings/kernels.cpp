@@ -76,7 +76,7 @@ Array<T> lut_to_dense(const Bytes& codes, const Array<T>& luts) {
   return weights;
 }
 
-template <typename T, typename Code>
+template <bool kSearch, typename T, typename Code>
 py::tuple quantize_to(const Array<T>& weights, CodeRange range, bool fit_offset) {
   const auto in = rows(weights);
   auto codes = empty<Code>(in.n_rows, in.n_cols);
@@ -87,16 +87,20 @@ py::tuple quantize_to(const Array<T>& weights, CodeRange range, bool fit_offset)
   const auto offset_of = mutable_view(offsets);
   {
     const py::gil_scoped_release unlocked;
-    milpress::quantize(in, range, scale_of, offset_of, out);
+    if constexpr (kSearch) {
+      milpress::quantize_mse(in, range, scale_of, offset_of, out);
+    } else {
+      milpress::quantize(in, range, scale_of, offset_of, out);
+    }
   }
   return py::make_tuple(codes, scales, fit_offset ? py::object(offsets) : py::none());
 }
 
-template <typename T>
+template <bool kSearch, typename T>
 py::tuple quantize(const Array<T>& weights, int code_min, int code_max, bool fit_offset) {
   const CodeRange range{code_min, code_max};
-  return code_min < 0 ? quantize_to<T, std::int8_t>(weights, range, fit_offset)
-                      : quantize_to<T, std::uint8_t>(weights, range, fit_offset);
+  return code_min < 0 ? quantize_to<kSearch, T, std::int8_t>(weights, range, fit_offset)
+                      : quantize_to<kSearch, T, std::uint8_t>(weights, range, fit_offset);
 }
 
 template <typename T, typename Code>
@@ -301,9 +305,12 @@ void register_for(py::module_& m) {
         "Index of the nearest entry of the row's ascending table; ties go low.");
   m.def("lut_to_dense", &lut_to_dense<T>, py::arg("codes").noconvert(), py::arg("luts").noconvert(),
         "The entry of the row's table that each code names.");
-  m.def("quantize", &quantize<T>, py::arg("weights").noconvert(), py::arg("code_min"),
+  m.def("quantize", &quantize<false, T>, py::arg("weights").noconvert(), py::arg("code_min"),
         py::arg("code_max"), py::arg("fit_offset"),
         "(codes, scales, offsets or None), one scale and offset a row.");
+  m.def("quantize_mse", &quantize<true, T>, py::arg("weights").noconvert(), py::arg("code_min"),
+        py::arg("code_max"), py::arg("fit_offset"),
+        "The same with the range of each row that has the least squared error.");
   m.def("keep_largest", &keep_largest<T>, py::arg("weights").noconvert(), py::arg("n_zeros"),
         "Bitmask of the weights left when the n_zeros smallest go; the earlier of equals first.");
   m.def("keep_above", &keep_above<T>, py::arg("weights").noconvert(), py::arg("threshold"),

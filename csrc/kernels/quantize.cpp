@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
+#include <functional>
 #include <limits>
+#include <vector>
 
 #include "core/check.h"
 #include "core/convert.h"
@@ -206,6 +209,297 @@ Extremes widened(Extremes extremes, bool fitted_offset) {
   return {-limit, limit};
 }
 
+// ---------------------------------------------------------------------------------------------
+// The search for the range of least squared error
+
+constexpr std::size_t kLanes = 32;  // sums side by side, enough to hide how long an addition takes
+constexpr std::size_t kMaxSteps = 32;
+
+// A few steps, tried together while a chunk of the row is in the cache.
+struct Steps {
+  std::array<Step, kMaxSteps> items;
+  std::size_t count = 0;
+};
+
+using Sums = std::array<double, kMaxSteps>;
+
+// Weights of a row, multiplied by a power of two, with zeros up to a multiple of kLanes. Zero has a
+// code of its own in every range, so those add no error.
+using Chunk = std::array<float, kChunk>;
+
+constexpr std::size_t whole_lanes(std::size_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// The code without its offset. Multiplying by the inverse is off by a step only next to a tie.
+constexpr float steps_from_zero(float weight, float inverse, float least, float greatest) {
+  float quotient = weight * inverse;
+  quotient = quotient > least ? quotient : least;
+  quotient = quotient < greatest ? quotient : greatest;
+  return round_even(quotient);
+}
+
+// Pairs are added, then pairs of pairs: as fast as it is fixed in its order.
+template <typename Sum>
+[[gnu::always_inline]] inline Sum sum_lanes(std::array<Sum, kLanes>& lanes) {
+  for (std::size_t half = kLanes / 2; half > 0; half /= 2) {
+    for (std::size_t lane = 0; lane < half; ++lane) {
+      lanes[lane] += lanes[lane + half];
+    }
+  }
+  return lanes[0];
+}
+
+// Adds the squared error of each step, of weights and scales multiplied by `factor`. Steps, not
+// weights, are taken side by side: a row may be short.
+template <typename T>
+MILPRESS_VECTORIZE void add_errors(const Chunk& chunk, std::size_t n, const Steps& steps,
+                                   CodeRange range, float factor, Sums& errors) {
+  std::array<float, kMaxSteps> scales;
+  std::array<float, kMaxSteps> inverses;
+  std::array<float, kMaxSteps> least;
+  std::array<float, kMaxSteps> greatest;
+  std::array<float, kMaxSteps> sums{};
+  for (std::size_t j = 0; j < kMaxSteps; ++j) {
+    const Step& step = steps.items[j < steps.count ? j : 0];
+    scales[j] = step.scale * factor;
+    inverses[j] = 1.0F / scales[j];
+    least[j] = static_cast<float>(range.code_min - step.offset);
+    greatest[j] = static_cast<float>(range.code_max - step.offset);
+  }
+  const std::size_t n_lanes = steps.count <= kMaxSteps / 2 ? kMaxSteps / 2 : kMaxSteps;
+  for (std::size_t i = 0; i < n; ++i) {
+    for (std::size_t j = 0; j < n_lanes; ++j) {
+      const float code = steps_from_zero(chunk[i], inverses[j], least[j], greatest[j]);
+      const float error = chunk[i] - round_quotient<T>(scales[j] * code);
+      sums[j] += error * error;
+    }
+  }
+  std::transform(sums.begin(), sums.end(), errors.begin(), errors.begin(), std::plus<double>());
+}
+
+// Adds what least squares needs to fit a scale to the codes of `step`: the products of weights with
+// codes less offset, and the squares of those.
+MILPRESS_VECTORIZE
+void add_moments(const Chunk& chunk, std::size_t n, const Step& step, CodeRange range, float factor,
+                 Sums& moments) {
+  const auto least = static_cast<float>(range.code_min - step.offset);
+  const auto greatest = static_cast<float>(range.code_max - step.offset);
+  const float inverse = 1.0F / (step.scale * factor);
+  std::array<float, kLanes> products{};
+  std::array<float, kLanes> squares{};
+  for (std::size_t i = 0; i < n; i += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      const float code = steps_from_zero(chunk[i + lane], inverse, least, greatest);
+      products[lane] += chunk[i + lane] * code;
+      squares[lane] += code * code;
+    }
+  }
+  moments[0] += sum_lanes(products);
+  moments[1] += sum_lanes(squares);
+}
+
+template <typename T, bool kRoundQuotient>
+[[gnu::always_inline]] inline double restored_error(const Chunk& chunk, std::size_t n,
+                                                    const Step& step, CodeRange range) {
+  const auto offset = static_cast<float>(step.offset);
+  const auto code_min = static_cast<float>(range.code_min);
+  const auto code_max = static_cast<float>(range.code_max);
+  std::array<double, kLanes> sums{};
+  for (std::size_t i = 0; i < n; i += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      const float weight = chunk[i + lane];
+      const float code = code_of<T, kRoundQuotient>(weight, step.scale, offset, code_min, code_max);
+      // Rounds as decoding does: products of a half and an integer need no bits below the subnormal
+      // halves', and those above the largest half were sorted out.
+      const double error =
+          static_cast<double>(weight) - round_quotient<T>(step.scale * (code - offset));
+      sums[lane] += error * error;
+    }
+  }
+  return sum_lanes(sums);
+}
+
+// Adds the squared error of each step in double, of codes as the kernel writes them.
+template <typename T>
+MILPRESS_VECTORIZE void add_restored_errors(const Chunk& chunk, std::size_t n, const Steps& steps,
+                                            CodeRange range, Sums& errors) {
+  for (std::size_t j = 0; j < steps.count; ++j) {
+    const Step& step = steps.items[j];
+    errors[j] += step.quotient_in_weight_precision
+                     ? restored_error<T, true>(chunk, n, step, range)
+                     : restored_error<T, false>(chunk, n, step, range);
+  }
+}
+
+MILPRESS_VECTORIZE
+void multiply(float* values, std::size_t n, float factor) {
+  for (std::size_t i = 0; i < n; ++i) {
+    values[i] *= factor;
+  }
+}
+
+template <typename T>
+class RangeSearch {
+ public:
+  // `extremes` are those of the row, finite and not both zero.
+  RangeSearch(std::span<const T> row, Extremes extremes, CodeRange range, bool fitted_offset)
+      : row_(row),
+        extremes_(extremes),
+        limit_(std::max(std::abs(extremes.low), std::abs(extremes.high))),
+        range_(range),
+        fitted_offset_(fitted_offset) {
+    // So that squares of floats neither overflow nor vanish.
+    constexpr int kMaxExponent = 126;
+    factor_ = std::ldexp(1.0F, std::clamp(-std::ilogb(limit_), -kMaxExponent, kMaxExponent));
+  }
+
+  // The step of least error that was found, `plain` if none is better.
+  Step best(const Step& plain) const {
+    constexpr int kTurns = 2;
+    Steps finalists;
+    finalists.items[finalists.count++] = plain;
+    Step step = fitted_offset_ ? best_of_ends(plain) : best_of_signs(plain);
+    add_if_usable(finalists, step);
+    for (int turn = 0; turn < kTurns && step.scale != 0; ++turn) {
+      step.scale = least_squares(step);
+      add_if_usable(finalists, step);
+    }
+    const Sums errors = sum_row(1.0F, [&](const Chunk& chunk, std::size_t n, Sums& sums) {
+      add_restored_errors<T>(chunk, n, finalists, range_, sums);
+    });
+    return finalists.items[least_of(errors, finalists.count)];
+  }
+
+ private:
+  static constexpr double kLeastShare = 0.4;  // of the row's range
+
+  static std::size_t least_of(const Sums& errors, std::size_t count) {
+    return static_cast<std::size_t>(std::min_element(errors.begin(), errors.begin() + count) -
+                                    errors.begin());
+  }
+
+  // Adds up what `add(chunk, n, sums)` adds for every chunk of the row times `factor`, in pieces
+  // that depend on the row's length only.
+  template <typename Add>
+  Sums sum_row(float factor, const Add& add) const {
+    const auto sum_piece = [&](std::size_t begin, std::size_t end) {
+      Sums sums{};
+      Chunk chunk;
+      for (; begin < end; begin += std::min(kChunk, end - begin)) {
+        const std::size_t n = std::min(kChunk, end - begin);
+        widen(row_.data() + begin, n, chunk.data());
+        if (factor != 1) {
+          multiply(chunk.data(), n, factor);
+        }
+        std::fill(chunk.begin() + n, chunk.begin() + whole_lanes(n), 0.0F);
+        add(chunk, n, sums);
+      }
+      return sums;
+    };
+    if (row_.size() <= kGrain) {
+      return sum_piece(0, row_.size());
+    }
+    std::vector<Sums> partial((row_.size() - 1) / kGrain + 1);
+    parallel_for(row_.size(), kGrain, [&](std::size_t begin, std::size_t end) {
+      partial[begin / kGrain] = sum_piece(begin, end);
+    });
+    Sums total{};
+    for (const Sums& sums : partial) {
+      std::transform(total.begin(), total.end(), sums.begin(), total.begin(), std::plus<>());
+    }
+    return total;
+  }
+
+  void add_if_usable(Steps& steps, const Step& step) const {
+    if (step.scale == 0 || !std::isfinite(step.scale)) {
+      return;
+    }
+    // A restored weight exceeds the weight by half a step at most, and no step is above `limit_`.
+    constexpr float kMax = sizeof(T) == 2 ? 65504.0F : std::numeric_limits<float>::max();
+    if (limit_ <= kMax / 2 || (std::isfinite(restored<T>(extremes_.low, step, range_)) &&
+                               std::isfinite(restored<T>(extremes_.high, step, range_)))) {
+      steps.items[steps.count++] = step;
+    }
+  }
+
+  static Step step_of(double scale, int offset) {
+    return {round_to<T>(static_cast<float>(scale)), offset, false};
+  }
+
+  std::size_t best_of(const Steps& steps) const {
+    const Sums errors = sum_row(factor_, [&](const Chunk& chunk, std::size_t n, Sums& sums) {
+      add_errors<T>(chunk, n, steps, range_, factor_, sums);
+    });
+    return least_of(errors, steps.count);
+  }
+
+  Step best_of_signs(const Step& plain) const {
+    constexpr int kShares = kMaxSteps / 2;
+    const int offset = middle(range_);
+    const int down = offset - range_.code_min;
+    const int up = range_.code_max - offset;
+    const double reach = std::max(down, up);
+    const double widest = limit_ / std::max(1, std::min(down, up));  // both extremes in the range
+    const double shrinkage = (widest - kLeastShare * limit_ / reach) / (kShares - 1);
+    Steps steps;
+    for (const int sign : {1, -1}) {
+      if (sign > 0 || (down != up && range_.code_min < 0)) {
+        for (int i = 0; i < kShares; ++i) {
+          add_if_usable(steps, step_of(sign * (widest - shrinkage * i), offset));
+        }
+      }
+    }
+    return steps.count == 0 ? plain : steps.items[best_of(steps)];
+  }
+
+  // `low` and `high` are shares of what the row extends to either side of zero.
+  Step step_of_ends(double low, double high) const {
+    low *= std::min(0.0F, extremes_.low);
+    high *= std::max(0.0F, extremes_.high);
+    Step step = step_of((high - low) / (range_.code_max - range_.code_min), 0);
+    const double zero = std::nearbyint(range_.code_min - low / step.scale);
+    step.offset = std::isfinite(zero) ? clamp_code(static_cast<float>(zero), range_) : 0;
+    return step;
+  }
+
+  Step best_of_ends(const Step& plain) const {
+    constexpr int kShares = 16;
+    Steps joint;
+    std::array<double, kMaxSteps> shares;
+    for (int i = 0; i < kShares; ++i) {
+      shares[joint.count] = 1 - (1 - kLeastShare) * i / (kShares - 1);
+      add_if_usable(joint, step_of_ends(shares[joint.count], shares[joint.count]));
+    }
+    if (joint.count == 0) {
+      return plain;
+    }
+    const std::size_t best = best_of(joint);
+    const double share = shares[best];
+    Steps apart;
+    apart.items[apart.count++] = joint.items[best];
+    for (const double ratio : {0.6, 0.7, 0.8, 0.9, 1.1, 1.2}) {
+      const double other = std::min(1.0, ratio * share);
+      add_if_usable(apart, step_of_ends(other, share));
+      add_if_usable(apart, step_of_ends(share, other));
+    }
+    return apart.items[best_of(apart)];
+  }
+
+  // The scale of least error for the codes of `step`, 0 if they are all the code of zero.
+  float least_squares(const Step& step) const {
+    const Sums moments = sum_row(factor_, [&](const Chunk& chunk, std::size_t n, Sums& sums) {
+      add_moments(chunk, n, step, range_, factor_, sums);
+    });
+    return moments[1] > 0 ? step_of(moments[0] / moments[1] / factor_, 0).scale : 0.0F;
+  }
+
+  std::span<const T> row_;
+  Extremes extremes_;
+  float limit_;
+  CodeRange range_;
+  bool fitted_offset_;
+  float factor_;
+};
+
 template <typename T, typename Code>
 MILPRESS_VECTORIZE void encode_row(const float* weights, std::size_t n, const Step& step,
                                    CodeRange range, Code* codes) {
@@ -220,6 +514,7 @@ template <typename T, typename Code>
 struct Quantizer {
   MatrixView<const T> weights;
   CodeRange range;
+  bool searches;  // for the range of least squared error
   std::span<T> scales;
   std::span<Code> offsets;
   MatrixView<Code> codes;
@@ -227,7 +522,10 @@ struct Quantizer {
   Step fit(std::size_t row, Extremes extremes) const {
     const bool fitted = !offsets.empty();
     const bool finite = std::isfinite(extremes.low) && std::isfinite(extremes.high);
-    const Step step = step_for<T>(finite ? widened(extremes, fitted) : extremes, range, fitted);
+    Step step = step_for<T>(finite ? widened(extremes, fitted) : extremes, range, fitted);
+    if (searches && finite && (extremes.low != 0 || extremes.high != 0)) {
+      step = RangeSearch<T>(weights.row(row), extremes, range, fitted).best(step);
+    }
     scales[row] = from_float<T>(step.scale);
     if (fitted) {
       offsets[row] = static_cast<Code>(step.offset);
@@ -287,11 +585,9 @@ struct Quantizer {
   }
 };
 
-}  // namespace
-
 template <typename T, typename Code>
-void quantize(MatrixView<const T> weights, CodeRange range, std::span<T> scales,
-              std::span<Code> offsets, MatrixView<Code> codes) {
+void quantize_rows(const Quantizer<T, Code>& quantizer) {
+  const auto& [weights, range, searches, scales, offsets, codes] = quantizer;
   check(range.code_min < range.code_max && range.code_min >= std::numeric_limits<Code>::min() &&
             range.code_max <= std::numeric_limits<Code>::max(),
         "code range must ascend within a byte, got ", range.code_min, " to ", range.code_max);
@@ -307,7 +603,6 @@ void quantize(MatrixView<const T> weights, CodeRange range, std::span<T> scales,
     std::fill(offsets.begin(), offsets.end(), static_cast<Code>(clamp_code(0, range)));
     return;
   }
-  const Quantizer<T, Code> quantizer{weights, range, scales, offsets, codes};
   if (weights.n_cols > 4 * kGrain) {
     for (std::size_t i = 0; i < weights.n_rows; ++i) {
       quantizer.giant_row(i);
@@ -322,6 +617,20 @@ void quantize(MatrixView<const T> weights, CodeRange range, std::span<T> scales,
       quantizer.long_rows(begin, end);
     }
   });
+}
+
+}  // namespace
+
+template <typename T, typename Code>
+void quantize(MatrixView<const T> weights, CodeRange range, std::span<T> scales,
+              std::span<Code> offsets, MatrixView<Code> codes) {
+  quantize_rows(Quantizer<T, Code>{weights, range, false, scales, offsets, codes});
+}
+
+template <typename T, typename Code>
+void quantize_mse(MatrixView<const T> weights, CodeRange range, std::span<T> scales,
+                  std::span<Code> offsets, MatrixView<Code> codes) {
+  quantize_rows(Quantizer<T, Code>{weights, range, true, scales, offsets, codes});
 }
 
 namespace {
@@ -363,6 +672,8 @@ void dequantize(MatrixView<const Code> codes, std::span<const T> scales,
 #define MILPRESS_INSTANTIATE(T, Code)                                                         \
   template void quantize(MatrixView<const T>, CodeRange, std::span<T>, std::span<Code>,       \
                          MatrixView<Code>);                                                   \
+  template void quantize_mse(MatrixView<const T>, CodeRange, std::span<T>, std::span<Code>,   \
+                             MatrixView<Code>);                                               \
   template void dequantize(MatrixView<const Code>, std::span<const T>, std::span<const Code>, \
                            MatrixView<T>);
 

@@ -31,6 +31,19 @@ template <typename T, typename Code>
 void quantize(MatrixView<const T> weights, CodeRange range, std::span<T> scales,
               std::span<Code> offsets, MatrixView<Code> codes);
 
+/// Writes codes like `quantize`, but for the scale, and the offset if there is one, that were found
+/// to restore the row with the least squared error: extremes that few weights reach may be clipped.
+///
+/// Tried are ranges from a little wider than the weights' own down to two fifths of it, with an
+/// offset also with ends that shrink apart, the best of them refined by least squares, and what
+/// `quantize` takes; so the error is never above that of `quantize`. A symmetric range of signed
+/// codes that reaches further down than up is tried with negative scales too, so that the greatest
+/// magnitude may take `code_min` whatever its sign. Quotients are not rounded to `T`. Rows of zeros
+/// and rows that are not finite fare as with `quantize`; every other decodes to finite weights.
+template <typename T, typename Code>
+void quantize_mse(MatrixView<const T> weights, CodeRange range, std::span<T> scales,
+                  std::span<Code> offsets, MatrixView<Code> codes);
+
 /// Writes `scale * (code - offset)` to `weights`, rounded to `T` once. One scale a row; one offset
 /// a row, or none for zero.
 template <typename T, typename Code>

@@ -23,13 +23,17 @@ struct Result {
   std::vector<T> decoded;
 };
 
+enum class Range { kWhole, kSearched };
+
 template <typename T, typename Code>
-Result<T, Code> run(const std::vector<T>& weights, std::size_t n_rows, CodeRange range, bool fit) {
+Result<T, Code> run(const std::vector<T>& weights, std::size_t n_rows, CodeRange range, bool fit,
+                    Range of_row = Range::kWhole) {
   const std::size_t n_cols = weights.size() / n_rows;
   Result<T, Code> result{std::vector<T>(n_rows), std::vector<Code>(fit ? n_rows : 0),
                          std::vector<Code>(weights.size()), std::vector<T>(weights.size())};
-  quantize<T, Code>({weights.data(), n_rows, n_cols}, range, result.scales, result.offsets,
-                    {result.codes.data(), n_rows, n_cols});
+  const auto kernel = of_row == Range::kWhole ? quantize<T, Code> : quantize_mse<T, Code>;
+  kernel({weights.data(), n_rows, n_cols}, range, result.scales, result.offsets,
+         {result.codes.data(), n_rows, n_cols});
   std::vector<Code> offsets = result.offsets;
   if (!fit && range.code_min == 0) {
     offsets.assign(n_rows, static_cast<Code>(range.code_max / 2));
@@ -242,6 +246,137 @@ TEST_CASE("a block of one value comes back within half a step, whatever the valu
   }
 }
 
+template <typename T>
+double squared_error(const std::vector<T>& weights, const std::vector<T>& decoded,
+                     std::size_t begin, std::size_t end) {
+  double sum = 0;
+  for (std::size_t i = begin; i < end; ++i) {
+    const double error = double{to_float(weights[i])} - to_float(decoded[i]);
+    sum += error * error;
+  }
+  return sum;
+}
+
+template <typename T, typename Code>
+void check_never_worse(CodeRange range, bool fit) {
+  CAPTURE(range.code_min);
+  CAPTURE(range.code_max);
+  CAPTURE(fit);
+  std::mt19937 random(6);
+  std::normal_distribution<float> normal;
+  constexpr float kMax = sizeof(T) == 2 ? 65504.0F : std::numeric_limits<float>::max();
+  constexpr float kMin = sizeof(T) == 2 ? 0x1p-24F : 0x1p-149F;
+  std::size_t n_broken = 0;
+  std::size_t n_better = 0;
+  for (const float magnitude : {kMax, kMax / 2, 1.0F, 1e-4F, 40 * kMin, 3 * kMin}) {
+    for (const std::size_t n_cols : {1U, 2U, 31U, 32U, 33U, 70U, 2047U, 2049U, 4100U}) {
+      const std::size_t n_rows = 5;
+      std::vector<T> weights(n_rows * n_cols);
+      for (std::size_t i = 0; i < weights.size(); ++i) {
+        const float value = i % 7 == 0 ? normal(random) : normal(random) / 4 + (fit ? 0.5F : 0.0F);
+        weights[i] = from_float<T>(std::clamp(value, -1.0F, 1.0F) * magnitude);
+      }
+      const auto plain = run<T, Code>(weights, n_rows, range, fit);
+      const auto searched = run<T, Code>(weights, n_rows, range, fit, Range::kSearched);
+      for (std::size_t row = 0; row < n_rows; ++row) {
+        const std::size_t begin = row * n_cols;
+        const double before = squared_error(weights, plain.decoded, begin, begin + n_cols);
+        const double after = squared_error(weights, searched.decoded, begin, begin + n_cols);
+        // The kernel adds up in another order: n roundings of a double at most.
+        const double slack = 1 + static_cast<double>(n_cols) * 0x1p-53;
+        n_broken += std::isfinite(after) && after <= before * slack ? 0U : 1U;
+        n_better += after < before ? 1U : 0U;
+      }
+      n_broken +=
+          std::all_of(searched.codes.begin(), searched.codes.end(),
+                      [&](int code) { return code >= range.code_min && code <= range.code_max; })
+              ? 0U
+              : 1U;
+    }
+  }
+  CHECK(n_broken == 0);
+  CHECK(n_better > 40);  // of 270, or the law would say little
+}
+
+TEST_CASE("a searched range never restores a row worse than the whole range, and always finitely") {
+  for (const bool fit : {false, true}) {
+    for (const CodeRange range : {CodeRange{-8, 7}, CodeRange{-7, 7}, CodeRange{-128, 127},
+                                  CodeRange{-127, 127}, CodeRange{-2, 1}}) {
+      check_never_worse<Half, std::int8_t>(range, fit);
+      check_never_worse<float, std::int8_t>(range, fit);
+    }
+    for (const CodeRange range : {CodeRange{0, 15}, CodeRange{0, 14}, CodeRange{0, 255}}) {
+      check_never_worse<Half, std::uint8_t>(range, fit);
+      check_never_worse<float, std::uint8_t>(range, fit);
+    }
+  }
+}
+
+TEST_CASE("the greatest magnitude takes the lowest code, whatever its sign") {
+  for (const float scale : {0.25F, -0.25F}) {
+    std::vector<Half> weights;
+    for (int code = -8; code <= 7; ++code) {
+      weights.push_back(to_half(scale * static_cast<float>(code)));
+    }
+    const auto result = run<Half, std::int8_t>(weights, 1, {-8, 7}, false, Range::kSearched);
+    CHECK(to_float(result.scales[0]) == scale);
+    CHECK(result.codes.front() == -8);
+    CHECK(result.decoded == weights);
+  }
+}
+
+TEST_CASE("one outlier among many weights is clipped") {
+  std::vector<float> weights(1000);
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    weights[i] = std::sin(static_cast<float>(i));
+  }
+  weights[500] = 2;
+  for (const bool fit : {false, true}) {
+    const auto result = run<float, std::int8_t>(weights, 1, {-7, 7}, fit, Range::kSearched);
+    CHECK(result.decoded[500] < 1.9F);
+    CHECK(squared_error(weights, result.decoded, 0, 1000) <
+          0.7 * squared_error(weights, run<float, std::int8_t>(weights, 1, {-7, 7}, fit).decoded, 0,
+                              1000));
+  }
+}
+
+TEST_CASE_TEMPLATE("a searched row of zeros has scale 1, one that is not finite a scale of NaN", T,
+                   Half, float) {
+  for (const bool fit : {false, true}) {
+    for (const std::size_t n_cols : {1U, 33U, 2049U}) {
+      std::vector<T> weights(3 * n_cols);
+      weights[n_cols / 2] = from_float<T>(-0.0F);
+      weights[2 * n_cols - 1] = from_float<T>(INFINITY);
+      weights[3 * n_cols - 1] = from_float<T>(-NAN);
+      const auto result = run<T, std::int8_t>(weights, 3, {-8, 7}, fit, Range::kSearched);
+      CHECK(to_float(result.scales[0]) == 1);
+      CHECK(std::all_of(result.decoded.begin(), result.decoded.begin() + n_cols,
+                        [](T weight) { return to_float(weight) == 0; }));
+      CHECK(std::isnan(to_float(result.scales[1])));
+      CHECK(std::isnan(to_float(result.scales[2])));
+    }
+  }
+}
+
+TEST_CASE("a searched range is the same on one thread and on two, giant rows included") {
+  for (const std::size_t n_rows : {1U, 3U, 6000U}) {
+    std::vector<Half> weights(600'000);
+    std::mt19937 random(9);
+    std::normal_distribution<float> normal;
+    std::generate(weights.begin(), weights.end(), [&] { return to_half(normal(random)); });
+    for (const bool fit : {false, true}) {
+      const std::size_t before = set_thread_limit(1);
+      const auto one = run<Half, std::int8_t>(weights, n_rows, {-8, 7}, fit, Range::kSearched);
+      set_thread_limit(2);
+      const auto two = run<Half, std::int8_t>(weights, n_rows, {-8, 7}, fit, Range::kSearched);
+      set_thread_limit(before);
+      CHECK(one.scales == two.scales);
+      CHECK(one.offsets == two.offsets);
+      CHECK(one.codes == two.codes);
+    }
+  }
+}
+
 TEST_CASE("dequantize is scale times code minus offset, rounded once") {
   for (const std::size_t n_cols : {1U, 31U, 2049U, 70'000U}) {
     std::vector<std::int8_t> codes(3 * n_cols);
@@ -345,6 +480,7 @@ TEST_CASE("shapes and ranges that don't fit are refused") {
   using Scales = std::span<Half>;
   CHECK_THROWS_AS(quantize(in, {-200, 7}, Scales(scales), none, out), std::invalid_argument);
   CHECK_THROWS_AS(quantize(in, {7, -7}, Scales(scales), none, out), std::invalid_argument);
+  CHECK_THROWS_AS(quantize_mse(in, {7, -7}, Scales(scales), none, out), std::invalid_argument);
   CHECK_THROWS_AS(quantize(in, {3, 3}, Scales(scales), none, out), std::invalid_argument);
   CHECK_THROWS_AS(quantize(in, {0, 128}, Scales(scales), none, out), std::invalid_argument);
   CHECK_THROWS_AS(quantize(in, {-7, 7}, Scales(scales).first(1), none, out), std::invalid_argument);
@@ -377,6 +513,7 @@ TEST_CASE("rows without weights get scale 1 and the offset of zero") {
   CHECK(to_float(scales[1]) == 1);
   CHECK(offsets[1] == 0);
   quantize<Half, std::uint8_t>({nullptr, 0, 5}, {0, 255}, {}, {}, {nullptr, 0, 5});
+  quantize_mse<Half, std::uint8_t>({nullptr, 0, 5}, {0, 255}, {}, {}, {nullptr, 0, 5});
 }
 
 TEST_CASE("the comparison counts exactly the codes that were shifted") {
