@@ -11,6 +11,10 @@ class ConfigError(CompressionError, ValueError):
     """A setting, recipe or argument that is wrong by itself."""
 
 
+class ConfigTypeError(ConfigError, TypeError):
+    """A setting of a type that it can't have."""
+
+
 class PackageError(CompressionError, ValueError):
     """A package that breaks its format, is of an unsupported kind, or climbs out of its folder."""
 

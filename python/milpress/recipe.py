@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from milpress import _patterns, _yaml
 from milpress.errors import ConfigError
 from milpress.formats import (
     Blocks,
@@ -67,28 +65,14 @@ class Select:
         if isinstance(self.min_size, bool) or self.min_size < 0:
             msg = f"min_size must not be negative, got {self.min_size}"
             raise ConfigError(msg)
-        if self.name is not None and self.name.startswith("re:"):
-            try:
-                re.compile(self.name.removeprefix("re:"))
-            except re.error as error:
-                msg = f"name must be a regular expression behind re:, got {self.name!r}: {error}"
-                raise ConfigError(msg) from error
+        if self.name is not None:
+            _patterns.check(self.name)
 
     def matches(self, name: str, op_types: Iterable[str]) -> bool:
         """Whether a weight is meant, its size aside."""
-        return _matches_name(self.name, name) and (
+        return (self.name is None or _patterns.matches(self.name, name)) and (
             not self.op_types or any(kind in self.op_types for kind in op_types)
         )
-
-
-def _matches_name(pattern: str | None, name: str) -> bool:
-    if pattern is None:
-        return True
-    if pattern.startswith("glob:"):
-        return fnmatch.fnmatchcase(name, pattern.removeprefix("glob:"))
-    if pattern.startswith("re:"):
-        return re.fullmatch(pattern.removeprefix("re:"), name) is not None
-    return pattern == name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,15 +153,7 @@ class Recipe:
         ConfigError
             If it is no YAML, or not of the recipe's form; the place is named.
         """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-            data = yaml.safe_load(text)
-        except FileNotFoundError as error:
-            msg = f"{path}: a recipe must be there, got nothing"
-            raise ConfigError(msg) from error
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-            msg = f"{path}: a recipe must be a YAML file, got {error}"
-            raise ConfigError(msg) from error
+        data = _yaml.load(path, "a recipe")
         try:
             return cls.from_dict(data)
         except ConfigError as error:

@@ -1,0 +1,941 @@
+"""Configs under coremltools' names: what to do to weights, and to which of them.
+
+Fields, defaults and error messages are those of ``coremltools.optimize.coreml``; coremltools
+itself is not needed. A setting that could only fail later, such as a negative group size, fails
+here, and every error is a `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from enum import Enum
+from numbers import Integral, Real
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
+
+import attrs
+import cattrs
+import numpy as np
+from attrs import define, field
+from attrs.validators import optional
+from cattrs.errors import ClassValidationError
+
+from milpress import _patterns, _yaml
+from milpress.errors import ConfigError, ConfigTypeError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# As in coremltools, a weight of just this many elements is left.
+DEFAULT_WEIGHT_THRESHOLD = 2048
+_DEFAULT_BLOCK_SIZE = 32
+
+_Validator: TypeAlias = Callable[[Any, "attrs.Attribute[Any]", Any], None]
+
+
+class CompressionGranularity(Enum):
+    """Which part of a weight shares a scale or a lookup table."""
+
+    PER_TENSOR = 1
+    PER_GROUPED_CHANNEL = 2
+    PER_CHANNEL = 3
+    PER_BLOCK = 4
+
+
+class ConfigDictError(ClassValidationError, ConfigError):
+    """Settings in a dictionary that make no config; also the error that cattrs raises for it."""
+
+    def __str__(self) -> str:
+        return str(self.message)
+
+
+def _check(
+    test: Callable[[Any], bool], message: str, error: type[ConfigError] = ConfigError
+) -> _Validator:
+    def validate(_config: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if not test(value):
+            msg = message.format(name=attribute.name, value=value)
+            raise error(msg)
+
+    return validate
+
+
+def _is_a(kind: type, what: str) -> _Validator:
+    # Not isinstance: a bool is no integer here.
+    return _check(
+        lambda value: type(value) is kind,
+        f"{{name}} must be {what}, got {{value!r}}",
+        ConfigTypeError,
+    )
+
+
+def _one_of(allowed: Sequence[Any], message: str) -> _Validator:
+    return _check(lambda value: value in allowed, message.replace("{allowed}", str(tuple(allowed))))
+
+
+def _at_least(least: int) -> _Validator:
+    return _check(lambda value: value >= least, f"{{name}} must be at least {least}, got {{value}}")
+
+
+_is_text = _is_a(str, "text")
+_is_integer = _is_a(int, "an integer")
+_is_number = _is_a(float, "a number")
+_is_flag = _is_a(bool, "True or False")
+_is_fraction = _check(
+    lambda value: 0 <= value <= 1, 'Invalid value of "{name}": {value}. Needs to be in [0, 1].'
+)
+
+
+def _upper(value: str) -> str:
+    return value.upper() if isinstance(value, str) else value
+
+
+def _whole(value: Any) -> Any:
+    """Turn NumPy's integers into Python's; what is no integer is left to the validator."""
+    return value if isinstance(value, bool) or not isinstance(value, Integral) else int(value)
+
+
+def _real(value: Any) -> Any:
+    """Turn NumPy's numbers and integers into floats; the rest is left to the validator."""
+    try:
+        return value if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+    except OverflowError:
+        # Out of any range that a setting has.
+        return math.inf
+
+
+def _wholes(value: Any) -> Any:
+    return tuple(map(_whole, value)) if isinstance(value, (list, tuple)) else _whole(value)
+
+
+def _integer(default: int | None, *checks: _Validator) -> Any:
+    valid: Any = [_is_integer, *checks]
+    return field(
+        default=default,
+        converter=_whole,
+        validator=optional(valid) if default is None else valid,
+    )
+
+
+def _choice(default: str, *others: str) -> Any:
+    return field(
+        default=default,
+        kw_only=True,
+        validator=_one_of((default, *others), "{name} must be one of {allowed}, got {value!r}"),
+    )
+
+
+def _to_weight_threshold(value: int | None) -> int:
+    return DEFAULT_WEIGHT_THRESHOLD if value is None else _whole(value)
+
+
+def _weight_threshold() -> Any:
+    return field(
+        default=DEFAULT_WEIGHT_THRESHOLD,
+        converter=_to_weight_threshold,
+        validator=[
+            _is_integer,
+            _check(
+                lambda value: value >= 0,
+                '"{name}" must be a non-negative integer. Got {value}.',
+            ),
+        ],
+    )
+
+
+_GRANULARITIES = {granularity.name.lower(): granularity for granularity in CompressionGranularity}
+
+
+def _to_granularity(value: str | Enum) -> CompressionGranularity:
+    # By name, so that coremltools' own enum will do.
+    name = value.name.lower() if isinstance(value, Enum) else value
+    if not isinstance(name, str) or name not in _GRANULARITIES:
+        msg = f"Invalid granularity={value}"
+        raise ConfigError(msg)
+    return _GRANULARITIES[name]
+
+
+def _is_granularity(*names: str) -> _Validator:
+    return _one_of(
+        tuple(_GRANULARITIES[name] for name in names),
+        '"{name}" must be one of {allowed}, but got {value}',
+    )
+
+
+def _to_dtype(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
+        return str(np.dtype(value))
+    if hasattr(value, "get_bitwidth") and hasattr(value, "is_unsigned"):
+        # An integer type of coremltools' mil.
+        return f"{'u' if value.is_unsigned() else ''}int{value.get_bitwidth()}"
+    msg = f"dtype={value!r} is unsupported for OpLinearQuantizerConfig."
+    raise ConfigTypeError(msg)
+
+
+class OpCompressorConfig(ABC):
+    """What to do to a weight: the base of the configs of each kind."""
+
+    __slots__ = ()
+
+    @property
+    @abstractmethod
+    def weight_threshold(self) -> int:
+        """Number of elements that a weight must exceed to be compressed."""
+
+    def supports(self, op_type: str, input_name: str = "weight") -> bool:  # noqa: ARG002
+        """Whether a weight that feeds this input of an op of this type may be compressed so."""
+        return True
+
+    @classmethod
+    def _from_dict(cls, config_dict: Mapping[str, Any], place: str | None = None) -> Self:
+        place = place or cls.__name__
+        _check_mapping(config_dict, place)
+        try:
+            return _converter.structure(config_dict, cls)
+        except ClassValidationError as error:
+            msg = f"{place}: {'; '.join(map(str, error.exceptions))}"
+            raise ConfigDictError(msg, error.exceptions, cls) from None
+
+
+def _as_given(value: Any, _kind: Any) -> Any:
+    return value
+
+
+# cattrs would make the text "no" True and 2.7 two; the configs' checks are to see what is given.
+_converter = cattrs.Converter(forbid_extra_keys=True)
+_converter.register_structure_hook_func(lambda kind: not attrs.has(kind), _as_given)
+for _plain in (bool, float, int, str, CompressionGranularity):
+    _converter.register_structure_hook(_plain, _as_given)
+
+
+def _check_mapping(value: Any, place: str) -> None:
+    if not isinstance(value, Mapping):
+        msg = f"{place} must be type of dict. Got {type(value)}."
+        raise ConfigTypeError(msg)
+    for key in value:
+        if not isinstance(key, str):
+            msg = f"{place} must have text keys, got {key!r}"
+            raise ConfigTypeError(msg)
+
+
+@define
+class OpPalettizerConfig(OpCompressorConfig):
+    """Replace a weight by indices into a lookup table.
+
+    Parameters
+    ----------
+    mode
+        How the table is made; any case will do, upper case is stored.
+
+        - ``"kmeans"``: the ``2**nbits`` values that are nearest to the weights.
+        - ``"uniform"``: ``2**nbits`` values at even steps from the least weight to the greatest.
+        - ``"unique"``: the weights' own values, of which there must be 256 at most.
+        - ``"custom"``: what ``lut_function`` returns.
+    nbits
+        Width of an index in bits: 1, 2, 3, 4, 6 or 8. Must be given for ``"kmeans"`` and
+        ``"uniform"``, and for no other mode.
+    lut_function
+        For mode ``"custom"`` alone: takes a weight as an array and returns the table, of
+        ``2**n`` values, and an index for each element of the flattened weight.
+    granularity
+        ``"per_tensor"`` gives a weight one table, ``"per_grouped_channel"`` one to every
+        ``group_size`` channels. Stored as a `CompressionGranularity`.
+    group_size
+        Channels that share a table; 0 for all of them. Unused unless the granularity is
+        ``"per_grouped_channel"``.
+    channel_axis
+        Axis along which channels are grouped; ``None`` takes the output channels as the op that
+        uses the weight has them. Unused unless the granularity is ``"per_grouped_channel"``.
+    cluster_dim
+        Neighbouring channels that one index stands for; the table's entries are vectors of
+        that length. At least 1, which makes them numbers.
+    enable_per_channel_scale
+        Divide each output channel by its greatest magnitude first, and keep that as a scale.
+    num_kmeans_workers
+        Threads that k-means may use, at least 1.
+    weight_threshold
+        Weights of more elements than this are compressed; ``None`` stands for 2048.
+    on_indivisible
+        What to do with a weight whose channels ``group_size`` does not divide: ``"leave"`` it
+        uncompressed, or take the greatest ``"divisor"`` of the channels up to ``group_size``.
+        Not in coremltools, which leaves it.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is not what it must be, or does not go with another.
+
+    Examples
+    --------
+    >>> OpPalettizerConfig(nbits=4, granularity="per_grouped_channel", group_size=16).mode
+    'KMEANS'
+    """
+
+    mode: str = field(
+        default="kmeans",
+        converter=_upper,
+        validator=[
+            _is_text,
+            _one_of(
+                ("KMEANS", "UNIFORM", "UNIQUE", "CUSTOM"),
+                "Only modes {allowed} are supported for weight palettization. "
+                'Got "mode": "{value}".',
+            ),
+        ],
+    )
+    nbits: int | None = field(default=None, converter=_whole)
+    lut_function: Callable[..., Any] | None = field(default=None)
+    granularity: CompressionGranularity = field(
+        default=CompressionGranularity.PER_TENSOR,
+        converter=_to_granularity,
+        validator=_is_granularity("per_tensor", "per_grouped_channel"),
+    )
+    group_size: int = _integer(32, _at_least(0))
+    channel_axis: int | None = _integer(None)
+    cluster_dim: int = _integer(1, _at_least(1))
+    enable_per_channel_scale: bool = field(default=False, validator=_is_flag)
+    num_kmeans_workers: int = _integer(1, _at_least(1))
+    weight_threshold: int = _weight_threshold()
+    on_indivisible: Literal["leave", "divisor"] = _choice("leave", "divisor")
+
+    @nbits.validator
+    def _check_nbits(self, _attribute: Any, nbits: Any) -> None:
+        counted = self.mode in ("KMEANS", "UNIFORM")
+        if counted and nbits is None:
+            msg = f'"nbits" must be provided for {self.mode} mode'
+            raise ConfigError(msg)
+        if not counted and nbits is not None:
+            msg = f'"nbits" must NOT be provided for {self.mode} mode'
+            raise ConfigError(msg)
+        valid = (1, 2, 3, 4, 6, 8)
+        if counted and (type(nbits) is not int or nbits not in valid):
+            msg = (
+                f'Invalid value of "nbits" ({nbits}) for palettization. '
+                f'Supported "nbits" are {valid}'
+            )
+            raise ConfigError(msg)
+
+    @lut_function.validator
+    def _check_lut_function(self, _attribute: Any, lut_function: Any) -> None:
+        custom = self.mode == "CUSTOM"
+        if custom and lut_function is None:
+            msg = '"lut_function" can not be None, if "mode" is "custom".'
+            raise ConfigError(msg)
+        if not custom and lut_function is not None:
+            msg = '"lut_function" must be None, if "mode" is not "custom".'
+            raise ConfigError(msg)
+        if custom and not callable(lut_function):
+            msg = (
+                'A function object must be provided as "lut_function". '
+                f'Got a "lut_function" as type {type(lut_function)}'
+            )
+            raise ConfigTypeError(msg)
+
+    @classmethod
+    def _from_dict(cls, config_dict: Mapping[str, Any], place: str | None = None) -> Self:
+        _check_mapping(config_dict, place or cls.__name__)
+        if "lut_function" in config_dict:
+            msg = (
+                f"{place or cls.__name__}: _from_dict method does not support lut_function. "
+                "Please make the OpPalettizerConfig by its constructor."
+            )
+            raise ConfigError(msg)
+        return super()._from_dict(config_dict, place)
+
+
+def _to_block_size(value: int | Sequence[int] | None) -> int | tuple[int, ...]:
+    size: int | tuple[int, ...] = _DEFAULT_BLOCK_SIZE if value is None else _wholes(value)
+    return size
+
+
+@define
+class OpLinearQuantizerConfig(OpCompressorConfig):
+    """Replace a weight by integers, a scale, and maybe an offset.
+
+    Parameters
+    ----------
+    mode
+        ``"linear_symmetric"`` takes the range that is symmetric about zero, ``"linear"`` that from
+        the least weight to the greatest, with an offset. Any case will do, upper case is stored.
+    dtype
+        Type of the integers: ``"int8"``, ``"uint8"``, ``"int4"`` or ``"uint4"``; NumPy's types and
+        those of coremltools' mil are taken too. Stored as the name.
+    granularity
+        What shares a scale: ``"per_tensor"``, ``"per_channel"``, which is an output channel, or
+        ``"per_block"``. Stored as a `CompressionGranularity`.
+    block_size
+        Elements of a block along an axis; unused unless the granularity is ``"per_block"``. One
+        integer is the size along the input channels, with 1 along the output channels and the
+        whole of any other axis; a list or tuple has one for each axis. 0 stands for the whole
+        axis, ``None`` for 32.
+    weight_threshold
+        Weights of more elements than this are compressed; ``None`` stands for 2048.
+    on_indivisible
+        What to do with a weight an axis of which the block size does not divide: ``"leave"`` it
+        uncompressed, or take the greatest ``"divisor"`` of the axis up to the block size. Not in
+        coremltools, which leaves it.
+    range
+        How the range of the integers is found: ``"minmax"`` takes that of the weights, ``"mse"``
+        the one with the least mean squared error, which may clip some. Not in coremltools, which
+        takes the former.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is not what it must be.
+
+    Examples
+    --------
+    >>> config = OpLinearQuantizerConfig(dtype="uint4", granularity="per_block", block_size=16)
+    >>> config.nbits, config.signed
+    (4, False)
+    """
+
+    mode: str = field(
+        default="linear_symmetric",
+        converter=_upper,
+        validator=[
+            _is_text,
+            _one_of(
+                ("LINEAR_SYMMETRIC", "LINEAR"),
+                "Only mode {allowed} supported for weight affine quantization. "
+                'Got mode: "{value}".',
+            ),
+        ],
+    )
+    dtype: str = field(
+        default="int8",
+        converter=_to_dtype,
+        validator=_one_of(
+            ("int8", "uint8", "int4", "uint4"),
+            "Invalid dtype {value}. Only support int8/uint8/int4/uint4. "
+            "Should be int4/8 or uint4/8, but got {value}",
+        ),
+    )
+    granularity: CompressionGranularity = field(
+        default=CompressionGranularity.PER_CHANNEL,
+        converter=_to_granularity,
+        validator=_is_granularity("per_tensor", "per_channel", "per_block"),
+    )
+    block_size: int | tuple[int, ...] = field(default=_DEFAULT_BLOCK_SIZE, converter=_to_block_size)
+    weight_threshold: int = _weight_threshold()
+    on_indivisible: Literal["leave", "divisor"] = _choice("leave", "divisor")
+    range: Literal["minmax", "mse"] = _choice("minmax", "mse")
+
+    @block_size.validator
+    def _check_block_size(self, _attribute: Any, block_size: Any) -> None:
+        if isinstance(block_size, tuple):
+            if not all(type(size) is int and size >= 0 for size in block_size):
+                msg = f"All values in block_size must be non-negative values. Got {block_size}."
+                raise ConfigError(msg)
+        elif type(block_size) is not int:
+            msg = f"The block_size should be int or list/tuple of int, but got {type(block_size)}."
+            raise ConfigTypeError(msg)
+        elif block_size < 0:
+            msg = f"The block_size must be non-negative values, but got {block_size}"
+            raise ConfigError(msg)
+
+    @property
+    def nbits(self) -> int:
+        """Width of an integer in bits."""
+        return int(self.dtype.removeprefix("u").removeprefix("int"))
+
+    @property
+    def signed(self) -> bool:
+        """Whether the integers have a sign."""
+        return not self.dtype.startswith("u")
+
+
+@define
+class OpMagnitudePrunerConfig(OpCompressorConfig):
+    """Make the weights of least magnitude zero, a fixed part of them, and store the others.
+
+    Parameters
+    ----------
+    target_sparsity
+        Fraction of the weights to make zero, from 0 to 1. Either this or ``n_m_ratio`` must be
+        given. An integer will do, which coremltools refuses.
+    block_size
+        Weights along ``dim`` that become zero together, at least 2; ``None`` to look at each by
+        itself. Goes with ``target_sparsity`` alone.
+    n_m_ratio
+        ``(n, m)``: of every ``m`` weights along ``dim``, ``n`` become zero. ``m`` is at least 1 and
+        ``n`` from 0 to ``m``.
+    dim
+        Axis of blocks or of ``n_m_ratio``: 0 for output channels, the default of blocks, 1 for
+        input channels, the default of ``n_m_ratio``. ``None`` for the default, and if there is
+        neither.
+    weight_threshold
+        Weights of more elements than this are compressed; ``None`` stands for 2048.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is not what it must be, or does not go with another.
+
+    Notes
+    -----
+    Blocks and ``n_m_ratio`` are meant for the weights of ``conv`` and ``linear``.
+
+    Examples
+    --------
+    >>> OpMagnitudePrunerConfig(n_m_ratio=(2, 4)).dim
+    1
+    """
+
+    target_sparsity: float | None = field(
+        default=None, converter=_real, validator=optional([_is_number, _is_fraction])
+    )
+    block_size: int | None = _integer(
+        None, _check(lambda value: value > 1, '"{name}" must be an integer > 1. Got {value}.')
+    )
+    n_m_ratio: tuple[int, int] | None = field(
+        default=None,
+        converter=_wholes,
+        validator=optional(_is_a(tuple, "a tuple of two integers")),
+    )
+    dim: int | None = _integer(
+        None, _check(lambda value: value in (0, 1), '"{name}" must be 1 or 0. Got {value}.')
+    )
+    weight_threshold: int = _weight_threshold()
+
+    @target_sparsity.validator
+    def _check_one_goal(self, _attribute: Any, target_sparsity: Any) -> None:
+        if (target_sparsity is None) == (self.n_m_ratio is None):
+            msg = (
+                'Either "target_sparsity" or "n_m_ratio" need to be set. '
+                "They cannot be set at the same time."
+            )
+            raise ConfigError(msg)
+
+    @block_size.validator
+    def _check_block_alone(self, _attribute: Any, block_size: Any) -> None:
+        if block_size is not None and self.n_m_ratio is not None:
+            msg = '"block_size" and "n_m_ratio" cannot be set at the same time.'
+            raise ConfigError(msg)
+
+    @n_m_ratio.validator
+    def _check_ratio(self, _attribute: Any, ratio: Any) -> None:
+        if ratio is None:
+            return
+        msg = f'"n_m_ratio" must be a tuple of two integers (n, m). n <= m. Got {ratio}'
+        if not all(type(count) is int for count in ratio):
+            raise ConfigTypeError(msg)
+        if len(ratio) != 2 or not 0 <= ratio[0] <= ratio[1] or ratio[1] < 1:
+            raise ConfigError(msg)
+
+    @dim.validator
+    def _check_dim_of_something(self, _attribute: Any, dim: Any) -> None:
+        if dim is not None and not self.is_structural:
+            msg = '"dim" can only be set along with "block_size" or "n_m_ratio".'
+            raise ConfigError(msg)
+
+    def __attrs_post_init__(self) -> None:
+        if self.dim is None and self.is_structural:
+            self.dim = 0 if self.n_m_ratio is None else 1
+
+    @property
+    def is_structural(self) -> bool:
+        """Whether zeros come in blocks or in a fixed ratio."""
+        return self.block_size is not None or self.n_m_ratio is not None
+
+    def supports(self, op_type: str, input_name: str = "weight") -> bool:
+        """Whether a weight that feeds this input of an op of this type may be compressed so."""
+        return not self.is_structural or (op_type in ("conv", "linear") and input_name == "weight")
+
+
+@define
+class OpThresholdPrunerConfig(OpCompressorConfig):
+    """Make weights of small magnitude zero, and store the others.
+
+    Parameters
+    ----------
+    threshold
+        Weights become zero whose magnitude is not above this; finite and not negative. An integer
+        will do, which coremltools refuses.
+    minimum_sparsity_percentile
+        Fraction of zeros, from 0 to 1, below which the weight stays as it is. An integer will do,
+        which coremltools refuses.
+    weight_threshold
+        Weights of more elements than this are compressed; ``None`` stands for 2048.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is not what it must be.
+
+    Examples
+    --------
+    >>> OpThresholdPrunerConfig(threshold=0.03).minimum_sparsity_percentile
+    0.5
+    """
+
+    threshold: float = field(
+        default=1e-12,
+        converter=_real,
+        validator=[
+            _is_number,
+            _check(
+                lambda value: 0 <= value < math.inf,
+                'Invalid value of "{name}": {value}. Needs to be in [0, inf)',
+            ),
+        ],
+    )
+    minimum_sparsity_percentile: float = field(
+        default=0.5, converter=_real, validator=[_is_number, _is_fraction]
+    )
+    weight_threshold: int = _weight_threshold()
+
+
+_KINDS: dict[str, type[OpCompressorConfig]] = {
+    kind.__name__: kind
+    for kind in (
+        OpPalettizerConfig,
+        OpLinearQuantizerConfig,
+        OpMagnitudePrunerConfig,
+        OpThresholdPrunerConfig,
+    )
+}
+
+_Configs: TypeAlias = dict[str, OpCompressorConfig | None]
+
+
+def _check_op_config(config: Any) -> None:
+    if config is not None and not isinstance(config, OpCompressorConfig):
+        msg = f"config must be type of OpCompressorConfig. Got {type(config)}."
+        raise ConfigTypeError(msg)
+
+
+def _check_for_type(op_type: str, config: Any) -> None:
+    _check_op_config(config)
+    if config is not None and not config.supports(op_type):
+        msg = f"block sparsity or n:m pruning does not support op type {op_type}."
+        raise ConfigError(msg)
+
+
+def _check_for_name(name: str, config: Any) -> None:
+    _check_op_config(config)
+    _patterns.check(name)
+
+
+def _copied(configs: Mapping[str, OpCompressorConfig | None] | None) -> _Configs:
+    return {} if configs is None else dict(configs) if isinstance(configs, Mapping) else configs
+
+
+def _each(check: Callable[[str, Any], None]) -> _Validator:
+    def validate(_config: Any, attribute: attrs.Attribute[Any], configs: Any) -> None:
+        _check_mapping(configs, attribute.name)
+        for key, op_config in configs.items():
+            check(key, op_config)
+
+    return validate
+
+
+@define
+class OptimizationConfig:
+    """Which weight gets which treatment.
+
+    A weight's own name decides, if it has a config; otherwise each op that uses the weight, first
+    by its name, then by its type, then by what holds for all. If these ops differ, that is an
+    error.
+
+    Parameters
+    ----------
+    global_config
+        For all weights that nothing else is said of; ``None`` leaves them.
+    op_type_configs
+        Types of ops, such as ``"conv"``, to the config of the weights that they use; ``None``
+        leaves these weights. The dictionary is copied.
+    op_name_configs
+        Names of weights or ops to their config; ``None`` leaves them. A key that begins with
+        ``re:`` is a regular expression for the whole name, one with ``glob:`` a shell pattern; a
+        name itself comes first, then the first pattern that fits. The dictionary is copied.
+
+    Raises
+    ------
+    ConfigError
+        If a config is none, a pattern can't be read, or a config can't apply to the type of op.
+
+    Examples
+    --------
+    >>> config = OptimizationConfig(
+    ...     global_config=OpPalettizerConfig(nbits=8),
+    ...     op_type_configs={"linear": None},
+    ...     op_name_configs={"glob:layer1.*": OpPalettizerConfig(nbits=2)},
+    ... )
+    >>> config.config_for("layer1.weight", [("fc1", "linear")]).nbits
+    2
+    >>> config.config_for("layer2.weight", [("fc2", "linear")]) is None
+    True
+    """
+
+    global_config: OpCompressorConfig | None = field(
+        default=None, validator=lambda _config, _attribute, value: _check_op_config(value)
+    )
+    op_type_configs: _Configs = field(
+        default=None, converter=_copied, validator=_each(_check_for_type)
+    )
+    op_name_configs: _Configs = field(
+        default=None, converter=_copied, validator=_each(_check_for_name)
+    )
+
+    def set_global(self, op_config: OpCompressorConfig | None) -> None:
+        """Set the config of all weights that nothing else is said of."""
+        self.global_config = op_config
+
+    def set_op_type(self, op_type: str, op_config: OpCompressorConfig | None) -> None:
+        """Set the config of the weights that ops of a type use."""
+        _check_mapping({op_type: op_config}, "op_type_configs")
+        _check_for_type(op_type, op_config)
+        self.op_type_configs[op_type] = op_config
+
+    def set_op_name(self, op_name: str, op_config: OpCompressorConfig | None) -> None:
+        """Set the config of a weight or op by its name, or of all that a pattern fits."""
+        _check_mapping({op_name: op_config}, "op_name_configs")
+        _check_for_name(op_name, op_config)
+        self.op_name_configs[op_name] = op_config
+
+    def config_for(
+        self, name: str, children: Sequence[tuple[str, str]]
+    ) -> OpCompressorConfig | None:
+        """Return what to do to a weight; ``None`` is to leave it.
+
+        Parameters
+        ----------
+        name
+            Name of the weight.
+        children
+            Name and type of each op that uses the weight.
+
+        Raises
+        ------
+        ConfigError
+            If the ops that use the weight have different configs, or there is one for the op type
+            ``"const"``.
+        """
+        key = self._key_for(name)
+        if key is not None:
+            return self.op_name_configs[key]
+        if "const" in self.op_type_configs:
+            msg = (
+                "const ops cannot be set by the `set_op_type` function. Please use `set_global` "
+                f"or, for {name!r} alone, `set_op_name`"
+            )
+            raise ConfigError(msg)
+        if not children:
+            return None
+        (first, _), *_ = children
+        configs = [self._op_config_for(*child) for child in children]
+        for (other, _), config in zip(children, configs, strict=True):
+            if config != configs[0]:
+                msg = (
+                    f"compression config conflict detected between ops {first} and {other}, which "
+                    f"share the weight {name}. {first} has config {configs[0]} while {other} has "
+                    f"{config}."
+                )
+                raise ConfigError(msg)
+        return configs[0]
+
+    def is_explicit(self, name: str) -> bool:
+        """Whether a weight has a config by its own name, or a pattern that fits it."""
+        return self._key_for(name) is not None
+
+    def unmatched(self, names: Iterable[str], op_types: Iterable[str]) -> list[str]:
+        """Return the keys that nothing in a model answers to, such as misspelt ones.
+
+        Parameters
+        ----------
+        names
+            Names of all weights and ops of the model.
+        op_types
+            Types of all its ops.
+        """
+        names, op_types = set(names), set(op_types)
+        return [key for key in self.op_type_configs if key not in op_types] + [
+            key
+            for key in self.op_name_configs
+            if key not in names and not any(_patterns.matches(key, name) for name in names)
+        ]
+
+    def check_types(self, *allowed: type[OpCompressorConfig], pass_name: str) -> None:
+        """Raise `ConfigError` if a config is of none of the classes that a function can use."""
+        for config in (
+            self.global_config,
+            *self.op_type_configs.values(),
+            *self.op_name_configs.values(),
+        ):
+            if config is not None and not isinstance(config, allowed):
+                types = ", ".join(kind.__name__ for kind in allowed)
+                msg = f"{pass_name} only accept {types} type config. Got {type(config).__name__}."
+                raise ConfigError(msg)
+
+    @classmethod
+    def from_dict(cls, config_dict: Mapping[str, Any]) -> Self:
+        """Build a config from plain dictionaries, which are left as they are.
+
+        Parameters
+        ----------
+        config_dict
+            ``config_type``, the name of the class of the configs, must be given; beside it may be
+            ``global_config``, ``op_type_configs`` and ``op_name_configs``, with the fields of the
+            configs as dictionaries, or ``None``. A ``config_type`` among the fields of one config
+            is for that one alone.
+
+        Raises
+        ------
+        ConfigError
+            If a key is unknown or a value is not what it must be; the place is named.
+
+        Examples
+        --------
+        >>> config = OptimizationConfig.from_dict(
+        ...     {
+        ...         "config_type": "OpThresholdPrunerConfig",
+        ...         "global_config": {"threshold": 0.01},
+        ...         "op_type_configs": {
+        ...             "conv": {"config_type": "OpMagnitudePrunerConfig", "n_m_ratio": [3, 4]},
+        ...             "linear": None,
+        ...         },
+        ...     }
+        ... )
+        >>> config.op_type_configs["conv"].n_m_ratio
+        (3, 4)
+        """
+        _check_mapping(config_dict, "an OptimizationConfig object")
+        valid_keys = ("config_type", *(attribute.name for attribute in attrs.fields(cls)))
+        for key in config_dict:
+            if key not in valid_keys:
+                msg = (
+                    f"Invalid key {key} to construct an OptimizationConfig object. "
+                    f"Supported keys are {valid_keys}."
+                )
+                raise ConfigError(msg)
+        kind = config_dict.get("config_type")
+        if not isinstance(kind, str):
+            msg = f"config_type must be provided with type of string. Got {kind!r}."
+            raise ConfigTypeError(msg)
+        _kind_named(kind, "config_type")
+        levels: dict[str, Any] = {
+            "global_config": _structured(config_dict.get("global_config"), kind, "global_config")
+        }
+        for level in ("op_type_configs", "op_name_configs"):
+            settings = config_dict.get(level)
+            if settings is not None:
+                _check_mapping(settings, level)
+                levels[level] = {
+                    key: _structured(value, kind, f"{level}[{key!r}]")
+                    for key, value in settings.items()
+                }
+        return cls(**levels)
+
+    @classmethod
+    def from_yaml(cls, yml: str | os.PathLike[str] | IO[Any]) -> Self:
+        """Build a config from a YAML file of the form that `from_dict` takes.
+
+        Parameters
+        ----------
+        yml
+            Path of the file, or the file, opened.
+
+        Raises
+        ------
+        ConfigError
+            If it can't be read, is no YAML, or not of that form.
+        """
+        return cls.from_dict(_yaml.load(yml, "an optimization config"))
+
+    def _key_for(self, name: str) -> str | None:
+        if name in self.op_name_configs:
+            return name
+        return next(
+            (
+                key
+                for key in self.op_name_configs
+                if _patterns.is_pattern(key) and _patterns.matches(key, name)
+            ),
+            None,
+        )
+
+    def _op_config_for(self, name: str, op_type: str) -> OpCompressorConfig | None:
+        key = self._key_for(name)
+        if key is not None:
+            return self.op_name_configs[key]
+        return self.op_type_configs.get(op_type, self.global_config)
+
+
+def _kind_named(name: Any, place: str) -> type[OpCompressorConfig]:
+    if not isinstance(name, str) or name not in _KINDS:
+        msg = f"{place} must be one of {', '.join(_KINDS)}, got {name!r}"
+        raise ConfigError(msg) if isinstance(name, str) else ConfigTypeError(msg)
+    return _KINDS[name]
+
+
+def _structured(settings: Any, kind: str, place: str) -> OpCompressorConfig | None:
+    if settings is None:
+        return None
+    _check_mapping(settings, place)
+    fields = dict(settings)
+    kind = fields.pop("config_type", kind)
+    return _kind_named(kind, f"{place}: config_type")._from_dict(fields, place)
+
+
+def adopted(config: Any) -> OptimizationConfig:
+    """Return a config as ours, whether it is ours already or one of coremltools.
+
+    Parameters
+    ----------
+    config
+        An `OptimizationConfig`, or the config of an op, which then holds for all weights; of this
+        package or of ``coremltools.optimize.coreml``.
+
+    Raises
+    ------
+    ConfigError
+        If it is something else, or has a setting that coremltools lets pass and can't use.
+    """
+    if isinstance(config, OptimizationConfig):
+        return config
+    name = _name_in_coremltools(config)
+    if name == OptimizationConfig.__name__:
+        return OptimizationConfig(
+            global_config=_adopted_op(config.global_config),
+            op_type_configs=_adopted_ops(config.op_type_configs),
+            op_name_configs=_adopted_ops(config.op_name_configs),
+        )
+    if isinstance(config, OpCompressorConfig) or name is not None:
+        return OptimizationConfig(global_config=_adopted_op(config))
+    msg = f"config must be of type OptimizationConfig, got {type(config)}"
+    raise ConfigTypeError(msg)
+
+
+def _adopted_op(config: Any) -> OpCompressorConfig | None:
+    kind = _KINDS.get(_name_in_coremltools(config) or "")
+    if kind is None:
+        # Ours, or refused where it is put.
+        given: OpCompressorConfig | None = config
+        return given
+    fields: Any = attrs.fields(kind)  # type: ignore[arg-type]
+    names = [attribute.name for attribute in fields]
+    return kind(**{name: getattr(config, name) for name in names if hasattr(config, name)})
+
+
+def _adopted_ops(configs: Mapping[str, Any]) -> _Configs:
+    return {key: _adopted_op(config) for key, config in configs.items()}
+
+
+def _name_in_coremltools(config: Any) -> str | None:
+    """Return the name of the coremltools class that an object is of, if it is one of these."""
+    home = "coremltools.optimize.coreml"
+    return next(
+        (
+            kind.__name__
+            for kind in type(config).__mro__
+            if f"{kind.__module__}.".startswith(f"{home}.")
+            and kind.__name__ in (*_KINDS, OptimizationConfig.__name__)
+        ),
+        None,
+    )
