@@ -15,7 +15,7 @@ from milpress._plan import Plan, RecipeWishes, Wishes, plan_package
 from milpress._rewrite import Counter, Rewriter, Sink
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.mil import opset, treatments, values
-from milpress.mil.constexpr import Decoder
+from milpress.mil.constexpr import Decoder, is_part
 from milpress.mil.package import Package, Staged, check_destination, n_package_bytes
 from milpress.mil.program import Node
 from milpress.mil.weights import Site, Weight, sites, weight_files, weights
@@ -352,7 +352,7 @@ def _decompress_weights(package: Package, sink: Sink) -> list[WeightReport]:
             for weight in weights(site.prefix, site.graph)
             if weight.is_compressed
         }
-        parts = {node for node in site.graph.nodes if _is_part(node)}
+        parts = {node for node in site.graph.nodes if is_part(node)}
         for node in site.graph.nodes:
             weight = compressed.get(node)
             if weight is None:
@@ -376,16 +376,6 @@ def _decompress_weights(package: Package, sink: Sink) -> list[WeightReport]:
         site.graph.remove(parts)
         site.graph.apply()
     return reports
-
-
-def _is_part(node: Node) -> bool:
-    """Whether an op only serves to decode another one's weight."""
-    return (
-        node.is_stored
-        and bool(node.uses)
-        and not node.is_block_output
-        and all(use.node.op.type.startswith("constexpr_") for use in node.uses)
-    )
 
 
 def _complete(package: Package, staged: Staged, *, verify: bool) -> tuple[Verification | None, int]:

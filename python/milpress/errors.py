@@ -19,6 +19,10 @@ class PackageError(CompressionError, ValueError):
     """A package that breaks its format, is of an unsupported kind, or climbs out of its folder."""
 
 
+class ModelKindError(PackageError, TypeError):
+    """A model that is no ML program, nor a pipeline with ML programs in it."""
+
+
 class PackageNotFoundError(PackageError, FileNotFoundError):
     """A path at which there is nothing."""
 

@@ -1,4 +1,7 @@
-"""coremltools' way to ask for compression: its configs by their names, without its defects."""
+"""The names of ``coremltools.optimize.coreml``, with milpress behind them.
+
+A user changes one import: ``import milpress as cto``, then ``cto.coreml.palettize_weights(...)``.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,27 @@ from milpress.coreml.config import (
     OpThresholdPrunerConfig,
     OptimizationConfig,
 )
+from milpress.coreml.metadata import CoreMLOpMetaData, CoreMLWeightMetaData, get_weights_metadata
+from milpress.coreml.weights import (
+    decompress_weights,
+    linear_quantize_weights,
+    palettize_weights,
+    prune_weights,
+)
 
 __all__ = [
     "CompressionGranularity",
+    "CoreMLOpMetaData",
+    "CoreMLWeightMetaData",
     "OpCompressorConfig",
     "OpLinearQuantizerConfig",
     "OpMagnitudePrunerConfig",
     "OpPalettizerConfig",
     "OpThresholdPrunerConfig",
     "OptimizationConfig",
+    "decompress_weights",
+    "get_weights_metadata",
+    "linear_quantize_weights",
+    "palettize_weights",
+    "prune_weights",
 ]

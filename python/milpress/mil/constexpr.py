@@ -249,6 +249,16 @@ def is_constexpr(node: Node) -> bool:
     return bool(node.op.type.startswith(CONSTEXPR))
 
 
+def is_part(node: Node) -> bool:
+    """Whether an op only serves to decode another one's weight."""
+    return (
+        node.is_stored
+        and bool(node.uses)
+        and not node.is_block_output
+        and all(is_constexpr(use.node) for use in node.uses)
+    )
+
+
 class Decoder:
     """Decodes the ``constexpr_*`` ops of one graph, chains included.
 

@@ -20,6 +20,7 @@ from milpress import _core
 from milpress.errors import (
     CompressionError,
     DestinationError,
+    ModelKindError,
     PackageError,
     PackageNotFoundError,
     StorageError,
@@ -57,18 +58,22 @@ class Package:
     ----------
     path
         The package's folder.
+    model_bytes
+        The model to take instead of the one in the package; its weights are the package's.
 
     Raises
     ------
     PackageNotFoundError
         If nothing is there.
+    ModelKindError
+        If it is not made of ML programs.
     PackageError
-        If it is no package, not made of ML programs, too large to parse, or names files outside.
+        If it is no package, too large to parse, or names files outside.
     StorageError
         If the system can't read it.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, model_bytes: bytes | None = None) -> None:
         self.path = Path(path)
         self.retyped: dict[tuple[str, int], DType] = {}
         self.weight_files: tuple[str, ...] | None = None
@@ -76,13 +81,17 @@ class Package:
         with system_errors(self.path):
             _check_kind(self.path)
             self.model_path = self._find_model()
-            self.model_bytes = _read_bounded(self.model_path, MAX_MODEL_BYTES)
+            if model_bytes is None:
+                model_bytes = _read_bounded(self.model_path, MAX_MODEL_BYTES)
+        self.model_bytes = model_bytes
         self.model = _parse(self.model_bytes, self.path)
         self.programs = tuple(_programs(self.model, self.path))
+        if not self.programs:
+            raise ModelKindError(_kind_message(self.path))
 
     def reopened(self) -> Package:
         """Return the package as it was opened, without what has been done to its model since."""
-        return Package(self.path)
+        return Package(self.path, model_bytes=self.model_bytes)
 
     def reader(self, file_name: str) -> _core.BlobReader:
         """Return the reader of a weight file, by the name that the model gives it."""
@@ -147,7 +156,7 @@ def _check_kind(path: Path) -> None:
             f"{path}: the model must be an .mlpackage, got a file; convert it again with "
             "coremltools as an ML program (convert_to='mlprogram')"
         )
-        raise PackageError(msg)
+        raise ModelKindError(msg)
     if not (path / "Manifest.json").exists():
         msg = f"{path}: an .mlpackage must contain Manifest.json, got a folder without"
         raise PackageError(msg)
@@ -185,11 +194,15 @@ def _programs(model: Any, path: Path, place: tuple[str, ...] = ()) -> Iterator[P
             if part.WhichOneof("choice") is not None:
                 yield from _programs(part, path, (*place, name))
     else:
-        msg = (
-            f"{path}: the model must be an ML program or a pipeline of them, got another kind "
-            "(such as a neural network); convert it again with convert_to='mlprogram'"
-        )
-        raise PackageError(msg)
+        raise ModelKindError(_kind_message(path))
+
+
+def _kind_message(path: Path) -> str:
+    return (
+        f"{path}: milpress is meant to be used only with mlprogram typed coreml models and "
+        "pipelines of them, got another kind (such as a neural network); convert it again with "
+        "convert_to='mlprogram'"
+    )
 
 
 class Staged:

@@ -1,0 +1,275 @@
+"""The functions of ``coremltools.optimize.coreml`` that compress the weights of a model."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from milpress.compression import (
+    OnUnsupported,
+    Progress,
+    compress_package,
+    decompress_package,
+)
+from milpress.coreml._wishes import ConfigWishes, joint_needs_ios18
+from milpress.coreml.config import (
+    OpLinearQuantizerConfig,
+    OpMagnitudePrunerConfig,
+    OpPalettizerConfig,
+    OpThresholdPrunerConfig,
+    adopted,
+)
+from milpress.coreml.model import opened, returned, temporary_package
+from milpress.errors import ConfigError
+from milpress.mil import opset
+from milpress.mil.package import Package
+from milpress.mil.weights import sites, weights
+from milpress.report import Report, WeightReport
+
+_logger = logging.getLogger(__name__)
+Destination = str | os.PathLike[str] | None
+
+
+def palettize_weights(
+    mlmodel: Any,
+    config: Any,
+    joint_compression: bool = False,
+    *,
+    destination: Destination = None,
+    on_unsupported: OnUnsupported = "leave",
+    progress: Progress | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+) -> Any:
+    """Replace weights by indices into lookup tables.
+
+    Parameters
+    ----------
+    mlmodel
+        A coremltools ``MLModel``, or the path of an ``.mlpackage``. It is not changed.
+    config
+        An `OptimizationConfig` of `OpPalettizerConfig` entries, milpress' or coremltools' own.
+    joint_compression
+        Whether weights that are pruned or quantized already are palettized too.
+    destination
+        Where to write the package; ``None`` for a temporary one that lives with the result.
+    on_unsupported
+        What to do with a weight that does not suit its config: ``"leave"`` it, with a warning that
+        names it, or raise an ``"error"``.
+    progress
+        Called with bytes done, bytes in all and the name of the weight at hand.
+    seed
+        Of the k-means++ that starts the tables of vectors.
+    threads
+        Threads to use; ``None`` for MILPRESS_NUM_THREADS or the number of cores.
+
+    Returns
+    -------
+    MLModel
+        The compressed model. Its ``compression_report`` says what happened to each weight.
+
+    Raises
+    ------
+    ConfigError
+        If the config is of another class, or in conflict with itself.
+    UnsupportedError
+        If the config takes an iOS18 model, or, with ``on_unsupported="error"``, a weight does not
+        suit it.
+    PackageError
+        If the model is damaged, or not made of ML programs.
+    """
+    wishes = _wishes("palettize_weights", config, (OpPalettizerConfig,), joint_compression, seed)
+    settings = {"progress": progress, "threads": threads}
+    return _compressed(mlmodel, wishes, destination, on_unsupported, settings)
+
+
+def linear_quantize_weights(
+    mlmodel: Any,
+    config: Any,
+    joint_compression: bool = False,
+    *,
+    destination: Destination = None,
+    on_unsupported: OnUnsupported = "leave",
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> Any:
+    """Replace weights by integer codes with scales.
+
+    Parameters
+    ----------
+    mlmodel
+        A coremltools ``MLModel``, or the path of an ``.mlpackage``. It is not changed.
+    config
+        An `OptimizationConfig` of `OpLinearQuantizerConfig` entries, milpress' or coremltools' own.
+    joint_compression
+        Whether weights that are pruned, and the tables of palettized ones, are quantized too.
+    destination, on_unsupported, progress, threads
+        As of `palettize_weights`.
+
+    Returns
+    -------
+    MLModel
+        The compressed model. Its ``compression_report`` says what happened to each weight.
+
+    Raises
+    ------
+    CompressionError
+        As `palettize_weights` does.
+    """
+    allowed = (OpLinearQuantizerConfig,)
+    wishes = _wishes("linear_quantize_weights", config, allowed, joint_compression)
+    settings = {"progress": progress, "threads": threads}
+    return _compressed(mlmodel, wishes, destination, on_unsupported, settings)
+
+
+def prune_weights(
+    mlmodel: Any,
+    config: Any,
+    joint_compression: bool = False,
+    *,
+    destination: Destination = None,
+    on_unsupported: OnUnsupported = "leave",
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> Any:
+    """Set weights of small magnitude to zero and store the others.
+
+    Parameters
+    ----------
+    mlmodel
+        A coremltools ``MLModel``, or the path of an ``.mlpackage``. It is not changed.
+    config
+        An `OptimizationConfig` of `OpMagnitudePrunerConfig` and `OpThresholdPrunerConfig` entries,
+        milpress' or coremltools' own.
+    joint_compression
+        Whether weights that are palettized or quantized already are pruned too.
+    destination, on_unsupported, progress, threads
+        As of `palettize_weights`.
+
+    Returns
+    -------
+    MLModel
+        The compressed model. Its ``compression_report`` says what happened to each weight.
+
+    Raises
+    ------
+    CompressionError
+        As `palettize_weights` does.
+    """
+    allowed = (OpMagnitudePrunerConfig, OpThresholdPrunerConfig)
+    wishes = _wishes("prune_weights", config, allowed, joint_compression)
+    settings = {"progress": progress, "threads": threads}
+    return _compressed(mlmodel, wishes, destination, on_unsupported, settings)
+
+
+def decompress_weights(
+    mlmodel: Any, *, destination: Destination = None, threads: int | None = None
+) -> Any:
+    """Store every compressed weight densely, as it is decoded.
+
+    Parameters
+    ----------
+    mlmodel
+        A coremltools ``MLModel``, or the path of an ``.mlpackage``. It is not changed.
+    destination, threads
+        As of `palettize_weights`.
+
+    Returns
+    -------
+    MLModel
+        The decompressed model.
+
+    Raises
+    ------
+    PackageError
+        If the model is damaged, or not made of ML programs.
+    """
+    package = opened(mlmodel)
+    return _written(
+        mlmodel,
+        destination,
+        lambda path: decompress_package(package, path, threads=threads, may_be_idle=True),
+    )
+
+
+def _wishes(
+    function_name: str,
+    config: Any,
+    allowed: tuple[type[Any], ...],
+    joint_compression: bool,
+    seed: int = 0,
+) -> ConfigWishes:
+    ours = adopted(config)
+    ours.check_types(*allowed, pass_name=function_name)
+    return ConfigWishes(ours, joint=joint_compression, seed=seed)
+
+
+def _compressed(
+    mlmodel: Any,
+    wishes: ConfigWishes,
+    destination: Destination,
+    on_unsupported: OnUnsupported,
+    settings: dict[str, Any],
+) -> Any:
+    if on_unsupported not in ("leave", "error"):
+        msg = f"on_unsupported must be 'leave' or 'error', got {on_unsupported!r}"
+        raise ConfigError(msg)
+    package = opened(mlmodel)
+    if wishes.joint and any(
+        not opset.by_name(function.opset).has_blocks
+        for program in package.programs
+        for function in program.functions.values()
+    ):
+        raise joint_needs_ios18()
+    _warn_of_typos(package, wishes)
+
+    def compress(path: Path) -> Report:
+        return compress_package(
+            package,
+            path,
+            wishes,
+            strict=on_unsupported == "error",
+            may_be_idle=True,
+            **settings,
+        )
+
+    return _written(mlmodel, destination, compress)
+
+
+def _written(mlmodel: Any, destination: Destination, work: Callable[[Path], Report]) -> Any:
+    """Let some work write a package, and return it as a model."""
+    if destination is not None:
+        report = work(Path(destination))
+        model = returned(Path(destination), mlmodel, temporary=False)
+    else:
+        with temporary_package() as path:
+            report = work(path)
+            model = returned(path, mlmodel, temporary=True)
+    for weight in report.with_status("left"):
+        _logger.warning("%s", _sentence(weight))
+    model.compression_report = report
+    return model
+
+
+def _sentence(weight: WeightReport) -> str:
+    """Return why a weight was left, in coremltools' words where users may look for them."""
+    if "vectors of" in weight.note:
+        return f"The `cluster_dim` is invalid for {weight.name}: {weight.note}. Skipped this op."
+    if "distinct values" in weight.note:
+        known = "Unique values in weight cannot be represented by 8 bits palettization."
+        return f"{weight.name}: {known} Skipped this op: {weight.note}."
+    return f"{weight.name}: {weight.note}. Skipped this op."
+
+
+def _warn_of_typos(package: Package, wishes: ConfigWishes) -> None:
+    names: set[str] = set()
+    op_types: set[str] = set()
+    for site in sites(package):
+        names.update(node.op_name for node in site.graph.nodes)
+        op_types.update(node.op.type for node in site.graph.nodes)
+        names.update(weight.name for weight in weights(site.prefix, site.graph))
+    for key in wishes.config.unmatched(names, op_types):
+        _logger.warning("the config names %r, which nothing in the model matches", key)
