@@ -12,6 +12,7 @@ demo: $(VENV)/models.stamp
 
 test: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest -m "not large"
+	$(VENV)/bin/python -m pytest tests/peer
 
 bench: $(VENV)/test.stamp
 	$(VENV)/bin/python benchmarks/whole_model.py

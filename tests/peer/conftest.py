@@ -1,0 +1,167 @@
+"""Puts coremltools' own tests into the module that names them, redirected to milpress."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import gc
+import importlib.util
+import os
+import sys
+import types
+import warnings
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import pytest
+from _pytest.assertion.rewrite import rewrite_asserts
+
+# The imported tests need these to be importable; only the mobilenet examples need what is inside.
+STUBS = ("PIL", "PIL.Image", "torchvision")
+
+# The warnings of the tests themselves, and of what they call in coremltools and torch.
+WARNINGS = (
+    "ignore:Passing a non-Collection iterable to parametrize",
+    "ignore:`torch.jit",
+    "ignore:Implicitly cleaning up <TemporaryDirectory",
+    "ignore:::coremltools.*",
+    "ignore:::torch.*",
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--peer",
+        choices=("milpress", "coremltools"),
+        default="milpress",
+        help="the library that coremltools' tests are run against",
+    )
+    parser.addoption(
+        "--peer-full",
+        action="store_true",
+        help="run them for the targets iOS16, iOS17 and iOS18, not for iOS16 alone",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--peer-full", False):
+        os.environ["RUN_BACKWARD_COMPATIBILITY"] = "1"  # coremltools' own switch
+    for warning in WARNINGS:
+        config.addinivalue_line("filterwarnings", warning)
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    if type(val).__name__ == "BackendConfig":
+        return f"{val.opset_version.name}-{val.precision}"
+    return None
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
+    module = pytest.Module.from_parent(parent, path=module_path)
+    fill(module.obj, parent.config.getoption("--peer", "milpress"))
+    return module
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        module = getattr(item, "module", None)
+        if not hasattr(module, "PEER"):
+            continue
+        name = item.nodeid.partition("::")[2]
+        if "mobilenet" in name and "torchvision" in module.STUBBED:
+            item.add_marker(pytest.mark.skip(reason="torchvision is not installed"))
+        if sys.platform != "darwin":
+            for reason in reasons(module.NEEDS_MACOS, name):
+                item.add_marker(pytest.mark.skip(reason=reason))
+        if config.getoption("--peer", "milpress") == "milpress":
+            for reason in reasons(module.DIFFERENCES, name):
+                item.add_marker(pytest.mark.xfail(strict=True, reason=reason))
+
+
+def reasons(table: dict[str, str], name: str) -> list[str]:
+    """Return the values of `table` whose key matches `name`; only `*` is special in a key."""
+    return [table[key] for key in table if fnmatchcase(name, key.replace("[", "[[]"))]
+
+
+def fill(module: types.ModuleType, peer: str) -> None:
+    """Execute in `module` the tests that it names, so that failures show the wheel's own lines."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import coremltools  # noqa: F401 - looks for torchvision, which must not be the stub
+        import torch
+
+        path = Path(importlib.util.find_spec(module.PEER).origin)
+        source = path.read_bytes()
+        tree = ast.parse(source, filename=str(path))
+        Redirect(peer).run(tree)
+        rewrite_asserts(tree, source, str(path))
+        with stubs() as stubbed:
+            module.STUBBED = stubbed
+            exec(compile(tree, str(path), "exec", dont_inherit=True), vars(module))
+    torch.set_num_threads(1)  # the models are small
+    gc.freeze()  # coremltools collects garbage after each conversion: leave the modules out of it
+
+
+@contextlib.contextmanager
+def stubs() -> Iterator[list[str]]:
+    """Let the missing ones of `STUBS` be imported inside the block."""
+    stubbed: list[str] = []
+    try:
+        for name in STUBS:
+            package, _, child = name.partition(".")
+            if package in stubbed or importlib.util.find_spec(name) is None:
+                sys.modules[name] = types.ModuleType(name)
+                stubbed.append(name)
+                if child:
+                    setattr(sys.modules[package], child, sys.modules[name])
+        yield stubbed
+    finally:
+        for name in stubbed:
+            del sys.modules[name]
+
+
+class Redirect(ast.NodeTransformer):
+    """Replaces coremltools.optimize.coreml by its peer, and every answer that excuses a test."""
+
+    # What the tests ask before they excuse themselves, and the answer that lets them run.
+    ANSWERS = {"platform.machine()": "arm64", "_HAS_SKLEARN": True}  # noqa: RUF012
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+        self.done: set[str] = set()
+
+    def run(self, tree: ast.Module) -> None:
+        self.visit(tree)
+        expected = {*self.ANSWERS}
+        if self.peer == "milpress":
+            expected |= {"import", "from import", "ct.optimize"}
+        assert self.done == expected, f"rewrote {self.done}, expected {expected}"
+
+    def visit(self, node: ast.AST) -> Any:
+        if isinstance(node, ast.Call | ast.Name):
+            text = ast.unparse(node)
+            if text in self.ANSWERS:
+                self.done.add(text)
+                return ast.copy_location(ast.Constant(self.ANSWERS[text]), node)
+        return super().visit(node)
+
+    def visit_Import(self, node: ast.Import) -> ast.Import:
+        for alias in node.names:
+            if self.peer == "milpress" and alias.name == "coremltools.optimize":
+                self.done.add("import")
+                alias.name = "milpress"
+        return node
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom:
+        if self.peer == "milpress" and node.module.startswith("coremltools.optimize.coreml"):
+            self.done.add("from import")
+            node.module = "milpress.coreml"
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
+        if self.peer == "milpress" and ast.unparse(node) == "ct.optimize":
+            self.done.add("ct.optimize")
+            return ast.copy_location(ast.Name("cto", ast.Load()), node)
+        return self.generic_visit(node)
