@@ -173,7 +173,9 @@ def _plan_weight(weight: Weight, wishes: Wishes, current: Opset) -> Plan:
         needs = wish.needs or _needs(treatment)
         if needs and not current.has_blocks:
             raise wishes.too_early(weight.name, treatment, needs, current)
-    if (len(wish.treatments) > 1 or weight.is_compressed) and not current.has_blocks:
+    if weight.is_compressed and not current.has_blocks:
+        return plan.left("compressed already, and going on with it takes an iOS18 model")
+    if len(wish.treatments) > 1 and not current.has_blocks:
         raise wishes.too_early(weight.name, wish.treatments[-1], "joint compression", current)
     return _fitted(plan, wish.on_indivisible)
 

@@ -198,8 +198,7 @@ def get_weights_metadata(mlmodel: Any, weight_threshold: int = 2048) -> WeightsM
     Parameters
     ----------
     mlmodel
-        A coremltools ``MLModel``, or the path of an ``.mlpackage``. It may be changed or removed
-        afterwards.
+        A coremltools ``MLModel``, or the path of an ``.mlpackage``. Neither is needed afterwards.
     weight_threshold
         Weights with fewer elements are left out.
 
