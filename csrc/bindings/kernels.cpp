@@ -41,11 +41,11 @@ py::tuple kmeans_vector(const Array<T>& weights, std::size_t n_entries, std::siz
   const auto weight_of = importance ? rows(*importance) : MatrixView<const float>{};
   auto luts = empty<T>(in.n_rows, n_entries * dim);
   auto codes = empty<std::uint8_t>(in.n_rows, dim == 0 ? 0 : in.n_cols / dim);
-  const auto lut_of = mutable_rows(luts);
-  const auto code_of = mutable_rows(codes);
+  const auto entries = mutable_rows(luts);
+  const auto out = mutable_rows(codes);
   {
     const py::gil_scoped_release unlocked;
-    milpress::kmeans_vector(in, {dim, seed}, weight_of, lut_of, code_of);
+    milpress::kmeans_vector(in, weight_of, {dim, seed}, entries, out);
   }
   return py::make_tuple(luts, codes);
 }
@@ -300,7 +300,7 @@ void register_for(py::module_& m) {
         "The optimal ascending lookup table of each row of weights.");
   m.def("kmeans_vector", &kmeans_vector<T>, py::arg("weights").noconvert(), py::arg("n_entries"),
         py::arg("dim"), py::arg("seed"), py::arg("importance").noconvert().none(true),
-        "(lookup table of each row, index of the entry nearest to each vector).");
+        "(luts, codes) of the vectors of dim weights in each row.");
   m.def("lut_assign", &lut_assign<T>, py::arg("weights").noconvert(), py::arg("luts").noconvert(),
         "Index of the nearest entry of the row's ascending table; ties go low.");
   m.def("lut_to_dense", &lut_to_dense<T>, py::arg("codes").noconvert(), py::arg("luts").noconvert(),

@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <numeric>
 #include <set>
+#include <span>
 #include <vector>
 
 #include "core/check.h"
@@ -16,341 +18,610 @@
 namespace milpress {
 namespace {
 
-constexpr std::size_t kMaxEntries = 256;       // a code is one byte
-constexpr std::size_t kLanes = 256;            // vectors compared with an entry at a time
-constexpr std::size_t kGrain = 64 * kLanes;    // vectors a thread takes at a time
-constexpr std::size_t kMaxDrawnFrom = 32'768;  // vectors that the first entries are drawn from
-constexpr int kMaxTurns = 100;
-constexpr double kLeastGain = 1e-4;
+constexpr std::size_t kMaxEntries = 256;  // a code is one byte
+constexpr std::size_t kLanes = 32;        // vectors handled side by side
+constexpr std::size_t kPiece = 8192;      // vectors a thread takes at a time; a multiple of kLanes
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// splitmix64 (Steele, Lea and Flood 2014): the same draws wherever it is compiled.
+// SplitMix64 (Steele, Lea, Flood 2014): the standard library's distributions differ between
+// platforms.
 class Random {
  public:
   explicit Random(std::uint64_t seed) : state_(seed) {}
 
-  // From 0 to below 1.
-  double draw() {
-    std::uint64_t z = (state_ += 0x9e3779b97f4a7c15U);
-    z = (z ^ (z >> 30U)) * 0xbf58476d1ce4e5b9U;
-    z = (z ^ (z >> 27U)) * 0x94d049bb133111ebU;
-    return static_cast<double>((z ^ (z >> 31U)) >> 11U) * 0x1p-53;
+  // In [0, 1).
+  double unit() {
+    state_ += 0x9e3779b97f4a7c15;
+    std::uint64_t bits = state_;
+    bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9;
+    bits = (bits ^ bits >> 27) * 0x94d049bb133111eb;
+    return static_cast<double>((bits ^ bits >> 31) >> 11) * 0x1p-53;
   }
 
  private:
   std::uint64_t state_;
 };
 
-// Vectors, one array for each of their values.
-struct Points {
-  std::size_t n = 0;
-  std::size_t dim = 0;
-  std::vector<float> values;  // (dim, n)
-  std::vector<float> shares;  // (n)
+// Vectors as a structure of arrays: element d of vector i is `values[d * stride + i]`. Those past
+// the `count`-th, up to a multiple of kLanes, are zeros without importance.
+struct Vectors {
+  std::size_t dim;
+  std::size_t count;
+  std::size_t stride;
+  std::vector<float> values;
+  std::vector<float> shares;  // importance
 
-  const float* axis(std::size_t j) const { return values.data() + j * n; }
+  Vectors(std::size_t n_elements, std::size_t n)
+      : dim(n_elements),
+        count(n),
+        stride((n + kLanes - 1) / kLanes * kLanes),
+        values(dim * stride),
+        shares(stride) {}
+
+  float& at(std::size_t i, std::size_t d) { return values[d * stride + i]; }
+  float at(std::size_t i, std::size_t d) const { return values[d * stride + i]; }
 };
 
-using Entries = std::vector<float>;  // (n_entries, dim)
+using Entries = std::vector<float>;  // one after the other, `dim` floats each
 
+// ---------------------------------------------------------------------------------------------
+// Distances
+
+// The squared distances of kLanes vectors from `entry`; `kDim` is 0 if it isn't known.
+template <std::size_t kDim>
+[[gnu::always_inline]] inline void distances_from(const float* entry, std::size_t dim,
+                                                  const float* values, std::size_t stride,
+                                                  std::array<float, kLanes>& out) {
+  if constexpr (kDim > 0) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      const float first = values[lane] - entry[0];
+      float sum = first * first;
+      for (std::size_t d = 1; d < kDim; ++d) {
+        const float difference = values[d * stride + lane] - entry[d];
+        sum += difference * difference;
+      }
+      out[lane] = sum;
+    }
+  } else {
+    out.fill(0);
+    for (std::size_t d = 0; d < dim; ++d) {
+      for (std::size_t lane = 0; lane < kLanes; ++lane) {
+        const float difference = values[d * stride + lane] - entry[d];
+        out[lane] += difference * difference;
+      }
+    }
+  }
+}
+
+// Entries are compared in fours, so that what is nearest so far stays in registers; infinities make
+// up the last four and are nearest to nothing.
+template <std::size_t kDim>
+[[gnu::always_inline]] inline void find_nearest(const Entries& entries, const float* values,
+                                                std::size_t stride, std::size_t n,
+                                                std::uint8_t* codes, float* distances) {
+  constexpr std::size_t kAtOnce = kDim <= 4 ? 4 : 1;  // more don't fit the registers
+  std::array<float, kMaxEntries * kDim> padded;
+  padded.fill(kInfinity);
+  std::copy(entries.begin(), entries.end(), padded.begin());
+  for (std::size_t i = 0; i < n; i += kLanes) {
+    std::array<float, kLanes> least;
+    std::array<std::int32_t, kLanes> nearest{};
+    least.fill(kInfinity);
+    for (std::size_t j = 0; j * kDim < entries.size(); j += kAtOnce) {
+      const float* const four = padded.data() + j * kDim;
+      for (std::size_t lane = 0; lane < kLanes; ++lane) {
+        for (std::size_t other = 0; other < kAtOnce; ++other) {
+          const float* const entry = four + other * kDim;
+          const float first = values[i + lane] - entry[0];
+          float distance = first * first;
+          for (std::size_t d = 1; d < kDim; ++d) {
+            const float difference = values[d * stride + i + lane] - entry[d];
+            distance += difference * difference;
+          }
+          const bool is_nearer = distance < least[lane];
+          least[lane] = is_nearer ? distance : least[lane];
+          nearest[lane] = is_nearer ? static_cast<std::int32_t>(j + other) : nearest[lane];
+        }
+      }
+    }
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      codes[i + lane] = static_cast<std::uint8_t>(nearest[lane]);
+      distances[i + lane] = least[lane];
+    }
+  }
+}
+
+// The same for any length of vectors.
+[[gnu::always_inline]] inline void find_nearest_of_any(const Entries& entries, std::size_t dim,
+                                                       const float* values, std::size_t stride,
+                                                       std::size_t n, std::uint8_t* codes,
+                                                       float* distances) {
+  for (std::size_t i = 0; i < n; i += kLanes) {
+    std::array<float, kLanes> distance;
+    std::array<float, kLanes> least;
+    std::array<std::int32_t, kLanes> nearest{};
+    least.fill(kInfinity);
+    for (std::size_t j = 0; j * dim < entries.size(); ++j) {
+      distances_from<0>(entries.data() + j * dim, dim, values + i, stride, distance);
+      for (std::size_t lane = 0; lane < kLanes; ++lane) {
+        const bool is_nearer = distance[lane] < least[lane];
+        least[lane] = is_nearer ? distance[lane] : least[lane];
+        nearest[lane] = is_nearer ? static_cast<std::int32_t>(j) : nearest[lane];
+      }
+    }
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      codes[i + lane] = static_cast<std::uint8_t>(nearest[lane]);
+      distances[i + lane] = least[lane];
+    }
+  }
+}
+
+// Writes code and squared distance of the first of the nearest entries; `n` is a multiple of
+// kLanes.
 MILPRESS_VECTORIZE
-void add_squares(const float* values, float centre, std::size_t n, float* distances) {
-  for (std::size_t i = 0; i < n; ++i) {
-    const float difference = values[i] - centre;
-    distances[i] += difference * difference;
+void nearest_entries(const Entries& entries, std::size_t dim, const float* values,
+                     std::size_t stride, std::size_t n, std::uint8_t* codes, float* distances) {
+  switch (dim) {
+    case 1:
+      return find_nearest<1>(entries, values, stride, n, codes, distances);
+    case 2:
+      return find_nearest<2>(entries, values, stride, n, codes, distances);
+    case 4:
+      return find_nearest<4>(entries, values, stride, n, codes, distances);
+    case 8:
+      return find_nearest<8>(entries, values, stride, n, codes, distances);
+    default:
+      return find_nearest_of_any(entries, dim, values, stride, n, codes, distances);
   }
 }
 
-MILPRESS_VECTORIZE
-void keep_nearer(const float* distances, std::size_t n, std::int32_t code, float* nearest,
-                 std::int32_t* codes) {
-  for (std::size_t i = 0; i < n; ++i) {
-    const bool nearer = distances[i] < nearest[i];
-    nearest[i] = nearer ? distances[i] : nearest[i];
-    codes[i] = nearer ? code : codes[i];
-  }
-}
+// ---------------------------------------------------------------------------------------------
+// Greedy k-means++ (Arthur, Vassilvitskii 2007): each entry is the best of a few vectors drawn in
+// proportion to their share of the error so far
 
-// Writes squared distances from `count` points to one entry.
-void distances_to(const Points& points, std::size_t begin, std::size_t count, const float* entry,
-                  float* distances) {
-  std::fill(distances, distances + count, 0.0F);
-  for (std::size_t j = 0; j < points.dim; ++j) {
-    add_squares(points.axis(j) + begin, entry[j], count, distances);
-  }
-}
-
-void assign(const Points& points, const Entries& entries, std::size_t begin, std::size_t end,
-            float* nearest, std::int32_t* codes) {
-  std::array<float, kLanes> distances;
-  for (; begin < end; begin += kLanes) {
-    const std::size_t count = std::min(kLanes, end - begin);
-    std::fill(nearest, nearest + count, std::numeric_limits<float>::infinity());
-    std::fill(codes, codes + count, 0);
-    for (std::size_t c = 0; c * points.dim < entries.size(); ++c) {
-      distances_to(points, begin, count, entries.data() + c * points.dim, distances.data());
-      keep_nearer(distances.data(), count, static_cast<std::int32_t>(c), nearest, codes);
+template <std::size_t kDim>
+[[gnu::always_inline]] inline double lower_distances(const Vectors& vectors, const float* entry,
+                                                     std::span<const float> before, float* after,
+                                                     double* sums) {
+  double total = 0;
+  for (std::size_t i = 0; i < vectors.stride; i += kLanes) {
+    std::array<float, kLanes> distance;
+    distances_from<kDim>(entry, vectors.dim, vectors.values.data() + i, vectors.stride, distance);
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      distance[lane] = before[i + lane] < distance[lane] ? before[i + lane] : distance[lane];
     }
-    nearest += count;
-    codes += count;
-  }
-}
-
-void append(const Points& points, std::size_t i, Entries& entries) {
-  for (std::size_t j = 0; j < points.dim; ++j) {
-    entries.push_back(points.axis(j)[i]);
-  }
-}
-
-// The point at which the running sum of shares passes a draw.
-std::size_t pick(const std::vector<double>& sums, double draw) {
-  const auto found = std::upper_bound(sums.begin(), sums.end(), draw * sums.back());
-  return std::min<std::size_t>(found - sums.begin(), sums.size() - 1);
-}
-
-std::vector<double> running_sums(const std::vector<float>& shares,
-                                 const std::vector<float>& distances) {
-  std::vector<double> sums(shares.size());
-  double sum = 0;
-  for (std::size_t i = 0; i < shares.size(); ++i) {
-    sum += static_cast<double>(shares[i]) * (distances.empty() ? 1.0 : distances[i]);
-    sums[i] = sum;
-  }
-  return sums;
-}
-
-// Every `stride`-th point, so that drawing does not cost more than clustering.
-Points thinned(const Points& points) {
-  const std::size_t stride = (points.n - 1) / kMaxDrawnFrom + 1;
-  Points few{(points.n - 1) / stride + 1, points.dim, {}, {}};
-  for (std::size_t j = 0; j < points.dim; ++j) {
-    for (std::size_t i = 0; i < points.n; i += stride) {
-      few.values.push_back(points.axis(j)[i]);
+    if (after != nullptr) {
+      std::copy(distance.begin(), distance.end(), after + i);
     }
-  }
-  for (std::size_t i = 0; i < points.n; i += stride) {
-    few.shares.push_back(points.shares[i]);
-  }
-  return few;
-}
-
-// Greedy k-means++: of a few points drawn by their share of the error, the one that lowers it most.
-Entries first_entries(const Points& points, std::size_t n_entries, std::uint64_t seed) {
-  Random random(seed);
-  const std::size_t n_candidates = 2 + static_cast<std::size_t>(std::log2(n_entries));
-  Entries entries;
-  append(points, pick(running_sums(points.shares, {}), random.draw()), entries);
-  std::vector<float> nearest(points.n);
-  distances_to(points, 0, points.n, entries.data(), nearest.data());
-  std::vector<float> distances(points.n);
-  while (entries.size() < n_entries * points.dim) {
-    const std::vector<double> sums = running_sums(points.shares, nearest);
-    std::vector<float> best;
-    std::size_t best_point = 0;
-    double least = std::numeric_limits<double>::infinity();
-    for (std::size_t candidate = 0; candidate < n_candidates; ++candidate) {
-      const std::size_t i = pick(sums, random.draw());
-      Entries entry;
-      append(points, i, entry);
-      distances_to(points, 0, points.n, entry.data(), distances.data());
-      double error = 0;
-      for (std::size_t p = 0; p < points.n; ++p) {
-        distances[p] = std::min(distances[p], nearest[p]);
-        error += static_cast<double>(points.shares[p]) * distances[p];
-      }
-      if (error < least) {
-        least = error;
-        best = distances;
-        best_point = i;
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      distance[lane] *= vectors.shares[i + lane];
+    }
+    for (std::size_t half = kLanes / 2; half > 0; half /= 2) {
+      for (std::size_t lane = 0; lane < half; ++lane) {
+        distance[lane] += distance[lane + half];
       }
     }
-    append(points, best_point, entries);
-    nearest = std::move(best);
-  }
-  return entries;
-}
-
-// Sums of one piece of the points; pieces are added up in their order.
-struct Sums {
-  std::vector<double> values;  // (n_entries, dim)
-  std::vector<double> shares;  // (n_entries)
-  double error = 0;
-  std::size_t furthest = 0;  // the point with the greatest error, for an entry that nobody uses
-  double furthest_error = -1;
-};
-
-Sums sums_of(const Points& points, const Entries& entries) {
-  const std::size_t dim = points.dim;
-  std::vector<Sums> pieces((points.n - 1) / kGrain + 1);
-  parallel_for(points.n, kGrain, [&](std::size_t begin, std::size_t end) {
-    std::vector<float> nearest(end - begin);
-    std::vector<std::int32_t> codes(end - begin);
-    assign(points, entries, begin, end, nearest.data(), codes.data());
-    Sums& sums = pieces[begin / kGrain];
-    sums.values.resize(entries.size());
-    sums.shares.resize(entries.size() / dim);
-    for (std::size_t i = begin; i < end; ++i) {
-      const double share = points.shares[i];
-      const auto code = static_cast<std::size_t>(codes[i - begin]);
-      for (std::size_t j = 0; j < dim; ++j) {
-        sums.values[code * dim + j] += share * points.axis(j)[i];
-      }
-      sums.shares[code] += share;
-      const double error = share * nearest[i - begin];
-      sums.error += error;
-      if (error > sums.furthest_error) {
-        sums.furthest = i;
-        sums.furthest_error = error;
-      }
+    if (sums != nullptr) {
+      sums[i / kLanes] = distance[0];
     }
-  });
-  Sums total = std::move(pieces.front());
-  for (std::size_t piece = 1; piece < pieces.size(); ++piece) {
-    const Sums& sums = pieces[piece];
-    std::transform(total.values.begin(), total.values.end(), sums.values.begin(),
-                   total.values.begin(), std::plus<>());
-    std::transform(total.shares.begin(), total.shares.end(), sums.shares.begin(),
-                   total.shares.begin(), std::plus<>());
-    total.error += sums.error;
-    if (sums.furthest_error > total.furthest_error) {
-      total.furthest = sums.furthest;
-      total.furthest_error = sums.furthest_error;
-    }
+    total += distance[0];
   }
   return total;
 }
 
-Entries improved(const Points& points, Entries entries) {
-  const std::size_t dim = points.dim;
-  double before = std::numeric_limits<double>::infinity();
-  for (int turn = 0; turn < kMaxTurns; ++turn) {
-    const Sums sums = sums_of(points, entries);
-    if (sums.error >= before * (1 - kLeastGain)) {
+// The error if `entry` joins those that are `before` away. Writes distances to `after`, and the
+// error of every kLanes vectors to `sums`, unless these are null.
+MILPRESS_VECTORIZE
+double error_with(const Vectors& vectors, const float* entry, std::span<const float> before,
+                  float* after, double* sums) {
+  switch (vectors.dim) {
+    case 2:
+      return lower_distances<2>(vectors, entry, before, after, sums);
+    case 4:
+      return lower_distances<4>(vectors, entry, before, after, sums);
+    default:
+      return lower_distances<0>(vectors, entry, before, after, sums);
+  }
+}
+
+// The vector at `place`, in [0, 1), of the error that `sums` cut into kLanes vectors each.
+std::size_t draw(double place, double total, std::span<const double> sums,
+                 std::span<const float> distances, std::span<const float> shares) {
+  double left = place * total;
+  std::size_t last = 0;
+  for (std::size_t i = 0; i < sums.size(); ++i) {
+    if (sums[i] > 0) {
+      last = i;
+      if (left < sums[i]) {
+        break;
+      }
+      left -= sums[i];
+    }
+  }
+  std::size_t drawn = last * kLanes;
+  for (std::size_t i = last * kLanes; i < (last + 1) * kLanes; ++i) {
+    const double part = double{distances[i]} * shares[i];
+    if (part > 0) {
+      drawn = i;
+      if (left < part) {
+        break;
+      }
+      left -= part;
+    }
+  }
+  return drawn;
+}
+
+Entries random_start(const Vectors& vectors, std::size_t n_entries, Random& random) {
+  const std::size_t dim = vectors.dim;
+  std::size_t n_draws = 2;
+  for (std::size_t n = n_entries; n > 2; n = n * 3 / 8) {
+    ++n_draws;  // about 2 + log(n_entries)
+  }
+  const auto entry_at = [&](std::size_t i) {
+    Entries entry(dim);
+    for (std::size_t d = 0; d < dim; ++d) {
+      entry[d] = vectors.at(i, d);
+    }
+    return entry;
+  };
+  // For the first entry all vectors are equally far.
+  std::vector<float> distances(vectors.stride, 1.0F);
+  std::vector<double> sums(vectors.stride / kLanes);
+  double total = 0;
+  for (std::size_t i = 0; i < sums.size(); ++i) {
+    const auto first = vectors.shares.begin() + static_cast<std::ptrdiff_t>(i * kLanes);
+    sums[i] = std::accumulate(first, first + kLanes, 0.0);
+    total += sums[i];
+  }
+  Entries entries = entry_at(draw(random.unit(), total, sums, distances, vectors.shares));
+  std::fill(distances.begin(), distances.end(), kInfinity);
+  total = error_with(vectors, entries.data(), distances, distances.data(), sums.data());
+  while (entries.size() < n_entries * dim && total > 0) {
+    Entries best;
+    double least = std::numeric_limits<double>::infinity();
+    for (std::size_t i = 0; i < n_draws; ++i) {
+      Entries entry = entry_at(draw(random.unit(), total, sums, distances, vectors.shares));
+      const double error = error_with(vectors, entry.data(), distances, nullptr, nullptr);
+      if (error < least) {
+        least = error;
+        best = std::move(entry);
+      }
+    }
+    if (best.empty()) {
       break;
     }
-    before = sums.error;
-    bool relocated = false;
-    for (std::size_t c = 0; c < sums.shares.size(); ++c) {
-      for (std::size_t j = 0; j < dim; ++j) {
-        if (sums.shares[c] > 0) {
-          entries[c * dim + j] = static_cast<float>(sums.values[c * dim + j] / sums.shares[c]);
-        } else if (!relocated) {
-          entries[c * dim + j] = points.axis(j)[sums.furthest];
-        }
-      }
-      relocated = relocated || !(sums.shares[c] > 0);
-    }
+    entries.insert(entries.end(), best.begin(), best.end());
+    total = error_with(vectors, best.data(), distances, distances.data(), sums.data());
+  }
+  // Distances too small for a float leave some over.
+  while (entries.size() < n_entries * dim) {
+    entries.push_back(entries[entries.size() - dim]);
   }
   return entries;
 }
 
-// All distinct vectors that count, if there are no more than `most`; else one more than that.
-std::set<std::vector<float>> distinct(const Points& points, std::size_t most) {
-  std::set<std::vector<float>> found;
-  for (std::size_t i = 0; i < points.n && found.size() <= most; ++i) {
-    if (points.shares[i] > 0) {
-      std::vector<float> vector;
-      append(points, i, vector);
-      found.insert(std::move(vector));
+// ---------------------------------------------------------------------------------------------
+// Lloyd iterations
+
+struct Fit {
+  Entries entries;
+  double error = std::numeric_limits<double>::infinity();  // before their last move
+};
+
+// What a piece of the vectors adds to the entries they are nearest to.
+struct Moments {
+  std::vector<double> sums;     // of share * vector
+  std::vector<double> weights;  // of shares
+  double error = 0;
+  std::size_t n_changed = 0;
+};
+
+// Empty clusters take over the vectors that add most to the error.
+void move_empty(const Vectors& vectors, std::span<const float> distances,
+                std::span<const std::size_t> empty, Entries& entries) {
+  std::vector<std::size_t> order(vectors.count);
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  const auto part = [&](std::size_t i) { return double{distances[i]} * vectors.shares[i]; };
+  const std::size_t n_moved = std::min(empty.size(), order.size());
+  std::partial_sort(
+      order.begin(), order.begin() + static_cast<std::ptrdiff_t>(n_moved), order.end(),
+      [&](std::size_t a, std::size_t b) { return part(a) != part(b) ? part(a) > part(b) : a < b; });
+  for (std::size_t j = 0; j < n_moved && part(order[j]) > 0; ++j) {
+    for (std::size_t d = 0; d < vectors.dim; ++d) {
+      entries[empty[j] * vectors.dim + d] = vectors.at(order[j], d);
     }
   }
-  return found;
 }
 
-template <typename T>
-Entries table_of(const Points& points, std::size_t n_entries, std::uint64_t seed) {
-  std::set<std::vector<float>> vectors = distinct(points, n_entries);
-  if (vectors.size() > n_entries) {
-    Entries entries = improved(points, first_entries(thinned(points), n_entries, seed));
-    vectors.clear();
-    for (std::size_t c = 0; c < n_entries; ++c) {
-      std::vector<float> vector(
-          entries.begin() + static_cast<std::ptrdiff_t>(c * points.dim),
-          entries.begin() + static_cast<std::ptrdiff_t>((c + 1) * points.dim));
-      for (float& value : vector) {
-        value = round_to<T>(value);
+Fit refine(const Vectors& vectors, Entries entries) {
+  constexpr int kMaxTurns = 100;
+  constexpr double kLeastGain = 1e-4;
+  const std::size_t dim = vectors.dim;
+  const std::size_t n_entries = entries.size() / dim;
+  std::vector<std::uint8_t> codes(vectors.stride);
+  std::vector<std::uint8_t> codes_before(vectors.stride);
+  std::vector<float> distances(vectors.stride);
+  std::vector<Moments> pieces((vectors.stride + kPiece - 1) / kPiece);
+  Fit fit;
+  for (int turn = 0; turn < kMaxTurns; ++turn) {
+    codes.swap(codes_before);
+    parallel_for(vectors.stride, kPiece, [&](std::size_t begin, std::size_t end) {
+      nearest_entries(entries, dim, vectors.values.data() + begin, vectors.stride, end - begin,
+                      codes.data() + begin, distances.data() + begin);
+      Moments& piece = pieces[begin / kPiece];
+      piece.sums.assign(n_entries * dim, 0);
+      piece.weights.assign(n_entries, 0);
+      piece.error = 0;
+      piece.n_changed = 0;
+      for (std::size_t i = begin; i < end; ++i) {
+        const double share = vectors.shares[i];
+        const std::size_t code = codes[i];
+        for (std::size_t d = 0; d < dim; ++d) {
+          piece.sums[code * dim + d] += share * vectors.at(i, d);
+        }
+        piece.weights[code] += share;
+        piece.error += share * distances[i];
+        piece.n_changed += codes[i] != codes_before[i] ? 1U : 0U;
       }
-      vectors.insert(std::move(vector));
+    });
+    Moments total = pieces[0];
+    for (std::size_t p = 1; p < pieces.size(); ++p) {
+      const auto add = [](std::vector<double>& sum, const std::vector<double>& piece) {
+        std::transform(sum.begin(), sum.end(), piece.begin(), sum.begin(), std::plus<>());
+      };
+      add(total.sums, pieces[p].sums);
+      add(total.weights, pieces[p].weights);
+      total.error += pieces[p].error;
+      total.n_changed += pieces[p].n_changed;
+    }
+    const bool is_settled = (turn > 0 && total.n_changed == 0) ||
+                            total.error > (1 - kLeastGain) * fit.error || total.error == 0;
+    std::vector<std::size_t> empty;
+    for (std::size_t j = 0; j < n_entries; ++j) {
+      if (total.weights[j] > 0) {
+        for (std::size_t d = 0; d < dim; ++d) {
+          entries[j * dim + d] = static_cast<float>(total.sums[j * dim + d] / total.weights[j]);
+        }
+      } else {
+        empty.push_back(j);
+      }
+    }
+    if (!empty.empty()) {
+      move_empty(vectors, distances, empty, entries);
+    }
+    fit.error = total.error;
+    if (is_settled && (empty.empty() || total.error == 0)) {
+      break;
     }
   }
-  Entries table;
-  for (const std::vector<float>& vector : vectors) {
-    table.insert(table.end(), vector.begin(), vector.end());
+  fit.entries = std::move(entries);
+  return fit;
+}
+
+// One vector of each of `n` equal stretches.
+Vectors sample(const Vectors& vectors, std::size_t n, Random& random) {
+  Vectors result(vectors.dim, n);
+  for (std::size_t i = 0; i < n; ++i) {
+    const double place = (static_cast<double>(i) + random.unit()) / static_cast<double>(n);
+    const std::size_t from = std::min(
+        static_cast<std::size_t>(place * static_cast<double>(vectors.count)), vectors.count - 1);
+    for (std::size_t d = 0; d < vectors.dim; ++d) {
+      result.at(i, d) = vectors.at(from, d);
+    }
+    result.shares[i] = vectors.shares[from];
   }
-  if (table.empty()) {
-    table.resize(points.dim);
+  return result;
+}
+
+// The best of a few starts on a sample is refined on all the vectors.
+Entries cluster(const Vectors& vectors, std::size_t n_entries, std::uint64_t seed) {
+  constexpr std::size_t kPerEntry = 64;
+  constexpr std::size_t kLeast = 8192;
+  // Starts differ the less the more entries there are.
+  const std::size_t n_starts = n_entries < 64 ? 8 : n_entries < kMaxEntries ? 2 : 1;
+  const std::size_t n_sampled = std::max(kLeast, kPerEntry * n_entries);
+  std::vector<Fit> starts(n_starts);
+  parallel_for(n_starts, 1, [&](std::size_t begin, std::size_t end) {
+    for (std::size_t i = begin; i < end; ++i) {
+      Random random(seed + (std::uint64_t{i} << 56));  // no start of a near seed
+      if (vectors.count <= n_sampled) {
+        starts[i] = refine(vectors, random_start(vectors, n_entries, random));
+      } else {
+        const Vectors some = sample(vectors, n_sampled, random);
+        starts[i] = refine(some, random_start(some, n_entries, random));
+      }
+    }
+  });
+  const auto best = std::min_element(starts.begin(), starts.end(),
+                                     [](const Fit& a, const Fit& b) { return a.error < b.error; });
+  return vectors.count <= n_sampled ? best->entries : refine(vectors, best->entries).entries;
+}
+
+// ---------------------------------------------------------------------------------------------
+// Rows
+
+// The power of two by which the greatest magnitude comes near 1, so that no square overflows and no
+// product vanishes.
+float factor_for(std::span<const float> values) {
+  constexpr int kMaxExponent = 126;
+  float limit = 0;
+  for (const float value : values) {
+    limit = std::max(limit, std::abs(value));
   }
-  while (table.size() < n_entries * points.dim) {
-    table.push_back(table[table.size() - points.dim]);
-  }
-  return table;
+  return limit == 0 ? 1.0F
+                    : std::ldexp(1.0F, std::clamp(-std::ilogb(limit), -kMaxExponent, kMaxExponent));
+}
+
+void multiply(std::vector<float>& values, float factor) {
+  std::transform(values.begin(), values.end(), values.begin(),
+                 [factor](float value) { return value * factor; });
 }
 
 template <typename T>
-Points points_of(std::span<const T> row, std::span<const float> importance, std::size_t dim) {
-  std::vector<float> values(row.size());
-  widen(row.data(), row.size(), values.data());
-  Points points{row.size() / dim, dim, std::vector<float>(row.size()), {}};
-  for (std::size_t i = 0; i < points.n; ++i) {
-    for (std::size_t j = 0; j < dim; ++j) {
-      points.values[j * points.n + i] = values[i * dim + j];
+struct Row {
+  std::span<const T> weights;
+  std::span<const float> importance;
+  VectorSettings settings;
+
+  std::size_t n_vectors() const { return weights.size() / settings.dim; }
+
+  // The finite vectors of some importance; if none has any, all the finite ones.
+  Vectors vectors_that_count() const {
+    const std::size_t dim = settings.dim;
+    std::vector<std::size_t> places;
+    const auto collect = [&](bool all) {
+      for (std::size_t i = 0; i < n_vectors(); ++i) {
+        const std::span<const T> vector = weights.subspan(i * dim, dim);
+        if ((all || importance[i] > 0) && std::all_of(vector.begin(), vector.end(), [](T weight) {
+              return std::isfinite(to_float(weight));
+            })) {
+          places.push_back(i);
+        }
+      }
+    };
+    collect(importance.empty());
+    const bool equal = importance.empty() || places.empty();
+    if (places.empty() && !importance.empty()) {
+      collect(true);
     }
+    Vectors vectors(dim, places.size());
+    for (std::size_t i = 0; i < places.size(); ++i) {
+      for (std::size_t d = 0; d < dim; ++d) {
+        vectors.at(i, d) = to_float(weights[places[i] * dim + d]) + 0.0F;  // -0 becomes 0
+      }
+      vectors.shares[i] = equal ? 1.0F : importance[places[i]];
+    }
+    return vectors;
   }
-  points.shares.assign(importance.begin(), importance.end());
-  const bool all_count =
-      std::none_of(points.shares.begin(), points.shares.end(), [](float s) { return s > 0; });
-  if (all_count) {
-    points.shares.assign(points.n, 1.0F);
+};
+
+using Distinct = std::set<std::vector<float>>;
+
+// In ascending order; one more than `n_entries` if there are more.
+Distinct distinct_vectors(const Vectors& vectors, std::size_t n_entries) {
+  Distinct distinct;
+  std::vector<float> vector(vectors.dim);
+  for (std::size_t i = 0; i < vectors.count && distinct.size() <= n_entries; ++i) {
+    for (std::size_t d = 0; d < vectors.dim; ++d) {
+      vector[d] = vectors.at(i, d);
+    }
+    distinct.insert(vector);
   }
-  return points;
+  return distinct;
+}
+
+template <typename T>
+void sort_entries(const Entries& entries, std::size_t dim, float factor, std::span<T> lut) {
+  std::vector<std::vector<float>> sorted;
+  for (std::size_t begin = 0; begin < entries.size(); begin += dim) {
+    std::vector<float>& entry = sorted.emplace_back(dim);
+    std::transform(entries.begin() + static_cast<std::ptrdiff_t>(begin),
+                   entries.begin() + static_cast<std::ptrdiff_t>(begin + dim), entry.begin(),
+                   [factor](float value) { return round_to<T>(value / factor) + 0.0F; });
+  }
+  std::sort(sorted.begin(), sorted.end());
+  for (std::size_t j = 0; j < lut.size(); ++j) {
+    lut[j] = from_float<T>(sorted[j / dim][j % dim]);
+  }
+}
+
+template <typename T>
+void assign(std::span<const T> weights, std::size_t dim, std::span<const T> lut, float factor,
+            std::span<std::uint8_t> codes) {
+  Entries entries(lut.size());
+  std::transform(lut.begin(), lut.end(), entries.begin(),
+                 [factor](T entry) { return to_float(entry) * factor; });
+  parallel_for(codes.size(), kPiece, [&](std::size_t begin, std::size_t end) {
+    Vectors vectors(dim, end - begin);
+    for (std::size_t i = begin; i < end; ++i) {
+      for (std::size_t d = 0; d < dim; ++d) {
+        vectors.at(i - begin, d) = to_float(weights[i * dim + d]) * factor;
+      }
+    }
+    std::vector<std::uint8_t> nearest(vectors.stride);
+    std::vector<float> distances(vectors.stride);
+    nearest_entries(entries, dim, vectors.values.data(), vectors.stride, vectors.stride,
+                    nearest.data(), distances.data());
+    std::copy_n(nearest.begin(), end - begin, codes.begin() + static_cast<std::ptrdiff_t>(begin));
+  });
+}
+
+template <typename T>
+void fit_row(const Row<T>& row, std::span<T> lut, std::span<std::uint8_t> codes) {
+  const std::size_t dim = row.settings.dim;
+  const std::size_t n_entries = lut.size() / dim;
+  Vectors vectors = row.vectors_that_count();
+  const Distinct distinct = distinct_vectors(vectors, n_entries);
+  const float factor = factor_for(vectors.values);
+  if (distinct.size() <= n_entries) {
+    std::size_t j = 0;
+    for (const std::vector<float>& entry : distinct) {
+      j = static_cast<std::size_t>(std::transform(entry.begin(), entry.end(),
+                                                  lut.begin() + static_cast<std::ptrdiff_t>(j),
+                                                  from_float<T>) -
+                                   lut.begin());
+    }
+    for (; j < lut.size(); ++j) {
+      lut[j] = distinct.empty() ? T{} : lut[j - dim];
+    }
+  } else {
+    multiply(vectors.values, factor);
+    multiply(vectors.shares, factor_for(vectors.shares));
+    const Entries entries = cluster(vectors, n_entries, row.settings.seed);
+    sort_entries(entries, dim, factor, lut);
+  }
+  assign<T>(row.weights, dim, lut, factor, codes);
 }
 
 }  // namespace
 
 template <typename T>
-void kmeans_vector(MatrixView<const T> weights, const VectorClustering& settings,
-                   MatrixView<const float> importance, MatrixView<T> luts,
-                   MatrixView<std::uint8_t> codes) {
+void kmeans_vector(MatrixView<const T> weights, MatrixView<const float> importance,
+                   VectorSettings settings, MatrixView<T> luts, MatrixView<std::uint8_t> codes) {
   const std::size_t dim = settings.dim;
   check(dim > 0 && weights.n_cols % dim == 0, "dim must divide the ", weights.n_cols,
-        " values of a row, got ", dim);
+        " weights of a row, got ", dim);
+  check(luts.n_rows == weights.n_rows, "luts must have ", weights.n_rows,
+        " rows like weights, got ", luts.n_rows);
+  check(luts.n_rows == 0 ||
+            (luts.n_cols % dim == 0 && luts.n_cols >= dim && luts.n_cols / dim <= kMaxEntries),
+        "luts must have 1 to ", kMaxEntries, " entries of ", dim, " a row, got ", luts.n_cols,
+        " elements");
   const std::size_t n_vectors = weights.n_cols / dim;
-  check(luts.n_rows == weights.n_rows && luts.n_cols % dim == 0 && luts.n_cols > 0 &&
-            luts.n_cols / dim <= kMaxEntries,
-        "luts must have ", weights.n_rows, " rows of 1 to 256 vectors, got ", luts.n_rows, " x ",
-        luts.n_cols);
-  check(codes.n_rows == weights.n_rows && codes.n_cols == n_vectors, "codes must have ",
-        weights.n_rows, " x ", n_vectors, " elements, got ", codes.n_rows, " x ", codes.n_cols);
+  check(codes.n_rows == weights.n_rows && codes.n_cols == n_vectors,
+        "codes must have one element a vector, ", weights.n_rows, " x ", n_vectors, ", got ",
+        codes.n_rows, " x ", codes.n_cols);
   check(importance.n_rows == 0 ||
             (importance.n_rows == weights.n_rows && importance.n_cols == n_vectors),
         "importance must have one element a vector, ", weights.n_rows, " x ", n_vectors, ", got ",
         importance.n_rows, " x ", importance.n_cols);
-  const std::size_t at_once = kGrain / std::max<std::size_t>(1, n_vectors);
-  parallel_for(weights.n_rows, at_once, [&](std::size_t first, std::size_t last) {
-    for (std::size_t row = first; row < last; ++row) {
-      if (n_vectors == 0) {
-        std::fill(luts.row(row).begin(), luts.row(row).end(), T{});
-        continue;
-      }
-      const Points points = points_of<T>(
-          weights.row(row), importance.n_rows == 0 ? std::span<const float>() : importance.row(row),
-          dim);
-      const Entries table = table_of<T>(points, luts.n_cols / dim, settings.seed);
-      narrow(table.data(), table.size(), luts.row(row).data());
-      const std::span<std::uint8_t> out = codes.row(row);
-      parallel_for(points.n, kGrain, [&](std::size_t begin, std::size_t end) {
-        std::vector<float> nearest(end - begin);
-        std::vector<std::int32_t> found(end - begin);
-        assign(points, table, begin, end, nearest.data(), found.data());
-        std::transform(found.begin(), found.end(), out.begin() + static_cast<std::ptrdiff_t>(begin),
-                       [](std::int32_t code) { return static_cast<std::uint8_t>(code); });
-      });
+  const std::span<const float> shares = importance.flat();
+  check(std::all_of(
+            shares.begin(), shares.end(),
+            [](float share) { return share >= 0 && share <= std::numeric_limits<float>::max(); }),
+        "importance must be finite and not negative");
+  const auto fit = [&](std::size_t row) {
+    const auto share = importance.n_rows == 0 ? std::span<const float>() : importance.row(row);
+    fit_row(Row<T>{weights.row(row), share, settings}, luts.row(row), codes.row(row));
+  };
+  if (n_vectors > 4 * kPiece) {
+    for (std::size_t row = 0; row < weights.n_rows; ++row) {
+      fit(row);
+    }
+    return;
+  }
+  const std::size_t grain = kPiece / 4 / std::max<std::size_t>(1, n_vectors);
+  parallel_for(weights.n_rows, grain, [&](std::size_t begin, std::size_t end) {
+    for (std::size_t row = begin; row < end; ++row) {
+      fit(row);
     }
   });
 }
 
-template void kmeans_vector(MatrixView<const Half>, const VectorClustering&,
-                            MatrixView<const float>, MatrixView<Half>, MatrixView<std::uint8_t>);
-template void kmeans_vector(MatrixView<const float>, const VectorClustering&,
-                            MatrixView<const float>, MatrixView<float>, MatrixView<std::uint8_t>);
+template void kmeans_vector(MatrixView<const Half>, MatrixView<const float>, VectorSettings,
+                            MatrixView<Half>, MatrixView<std::uint8_t>);
+template void kmeans_vector(MatrixView<const float>, MatrixView<const float>, VectorSettings,
+                            MatrixView<float>, MatrixView<std::uint8_t>);
 
 }  // namespace milpress

@@ -8,25 +8,28 @@
 
 namespace milpress {
 
-/// How vectors are clustered.
-struct VectorClustering {
-  std::size_t dim = 2;     // values of a vector
-  std::uint64_t seed = 0;  // of the draws that choose the first entries
+/// How k-means over vectors is run.
+struct VectorSettings {
+  std::size_t dim = 2;     // consecutive weights that make a vector
+  std::uint64_t seed = 0;  // of the random start; every row starts from the same
 };
 
-/// Writes to each row of `luts` a table of vectors of small squared error for the row of `weights`,
-/// and to `codes` the entry nearest to each vector.
+/// Writes to each row of `luts` up to 256 vectors, `dim` weights each, so that
+/// `sum_i importance_i * |vector_i - nearest entry|^2` over the same row of `weights` is small, and
+/// to `codes` the index of the entry nearest to each vector.
 ///
-/// A row of `weights` has `n_vectors` vectors of `dim` values; one of `luts` up to 256 entries, in
-/// lexicographic order. Entries start at vectors drawn by greedy k-means++ (Arthur and
-/// Vassilvitskii 2007) and move by Lloyd's iteration until the error falls by less than a
-/// ten-thousandth. A vector of `importance` 0 has no influence on the table; without rows, all
-/// count the same. As many distinct vectors as entries or fewer are all kept exactly; the table
-/// then repeats the last. Of equally near entries the first is taken. Values must be finite. The
-/// result depends on the seed, not on the core count.
+/// Greedy k-means++ and Lloyd iterations: a local minimum, repeatable from the seed. Entries ascend
+/// lexicographically. A row of no more distinct vectors than entries gets exactly those, the last
+/// one repeated; an empty row gets zeros. Codes are the first of the nearest entries as rounded to
+/// `T`, by squared distances added up in float, element by element, the row multiplied by a power
+/// of two that brings it near 1.
+///
+/// `importance` has one element a vector, finite and not negative, or no rows at all for equal
+/// importance; a row whose importance is all zero counts as equal. A vector of importance zero gets
+/// a code but has no influence on the table; so does one that is not finite, whose code is 0. The
+/// result does not depend on the core count.
 template <typename T>
-void kmeans_vector(MatrixView<const T> weights, const VectorClustering& settings,
-                   MatrixView<const float> importance, MatrixView<T> luts,
-                   MatrixView<std::uint8_t> codes);
+void kmeans_vector(MatrixView<const T> weights, MatrixView<const float> importance,
+                   VectorSettings settings, MatrixView<T> luts, MatrixView<std::uint8_t> codes);
 
 }  // namespace milpress

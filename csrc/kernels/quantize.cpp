@@ -587,7 +587,11 @@ struct Quantizer {
 
 template <typename T, typename Code>
 void quantize_rows(const Quantizer<T, Code>& quantizer) {
-  const auto& [weights, range, searches, scales, offsets, codes] = quantizer;
+  const MatrixView<const T> weights = quantizer.weights;
+  const CodeRange range = quantizer.range;
+  const std::span<T> scales = quantizer.scales;
+  const std::span<Code> offsets = quantizer.offsets;
+  const MatrixView<Code> codes = quantizer.codes;
   check(range.code_min < range.code_max && range.code_min >= std::numeric_limits<Code>::min() &&
             range.code_max <= std::numeric_limits<Code>::max(),
         "code range must ascend within a byte, got ", range.code_min, " to ", range.code_max);

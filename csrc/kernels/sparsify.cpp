@@ -221,8 +221,8 @@ template <typename T, bool kSingle>
     for (std::size_t run = 0; run < runs.n_runs; ++run) {
       for (std::size_t i = 0; i < width; ++i) {
         const std::size_t lane = run * width + i;
-        keep[run * runs.pitch + j * stride + i] =
-            static_cast<std::uint8_t>((ranks[lane] >= least_rank) & (mine[lane] != 0));
+        keep[run * runs.pitch + j * stride + i] = static_cast<std::uint8_t>(
+            unsigned{ranks[lane] >= least_rank} & unsigned{mine[lane] != 0});
       }
     }
   }

@@ -1,0 +1,343 @@
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <random>
+#include <set>
+#include <stdexcept>
+#include <vector>
+
+#include "core/half.h"
+#include "core/parallel.h"
+#include "kernels/kmeans_vector.h"
+
+namespace milpress {
+namespace {
+
+template <typename T>
+struct Result {
+  std::vector<T> luts;
+  std::vector<std::uint8_t> codes;
+
+  bool operator==(const Result&) const = default;
+};
+
+template <typename T>
+Result<T> run(const std::vector<T>& weights, std::size_t n_rows, std::size_t n_entries,
+              std::size_t dim, const std::vector<float>& importance = {}, std::uint64_t seed = 0) {
+  const std::size_t n_cols = weights.size() / n_rows;
+  const std::size_t n_vectors = n_cols / dim;
+  Result<T> result{std::vector<T>(n_rows * n_entries * dim),
+                   std::vector<std::uint8_t>(n_rows * n_vectors)};
+  kmeans_vector<T>({weights.data(), n_rows, n_cols},
+                   {importance.data(), importance.empty() ? 0 : n_rows, n_vectors}, {dim, seed},
+                   {result.luts.data(), n_rows, n_entries * dim},
+                   {result.codes.data(), n_rows, n_vectors});
+  return result;
+}
+
+template <typename T>
+double squared_distance(const T* a, const T* b, std::size_t dim) {
+  double sum = 0;
+  for (std::size_t d = 0; d < dim; ++d) {
+    const double difference = double{to_float(a[d])} - to_float(b[d]);
+    sum += difference * difference;
+  }
+  return sum;
+}
+
+template <typename T>
+double squared_error(const std::vector<T>& weights, const Result<T>& result, std::size_t dim) {
+  double error = 0;
+  for (std::size_t i = 0; i < result.codes.size(); ++i) {
+    error += squared_distance(&weights[i * dim], &result.luts[result.codes[i] * dim], dim);
+  }
+  return error;
+}
+
+// Multiples of 1/8, whose squared distances are exact: ties are ties.
+template <typename T>
+std::vector<T> tied_weights(std::size_t n, unsigned n_values = 33) {
+  std::mt19937 random(static_cast<unsigned>(n));
+  std::vector<T> weights(n);
+  for (T& weight : weights) {
+    weight = from_float<T>(static_cast<float>(random() % n_values) / 8 - 2);
+  }
+  return weights;
+}
+
+template <typename T>
+std::vector<T> normal_weights(std::size_t n, float magnitude = 1) {
+  std::mt19937 random(static_cast<unsigned>(n));
+  std::normal_distribution<float> normal(0, magnitude);
+  std::vector<T> weights(n);
+  std::generate(weights.begin(), weights.end(), [&] { return from_float<T>(normal(random)); });
+  return weights;
+}
+
+template <typename T>
+bool ascends(const std::vector<T>& lut, std::size_t dim) {
+  for (std::size_t j = dim; j < lut.size(); j += dim) {
+    const auto less = [](T a, T b) { return to_float(a) < to_float(b); };
+    const auto entry = lut.begin() + static_cast<std::ptrdiff_t>(j);
+    const auto end = entry + static_cast<std::ptrdiff_t>(dim);
+    if (std::lexicographical_compare(entry, end, entry - static_cast<std::ptrdiff_t>(dim), entry,
+                                     less)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+TEST_CASE_TEMPLATE("each vector has the code of the first of the nearest entries, which ascend", T,
+                   Half, float) {
+  for (const std::size_t dim : {1U, 2U, 3U, 4U, 5U, 8U, 16U}) {
+    for (const std::size_t n : {1U, 2U, 31U, 32U, 33U, 300U, 9000U}) {
+      for (const std::size_t n_entries : {1U, 2U, 3U, 16U, 17U, 256U}) {
+        if (n * n_entries * dim > 1'000'000) {
+          continue;
+        }
+        CAPTURE(dim);
+        CAPTURE(n);
+        CAPTURE(n_entries);
+        const std::vector<T> weights = tied_weights<T>(n * dim, 9);
+        const auto result = run(weights, 1, n_entries, dim);
+        CHECK(ascends(result.luts, dim));
+        std::size_t n_wrong = 0;
+        for (std::size_t i = 0; i < n; ++i) {
+          const auto distance = [&](std::size_t j) {
+            return squared_distance(&weights[i * dim], &result.luts[j * dim], dim);
+          };
+          const double mine = distance(result.codes[i]);
+          for (std::size_t j = 0; j < n_entries; ++j) {
+            // The kernel adds up `dim` squares in float, each of a difference rounded once.
+            const double slack = 1 + static_cast<double>(dim + 3) * 0x1p-23;
+            n_wrong += distance(j) * slack < mine ? 1U : 0U;
+            n_wrong += j < result.codes[i] && distance(j) == 0 ? 1U : 0U;
+          }
+        }
+        CHECK(n_wrong == 0);
+      }
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("no more distinct vectors than entries are all in the table, and no other", T,
+                   Half, float) {
+  for (const std::size_t dim : {1U, 2U, 3U, 8U}) {
+    for (const std::size_t n_distinct : {1U, 2U, 15U, 16U}) {
+      std::mt19937 random(static_cast<unsigned>(dim));
+      std::set<std::vector<float>> distinct;
+      while (distinct.size() < n_distinct) {
+        std::vector<float> vector(dim);
+        // Differences whose squares vanish in a float, and a zero of either sign.
+        std::generate(vector.begin(), vector.end(), [&] {
+          return static_cast<float>(static_cast<int>(random() % 33) - 16) * 0x1p-24F;
+        });
+        distinct.insert(vector);
+      }
+      const std::vector<std::vector<float>> vectors(distinct.begin(), distinct.end());
+      std::vector<T> weights;
+      for (std::size_t i = 0; i < 70; ++i) {
+        for (const float value : vectors[i * 7 % n_distinct]) {
+          weights.push_back(from_float<T>(value == 0 && i % 2 == 0 ? -0.0F : value));
+        }
+      }
+      const auto result = run(weights, 1, 16, dim);
+      for (std::size_t j = 0; j < 16; ++j) {
+        for (std::size_t d = 0; d < dim; ++d) {
+          CHECK(to_float(result.luts[j * dim + d]) == vectors[std::min(j, n_distinct - 1)][d]);
+        }
+      }
+      for (std::size_t i = 0; i < 70; ++i) {
+        CHECK(result.codes[i] == i * 7 % n_distinct);
+      }
+    }
+  }
+}
+
+TEST_CASE("well separated clusters are found, each with its mean") {
+  std::vector<float> weights;
+  for (std::size_t i = 0; i < 64 * 12; ++i) {
+    const auto x = static_cast<float>(i % 8);
+    const auto y = static_cast<float>(i / 8 % 8);
+    const float shift = i / 64 % 2 == 0 ? 0.0625F : -0.0625F;
+    weights.insert(weights.end(), {x + shift, y - shift});
+  }
+  const auto result = run(weights, 1, 64, 2);
+  for (std::size_t j = 0; j < 64; ++j) {
+    CHECK(result.luts[2 * j] == static_cast<float>(j / 8));
+    CHECK(result.luts[2 * j + 1] == static_cast<float>(j % 8));
+  }
+}
+
+TEST_CASE("vectors too rare for the sample still get entries") {
+  // Sixteen other vectors among zeros, for sixteen entries: the two that share one are close.
+  const std::size_t n = 100'000;
+  std::vector<float> weights(2 * n);
+  for (std::size_t i = 0; i < 16; ++i) {
+    weights[2 * (i * 4987 + 13)] = static_cast<float>(i + 1);
+    weights[2 * (i * 4987 + 13) + 1] = static_cast<float>(i % 4);
+  }
+  const auto result = run(weights, 1, 16, 2);
+  CHECK(squared_error(weights, result, 2) <= 1);
+}
+
+TEST_CASE_TEMPLATE("vectors without importance or not finite don't shape the table", T, Half,
+                   float) {
+  const std::size_t dim = 2;
+  const std::size_t n = 500;
+  std::vector<T> weights = normal_weights<T>(n * dim);
+  std::vector<float> importance(n);
+  std::vector<T> kept;
+  std::vector<float> kept_importance;
+  for (std::size_t i = 0; i < n; ++i) {
+    if (i % 3 == 0) {
+      importance[i] = i % 2 == 0 ? 0.0F : 5.0F;
+      weights[2 * i] = from_float<T>(i % 2 == 0 ? 100.0F : INFINITY);
+      weights[2 * i + 1] = from_float<T>(i % 4 < 2 ? 100.0F : NAN);
+      if (i % 2 == 0) {
+        weights[2 * i + 1] = from_float<T>(100.0F);
+      }
+    } else {
+      importance[i] = static_cast<float>(i % 5 + 1);
+      kept.insert(kept.end(), {weights[2 * i], weights[2 * i + 1]});
+      kept_importance.push_back(importance[i]);
+    }
+  }
+  const auto whole = run(weights, 1, 16, dim, importance);
+  const auto part = run(kept, 1, 16, dim, kept_importance);
+  CHECK(whole.luts == part.luts);
+  std::size_t next = 0;
+  const T far = from_float<T>(100.0F);
+  const std::vector<T> corner{far, far};
+  for (std::size_t i = 0; i < n; ++i) {
+    if (i % 3 != 0) {
+      CHECK(whole.codes[i] == part.codes[next++]);
+    } else if (i % 2 != 0) {
+      CHECK(whole.codes[i] == 0);
+    } else {
+      for (std::size_t j = 0; j < 16; ++j) {
+        CHECK(squared_distance(corner.data(), &whole.luts[whole.codes[i] * dim], dim) <=
+              squared_distance(corner.data(), &whole.luts[j * dim], dim) * (1 + 5 * 0x1p-23));
+      }
+    }
+  }
+}
+
+TEST_CASE("importance pulls entries, and its unit doesn't matter") {
+  const std::vector<float> weights{0, 0, 1, 0, 10, 10};
+  const auto result = run(weights, 1, 2, 2, {1, 3, 1});
+  CHECK(result.luts == std::vector<float>{0.75F, 0, 10, 10});
+  const std::vector<float> normal = normal_weights<float>(4000);
+  std::vector<float> importance(2000);
+  for (std::size_t i = 0; i < importance.size(); ++i) {
+    importance[i] = static_cast<float>(i % 7);
+  }
+  const auto expected = run(normal, 1, 16, 2, importance);
+  for (const float unit : {0x1p-140F, 0x1p-60F, 0x1p120F}) {
+    std::vector<float> scaled = importance;
+    std::for_each(scaled.begin(), scaled.end(), [unit](float& share) { share *= unit; });
+    CHECK(run(normal, 1, 16, 2, scaled) == expected);
+  }
+  CHECK(run(normal, 1, 16, 2, std::vector<float>(2000)) == run(normal, 1, 16, 2));
+}
+
+TEST_CASE("the magnitude of the weights doesn't matter") {
+  std::vector<float> weights = normal_weights<float>(6000, 0.25F);
+  std::for_each(weights.begin(), weights.end(),
+                [](float& weight) { weight = std::round(weight * 64) / 64; });
+  const auto expected = run(weights, 1, 32, 3);
+  for (const float unit : {0x1p-100F, 0x1p-10F, 0x1p126F}) {
+    std::vector<float> scaled = weights;
+    std::for_each(scaled.begin(), scaled.end(), [unit](float& weight) { weight *= unit; });
+    const auto result = run(scaled, 1, 32, 3);
+    CHECK(result.codes == expected.codes);
+    CHECK(std::equal(result.luts.begin(), result.luts.end(), expected.luts.begin(),
+                     [unit](float a, float b) { return a == b * unit; }));
+  }
+}
+
+TEST_CASE("the largest and the smallest weights cluster like any other") {
+  for (const float magnitude : {65504.0F, 0x1p-22F}) {
+    std::vector<Half> weights(4000);
+    std::mt19937 random(3);
+    for (Half& weight : weights) {
+      weight = to_half(magnitude * (static_cast<float>(random() % 4096) / 2048 - 1));
+    }
+    const auto result = run(weights, 1, 16, 2);
+    CHECK(std::all_of(result.luts.begin(), result.luts.end(),
+                      [](Half entry) { return std::isfinite(to_float(entry)); }));
+    // Sixteen squares of a quarter of the range's width each: a twelfth of it squared, twice.
+    const double side = magnitude / 2;
+    const double rounding = magnitude > 1 ? 0 : 0x1p-24 * 0x1p-24;
+    CHECK(squared_error(weights, result, 2) < 2000 * (1.05 * side * side / 6 + rounding));
+  }
+}
+
+TEST_CASE_TEMPLATE("rows are clustered as if they were alone, on one thread and on two", T, Half,
+                   float) {
+  struct Case {
+    std::size_t n_rows;
+    std::size_t n_vectors;
+    std::size_t n_entries;
+  };
+  for (const auto& [n_rows, n_vectors, n_entries] :
+       {Case{40, 100, 16}, Case{3, 9000, 4}, Case{2, 40'000, 8}}) {
+    const std::size_t n_cols = n_vectors * 4;
+    const std::vector<T> weights = normal_weights<T>(n_rows * n_cols);
+    const std::size_t before = set_thread_limit(1);
+    const auto one = run(weights, n_rows, n_entries, 4);
+    set_thread_limit(2);
+    const auto two = run(weights, n_rows, n_entries, 4);
+    set_thread_limit(before);
+    CHECK(one == two);
+    const auto begin = weights.end() - static_cast<std::ptrdiff_t>(n_cols);
+    const auto last = run(std::vector<T>(begin, weights.end()), 1, n_entries, 4);
+    CHECK(std::equal(last.luts.rbegin(), last.luts.rend(), one.luts.rbegin()));
+    CHECK(std::equal(last.codes.rbegin(), last.codes.rend(), one.codes.rbegin()));
+  }
+}
+
+TEST_CASE("the seed decides the table, and repeats it") {
+  const std::vector<float> weights = normal_weights<float>(20'000);
+  CHECK(run(weights, 1, 64, 2, {}, 1) == run(weights, 1, 64, 2, {}, 1));
+  CHECK(run(weights, 1, 64, 2, {}, 1) != run(weights, 1, 64, 2, {}, 2));
+}
+
+TEST_CASE("empty rows get zeros, and shapes and importance that don't fit are refused") {
+  std::vector<float> luts(8, 1.0F);
+  kmeans_vector<float>({nullptr, 2, 0}, {}, {2, 0}, {luts.data(), 2, 4}, {nullptr, 2, 0});
+  CHECK(luts == std::vector<float>(8));
+  kmeans_vector<float>({nullptr, 0, 6}, {}, {2, 0}, {nullptr, 0, 4}, {nullptr, 0, 3});
+
+  const std::vector<float> weights(24);
+  std::vector<float> table(4 * 257);
+  std::vector<std::uint8_t> codes(24);
+  std::vector<float> importance(12, 1.0F);
+  const auto call = [&](std::size_t dim, std::size_t n_luts, std::size_t n_elements,
+                        std::size_t n_codes, std::size_t n_shares) {
+    kmeans_vector<float>({weights.data(), 2, 12},
+                         {importance.data(), n_shares > 0 ? 2U : 0U, n_shares}, {dim, 0},
+                         {table.data(), n_luts, n_elements}, {codes.data(), 2, n_codes});
+  };
+  CHECK_NOTHROW(call(2, 2, 2, 6, 6));
+  CHECK_NOTHROW(call(2, 2, 512, 6, 0));
+  CHECK_THROWS_AS(call(0, 2, 2, 6, 6), std::invalid_argument);
+  CHECK_THROWS_AS(call(5, 2, 10, 2, 2), std::invalid_argument);
+  CHECK_THROWS_AS(call(2, 1, 2, 6, 6), std::invalid_argument);
+  CHECK_THROWS_AS(call(2, 2, 3, 6, 6), std::invalid_argument);
+  CHECK_THROWS_AS(call(2, 2, 0, 6, 6), std::invalid_argument);
+  CHECK_THROWS_AS(call(2, 2, 514, 6, 6), std::invalid_argument);
+  CHECK_THROWS_AS(call(2, 2, 2, 5, 6), std::invalid_argument);
+  CHECK_THROWS_AS(call(2, 2, 2, 6, 5), std::invalid_argument);
+  for (const float bad : {-1.0F, NAN, INFINITY}) {
+    importance[11] = bad;
+    CHECK_THROWS_AS(call(2, 2, 2, 6, 6), std::invalid_argument);
+  }
+}
+
+}  // namespace
+}  // namespace milpress
