@@ -377,3 +377,38 @@ def test_bad_arguments_are_named(call, error, message):
 
 def _four_bits() -> Any:
     return ours.coreml.OptimizationConfig(ours.coreml.OpPalettizerConfig(nbits=4))
+
+
+def test_functions_of_a_package_share_what_is_compressed_once(build, tmp_path):
+    description = ct.utils.MultiFunctionDescriptor()
+    for name in ("one", "two"):
+        description.add_function(str(build("layers")), "main", name)
+    description.default_function_name = "one"
+    source, alone = tmp_path / "functions.mlpackage", tmp_path / "alone.mlpackage"
+    ct.utils.save_multifunction(description, str(source))
+    model = ct.models.MLModel(str(source), skip_model_load=True)
+    made = ours.coreml.palettize_weights(model, _four_bits(), destination=tmp_path / "out")
+    assert len(made.compression_report.with_status("compressed")) % 2 == 0
+    ours.coreml.palettize_weights(build("layers"), _four_bits(), destination=alone)
+    shared, single = (
+        sum(file.stat().st_size for file in path.rglob("weight.bin"))
+        for path in (tmp_path / "out", alone)
+    )
+    assert shared == single
+    with pytest.raises(ValueError, match="multifunction"):
+        theirs.coreml.palettize_weights(
+            model, theirs.coreml.OptimizationConfig(theirs.coreml.OpPalettizerConfig(nbits=4))
+        )
+
+
+def test_models_of_a_pipeline_are_compressed_each():
+    first, second = (linear(weight(64, 64, dtype=np.float32, seed=seed)) for seed in range(2))
+    spec = second.get_spec()
+    ct.utils.rename_feature(spec, "x", "y")
+    ct.utils.rename_feature(spec, spec.description.output[0].name, "z")
+    second = ct.models.MLModel(spec, weights_dir=second.weights_dir, skip_model_load=True)
+    pipeline = ct.utils.make_pipeline(first, second)
+    made = ours.coreml.palettize_weights(pipeline, _four_bits())
+    names = [report.name for report in made.compression_report.with_status("compressed")]
+    assert [name.partition("/")[0] for name in names] == ["model0", "model1"]
+    assert len(ours.verify(pipeline.package_path, made.package_path).weights) == 2
