@@ -124,3 +124,40 @@ def test_zeros_have_no_influence_on_the_table_of_a_pruned_weight(seed, bits):
     np.testing.assert_array_equal(value.value.lut.reshape(-1), alone.lut.reshape(-1))
     np.testing.assert_array_equal(value.dense()[sparse.mask()], alone.dense())
     assert not value.dense()[~sparse.mask()].any()
+
+
+def test_a_vector_is_kept_if_any_of_its_weights_is():
+    weight = np.zeros((4, 32), np.float16)
+    weight[0] = np.arange(32)
+    sparse = f.sparsify(weight, f.PruneConfig(threshold=0.0))
+    value = f.compress(sparse, f.PalettizeConfig(bits=4, vector_size=2))
+    expected = np.repeat((weight.reshape(2, 2, 32) != 0).any(axis=1), 2, axis=0)
+    np.testing.assert_array_equal(value.mask(), expected)
+
+
+def test_results_are_named_as_coremltools_names_them(build, tmp_path):
+    names = {
+        "prune, palettize": "conv_weight_0_sparsified",
+        "palettize, int8": "conv_weight_0_palettized",
+        "int8, palettize": "conv_weight_0_quantized",
+        "int8, prune": "conv_weight_0_quantized_sparsified",
+    }
+    for chain, name in names.items():
+        current = build("layers")
+        for i, treatment in enumerate(CHAINS[chain][0]):
+            step = tmp_path / f"{chain}{i}.mlpackage"
+            milpress.compress(current, step, Recipe.of(treatment))
+            current = step
+        assert name in decoded(current)
+
+
+def test_a_weight_of_just_the_least_size_is_taken(build, tmp_path):
+    size = 64 * 48 * 9  # of the first convolution, which is the largest
+    for least, n in ((size, 1), (size + 1, 0)):
+        recipe = Recipe.of(PALETTE, name="conv_weight_0", min_size=least)
+        if n:
+            report = milpress.compress(build("layers"), tmp_path / "out", recipe)
+            assert len(report.with_status("compressed")) == n
+        else:
+            with pytest.raises(UnsupportedError, match="some weight must be compressed"):
+                milpress.compress(build("layers"), tmp_path / "none", recipe)
