@@ -412,3 +412,12 @@ def test_models_of_a_pipeline_are_compressed_each():
     names = [report.name for report in made.compression_report.with_status("compressed")]
     assert [name.partition("/")[0] for name in names] == ["model0", "model1"]
     assert len(ours.verify(pipeline.package_path, made.package_path).weights) == 2
+
+
+@pytest.mark.parametrize(("threshold", "n"), [(4095, 1), (4096, 0)])
+def test_only_weights_of_more_elements_than_the_threshold_are_compressed(threshold, n):
+    config = ours.coreml.OpPalettizerConfig(nbits=4, weight_threshold=threshold)
+    made = ours.coreml.palettize_weights(
+        linear(weight(64, 64)), ours.coreml.OptimizationConfig(config)
+    )
+    assert len(made.compression_report.with_status("compressed")) == n
