@@ -99,7 +99,7 @@ template <std::size_t kDim>
 [[gnu::always_inline]] inline void find_nearest(const Entries& entries, const float* values,
                                                 std::size_t stride, std::size_t n,
                                                 std::uint8_t* codes, float* distances) {
-  constexpr std::size_t kAtOnce = kDim <= 4 ? 4 : 1;  // more don't fit the registers
+  constexpr std::size_t kAtOnce = 4;
   std::array<float, kMaxEntries * kDim> padded;
   padded.fill(kInfinity);
   std::copy(entries.begin(), entries.end(), padded.begin());
@@ -131,18 +131,19 @@ template <std::size_t kDim>
   }
 }
 
-// The same for any length of vectors.
-[[gnu::always_inline]] inline void find_nearest_of_any(const Entries& entries, std::size_t dim,
-                                                       const float* values, std::size_t stride,
-                                                       std::size_t n, std::uint8_t* codes,
-                                                       float* distances) {
+// The same for long vectors, four of which would not fit the registers.
+template <std::size_t kDim>
+[[gnu::always_inline]] inline void find_nearest_one_by_one(const Entries& entries, std::size_t dim,
+                                                           const float* values, std::size_t stride,
+                                                           std::size_t n, std::uint8_t* codes,
+                                                           float* distances) {
   for (std::size_t i = 0; i < n; i += kLanes) {
     std::array<float, kLanes> distance;
     std::array<float, kLanes> least;
     std::array<std::int32_t, kLanes> nearest{};
     least.fill(kInfinity);
     for (std::size_t j = 0; j * dim < entries.size(); ++j) {
-      distances_from<0>(entries.data() + j * dim, dim, values + i, stride, distance);
+      distances_from<kDim>(entries.data() + j * dim, dim, values + i, stride, distance);
       for (std::size_t lane = 0; lane < kLanes; ++lane) {
         const bool is_nearer = distance[lane] < least[lane];
         least[lane] = is_nearer ? distance[lane] : least[lane];
@@ -169,9 +170,9 @@ void nearest_entries(const Entries& entries, std::size_t dim, const float* value
     case 4:
       return find_nearest<4>(entries, values, stride, n, codes, distances);
     case 8:
-      return find_nearest<8>(entries, values, stride, n, codes, distances);
+      return find_nearest_one_by_one<8>(entries, dim, values, stride, n, codes, distances);
     default:
-      return find_nearest_of_any(entries, dim, values, stride, n, codes, distances);
+      return find_nearest_one_by_one<0>(entries, dim, values, stride, n, codes, distances);
   }
 }
 
@@ -334,69 +335,137 @@ void move_empty(const Vectors& vectors, std::span<const float> distances,
   }
 }
 
-Fit refine(const Vectors& vectors, Entries entries) {
-  constexpr int kMaxTurns = 100;
-  constexpr double kLeastGain = 1e-4;
-  const std::size_t dim = vectors.dim;
-  const std::size_t n_entries = entries.size() / dim;
-  std::vector<std::uint8_t> codes(vectors.stride);
-  std::vector<std::uint8_t> codes_before(vectors.stride);
-  std::vector<float> distances(vectors.stride);
-  std::vector<Moments> pieces((vectors.stride + kPiece - 1) / kPiece);
-  Fit fit;
-  for (int turn = 0; turn < kMaxTurns; ++turn) {
-    codes.swap(codes_before);
-    parallel_for(vectors.stride, kPiece, [&](std::size_t begin, std::size_t end) {
-      nearest_entries(entries, dim, vectors.values.data() + begin, vectors.stride, end - begin,
-                      codes.data() + begin, distances.data() + begin);
-      Moments& piece = pieces[begin / kPiece];
-      piece.sums.assign(n_entries * dim, 0);
-      piece.weights.assign(n_entries, 0);
+constexpr int kMaxTurns = 100;
+constexpr double kLeastGain = 1e-4;  // of the error, for another turn
+
+class Lloyd {
+ public:
+  explicit Lloyd(const Vectors& vectors)
+      : vectors_(vectors),
+        codes_(vectors.stride),
+        codes_before_(vectors.stride),
+        distances_(vectors.stride),
+        pieces_((vectors.stride + kPiece - 1) / kPiece) {}
+
+  // Finds the entry nearest to each vector. Pieces are added up in their order.
+  Moments assign(const Entries& entries) {
+    const std::size_t dim = vectors_.dim;
+    codes_.swap(codes_before_);
+    parallel_for(vectors_.stride, kPiece, [&](std::size_t begin, std::size_t end) {
+      nearest_entries(entries, dim, vectors_.values.data() + begin, vectors_.stride, end - begin,
+                      codes_.data() + begin, distances_.data() + begin);
+      Moments& piece = pieces_[begin / kPiece];
+      piece.sums.assign(entries.size(), 0);
+      piece.weights.assign(entries.size() / dim, 0);
       piece.error = 0;
       piece.n_changed = 0;
       for (std::size_t i = begin; i < end; ++i) {
-        const double share = vectors.shares[i];
-        const std::size_t code = codes[i];
+        const double share = vectors_.shares[i];
+        const std::size_t code = codes_[i];
         for (std::size_t d = 0; d < dim; ++d) {
-          piece.sums[code * dim + d] += share * vectors.at(i, d);
+          piece.sums[code * dim + d] += share * vectors_.at(i, d);
         }
         piece.weights[code] += share;
-        piece.error += share * distances[i];
-        piece.n_changed += codes[i] != codes_before[i] ? 1U : 0U;
+        piece.error += share * distances_[i];
+        piece.n_changed += codes_[i] != codes_before_[i] ? 1U : 0U;
       }
     });
-    Moments total = pieces[0];
-    for (std::size_t p = 1; p < pieces.size(); ++p) {
-      const auto add = [](std::vector<double>& sum, const std::vector<double>& piece) {
-        std::transform(sum.begin(), sum.end(), piece.begin(), sum.begin(), std::plus<>());
-      };
-      add(total.sums, pieces[p].sums);
-      add(total.weights, pieces[p].weights);
-      total.error += pieces[p].error;
-      total.n_changed += pieces[p].n_changed;
+    Moments total = pieces_[0];
+    const auto add = [](std::vector<double>& sum, const std::vector<double>& piece) {
+      std::transform(sum.begin(), sum.end(), piece.begin(), sum.begin(), std::plus<>());
+    };
+    for (std::size_t p = 1; p < pieces_.size(); ++p) {
+      add(total.sums, pieces_[p].sums);
+      add(total.weights, pieces_[p].weights);
+      total.error += pieces_[p].error;
+      total.n_changed += pieces_[p].n_changed;
     }
-    const bool is_settled = (turn > 0 && total.n_changed == 0) ||
-                            total.error > (1 - kLeastGain) * fit.error || total.error == 0;
+    return total;
+  }
+
+  // Moves each entry to the mean of its vectors, and those without any to where they help most.
+  // Returns how many had none.
+  std::size_t move(const Moments& moments, Entries& entries) const {
+    const std::size_t dim = vectors_.dim;
     std::vector<std::size_t> empty;
-    for (std::size_t j = 0; j < n_entries; ++j) {
-      if (total.weights[j] > 0) {
+    for (std::size_t j = 0; j < moments.weights.size(); ++j) {
+      if (moments.weights[j] > 0) {
         for (std::size_t d = 0; d < dim; ++d) {
-          entries[j * dim + d] = static_cast<float>(total.sums[j * dim + d] / total.weights[j]);
+          entries[j * dim + d] = static_cast<float>(moments.sums[j * dim + d] / moments.weights[j]);
         }
       } else {
         empty.push_back(j);
       }
     }
     if (!empty.empty()) {
-      move_empty(vectors, distances, empty, entries);
+      move_empty(vectors_, distances_, empty, entries);
     }
-    fit.error = total.error;
-    if (is_settled && (empty.empty() || total.error == 0)) {
+    return empty.size();
+  }
+
+ private:
+  const Vectors& vectors_;
+  std::vector<std::uint8_t> codes_;
+  std::vector<std::uint8_t> codes_before_;
+  std::vector<float> distances_;
+  std::vector<Moments> pieces_;
+};
+
+Fit refine(const Vectors& vectors, Entries entries) {
+  Lloyd lloyd(vectors);
+  Fit fit;
+  for (int turn = 0; turn < kMaxTurns; ++turn) {
+    const Moments moments = lloyd.assign(entries);
+    const bool is_settled =
+        (turn > 0 && moments.n_changed == 0) || moments.error > (1 - kLeastGain) * fit.error;
+    const std::size_t n_empty = lloyd.move(moments, entries);
+    fit.error = moments.error;
+    if (moments.error == 0 || (is_settled && n_empty == 0)) {
       break;
     }
   }
   fit.entries = std::move(entries);
   return fit;
+}
+
+// Sorted, and rounded to `T` as they are without `factor`.
+template <typename T>
+Entries rounded(const Entries& entries, std::size_t dim, float factor) {
+  std::vector<std::vector<float>> sorted;
+  for (std::size_t begin = 0; begin < entries.size(); begin += dim) {
+    std::vector<float>& entry = sorted.emplace_back(dim);
+    for (std::size_t d = 0; d < dim; ++d) {
+      entry[d] = (round_to<T>(entries[begin + d] / factor) + 0.0F) * factor;  // -0 becomes 0
+    }
+  }
+  std::sort(sorted.begin(), sorted.end());
+  Entries result;
+  for (const std::vector<float>& entry : sorted) {
+    result.insert(result.end(), entry.begin(), entry.end());
+  }
+  return result;
+}
+
+// Rounding moves entries, and sorting them gives vectors halfway between two to the other one: both
+// may leave entries away from their means. So table and assignment are improved in turn again, of
+// the table as it will be stored, while that gains enough.
+template <typename T>
+Entries settle(const Vectors& vectors, Entries entries, float factor) {
+  Lloyd lloyd(vectors);
+  Fit best;
+  for (int turn = 0; turn < kMaxTurns; ++turn) {
+    entries = rounded<T>(entries, vectors.dim, factor);
+    const Moments moments = lloyd.assign(entries);
+    const bool is_settled = moments.error > (1 - kLeastGain) * best.error;
+    if (moments.error < best.error) {
+      best = {entries, moments.error};
+    }
+    if (is_settled || moments.error == 0) {
+      break;
+    }
+    lloyd.move(moments, entries);
+  }
+  return best.entries;
 }
 
 // One vector of each of `n` equal stretches.
@@ -512,21 +581,6 @@ Distinct distinct_vectors(const Vectors& vectors, std::size_t n_entries) {
 }
 
 template <typename T>
-void sort_entries(const Entries& entries, std::size_t dim, float factor, std::span<T> lut) {
-  std::vector<std::vector<float>> sorted;
-  for (std::size_t begin = 0; begin < entries.size(); begin += dim) {
-    std::vector<float>& entry = sorted.emplace_back(dim);
-    std::transform(entries.begin() + static_cast<std::ptrdiff_t>(begin),
-                   entries.begin() + static_cast<std::ptrdiff_t>(begin + dim), entry.begin(),
-                   [factor](float value) { return round_to<T>(value / factor) + 0.0F; });
-  }
-  std::sort(sorted.begin(), sorted.end());
-  for (std::size_t j = 0; j < lut.size(); ++j) {
-    lut[j] = from_float<T>(sorted[j / dim][j % dim]);
-  }
-}
-
-template <typename T>
 void assign(std::span<const T> weights, std::size_t dim, std::span<const T> lut, float factor,
             std::span<std::uint8_t> codes) {
   Entries entries(lut.size());
@@ -568,8 +622,10 @@ void fit_row(const Row<T>& row, std::span<T> lut, std::span<std::uint8_t> codes)
   } else {
     multiply(vectors.values, factor);
     multiply(vectors.shares, factor_for(vectors.shares));
-    const Entries entries = cluster(vectors, n_entries, row.settings.seed);
-    sort_entries(entries, dim, factor, lut);
+    const Entries entries =
+        settle<T>(vectors, cluster(vectors, n_entries, row.settings.seed), factor);
+    std::transform(entries.begin(), entries.end(), lut.begin(),
+                   [factor](float entry) { return from_float<T>(entry / factor); });
   }
   assign<T>(row.weights, dim, lut, factor, codes);
 }

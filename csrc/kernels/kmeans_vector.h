@@ -18,7 +18,8 @@ struct VectorSettings {
 /// `sum_i importance_i * |vector_i - nearest entry|^2` over the same row of `weights` is small, and
 /// to `codes` the index of the entry nearest to each vector.
 ///
-/// Greedy k-means++ and Lloyd iterations: a local minimum, repeatable from the seed. Entries ascend
+/// Greedy k-means++ and Lloyd iterations, the last of them with the table as it is stored, until
+/// one gains less than 1e-4 of the error: a local minimum, repeatable from the seed. Entries ascend
 /// lexicographically. A row of no more distinct vectors than entries gets exactly those, the last
 /// one repeated; an empty row gets zeros. Codes are the first of the nearest entries as rounded to
 /// `T`, by squared distances added up in float, element by element, the row multiplied by a power

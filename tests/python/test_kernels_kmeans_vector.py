@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
@@ -59,6 +59,15 @@ def test_few_distinct_vectors_are_the_table_and_the_last_is_repeated(vectors, n_
             assert (lut[len(distinct) :] == distinct[-1]).all()
 
 
+# A vector halfway between two entries, which sorting gives to the one that it wasn't fitted to.
+halfway = np.float16(
+    "-0.75 -0.5 1.25 2.625 -3.875 -3 1.75 2.625 -2.375 -1.875 2 -1.125 -2.125 1.75 -2.25 -1.25 0.5 "
+    "-0.25 -3.5 -3.875 2 1.25 1.75 -0.25 1.625 -1.75 -0.875 1.5 -3.25 -2 -3.25 -0.875 2.75 "
+    "-3.125".split()
+)
+
+
+@example(vectors=halfway[None, :, None], n_entries=10, seed=0)
 @given(vectors=tied(), n_entries=st.integers(1, 20), seed=st.integers(0, 2**64 - 1))
 def test_no_entry_would_be_better_at_the_mean_of_its_vectors(vectors, n_entries, seed):
     luts, codes = cluster(vectors, n_entries, seed)
@@ -68,10 +77,12 @@ def test_no_entry_would_be_better_at_the_mean_of_its_vectors(vectors, n_entries,
             members = row[code == j]
             error += ((members - lut[j].astype(np.float64)) ** 2).sum()
             moved += ((members - members.mean(axis=0)) ** 2).sum()
-        # It stops where a turn gains less than 1e-4, a hundredth of what is allowed here; the
-        # means are then rounded to the weights' type, by half a place of magnitudes up to 4.
-        place = 2.0**-9 if vectors.dtype == np.float16 else 2.0**-22
-        assert error <= moved * (1 + 1e-2) + row.size * place**2
+        # The kernel goes on while the means, rounded to the weights' type (off by half a place of
+        # magnitudes up to 4), gain 1e-4 of the error; it adds up `dim` squares in float32.
+        place = 2.0**-10 if vectors.dtype == np.float16 else 2.0**-23
+        rounding = (1 + 2.0**-12) * row.size * place**2  # by way of float32
+        slack = 1 + 2 * (vectors.shape[2] + 3) * 2.0**-23
+        assert error * (1 - 1e-4) <= (moved + rounding) * slack
 
 
 @given(vectors=tied(), n_entries=st.integers(1, 8), data=st.data())
@@ -93,7 +104,8 @@ def test_vectors_of_no_importance_get_codes_but_no_influence(vectors, n_entries,
         assert (chosen[..., 0] <= farthest.min(axis=-1) * (1 + 8 * 2.0**-23)).all()
 
 
-# Two local minima of the same data differ by about a percent; 1.02 is what the kernel promises.
+# Both stop in a local minimum, and those of one weight differ by a few percent: 1.02 is a target,
+# not a law of the method.
 @pytest.mark.parametrize(
     ("n_vectors", "dim", "n_entries"),
     [(1000, 3, 16), (600, 4, 64), (5000, 4, 16), (3000, 8, 64), (20_000, 2, 16), (8000, 4, 256)],
