@@ -1,0 +1,1 @@
+"""Runs ML programs with torch, on any machine."""

@@ -1,0 +1,126 @@
+"""The seam between programs and ops: how an op of MIL becomes a function on torch tensors."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Call(Protocol):
+    """What an op may ask of the program that calls it; a parameter named ``call`` receives it."""
+
+    @property
+    def opset(self) -> int:
+        """Version of the function's opset: 5 for iOS15 to 9 for iOS26."""
+
+    @property
+    def n_outputs(self) -> int:
+        """How many values the op returns."""
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Type that holds the first output here, if it is a tensor."""
+
+    @property
+    def generator(self) -> torch.Generator:
+        """Source of random numbers, seeded with the program's run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """A function that computes an op, and how its arguments are handed to it.
+
+    Its parameters carry MIL's names and defaults, and their annotations say in which form each is
+    wanted: ``Tensor``, ``int``, ``float``, ``bool``, ``str``, ``list[int]``, ``list[bool]``,
+    ``list[Tensor]`` (for inputs that take several values), or one of these ``| None``. Integers,
+    booleans and floats are read from constants when the program is loaded, and from tensors when
+    it runs.
+
+    Tensors arrive in the type of their MIL type: every float as float32, integers as themselves
+    (``uint16`` as int32), ``bool`` as bool. The program rounds and casts what is returned to the
+    type that the op's output declares, so a function may compute in a wider one. Several outputs
+    are a tuple.
+    """
+
+    function: Callable[..., Any]
+    names: tuple[str, ...]
+    since: int
+    forms: Mapping[str, tuple[str, bool]]
+
+    def bound(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments in the form that the function wants.
+
+        Raises
+        ------
+        TypeError
+            If one has no such form, or the function has no such parameter.
+        """
+        bound = {}
+        for name, value in arguments.items():
+            if name not in self.forms:
+                msg = f"{self.names[0]} must have a parameter {name}, got none"
+                raise TypeError(msg)
+            form, optional = self.forms[name]
+            if value is None and not optional:
+                continue
+            bound[name] = None if value is None else _in_form(form, value)
+        return bound
+
+
+def operator(*names: str, since: int = 5) -> Callable[[Callable[..., Any]], Operator]:
+    """Make a function the operator of the ops of these names, from an opset's version on."""
+
+    def wrap(function: Callable[..., Any]) -> Operator:
+        hints = typing.get_type_hints(function)
+        forms = {
+            name: _form_of(hints[name])
+            for name in inspect.signature(function).parameters
+            if name != "call"
+        }
+        return Operator(function, names, since, types.MappingProxyType(forms))
+
+    return wrap
+
+
+def _form_of(hint: Any) -> tuple[str, bool]:
+    choices = [choice for choice in typing.get_args(hint) if choice is not type(None)]
+    is_optional = type(None) in typing.get_args(hint)
+    kind = choices[0] if is_optional else hint
+    item = typing.get_args(kind)
+    if item:
+        return f"list[{item[0].__name__}]", is_optional
+    return kind.__name__, is_optional
+
+
+def _in_form(form: str, value: Any) -> Any:
+    if form.startswith("list"):
+        if form == "list[Tensor]":
+            return [_tensor(item) for item in value]
+        if isinstance(value, Tensor):
+            return value.reshape(-1).tolist()
+        return list(value) if isinstance(value, Sequence) else [value]
+    if form == "Tensor":
+        return _tensor(value)
+    if isinstance(value, Tensor) and form in ("int", "float", "bool"):
+        return value.item()
+    return value
+
+
+def _tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, float):
+        return torch.tensor(value, dtype=torch.float32)
+    if isinstance(value, bool):
+        return torch.tensor(value)
+    if isinstance(value, int):
+        return torch.tensor(value, dtype=torch.int32)
+    msg = f"a tensor must be given, got {type(value).__name__}"
+    raise TypeError(msg)
