@@ -6,9 +6,29 @@ import types
 from collections.abc import Mapping
 
 from milpress.interpreter.operator import Operator
-from milpress.interpreter.ops import elementwise
+from milpress.interpreter.ops import (
+    activation,
+    convolution,
+    elementwise,
+    indexing,
+    layout,
+    linear,
+    normalization,
+    reduction,
+    sorting,
+)
 
-_FAMILIES = (elementwise,)
+_FAMILIES = (
+    activation,
+    convolution,
+    elementwise,
+    indexing,
+    layout,
+    linear,
+    normalization,
+    reduction,
+    sorting,
+)
 
 
 def _collected() -> Mapping[str, tuple[Operator, ...]]:
