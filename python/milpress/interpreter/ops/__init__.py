@@ -8,26 +8,32 @@ from collections.abc import Mapping
 from milpress.interpreter.operator import Operator
 from milpress.interpreter.ops import (
     activation,
+    control,
     convolution,
     elementwise,
     indexing,
     layout,
     linear,
+    lists,
     normalization,
     reduction,
     sorting,
+    states,
 )
 
 _FAMILIES = (
     activation,
+    control,
     convolution,
     elementwise,
     indexing,
     layout,
     linear,
+    lists,
     normalization,
     reduction,
     sorting,
+    states,
 )
 
 
