@@ -58,13 +58,14 @@ class UnsupportedOpError(CompressionError, NotImplementedError):
         The deployment target of the function that it is in, such as ``iOS17``.
     place
         Where it stands: function, or model and function, and its name.
-    reason
-        What is not covered, if it is not the op as such.
+    what
+        What of it is not covered, if it is not the op as such.
     """
 
-    def __init__(self, op: str, opset: str, place: str, reason: str = "") -> None:
+    def __init__(self, op: str, opset: str, place: str, what: str = "") -> None:
+        what = what or op
         super().__init__(
-            f"{place}: an op must be one that the interpreter covers, got {op} of {opset}{reason}"
+            f"{place}: an op must be one that the interpreter covers, got {what}, in {opset}"
         )
         self.op = op
         self.opset = opset

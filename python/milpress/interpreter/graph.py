@@ -319,14 +319,12 @@ class _Binder:
         name = op.outputs[0].name if op.outputs else values.read_string(op.attributes["name"])
         place = f"{self._place}, op {name!r}"
         operator = ops.find(op.type, self._opset.version)
-        if operator is None:
-            raise UnsupportedOpError(op.type, self._opset.target, place)
+        uncovered = ops.uncovered(op, self._opset.version)
+        if operator is None or uncovered:
+            raise UnsupportedOpError(op.type, self._opset.target, place, uncovered)
         settings: dict[str, Any] = {}
         reads: dict[str, int | list[int]] = {}
         for parameter, bindings in _bindings(op):
-            if parameter not in operator.forms:
-                reason = f" with the parameter {parameter}"
-                raise UnsupportedOpError(op.type, self._opset.target, place, reason)
             slots = [self._bound(binding, names) for binding in bindings]
             held = [self._stored[slot] for slot in slots]
             is_known = all(value is not None for value in held)

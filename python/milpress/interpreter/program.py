@@ -364,7 +364,8 @@ def _located(frame: Frame) -> Iterator[None]:
         if step is None:
             raise
         target = step.opset.target
-        raise UnsupportedOpError(step.kind, target, step.place, f" ({error})") from error
+        what = f"{step.kind} ({error})"
+        raise UnsupportedOpError(step.kind, target, step.place, what) from error
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
         step = frame.step
         if step is None:
