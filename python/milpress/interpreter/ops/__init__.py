@@ -9,24 +9,34 @@ from milpress.interpreter.operator import Operator
 from milpress.interpreter.ops import (
     activation,
     convolution,
+    detection,
     elementwise,
     indexing,
     layout,
     linear,
     normalization,
+    quantization,
+    randomness,
+    recurrent,
     reduction,
+    resizing,
     sorting,
 )
 
 _FAMILIES = (
     activation,
     convolution,
+    detection,
     elementwise,
     indexing,
     layout,
     linear,
     normalization,
+    quantization,
+    randomness,
+    recurrent,
     reduction,
+    resizing,
     sorting,
 )
 
