@@ -11,13 +11,13 @@ from milpress.interpreter.ops.held import converted
 
 @operator("argsort")
 def argsort(x: Tensor, axis: int = -1, ascending: bool = False) -> Tensor:
-    return torch.argsort(x, axis, descending=not ascending, stable=True)
+    return torch.argsort(x, dim=axis, descending=not ascending, stable=True)
 
 
 def _topk(x: Tensor, k: int, axis: int, ascending: bool) -> tuple[Tensor, Tensor]:
     count = x.shape[axis] if k == -1 else k
     # Stable sorting gives the first of equal values, whereas torch.topk promises none.
-    values, indices = torch.sort(x, axis, descending=not ascending, stable=True)
+    values, indices = torch.sort(x, dim=axis, descending=not ascending, stable=True)
     return values.narrow(axis, 0, count), indices.narrow(axis, 0, count)
 
 
