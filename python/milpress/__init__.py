@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from milpress.inspection import inspect
     from milpress.recipe import Recipe
     from milpress.report import Inspection, Report
+    from milpress.running import run
     from milpress.verification import Verification, verify
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ __all__ = [
     "formats",
     "inspect",
     "interpreter",
+    "run",
     "verify",
 ]
 
@@ -42,6 +44,7 @@ _HOMES = {
     "compress": "milpress.compression",
     "decompress": "milpress.compression",
     "inspect": "milpress.inspection",
+    "run": "milpress.running",
     "verify": "milpress.verification",
 }
 
