@@ -207,7 +207,7 @@ def test_a_cast_of_floats_saturates_and_one_of_integers_wraps(target):
 
 
 def test_a_cast_to_a_type_that_mil_lacks_is_named():
-    with pytest.raises(PackageError, match="dtype must be one of .*, got fp8"):
+    with pytest.raises(PackageError, match=r"dtype must be one of .*, got fp8"):
         computed("cast", x=np.zeros(1, np.float32), dtype="fp8")
 
 
@@ -265,7 +265,7 @@ def test_a_gelu_follows_the_formula_of_its_mode(x):
 
 
 def test_a_gelu_of_an_unknown_mode_is_named():
-    with pytest.raises(PackageError, match="mode must be EXACT.*, got FAST"):
+    with pytest.raises(PackageError, match=r"mode must be EXACT.*, got FAST"):
         computed("gelu", x=np.zeros(1, np.float32), mode="FAST")
 
 
