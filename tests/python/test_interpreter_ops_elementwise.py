@@ -223,7 +223,10 @@ def test_a_cast_to_a_type_that_mil_lacks_is_named():
 def test_an_activation_with_parameters_is_what_coremltools_infers(x, alpha, beta):
     for name in ("elu", "leaky_relu", "thresholded_relu"):
         theirs = inferred(name, x=x.copy(), alpha=alpha)  # which may write over its input
-        check(computed(name, x=x, alpha=alpha), theirs, ulps=ULPS, label=name)
+        # coremltools takes 1 from e^x, which leaves few digits near 0.
+        rough = 2**-23 * alpha if name == "elu" else 0
+        ours = computed(name, x=x, alpha=alpha)
+        check(ours, theirs, ulps=ULPS, absolute=rough, label=name)
     for name in ("clamped_relu", "linear_activation", "scaled_tanh", "sigmoid_hard"):
         theirs = inferred(name, x=x, alpha=alpha, beta=beta)
         check(computed(name, x=x, alpha=alpha, beta=beta), theirs, ulps=ULPS, label=name)

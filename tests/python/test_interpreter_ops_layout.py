@@ -63,6 +63,11 @@ def test_an_empty_tensor_can_be_reshaped():
     assert computed("reshape", x=x, shape=[3, -1]).shape == (3, 0)
 
 
+def test_a_tensor_of_one_element_becomes_a_scalar():
+    for opset in (IOS15, IOS17):
+        assert computed("reshape", opset=opset, x=counted(1, 1), shape=[]).shape == ()
+
+
 def test_reshape_like_joins_parts_of_shapes():
     x = counted(30, 6)
     arguments = {

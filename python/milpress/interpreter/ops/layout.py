@@ -36,7 +36,8 @@ def reshape(x: Tensor, shape: list[int]) -> Tensor:
 def reshape_from_the_right(x: Tensor, shape: list[int]) -> Tensor:
     # A 0 takes over the size at the same place from the right, or 1 where x has none.
     sizes = [1] * len(shape) + list(x.shape)
-    return _filled(x, [size or old for size, old in zip(shape, sizes[-len(shape) :], strict=True)])
+    taken = sizes[len(sizes) - len(shape) :]
+    return _filled(x, [size or old for size, old in zip(shape, taken, strict=True)])
 
 
 @operator("reshape_like", since=6)
