@@ -217,7 +217,7 @@ def run(
         str, typer.Option(help="float32, or float16: round where the program says so.")
     ] = "float32",
     seed: Annotated[int, typer.Option(help="Where random numbers start from.")] = 0,
-    force: Force = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
     as_json: Json = False,
 ) -> None:
     """Run a package on this machine's CPU, without Core ML."""

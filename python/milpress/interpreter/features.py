@@ -173,7 +173,11 @@ def filled(feature: Feature) -> Tensor:
 
 def _array(feature: Feature, given: Any) -> Tensor:
     """Return the given numbers as float32 or int64, as the input's type wants."""
-    array = given.detach().cpu() if isinstance(given, Tensor) else np.asarray(given)
+    try:
+        array = given.detach().cpu() if isinstance(given, Tensor) else np.asarray(given)
+    except ValueError as error:
+        msg = f"input {feature.name!r} must be an array, got: {error}"
+        raise InputError(msg) from error
     kind = _kind_of(array)
     is_float = feature.dtype.startswith("float")
     if kind not in ("float", "integer") and (is_float or kind != "bool"):
@@ -225,7 +229,9 @@ def _pixels(feature: Feature, array: Tensor) -> Tensor:
 
 
 def given_back(feature: Feature, value: Any) -> Any:
-    """Return an output of a program as a feature: images as pixels, all else as it is."""
+    """Return an output of a program as a feature: images as pixels, labels as numbers."""
+    if feature.kind == "number":
+        return value.item()
     if feature.kind != "image":
         return value
     planes = value[0]

@@ -231,7 +231,7 @@ class _Binder:
     def function(self) -> Function:
         names: ChainMap[str, int] = ChainMap()
         inputs = {item.name: self._input(item, names) for item in self._function.inputs}
-        block = self._block(self._body, names)
+        block = self._block(self._body, names, first=0)
         return Function(
             inputs=inputs,
             outputs=tuple(self._body.outputs),
@@ -266,8 +266,8 @@ class _Binder:
         cast = caster(kind.dtype, rounds=self._rounds)
         return FunctionInput(slot=slot, type=kind, is_state=is_state, cast=cast)
 
-    def _block(self, block: Any, names: ChainMap[str, int]) -> Block:
-        first = len(self._stored)
+    def _block(self, block: Any, names: ChainMap[str, int], first: int) -> Block:
+        """Bind a block, to which all slots from ``first`` on belong."""
         inputs = tuple(self._value(item, names) for item in block.inputs)
         steps = []
         for op in block.operations:
@@ -277,7 +277,6 @@ class _Binder:
             else:
                 steps.append(self._step(op, names))
         outputs = tuple(self._find(name, names) for name in block.outputs)
-        # Slots are numbered in order: all from the first on belong to this block or one inside.
         needed = set(outputs)
         for step in reversed(steps):
             used = {*step.slots_read(), *(slot for slot, _ in step.writes)}
@@ -340,7 +339,9 @@ class _Binder:
         except TypeError as error:
             msg = f"{place}: {op.type}: {error}"
             raise PackageError(msg) from error
-        blocks = tuple(self._block(block, names.new_child()) for block in op.blocks)
+        blocks = tuple(
+            self._block(block, names.new_child(), first=len(self._stored)) for block in op.blocks
+        )
         writes = [(self._value(item, names), self._caster(item)) for item in op.outputs]
         first = self._types[writes[0][0]] if writes else None
         return Step(

@@ -137,20 +137,24 @@ class _Model:
             for slot in slots
         }
         frame = Frame(list(function.stored), run.generator, watched, run.observe)
-        for feature in self.inputs:
-            parameter = function.inputs[feature.name]
-            value = given.get(feature.name)
-            tensor = io.filled(feature) if value is None else io.taken(feature, value)
-            frame.write(parameter.slot, parameter.cast(tensor))
-        for name, parameter in function.inputs.items():
-            if parameter.is_state:
-                frame.slots[parameter.slot] = run.state.cell(self.prefix + name)
+        self._fill(frame, given, run.state)
         with _located(frame):
             results = function.block.run(frame)
         made = dict(zip(function.outputs, results, strict=True))
         return {
             feature.name: io.given_back(feature, made[feature.name]) for feature in self.outputs
         }
+
+    # Apart from `run`, whose variables would keep inputs alive after their last reader ran.
+    def _fill(self, frame: Frame, given: Mapping[str, Any], state: State) -> None:
+        for feature in self.inputs:
+            parameter = self.function.inputs[feature.name]
+            value = given.get(feature.name)
+            tensor = io.filled(feature) if value is None else io.taken(feature, value)
+            frame.write(parameter.slot, parameter.cast(tensor))
+        for name, parameter in self.function.inputs.items():
+            if parameter.is_state:
+                frame.slots[parameter.slot] = state.cell(self.prefix + name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

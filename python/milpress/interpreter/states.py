@@ -83,7 +83,8 @@ class State(Mapping[str, NDArray[Any]]):
     def __getitem__(self, name: str) -> NDArray[Any]:
         if name not in self._cells:
             raise KeyError(name)
-        return np.array(self._cells[name].read())
+        value: NDArray[Any] = self._cells[name].read().numpy()
+        return value.copy()
 
     def __setitem__(self, name: str, value: Any) -> None:
         current = self.cell(name).read()

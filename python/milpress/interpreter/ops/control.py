@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from milpress.interpreter.operator import Call, operator
@@ -31,5 +32,6 @@ def classify(probabilities: Tensor, classes: list[str]) -> tuple[Any, dict[Any, 
     if not numbers or len(numbers) != len(classes):
         msg = f"probabilities must be as many as classes, {len(classes)}, got {len(numbers)}"
         raise ValueError(msg)
-    best = int(probabilities.reshape(-1).argmax())
-    return classes[best], dict(zip(classes, numbers, strict=True))
+    best: Any = classes[int(probabilities.reshape(-1).argmax())]
+    label = torch.tensor(best) if isinstance(best, int) else best
+    return label, dict(zip(classes, numbers, strict=True))
