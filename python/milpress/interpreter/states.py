@@ -83,8 +83,7 @@ class State(Mapping[str, NDArray[Any]]):
     def __getitem__(self, name: str) -> NDArray[Any]:
         if name not in self._cells:
             raise KeyError(name)
-        value: NDArray[Any] = self._cells[name].read().numpy()
-        return value.copy()
+        return np.array(self._cells[name].read().numpy())
 
     def __setitem__(self, name: str, value: Any) -> None:
         current = self.cell(name).read()
