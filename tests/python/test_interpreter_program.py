@@ -17,6 +17,7 @@ import torch
 from conftest import TARGETS, save, weight
 from typer.testing import CliRunner
 
+import milpress
 from milpress.cli import app
 from milpress.errors import (
     CompressionError,
@@ -28,8 +29,12 @@ from milpress.errors import (
     UnsupportedError,
     UnsupportedOpError,
 )
+from milpress.formats import PalettizeConfig
 from milpress.interpreter import Program, coverage, load
+from milpress.interpreter.constants import tensor_of
+from milpress.mil import dtypes
 from milpress.mil.package import Package
+from milpress.recipe import Recipe
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -290,6 +295,25 @@ def test_float16_rounds_each_value_and_float32_none(make):
     assert load(path, precision="float16")(x=np.float32([1 / 3]))["z"].dtype == np.float16
 
 
+@pytest.mark.parametrize(
+    ("name", "patterns", "expected"),
+    [
+        ("bool", np.array([True, False]), [1, 0]),
+        ("float16", np.float16([65504, 2.0**-24]), [65504, 2.0**-24]),
+        ("bfloat16", np.uint16([0x3F80, 0xC049, 0x7F80]), [1, -3.140625, np.inf]),
+        ("float8e4m3fn", np.uint8([0x38, 0x7E, 0x81]), [1, 448, -(2.0**-9)]),
+        ("float8e5m2", np.uint8([0x3C, 0x7B, 0x81]), [1, 57344, -(2.0**-16)]),
+        ("int8", np.int8([-128, 127]), [-128, 127]),
+        ("uint16", np.uint16([0, 65535]), [0, 65535]),
+        ("uint32", np.uint32([0, 2**32 - 1]), [0, 2**32 - 1]),
+        ("uint4", np.uint8([0, 15]), [0, 15]),
+    ],
+)
+def test_stored_numbers_are_read_as_what_they_are(name, patterns, expected):
+    for stored in (patterns, np.frombuffer(patterns.tobytes(), patterns.dtype)):
+        assert tensor_of(dtypes.by_name(name), stored).tolist() == expected
+
+
 def multiplying(x):
     return mb.mul(x=x, y=np.int32(4), name="y")
 
@@ -419,6 +443,24 @@ def test_an_op_that_is_not_covered_is_named_when_the_program_is_loaded(make):
     assert (caught.value.op, caught.value.opset) == ("frobnicate", "iOS18")
     assert isinstance(caught.value, NotImplementedError)
     assert [(each.op, each.is_covered) for each in coverage(package).ops] == [("frobnicate", False)]
+
+
+def test_a_kind_of_compressed_weight_that_is_not_known_is_named_when_the_program_is_loaded(
+    build, tmp_path
+):
+    def replace(model: Any) -> None:
+        block = model.mlProgram.functions["main"].block_specializations["CoreML8"]
+        for op in block.operations:
+            if op.type == "constexpr_lut_to_dense":
+                op.type = "constexpr_crystal_ball"
+
+    recipe = Recipe.of(PalettizeConfig(bits=4))
+    milpress.compress(build("layers"), tmp_path / "m.mlpackage", recipe)
+    package = edited(tmp_path / "m.mlpackage", replace)
+    with pytest.raises(UnsupportedOpError, match="constexpr_crystal_ball, in iOS18"):
+        load(package)
+    missing = {each.op for each in coverage(package).ops if not each.is_covered}
+    assert missing == {"constexpr_crystal_ball"}
 
 
 def test_a_parameter_that_is_not_covered_is_named_when_the_program_is_loaded(make):

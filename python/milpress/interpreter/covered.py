@@ -114,9 +114,9 @@ def coverage(source: str | os.PathLike[str] | Package) -> Coverage:
         counts: Counter[str] = Counter()
         uncovered: dict[str, str] = {}
         for node in site.graph.nodes:
-            if not node.is_stored:
+            lack = ops.uncovered(node.op, version.version)
+            if lack or not node.is_stored:
                 counts[node.op.type] += 1
-                lack = ops.uncovered(node.op, version.version)
                 uncovered[node.op.type] = uncovered.get(node.op.type) or lack
         found += [
             OpCoverage(

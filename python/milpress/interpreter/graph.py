@@ -270,12 +270,13 @@ class _Binder:
         """Bind a block, to which all slots from ``first`` on belong."""
         inputs = tuple(self._value(item, names) for item in block.inputs)
         steps = []
-        for op in block.operations:
+        for _ in block.operations:
             node = next(self._nodes)
-            if node.is_stored:
+            operator = self._operator(node)
+            if operator is None:
                 self._store(node, names)
             else:
-                steps.append(self._step(op, names))
+                steps.append(self._step(node, operator, names))
         outputs = tuple(self._find(name, names) for name in block.outputs)
         needed = set(outputs)
         for step in reversed(steps):
@@ -296,8 +297,8 @@ class _Binder:
         if not node.op.outputs:
             return
         # Of several outputs, all but the last are masks, which only other such ops use.
-        name = node.op.outputs[-1].name
-        kind = node.type
+        output = node.op.outputs[-1]
+        kind = values.type_of(output.type)
         small = kind is None or (
             None not in kind.shape and math.prod(kind.fixed_shape) <= _MAX_EAGER_ELEMENTS
         )
@@ -305,8 +306,8 @@ class _Binder:
             value = constant(node.op.attributes["val"], self._source)
         else:
             value = Weight(node, self._decoder, self._budget)
-        names[name] = self._slot(value, kind)
-        self._stored_names[names[name]] = name
+        names[output.name] = self._slot(value, kind)
+        self._stored_names[names[output.name]] = output.name
 
     def _find(self, name: str, names: ChainMap[str, int]) -> int:
         if name not in names:
@@ -314,13 +315,20 @@ class _Binder:
             raise PackageError(msg)
         return names[name]
 
-    def _step(self, op: Any, names: ChainMap[str, int]) -> Step:
-        name = op.outputs[0].name if op.outputs else values.read_string(op.attributes["name"])
-        place = f"{self._place}, op {name!r}"
-        operator = ops.find(op.type, self._opset.version)
-        uncovered = ops.uncovered(op, self._opset.version)
-        if operator is None or uncovered:
-            raise UnsupportedOpError(op.type, self._opset.target, place, uncovered)
+    def _place_of(self, node: Node) -> str:
+        return f"{self._place}, op {(node.name if node.op.outputs else node.op_name)!r}"
+
+    def _operator(self, node: Node) -> Operator | None:
+        """Return what computes an op; ``None`` if it is stored."""
+        version = self._opset.version
+        uncovered = ops.uncovered(node.op, version)
+        if uncovered:
+            place = self._place_of(node)
+            raise UnsupportedOpError(node.op.type, self._opset.target, place, uncovered)
+        return ops.find(node.op.type, version)
+
+    def _step(self, node: Node, operator: Operator, names: ChainMap[str, int]) -> Step:
+        op, place = node.op, self._place_of(node)
         settings: dict[str, Any] = {}
         reads: dict[str, int | list[int]] = {}
         for parameter, bindings in _bindings(op):

@@ -26,6 +26,7 @@ from milpress.interpreter.ops import (
     sorting,
     states,
 )
+from milpress.mil.constexpr import DECODED
 
 _FAMILIES = (
     activation,
@@ -71,6 +72,8 @@ def find(name: str, opset: int) -> Operator | None:
 
 def uncovered(op: Any, opset: int) -> str:
     """Return what of an op in an opset's version is not covered: its type, or parameters; or ""."""
+    if op.type == "const" or op.type in DECODED:
+        return ""
     operator = find(op.type, opset)
     if operator is None:
         return str(op.type)
