@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import TARGETS, save, weight
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import milpress
@@ -480,6 +483,25 @@ def test_an_unknown_precision_or_function_is_refused(make):
         load(path, precision="float8")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="function must be one of main, got 'other'"):
         load(path, "other")
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(seed=st.integers(0, 2**32), n_flips=st.integers(1, 20))
+def test_a_damaged_model_runs_or_is_an_error_of_ours(build, seed, n_flips):
+    # None of its ops makes more of what it is given.
+    source = Package(build("nested", "iOS16"))
+    rng = np.random.default_rng(seed)
+    data = bytearray(source.model_bytes)
+    for _ in range(n_flips):
+        data[rng.integers(len(data))] = rng.integers(256)
+    with contextlib.suppress(CompressionError):
+        package = Package(source.path, model_bytes=bytes(data))
+        coverage(package)
+        program = load(package)
+        inputs = {f.name: np.ones([size or 1 for size in f.shape]) for f in program.inputs}
+        program.run(inputs, taps=program.values, state=program.make_state())
 
 
 # Modules

@@ -344,8 +344,8 @@ class _Binder:
                 reads[parameter] = slots[0] if single else slots
         try:
             settings = operator.bound(settings)
-        except TypeError as error:
-            msg = f"{place}: {op.type}: {error}"
+        except (TypeError, ValueError, RuntimeError) as error:
+            msg = f"{place}: the constants of {op.type} must suit its parameters: {error}"
             raise PackageError(msg) from error
         blocks = tuple(
             self._block(block, names.new_child(), first=len(self._stored)) for block in op.blocks

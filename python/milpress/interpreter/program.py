@@ -370,7 +370,14 @@ def _located(frame: Frame) -> Iterator[None]:
         target = step.opset.target
         what = f"{step.kind} ({error})"
         raise UnsupportedOpError(step.kind, target, step.place, what) from error
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
         step = frame.step
         if step is None:
             raise
