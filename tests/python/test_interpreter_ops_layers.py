@@ -133,8 +133,9 @@ def test_a_transposed_convolution_of_stride_beyond_its_kernel_leaves_gaps():
 
 
 def test_a_padding_type_that_mil_lacks_is_named():
-    with pytest.raises(PackageError, match=r"pad_type must be valid, .*, got full"):
-        computed("conv", x=normal(1, 1, 3), weight=normal(1, 1, 1), pad_type="full")
+    for name in ("conv", "conv_transpose"):
+        with pytest.raises(PackageError, match=r"pad_type must be one of valid, .*, got full"):
+            computed(name, x=normal(1, 1, 3), weight=normal(1, 1, 1), pad_type="full")
 
 
 # Pools

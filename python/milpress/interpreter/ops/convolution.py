@@ -18,6 +18,7 @@ _CONV_TRANSPOSE = (
     functional.conv_transpose2d,
     functional.conv_transpose3d,
 )
+_PAD_TYPES = ("valid", "custom", "same", "same_lower")
 _AVG_POOL = (functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)
 _MAX_POOL = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)
 
@@ -39,8 +40,8 @@ def _pairs(
         return list(zip(amounts[::2], amounts[1::2], strict=True))
     if pad_type == "valid":
         return [(0, 0)] * len(sizes)
-    if pad_type not in ("same", "same_lower"):
-        msg = f"pad_type must be valid, custom, same or same_lower, got {pad_type}"
+    if pad_type not in _PAD_TYPES:
+        msg = f"pad_type must be one of {', '.join(_PAD_TYPES)}, got {pad_type}"
         raise PackageError(msg)
     pairs = []
     for size, extent, stride in zip(sizes, extents, strides, strict=True):
@@ -98,6 +99,9 @@ def conv_transpose(
     rank = x.dim() - 2
     strides = strides or [1] * rank
     dilations = dilations or [1] * rank
+    if pad_type not in _PAD_TYPES:
+        msg = f"pad_type must be one of {', '.join(_PAD_TYPES)}, got {pad_type}"
+        raise PackageError(msg)
     y = _CONV_TRANSPOSE[rank - 1](x, weight, None, strides, 0, 0, groups, dilations)
     cut = []
     for axis, stride in enumerate(strides):
@@ -141,6 +145,19 @@ def _pool_pairs(
     return pairs, beyond
 
 
+def _even(
+    x: Tensor,
+    kernel_sizes: Sequence[int],
+    pairs: Sequence[tuple[int, int]],
+    beyond: Sequence[tuple[int, int]],
+) -> list[int] | None:
+    """Return each axis' padding, if torch's pools have it: even, and up to half a kernel."""
+    for size, kernel, (before, after) in zip(x.shape[2:], kernel_sizes, pairs, strict=True):
+        if before != after or 2 * before > kernel or size < kernel:
+            return None
+    return None if any(map(any, beyond)) else [before for before, _ in pairs]
+
+
 @operator("max_pool")
 def max_pool(
     x: Tensor,
@@ -153,8 +170,10 @@ def max_pool(
     rank = x.dim() - 2
     strides = strides or [1] * rank
     pairs, beyond = _pool_pairs(x, kernel_sizes, strides, pad_type, pad, ceil_mode)
-    x = _padded(_padded(x, pairs, -math.inf), beyond, -math.inf)
-    return _MAX_POOL[rank - 1](x, kernel_sizes, strides)
+    even = _even(x, kernel_sizes, pairs, beyond)
+    if even is None:
+        x = _padded(_padded(x, pairs, -math.inf), beyond, -math.inf)
+    return _MAX_POOL[rank - 1](x, kernel_sizes, strides, even or 0)
 
 
 @operator("avg_pool")
@@ -171,9 +190,10 @@ def avg_pool(
     strides = strides or [1] * rank
     pairs, beyond = _pool_pairs(x, kernel_sizes, strides, pad_type, pad, ceil_mode)
     pool = _AVG_POOL[rank - 1]
+    even = _even(x, kernel_sizes, pairs, beyond)
+    if even is not None:
+        return pool(x, kernel_sizes, strides, even, False, not exclude_padding_from_average)
     mean = pool(_padded(_padded(x, pairs), beyond), kernel_sizes, strides)
-    if not any(map(any, beyond if not exclude_padding_from_average else pairs + beyond)):
-        return mean
     counted = torch.ones(1, 1, *x.shape[2:])
     counted = _padded(counted, pairs, 0.0 if exclude_padding_from_average else 1.0)
     share = pool(_padded(counted, beyond), kernel_sizes, strides)
