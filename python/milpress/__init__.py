@@ -6,12 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from milpress import coreml, errors, formats
+    from milpress import coreml, errors, formats, interpreter
     from milpress.compression import compress, decompress
     from milpress.errors import CompressionError
     from milpress.inspection import inspect
     from milpress.recipe import Recipe
     from milpress.report import Inspection, Report
+    from milpress.running import run
     from milpress.verification import Verification, verify
 
 __version__ = "0.1.0"
@@ -28,6 +29,8 @@ __all__ = [
     "errors",
     "formats",
     "inspect",
+    "interpreter",
+    "run",
     "verify",
 ]
 
@@ -41,6 +44,7 @@ _HOMES = {
     "compress": "milpress.compression",
     "decompress": "milpress.compression",
     "inspect": "milpress.inspection",
+    "run": "milpress.running",
     "verify": "milpress.verification",
 }
 
@@ -50,7 +54,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_HOMES[name]), name)
         globals()[name] = value
         return value
-    if name in ("coreml", "errors", "formats"):
+    if name in ("coreml", "errors", "formats", "interpreter"):
         return importlib.import_module(f"milpress.{name}")
     msg = f"module 'milpress' has no attribute {name!r}"
     raise AttributeError(msg)

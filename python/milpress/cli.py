@@ -6,12 +6,12 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from milpress import __version__
-from milpress.errors import CompressionError, ConfigError, VerificationError
+from milpress.errors import CompressionError, ConfigError, InputError, VerificationError
 
 if TYPE_CHECKING:
     from milpress.recipe import Recipe
@@ -55,14 +55,28 @@ def _main(
 @app.command()
 def inspect(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The .mlpackage to look at.")],
+    ops: Annotated[
+        bool,
+        typer.Option("--ops", help="List the ops, and whether `milpress run` covers them."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """List functions, ops and weights of a package."""
     from milpress.inspection import inspect as inspect_package
 
     found = inspect_package(model)
+    covered = None
+    if ops:
+        from milpress.interpreter import coverage  # loads torch, so only on demand
+
+        covered = coverage(model)
     if as_json:
-        _print_json(found.to_dict())
+        extra = {} if covered is None else {"interpreter": covered.to_dict()}
+        _print_json(found.to_dict() | extra)
+        return
+    if covered is not None:
+        _print_text(found.summary)
+        _print(found.path, covered, covered.summary)
         return
     _print(found.path, found, found.summary)
     counts = ", ".join(f"{kind} {n}" for kind, n in found.op_counts.items())
@@ -180,6 +194,69 @@ def verify(
         _print_json(found.to_dict())
     else:
         _print(str(compressed), found, found.summary)
+
+
+@app.command()
+def run(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The .mlpackage to run.")],
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            metavar="NAME=FILE.npy",
+            help="An input's array; or a FILE.npz that holds them by name. Once for each.",
+        ),
+    ] = None,
+    function: Annotated[
+        str | None, typer.Option(help="Which function of a package with several.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write the outputs: an .npz file, or a folder for it.")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="float32, or float16: round where the program says so.")
+    ] = "float32",
+    seed: Annotated[int, typer.Option(help="Where random numbers start from.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a package on this machine's CPU, without Core ML."""
+    from milpress.running import run as run_package
+
+    report = run_package(
+        model,
+        _arrays(inputs or []),
+        function=function,
+        precision=cast("Any", precision),
+        seed=seed,
+        output=output,
+        force=force,
+    )
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        _print(report.source, report, report.summary)
+
+
+def _arrays(options: list[str]) -> dict[str, Any]:
+    """Return the arrays that ``--input`` options name."""
+    from milpress.running import read_arrays
+
+    arrays: dict[str, Any] = {}
+    for option in options:
+        name, equals, path = option.partition("=")
+        found = read_arrays(Path(path if equals else option))
+        if equals and found.keys() == {""}:
+            found = {name: found[""]}
+        elif equals or "" in found:
+            msg = f"--input must be NAME=FILE.npy or FILE.npz, got {option!r}"
+            raise InputError(msg)
+        twice = found.keys() & arrays.keys()
+        if twice:
+            msg = f"an input must be given once, got {', '.join(sorted(twice))} again"
+            raise InputError(msg)
+        arrays |= found
+    return arrays
 
 
 def _recipe(

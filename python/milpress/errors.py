@@ -41,3 +41,40 @@ class UnsupportedError(CompressionError, ValueError):
 
 class VerificationError(CompressionError, ValueError):
     """A compressed package that does not keep what was promised."""
+
+
+class InputError(CompressionError, ValueError):
+    """An input of a model that is missing, unknown, or of a type or shape that it can't have."""
+
+
+class UnsupportedOpError(CompressionError, NotImplementedError):
+    """An op that the interpreter does not cover.
+
+    Parameters
+    ----------
+    op
+        Its type.
+    opset
+        The deployment target of the function that it is in, such as ``iOS17``.
+    place
+        Where it stands: function, or model and function, and its name.
+    what
+        What of it is not covered, if it is not the op as such.
+    """
+
+    def __init__(self, op: str, opset: str, place: str, what: str = "") -> None:
+        what = what or op
+        super().__init__(
+            f"{place}: an op must be one that the interpreter covers, got {what}, in {opset}"
+        )
+        self.op = op
+        self.opset = opset
+        self.place = place
+
+
+class ExecutionError(CompressionError, RuntimeError):
+    """An op that can't compute what the program asks of it."""
+
+
+class DependencyError(CompressionError, ImportError):
+    """A package that is needed and not installed."""

@@ -1,1 +1,20 @@
 """Runs ML programs with torch, on any machine."""
+
+from __future__ import annotations
+
+from milpress.errors import DependencyError
+
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as error:
+    msg = (
+        "running models must have PyTorch, got none; install it with: pip install 'milpress[torch]'"
+    )
+    raise DependencyError(msg) from error
+
+from milpress.interpreter.covered import Coverage, coverage
+from milpress.interpreter.features import Feature
+from milpress.interpreter.program import Program, Result, load
+from milpress.interpreter.states import State
+
+__all__ = ["Coverage", "Feature", "Program", "Result", "State", "coverage", "load"]

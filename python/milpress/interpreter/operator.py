@@ -32,6 +32,10 @@ class Call(Protocol):
     def generator(self) -> torch.Generator:
         """Source of random numbers, seeded with the program's run."""
 
+    @property
+    def blocks(self) -> Sequence[Callable[..., tuple[Any, ...]]]:
+        """The op's nested blocks, which take and return values as ops do."""
+
 
 @dataclass(frozen=True, slots=True)
 class Operator:
@@ -39,9 +43,10 @@ class Operator:
 
     Its parameters carry MIL's names and defaults, and their annotations say in which form each is
     wanted: ``Tensor``, ``int``, ``float``, ``bool``, ``str``, ``list[int]``, ``list[bool]``,
-    ``list[Tensor]`` (for inputs that take several values), or one of these ``| None``. Integers,
-    booleans and floats are read from constants when the program is loaded, and from tensors when
-    it runs.
+    ``list[str]``, ``list[Tensor]`` (for inputs that take several values), a class of values that
+    are no tensors, ``list[object]`` (for several values as they are), or one of these ``| None``.
+    Integers, booleans and floats are read from constants when the program is loaded, and from
+    tensors when it runs.
 
     Tensors arrive in the type of their MIL type: every float as float32, integers as themselves
     (``uint16`` as int32), ``bool`` as bool. The program rounds and casts what is returned to the
@@ -53,6 +58,11 @@ class Operator:
     names: tuple[str, ...]
     since: int
     forms: Mapping[str, tuple[str, bool]]
+    takes_call: bool
+
+    def wants_tensor(self, name: str) -> bool:
+        """Whether an argument is taken as one or several tensors."""
+        return name in self.forms and self.forms[name][0] in ("Tensor", "list[Tensor]")
 
     def bound(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments in the form that the function wants.
@@ -79,12 +89,10 @@ def operator(*names: str, since: int = 5) -> Callable[[Callable[..., Any]], Oper
 
     def wrap(function: Callable[..., Any]) -> Operator:
         hints = typing.get_type_hints(function)
-        forms = {
-            name: _form_of(hints[name])
-            for name in inspect.signature(function).parameters
-            if name != "call"
-        }
-        return Operator(function, names, since, types.MappingProxyType(forms))
+        parameters = inspect.signature(function).parameters
+        forms = {name: _form_of(hints[name]) for name in parameters if name != "call"}
+        takes_call = "call" in parameters
+        return Operator(function, names, since, types.MappingProxyType(forms), takes_call)
 
     return wrap
 
@@ -101,16 +109,25 @@ def _form_of(hint: Any) -> tuple[str, bool]:
 
 def _in_form(form: str, value: Any) -> Any:
     if form.startswith("list"):
+        items = value if isinstance(value, list | tuple) else [value]
         if form == "list[Tensor]":
-            return [_tensor(item) for item in value]
-        if isinstance(value, Tensor):
-            return value.reshape(-1).tolist()
-        return list(value) if isinstance(value, Sequence) else [value]
+            return [_tensor(item) for item in items]
+        return list(items) if form == "list[object]" else _numbers(items)
     if form == "Tensor":
         return _tensor(value)
     if isinstance(value, Tensor) and form in ("int", "float", "bool"):
         return value.item()
     return value
+
+
+def _numbers(items: Sequence[Any]) -> list[Any]:
+    numbers: list[Any] = []
+    for item in items:
+        if isinstance(item, Tensor):
+            numbers.extend(item.reshape(-1).tolist())
+        else:
+            numbers.append(item)
+    return numbers
 
 
 def _tensor(value: Any) -> Tensor:

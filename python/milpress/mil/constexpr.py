@@ -31,6 +31,19 @@ from milpress.mil.values import Tensor, WeightSink, WeightSource
 
 Namer: TypeAlias = Callable[[str], str]
 
+# The ops that `Decoder` knows.
+DECODED = frozenset(
+    f"{CONSTEXPR}{kind}"
+    for kind in (
+        "affine_dequantize",
+        "blockwise_shift_scale",
+        "cast",
+        "lut_to_dense",
+        "lut_to_sparse",
+        "sparse_blockwise_shift_scale",
+        "sparse_to_dense",
+    )
+)
 _SUFFIXES = {PalettizeConfig: "palettized", QuantizeConfig: "quantized", PruneConfig: "sparsified"}
 
 

@@ -4,11 +4,49 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
+from typing import Any
 
 from milpress.interpreter.operator import Operator
-from milpress.interpreter.ops import elementwise
+from milpress.interpreter.ops import (
+    activation,
+    control,
+    convolution,
+    detection,
+    elementwise,
+    indexing,
+    layout,
+    linear,
+    lists,
+    normalization,
+    quantization,
+    randomness,
+    recurrent,
+    reduction,
+    resizing,
+    sorting,
+    states,
+)
+from milpress.mil.constexpr import DECODED
 
-_FAMILIES = (elementwise,)
+_FAMILIES = (
+    activation,
+    control,
+    convolution,
+    detection,
+    elementwise,
+    indexing,
+    layout,
+    linear,
+    lists,
+    normalization,
+    quantization,
+    randomness,
+    recurrent,
+    reduction,
+    resizing,
+    sorting,
+    states,
+)
 
 
 def _collected() -> Mapping[str, tuple[Operator, ...]]:
@@ -30,3 +68,15 @@ OPERATORS = _collected()
 def find(name: str, opset: int) -> Operator | None:
     """Return the operator of an op in an opset's version, or ``None`` if it is not covered."""
     return next((op for op in OPERATORS.get(name, ()) if op.since <= opset), None)
+
+
+def uncovered(op: Any, opset: int) -> str:
+    """Return what of an op in an opset's version is not covered: its type, or parameters; or ""."""
+    if op.type == "const" or op.type in DECODED:
+        return ""
+    operator = find(op.type, opset)
+    if operator is None:
+        return str(op.type)
+    given = {*op.inputs, *op.attributes} - {"name"}
+    unknown = sorted(given - operator.forms.keys())
+    return f"{op.type} with {', '.join(unknown)}" if unknown else ""

@@ -1,0 +1,37 @@
+"""Ops that choose and repeat blocks, and the last one of a classifier."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from milpress.interpreter.operator import Call, operator
+
+
+@operator("cond")
+def cond(pred: bool, *, call: Call) -> tuple[Any, ...]:
+    chosen = call.blocks[0] if pred else call.blocks[1]
+    return chosen()
+
+
+@operator("while_loop")
+def while_loop(loop_vars: list[object], *, call: Call) -> tuple[Any, ...]:
+    condition, body = call.blocks
+    variables = tuple(loop_vars)
+    del loop_vars
+    while bool(condition(*variables)[0]):
+        variables = body(*variables)
+    return variables
+
+
+@operator("classify")
+def classify(probabilities: Tensor, classes: list[str]) -> tuple[Any, dict[Any, float]]:
+    numbers = probabilities.reshape(-1).tolist()
+    if not numbers or len(numbers) != len(classes):
+        msg = f"probabilities must be as many as classes, {len(classes)}, got {len(numbers)}"
+        raise ValueError(msg)
+    best: Any = classes[int(probabilities.reshape(-1).argmax())]
+    label = torch.tensor(best) if isinstance(best, int) else best
+    return label, dict(zip(classes, numbers, strict=True))

@@ -1,0 +1,217 @@
+"""Convolutions, transposed ones and pools, over one to three spatial axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from milpress.errors import PackageError
+from milpress.interpreter.operator import operator
+
+_CONV = (functional.conv1d, functional.conv2d, functional.conv3d)
+_CONV_TRANSPOSE = (
+    functional.conv_transpose1d,
+    functional.conv_transpose2d,
+    functional.conv_transpose3d,
+)
+_PAD_TYPES = ("valid", "custom", "same", "same_lower")
+_AVG_POOL = (functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d)
+_MAX_POOL = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)
+
+
+def _pairs(
+    pad_type: str,
+    pad: Sequence[int] | None,
+    sizes: Sequence[int],
+    extents: Sequence[int],
+    strides: Sequence[int],
+) -> list[tuple[int, int]]:
+    """Return how much is padded before and after each spatial axis.
+
+    ``extents`` are the kernel's sizes with its dilation. The odd one of ``same`` comes after,
+    that of ``same_lower`` before.
+    """
+    if pad_type == "custom":
+        amounts = list(pad) if pad is not None else [0] * 2 * len(sizes)
+        return list(zip(amounts[::2], amounts[1::2], strict=True))
+    if pad_type == "valid":
+        return [(0, 0)] * len(sizes)
+    if pad_type not in _PAD_TYPES:
+        msg = f"pad_type must be one of {', '.join(_PAD_TYPES)}, got {pad_type}"
+        raise PackageError(msg)
+    pairs = []
+    for size, extent, stride in zip(sizes, extents, strides, strict=True):
+        amount = max(0, (math.ceil(size / stride) - 1) * stride + extent - size)
+        less, more = amount // 2, amount - amount // 2
+        pairs.append((less, more) if pad_type == "same" else (more, less))
+    return pairs
+
+
+def _padded(x: Tensor, pairs: Sequence[tuple[int, int]], value: float = 0.0) -> Tensor:
+    """Return ``x`` with values around its last axes; a negative amount cuts off."""
+    last_first = [amount for pair in reversed(pairs) for amount in pair]
+    return functional.pad(x, last_first, value=value) if any(last_first) else x
+
+
+def _extents(sizes: Sequence[int], dilations: Sequence[int]) -> list[int]:
+    return [(size - 1) * step + 1 for size, step in zip(sizes, dilations, strict=True)]
+
+
+@operator("conv")
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    strides: list[int] | None = None,
+    pad_type: str = "valid",
+    pad: list[int] | None = None,
+    dilations: list[int] | None = None,
+    groups: int = 1,
+) -> Tensor:
+    rank = x.dim() - 2
+    strides = strides or [1] * rank
+    dilations = dilations or [1] * rank
+    extents = _extents(weight.shape[2:], dilations)
+    pairs = _pairs(pad_type, pad, x.shape[2:], extents, strides)
+    if all(before == after for before, after in pairs):
+        even = [before for before, _ in pairs]
+    else:
+        x, even = _padded(x, pairs), [0] * rank
+    return _CONV[rank - 1](x, weight, bias, strides, even, dilations, groups)
+
+
+@operator("conv_transpose")
+def conv_transpose(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    pad: list[int] | None = None,
+    output_shape: list[int] | None = None,
+    pad_type: str = "valid",
+    strides: list[int] | None = None,
+    dilations: list[int] | None = None,
+    groups: int = 1,
+) -> Tensor:
+    rank = x.dim() - 2
+    strides = strides or [1] * rank
+    dilations = dilations or [1] * rank
+    if pad_type not in _PAD_TYPES:
+        msg = f"pad_type must be one of {', '.join(_PAD_TYPES)}, got {pad_type}"
+        raise PackageError(msg)
+    y = _CONV_TRANSPOSE[rank - 1](x, weight, None, strides, 0, 0, groups, dilations)
+    cut = []
+    for axis, stride in enumerate(strides):
+        full, size = y.shape[2 + axis], x.shape[2 + axis]
+        before, after = (0, 0) if pad_type != "custom" or pad is None else pad[2 * axis :][:2]
+        if output_shape is not None:
+            wanted = output_shape[2 + axis]
+        elif pad_type in ("same", "same_lower"):
+            wanted = size * stride
+        else:
+            wanted = full - before - after
+        if pad_type in ("same", "same_lower"):
+            # As the convolution that this one undoes would have padded.
+            amount = max(0, full - wanted)
+            before = amount // 2 if pad_type == "same" else amount - amount // 2
+        cut.append((-before, wanted + before - full))
+    y = _padded(y, cut)
+    return y if bias is None else y + bias.reshape([-1] + [1] * rank)
+
+
+def _pool_pairs(
+    x: Tensor,
+    kernel_sizes: Sequence[int],
+    strides: Sequence[int],
+    pad_type: str,
+    pad: Sequence[int] | None,
+    ceil_mode: bool,
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Return the padding of a pool, and what its last windows reach beyond that."""
+    sizes = x.shape[2:]
+    pairs = _pairs(pad_type, pad, sizes, kernel_sizes, strides)
+    beyond = [(0, 0)] * len(pairs)
+    if ceil_mode:
+        for axis, (before, after) in enumerate(pairs):
+            padded, stride = sizes[axis] + before + after, strides[axis]
+            count = math.ceil((padded - kernel_sizes[axis]) / stride) + 1
+            if before + after > 0 and (count - 1) * stride >= sizes[axis] + before:
+                count -= 1
+            reach = (count - 1) * stride + kernel_sizes[axis]
+            beyond[axis] = (0, max(0, reach - padded))
+    return pairs, beyond
+
+
+def _even(
+    x: Tensor,
+    kernel_sizes: Sequence[int],
+    pairs: Sequence[tuple[int, int]],
+    beyond: Sequence[tuple[int, int]],
+) -> list[int] | None:
+    """Return each axis' padding, if torch's pools have it: even, and up to half a kernel."""
+    for size, kernel, (before, after) in zip(x.shape[2:], kernel_sizes, pairs, strict=True):
+        if before != after or 2 * before > kernel or size < kernel:
+            return None
+    return None if any(map(any, beyond)) else [before for before, _ in pairs]
+
+
+@operator("max_pool")
+def max_pool(
+    x: Tensor,
+    kernel_sizes: list[int],
+    pad_type: str,
+    strides: list[int] | None = None,
+    pad: list[int] | None = None,
+    ceil_mode: bool = False,
+) -> Tensor:
+    rank = x.dim() - 2
+    strides = strides or [1] * rank
+    pairs, beyond = _pool_pairs(x, kernel_sizes, strides, pad_type, pad, ceil_mode)
+    even = _even(x, kernel_sizes, pairs, beyond)
+    if even is None:
+        x = _padded(_padded(x, pairs, -math.inf), beyond, -math.inf)
+    return _MAX_POOL[rank - 1](x, kernel_sizes, strides, even or 0)
+
+
+@operator("avg_pool")
+def avg_pool(
+    x: Tensor,
+    kernel_sizes: list[int],
+    pad_type: str,
+    exclude_padding_from_average: bool = False,
+    strides: list[int] | None = None,
+    pad: list[int] | None = None,
+    ceil_mode: bool = False,
+) -> Tensor:
+    rank = x.dim() - 2
+    strides = strides or [1] * rank
+    pairs, beyond = _pool_pairs(x, kernel_sizes, strides, pad_type, pad, ceil_mode)
+    pool = _AVG_POOL[rank - 1]
+    even = _even(x, kernel_sizes, pairs, beyond)
+    if even is not None:
+        return pool(x, kernel_sizes, strides, even, False, not exclude_padding_from_average)
+    mean = pool(_padded(_padded(x, pairs), beyond), kernel_sizes, strides)
+    counted = torch.ones(1, 1, *x.shape[2:])
+    counted = _padded(counted, pairs, 0.0 if exclude_padding_from_average else 1.0)
+    share = pool(_padded(counted, beyond), kernel_sizes, strides)
+    return mean / share
+
+
+@operator("l2_pool")
+def l2_pool(
+    x: Tensor,
+    kernel_sizes: list[int],
+    pad_type: str,
+    strides: list[int] | None = None,
+    pad: list[int] | None = None,
+    ceil_mode: bool = False,
+) -> Tensor:
+    rank = x.dim() - 2
+    strides = strides or [1] * rank
+    pairs, beyond = _pool_pairs(x, kernel_sizes, strides, pad_type, pad, ceil_mode)
+    squares = _padded(_padded(x.square(), pairs), beyond)
+    mean = _AVG_POOL[rank - 1](squares, kernel_sizes, strides)
+    return torch.sqrt(mean * math.prod(kernel_sizes))

@@ -1,0 +1,66 @@
+"""How the types of MIL are held in torch tensors."""
+
+from __future__ import annotations
+
+import types
+
+import torch
+from torch import Tensor
+
+from milpress.errors import PackageError
+
+# uint16 has hardly any kernel in torch, so its values lie in int32.
+HELD_IN = types.MappingProxyType(
+    {
+        "fp16": torch.float32,
+        "fp32": torch.float32,
+        "int8": torch.int8,
+        "uint8": torch.uint8,
+        "int16": torch.int16,
+        "uint16": torch.int32,
+        "int32": torch.int32,
+        "bool": torch.bool,
+    }
+)
+
+_UINT16_MAX = 2**16 - 1
+
+
+def limits(dtype: str) -> tuple[int, int]:
+    """Return the least and the greatest value of an integer type of MIL."""
+    if dtype == "uint16":
+        return 0, _UINT16_MAX
+    info = torch.iinfo(HELD_IN[dtype])
+    return info.min, info.max
+
+
+def converted(x: Tensor, dtype: str) -> Tensor:
+    """Return values as a type of MIL: towards zero, floats saturate, integers wrap around.
+
+    Raises
+    ------
+    PackageError
+        If MIL has no such type.
+    """
+    if dtype not in HELD_IN:
+        msg = f"dtype must be one of {', '.join(HELD_IN)}, got {dtype}"
+        raise PackageError(msg)
+    held = HELD_IN[dtype]
+    if held.is_floating_point or held == torch.bool:
+        return x.to(held)
+    if x.is_floating_point():
+        least, greatest = limits(dtype)
+        return x.to(torch.float64).clamp(least, greatest).to(held)
+    if dtype == "uint16":
+        return x.to(torch.int32) & _UINT16_MAX
+    return x.to(held)
+
+
+def real(x: Tensor) -> Tensor:
+    """Return values in a type in which fractions exist."""
+    return x if x.is_floating_point() else x.to(torch.float64)
+
+
+def positive(axis: int, rank: int) -> int:
+    """Return an axis counted from the front."""
+    return axis + rank if axis < 0 else axis

@@ -1,0 +1,296 @@
+"""Ops that take or replace the values at some places."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from milpress.errors import PackageError
+from milpress.interpreter.operator import operator
+from milpress.interpreter.ops.held import positive
+
+_IOS17 = 7
+
+
+def _view(x: Tensor, places: Sequence[int | slice]) -> tuple[Tensor, list[int]]:
+    """Return a view of a slice, and the axes of it that must be flipped to have their order."""
+    flipped = []
+    key: list[int | slice] = []
+    kept = 0
+    for size, place in zip(x.shape, places, strict=True):
+        if isinstance(place, int):
+            key.append(place)
+            continue
+        if (place.step or 1) < 0:
+            found = range(*place.indices(size))
+            flipped.append(kept)
+            place = slice(found[-1], found[0] + 1, -found.step) if found else slice(0, 0)
+        key.append(place)
+        kept += 1
+    return x[tuple(key)], flipped
+
+
+def _places(
+    rank: int,
+    begin: Sequence[int],
+    end: Sequence[int],
+    stride: Sequence[int] | None,
+    masks: tuple[Sequence[bool] | None, Sequence[bool] | None, Sequence[bool] | None],
+) -> list[int | slice]:
+    off = [False] * rank
+    from_first, to_last, squeezed = (mask or off for mask in masks)
+    places: list[int | slice] = []
+    for axis in range(rank):
+        first = None if from_first[axis] else begin[axis]
+        if squeezed[axis]:
+            places.append(first or 0)
+        else:
+            last = None if to_last[axis] else end[axis]
+            places.append(slice(first, last, stride[axis] if stride else 1))
+    return places
+
+
+@operator("slice_by_index")
+def slice_by_index(
+    x: Tensor,
+    begin: list[int],
+    end: list[int],
+    stride: list[int] | None = None,
+    begin_mask: list[bool] | None = None,
+    end_mask: list[bool] | None = None,
+    squeeze_mask: list[bool] | None = None,
+) -> Tensor:
+    masks = (begin_mask, end_mask, squeeze_mask)
+    part, flipped = _view(x, _places(x.dim(), begin, end, stride, masks))
+    return part.flip(flipped) if flipped else part
+
+
+@operator("slice_by_size")
+def slice_by_size(x: Tensor, begin: list[int], size: list[int]) -> Tensor:
+    places = []
+    for length, start, count in zip(x.shape, begin, size, strict=True):
+        first = positive(start, length)
+        places.append(slice(first, None if count == -1 else first + count))
+    return x[tuple(places)]
+
+
+@operator("slice_update", since=8)
+def slice_update(
+    x: Tensor,
+    update: Tensor,
+    begin: list[int],
+    end: list[int],
+    stride: list[int] | None = None,
+    begin_mask: list[bool] | None = None,
+    end_mask: list[bool] | None = None,
+    squeeze_mask: list[bool] | None = None,
+) -> Tensor:
+    whole = x.clone()
+    masks = (begin_mask, end_mask, squeeze_mask)
+    part, flipped = _view(whole, _places(x.dim(), begin, end, stride, masks))
+    part.copy_(update.reshape(part.shape).flip(flipped))
+    return whole
+
+
+def _checked(indices: Tensor, size: int, validate: bool | None) -> Tensor:
+    """Return indices as places in an axis.
+
+    Negative ones count from the end. What lies outside after that is an error of torch before
+    iOS17, where ``validate`` is ``None``; from then on, it is an error if validation is asked for,
+    and else takes the nearest place: MIL leaves open which, but not that memory is safe.
+
+    Raises
+    ------
+    PackageError
+        If an index lies outside and validation is asked for.
+    """
+    places = indices.long()
+    if validate and bool(((places < 0) | (places >= size)).any()):
+        msg = f"indices must be in [0, {size}), got {places.min()} to {places.max()}"
+        raise PackageError(msg)
+    places = torch.where(places < 0, places + size, places)
+    return places if validate is None else places.clamp(0, size - 1)
+
+
+def _gather(
+    x: Tensor, indices: Tensor, axis: int, batch_dims: int, validate: bool | None
+) -> Tensor:
+    axis = positive(axis, x.dim())
+    places = _checked(indices, x.shape[axis], validate)
+    shape = [*x.shape[:axis], *places.shape[batch_dims:], *x.shape[axis + 1 :]]
+    if batch_dims == 0:
+        return x.index_select(axis, places.reshape(-1)).reshape(shape)
+    places = places.flatten(batch_dims) if places.dim() > batch_dims else places.unsqueeze(-1)
+    between = [1] * (axis - batch_dims)
+    after = [1] * (x.dim() - axis - 1)
+    places = places.reshape([*places.shape[:batch_dims], *between, -1, *after])
+    places = places.expand([*x.shape[:axis], places.shape[axis], *x.shape[axis + 1 :]])
+    return torch.gather(x, axis, places).reshape(shape)
+
+
+@operator("gather")
+def gather(x: Tensor, indices: Tensor, axis: int = 0) -> Tensor:
+    return _gather(x, indices, axis, 0, None)
+
+
+@operator("gather", since=6)
+def gather_batched(x: Tensor, indices: Tensor, axis: int = 0, batch_dims: int = 0) -> Tensor:
+    return _gather(x, indices, axis, batch_dims, None)
+
+
+@operator("gather", since=_IOS17)
+def gather_validated(
+    x: Tensor,
+    indices: Tensor,
+    axis: int = 0,
+    batch_dims: int = 0,
+    validate_indices: bool = False,
+) -> Tensor:
+    return _gather(x, indices, axis, batch_dims, validate_indices)
+
+
+@operator("gather_along_axis")
+def gather_along_axis(x: Tensor, indices: Tensor, axis: int = 0) -> Tensor:
+    return torch.gather(x, axis, _checked(indices, x.shape[axis], None))
+
+
+@operator("gather_along_axis", since=_IOS17)
+def gather_along_axis_validated(
+    x: Tensor, indices: Tensor, axis: int = 0, validate_indices: bool = False
+) -> Tensor:
+    return torch.gather(x, axis, _checked(indices, x.shape[axis], validate_indices))
+
+
+def _flat(indices: Tensor, sizes: Sequence[int], validate: bool | None) -> Tensor:
+    """Return where the places that the last axis of ``indices`` names lie in flattened axes."""
+    flat = torch.zeros(indices.shape[:-1], dtype=torch.int64)
+    for i, size in enumerate(sizes):
+        flat = flat * size + _checked(indices[..., i], size, validate)
+    return flat
+
+
+def _gather_nd(x: Tensor, indices: Tensor, batch_dims: int, validate: bool | None) -> Tensor:
+    depth = indices.shape[-1]
+    sizes = x.shape[batch_dims : batch_dims + depth]
+    rest = x.shape[batch_dims + depth :]
+    flat = _flat(indices, sizes, validate)
+    shape = [*indices.shape[:-1], *rest]
+    x = x.reshape([*x.shape[:batch_dims], math.prod(sizes), *rest])
+    return _gather(x, flat, batch_dims, batch_dims, None).reshape(shape)
+
+
+@operator("gather_nd")
+def gather_nd(x: Tensor, indices: Tensor) -> Tensor:
+    return _gather_nd(x, indices, 0, None)
+
+
+@operator("gather_nd", since=6)
+def gather_nd_batched(x: Tensor, indices: Tensor, batch_dims: int = 0) -> Tensor:
+    return _gather_nd(x, indices, batch_dims, None)
+
+
+@operator("gather_nd", since=_IOS17)
+def gather_nd_validated(
+    x: Tensor, indices: Tensor, batch_dims: int = 0, validate_indices: bool = False
+) -> Tensor:
+    return _gather_nd(x, indices, batch_dims, validate_indices)
+
+
+_REDUCTIONS = {"add": "sum", "sub": "sum", "mul": "prod", "max": "amax", "min": "amin"}
+
+
+def _scattered(data: Tensor, axis: int, places: Tensor, updates: Tensor, mode: str) -> Tensor:
+    """Return ``data`` with updates at places of the same shape along an axis."""
+    if mode == "update":
+        return data.scatter(axis, places, updates)
+    if mode == "div":
+        divisors = torch.ones_like(data).scatter_reduce(axis, places, updates, "prod")
+        rounding = None if data.is_floating_point() else "trunc"
+        return torch.div(data, divisors, rounding_mode=rounding)
+    if mode not in _REDUCTIONS:
+        msg = f"mode must be update, div, {', '.join(_REDUCTIONS)}, got {mode}"
+        raise PackageError(msg)
+    values = -updates if mode == "sub" else updates
+    return data.scatter_reduce(axis, places, values, _REDUCTIONS[mode])
+
+
+def _scatter(
+    data: Tensor, indices: Tensor, updates: Tensor, axis: int, mode: str, validate: bool | None
+) -> Tensor:
+    axis = positive(axis, data.dim())
+    places = _checked(indices, data.shape[axis], validate).reshape(-1)
+    values = updates.reshape([*data.shape[:axis], len(places), *data.shape[axis + 1 :]])
+    places = places.reshape([-1] + [1] * (data.dim() - axis - 1)).expand(values.shape)
+    return _scattered(data, axis, places, values, mode)
+
+
+@operator("scatter")
+def scatter(
+    data: Tensor, indices: Tensor, updates: Tensor, axis: int = 0, mode: str = "add"
+) -> Tensor:
+    return _scatter(data, indices, updates, axis, mode, None)
+
+
+@operator("scatter", since=_IOS17)
+def scatter_validated(
+    data: Tensor,
+    indices: Tensor,
+    updates: Tensor,
+    axis: int = 0,
+    mode: str = "add",
+    validate_indices: bool = False,
+) -> Tensor:
+    return _scatter(data, indices, updates, axis, mode, validate_indices)
+
+
+@operator("scatter_along_axis")
+def scatter_along_axis(
+    data: Tensor, indices: Tensor, updates: Tensor, axis: int = 0, mode: str = "add"
+) -> Tensor:
+    return _scattered(data, axis, _checked(indices, data.shape[axis], None), updates, mode)
+
+
+@operator("scatter_along_axis", since=_IOS17)
+def scatter_along_axis_validated(
+    data: Tensor,
+    indices: Tensor,
+    updates: Tensor,
+    axis: int = 0,
+    mode: str = "add",
+    validate_indices: bool = False,
+) -> Tensor:
+    places = _checked(indices, data.shape[axis], validate_indices)
+    return _scattered(data, axis, places, updates, mode)
+
+
+def _scatter_nd(
+    data: Tensor, indices: Tensor, updates: Tensor, mode: str, validate: bool | None
+) -> Tensor:
+    depth = indices.shape[-1]
+    flat = data.reshape([math.prod(data.shape[:depth]), *data.shape[depth:]])
+    places = _flat(indices, data.shape[:depth], validate)
+    return _scatter(flat, places, updates, 0, mode, None).reshape(data.shape)
+
+
+@operator("scatter_nd")
+def scatter_nd(data: Tensor, indices: Tensor, updates: Tensor, mode: str = "add") -> Tensor:
+    return _scatter_nd(data, indices, updates, mode, None)
+
+
+@operator("scatter_nd", since=_IOS17)
+def scatter_nd_validated(
+    data: Tensor,
+    indices: Tensor,
+    updates: Tensor,
+    mode: str = "add",
+    validate_indices: bool = False,
+) -> Tensor:
+    return _scatter_nd(data, indices, updates, mode, validate_indices)
+
+
+@operator("non_zero")
+def non_zero(x: Tensor) -> Tensor:
+    return torch.nonzero(x)

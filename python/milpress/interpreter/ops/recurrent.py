@@ -1,0 +1,232 @@
+"""Recurrent layers: each step takes the state that the one before left."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from milpress.errors import PackageError
+from milpress.interpreter.operator import operator
+
+# Those that have parameters are used with their usual ones.
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = types.MappingProxyType(
+    {
+        "tanh": torch.tanh,
+        "scaled_tanh": torch.tanh,
+        "sigmoid": torch.sigmoid,
+        "hard_sigmoid": lambda x: torch.clamp(0.2 * x + 0.5, 0, 1),
+        "sigmoid_hard": lambda x: torch.clamp(0.2 * x + 0.5, 0, 1),
+        "relu": torch.relu,
+        "linear": lambda x: x,
+    }
+)
+
+
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    if name.lower() not in _ACTIVATIONS:
+        msg = f"activation must be one of {', '.join(_ACTIVATIONS)}, got {name}"
+        raise PackageError(msg)
+    return _ACTIVATIONS[name.lower()]
+
+
+def _in_direction(x: Tensor, direction: str) -> Tensor:
+    """Return the sequence in the order in which it is read; the output stays in that order."""
+    if direction not in ("forward", "reverse"):
+        msg = f"direction must be forward or reverse, got {direction}"
+        raise PackageError(msg)
+    return x.flip(0) if direction == "reverse" else x
+
+
+def _seen(steps: list[Tensor], all_of_them: bool) -> Tensor:
+    return torch.stack(steps if all_of_them else steps[-1:])
+
+
+@dataclass(frozen=True, slots=True)
+class _LongShortTermMemory:
+    """One direction of an LSTM; weights in the order input, forget, output, cell gate."""
+
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias: Tensor | None
+    peephole: Tensor | None
+    gate: Callable[[Tensor], Tensor]
+    cell: Callable[[Tensor], Tensor]
+    output: Callable[[Tensor], Tensor]
+    clip: float | None
+
+    def run(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        steps = []
+        looks = None if self.peephole is None else self.peephole.chunk(3)
+        for projected in functional.linear(x, self.weight_ih, self.bias):
+            gates = projected + functional.linear(h, self.weight_hh)
+            taken_in, forgotten, shown, proposed = gates.chunk(4, -1)
+            if looks is not None:
+                taken_in, forgotten = taken_in + c * looks[0], forgotten + c * looks[1]
+            c = self.gate(forgotten) * c + self.gate(taken_in) * self.cell(proposed)
+            if self.clip is not None:
+                c = c.clamp(-self.clip, self.clip)
+            if looks is not None:
+                shown = shown + c * looks[2]
+            h = self.gate(shown) * self.output(c)
+            steps.append(h)
+        return steps, h, c
+
+
+@operator("lstm")
+def lstm(
+    x: Tensor,
+    initial_h: Tensor,
+    initial_c: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None = None,
+    peephole: Tensor | None = None,
+    weight_ih_back: Tensor | None = None,
+    weight_hh_back: Tensor | None = None,
+    bias_back: Tensor | None = None,
+    peephole_back: Tensor | None = None,
+    direction: str = "forward",
+    output_sequence: bool = False,
+    recurrent_activation: str = "sigmoid",
+    cell_activation: str = "tanh",
+    activation: str = "tanh",
+    clip: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    functions = (
+        _activation(recurrent_activation),
+        _activation(cell_activation),
+        _activation(activation),
+    )
+    ahead = _LongShortTermMemory(weight_ih, weight_hh, bias, peephole, *functions, clip)
+    if direction != "bidirectional":
+        steps, h, c = ahead.run(_in_direction(x, direction), initial_h, initial_c)
+        return _seen(steps, output_sequence), h, c
+    if weight_ih_back is None or weight_hh_back is None:
+        msg = "weight_ih_back and weight_hh_back must be given where direction is bidirectional"
+        raise PackageError(msg)
+    back = _LongShortTermMemory(
+        weight_ih_back, weight_hh_back, bias_back, peephole_back, *functions, clip
+    )
+    (h_ahead, h_back), (c_ahead, c_back) = initial_h.chunk(2, -1), initial_c.chunk(2, -1)
+    steps, h_ahead, c_ahead = ahead.run(x, h_ahead, c_ahead)
+    steps_back, h_back, c_back = back.run(x.flip(0), h_back, c_back)
+    seen_back = _seen(steps_back, output_sequence).flip(0)
+    return (
+        torch.cat([_seen(steps, output_sequence), seen_back], -1),
+        torch.cat([h_ahead, h_back], -1),
+        torch.cat([c_ahead, c_back], -1),
+    )
+
+
+def _gru(
+    x: Tensor,
+    h: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    direction: str,
+    output_sequence: bool,
+    recurrent_activation: str,
+    activation: str,
+    reset_after: bool,
+    input_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Run a GRU; weights in the order reset, output, update gate."""
+    gate, output = _activation(recurrent_activation), _activation(activation)
+    if bias is None:
+        bias = torch.zeros(weight_hh.shape[0])
+    weight_r, weight_o, weight_z = weight_hh.chunk(3)
+    bias_r, bias_o, bias_z = bias.chunk(3)
+    steps = []
+    for projected in functional.linear(_in_direction(x, direction), weight_ih, input_bias):
+        x_r, x_o, x_z = projected.chunk(3, -1)
+        r = gate(x_r + functional.linear(h, weight_r, bias_r))
+        z = gate(x_z + functional.linear(h, weight_z, bias_z))
+        if reset_after:
+            o = output(x_o + r * functional.linear(h, weight_o, bias_o))
+        else:
+            o = output(x_o + functional.linear(r * h, weight_o, bias_o))
+        h = (1 - z) * o + z * h
+        steps.append(h)
+    return _seen(steps, output_sequence), h
+
+
+@operator("gru")
+def gru(
+    x: Tensor,
+    initial_h: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None = None,
+    direction: str = "forward",
+    output_sequence: bool = False,
+    recurrent_activation: str = "sigmoid",
+    activation: str = "tanh",
+) -> tuple[Tensor, Tensor]:
+    return _gru(
+        x,
+        initial_h,
+        weight_ih,
+        weight_hh,
+        bias,
+        direction,
+        output_sequence,
+        recurrent_activation,
+        activation,
+        False,
+        None,
+    )
+
+
+@operator("gru", since=8)
+def gru_with_reset_after(
+    x: Tensor,
+    initial_h: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None = None,
+    direction: str = "forward",
+    output_sequence: bool = False,
+    recurrent_activation: str = "sigmoid",
+    activation: str = "tanh",
+    reset_after: bool = False,
+    input_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return _gru(
+        x,
+        initial_h,
+        weight_ih,
+        weight_hh,
+        bias,
+        direction,
+        output_sequence,
+        recurrent_activation,
+        activation,
+        reset_after,
+        input_bias,
+    )
+
+
+@operator("rnn")
+def rnn(
+    x: Tensor,
+    initial_h: Tensor,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None = None,
+    direction: str = "forward",
+    output_sequence: bool = False,
+    activation: str = "tanh",
+) -> tuple[Tensor, Tensor]:
+    output = _activation(activation)
+    h = initial_h
+    steps = []
+    for projected in functional.linear(_in_direction(x, direction), weight_ih, bias):
+        h = output(projected + functional.linear(h, weight_hh))
+        steps.append(h)
+    return _seen(steps, output_sequence), h

@@ -1,0 +1,64 @@
+"""Ops that order values along an axis, or add them up in order."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from milpress.interpreter.operator import operator
+from milpress.interpreter.ops.held import converted
+
+
+@operator("argsort")
+def argsort(x: Tensor, axis: int = -1, ascending: bool = False) -> Tensor:
+    return torch.argsort(x, dim=axis, descending=not ascending, stable=True)
+
+
+def _topk(x: Tensor, k: int, axis: int, ascending: bool) -> tuple[Tensor, Tensor]:
+    count = x.shape[axis] if k == -1 else k
+    # Stable sorting gives the first of equal values, whereas torch.topk promises none.
+    values, indices = torch.sort(x, dim=axis, descending=not ascending, stable=True)
+    return values.narrow(axis, 0, count), indices.narrow(axis, 0, count)
+
+
+@operator("topk")
+def topk(x: Tensor, k: int = 1, axis: int = -1, ascending: bool = False) -> tuple[Tensor, Tensor]:
+    return _topk(x, k, axis, ascending)
+
+
+@operator("topk", since=6)
+def topk_unsorted(
+    x: Tensor,
+    k: int = 1,
+    axis: int = -1,
+    ascending: bool = False,
+    sort: bool = True,  # noqa: ARG001 - without it, any order will do
+    return_indices: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    values, indices = _topk(x, k, axis, ascending)
+    return (values, indices) if return_indices else values
+
+
+@operator("topk", since=7)
+def topk_typed(
+    x: Tensor,
+    k: int = 1,
+    axis: int = -1,
+    ascending: bool = False,
+    sort: bool = True,  # noqa: ARG001 - without it, any order will do
+    return_indices: bool = True,
+    output_indices_dtype: str = "int32",
+) -> Tensor | tuple[Tensor, Tensor]:
+    values, indices = _topk(x, k, axis, ascending)
+    return (values, converted(indices, output_indices_dtype)) if return_indices else values
+
+
+@operator("cumsum")
+def cumsum(x: Tensor, axis: int = 0, exclusive: bool = False, reverse: bool = False) -> Tensor:
+    if reverse:
+        x = x.flip(axis)
+    total = x.cumsum(axis)
+    if exclusive:
+        total = total.roll(1, axis)
+        total.select(axis, 0).zero_()
+    return total.flip(axis) if reverse else total
