@@ -375,7 +375,6 @@ def _unpack(data: Data, effort: Effort, bits: int) -> Line:
         ],
         effort,
         item="code",
-        note="memcpy of the unpacked codes.",
     )
 
 

@@ -174,7 +174,7 @@ def markdown(results: Results) -> str:
     if results.warning:
         parts.append(f"Warning: {results.warning}.")
     parts += [
-        f"### Targets: {results.summary}",
+        f"### Targets and whole models: {results.summary}",
         _table(
             ("line", "figure", "target", "measured", "of minima", "reached"),
             (
@@ -187,7 +187,7 @@ def markdown(results: Results) -> str:
                     format_reached(figure),
                 )
                 for line, figure in results.figures()
-                if figure.target is not None
+                if figure.target is not None or line.group == "models"
             ),
             n_left=2,
         ),
