@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from milpress import coreml, errors, formats
+    from milpress import coreml, errors, formats, torch
     from milpress.compression import compress, decompress
     from milpress.errors import CompressionError
     from milpress.inspection import inspect
@@ -28,6 +28,7 @@ __all__ = [
     "errors",
     "formats",
     "inspect",
+    "torch",
     "verify",
 ]
 
@@ -50,7 +51,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_HOMES[name]), name)
         globals()[name] = value
         return value
-    if name in ("coreml", "errors", "formats"):
+    if name in ("coreml", "errors", "formats", "torch"):
         return importlib.import_module(f"milpress.{name}")
     msg = f"module 'milpress' has no attribute {name!r}"
     raise AttributeError(msg)
