@@ -21,6 +21,7 @@ from milpress.errors import ConfigError, ConfigTypeError
 
 Validator: TypeAlias = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 _T = TypeVar("_T")
+_E = TypeVar("_E", bound=Enum)
 
 
 class ConfigDictError(ClassValidationError, ConfigError):
@@ -113,6 +114,15 @@ def choice(default: str, *others: str) -> Any:
         kw_only=True,
         validator=one_of((default, *others), "{name} must be one of {allowed}, got {value!r}"),
     )
+
+
+def enumerated(kind: type[_E], value: Any) -> _E:
+    """Turn a value, or a member of an enum with the same values, into a member."""
+    try:
+        return kind(getattr(value, "value", value))
+    except ValueError as error:
+        msg = f"{kind.__name__} must be one of {[item.value for item in kind]}, got {value!r}"
+        raise ConfigError(msg) from error
 
 
 def _as_given(value: Any, _kind: Any) -> Any:

@@ -4,10 +4,11 @@ A user changes one import: ``import milpress as cto``, then
 ``cto.torch.palettization.PostTrainingPalettizer(...)``.
 """
 
-from milpress.torch import base_model_optimizer, optimization_config, palettization
+from milpress.torch import base_model_optimizer, optimization_config, palettization, quantization
 
 __all__ = [
     "base_model_optimizer",
     "optimization_config",
     "palettization",
+    "quantization",
 ]

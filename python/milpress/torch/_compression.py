@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from milpress import _core
 from milpress.errors import UnsupportedError
@@ -22,7 +23,7 @@ from milpress.report import WeightReport, decibels
 from milpress.torch import _metadata
 from milpress.torch._metadata import Stored
 from milpress.torch._report import Report
-from milpress.torch._weights import Weight
+from milpress.torch._weights import Weight, whole
 
 _logger = logging.getLogger(__name__)
 
@@ -60,7 +61,11 @@ class Task:
 
 
 def compress_weights(
-    model: nn.Module, tasks: Sequence[Task], treat: Treat, progress: Progress | None = None
+    model: nn.Module,
+    tasks: Sequence[Task],
+    treat: Treat,
+    progress: Progress | None = None,
+    notes: Sequence[str] = (),
 ) -> Report:
     """Compress the weights of a model in place, and say so in the buffers of its modules.
 
@@ -75,6 +80,8 @@ def compress_weights(
         for is left.
     progress
         Called with elements done, elements in all and the name of the weight at hand.
+    notes
+        What the report is to say of all weights.
     """
     tied: dict[int, list[Task]] = {}
     for task in tasks:
@@ -102,7 +109,7 @@ def compress_weights(
         progress(total, total, "")
     if any(weight.status == "compressed" for weight in weights):
         _metadata.register_version(model)
-    return Report(rows, weights)
+    return Report(rows, weights, notes)
 
 
 def _alone(tasks: list[Task]) -> list[list[Task]]:
@@ -146,14 +153,18 @@ def _compress(
     if any(_metadata.is_coded(holder) for holder in holders):
         msg = "compressed already"
         raise UnsupportedError(msg)
-    array = as_weight(tensor.detach().cpu())
-    treated = treat(weight, array, asked.config)
     # A view of the parameter's own memory, or a copy of what is no float32 or float16 on the CPU.
+    array = as_weight(whole(tensor))
+    treated = treat(weight, array, asked.config)
     dense = torch.from_numpy(treated.stored.dense()).to(tensor.dtype)
     decoded = as_weight(dense)
     signal, noise, _ = _core.compare(array.reshape(-1), decoded.reshape(-1))
     row = {"error": math.sqrt(noise / array.size), "#params": array.size, **_columns(treated)}
-    tensor.copy_(dense)
+    if isinstance(tensor, DTensor):
+        dense = dense.to(tensor.device_mesh.device_type)
+        tensor.copy_(distribute_tensor(dense, tensor.device_mesh, tensor.placements))
+    else:
+        tensor.copy_(dense)
     for holder in holders:
         _metadata.register(holder, treated.stored)
     return treated, row, decibels(signal, noise)

@@ -29,7 +29,7 @@ from milpress.formats import (
 from milpress.formats._layout import Floats, as_weight, block_grid, from_rows, to_rows
 from milpress.formats.joint import masked
 from milpress.formats.palette import Bits, fold, split_vectors
-from milpress.torch._weights import RECURRENT, Weight
+from milpress.torch._weights import RECURRENT, Weight, whole
 
 PREFIX = "_COREML_"
 # ``ct.convert`` fails on compressed weights of recurrent layers; it does not look at these buffers.
@@ -158,7 +158,7 @@ def read(weight: Weight) -> Stored:
     if weight.tensor is None:
         msg = "the module computes its weight, a parameter is expected"
         raise UnsupportedError(msg)
-    array = as_weight(weight.tensor.detach().cpu())
+    array = as_weight(whole(weight.tensor))
     buffers = _buffers(weight)
     types = _types(weight)
     value: Compressed
@@ -176,7 +176,7 @@ def read(weight: Weight) -> Stored:
         value = masked(value, array != 0)
     stored = Stored(value, scale)
     decoded = torch.from_numpy(stored.dense()).to(weight.tensor.dtype)
-    n_changed = int((decoded != weight.tensor.detach().cpu()).sum())
+    n_changed = int((decoded != whole(weight.tensor)).sum())
     if n_changed:
         msg = (
             "a compressed weight must be as it was when it was compressed, "

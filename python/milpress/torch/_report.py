@@ -23,23 +23,30 @@ class Report(UserDict[str, dict[str, Any]]):
     rows
         The columns of each weight.
     weights
-        The same weights with their sizes and signal-to-noise ratios.
+        The same weights with their sizes and signal-to-noise ratios, tied ones once.
+    notes
+        What concerns all of them.
     """
 
     def __init__(
         self,
         rows: dict[str, dict[str, Any]] | None = None,
         weights: Iterable[WeightReport] = (),
+        notes: Iterable[str] = (),
     ) -> None:
         rows = rows or {}
         columns = dict.fromkeys(column for row in rows.values() for column in row)
         super().__init__(
             {
-                name: {column: row.get(column, _MISSING) for column in columns}
+                name: {
+                    column: row.get(column, "" if column == "note" else _MISSING)
+                    for column in columns
+                }
                 for name, row in rows.items()
             }
         )
         self.weights = tuple(weights)
+        self.notes = tuple(notes)
 
     @property
     def left(self) -> dict[str, str]:
@@ -65,7 +72,7 @@ class Report(UserDict[str, dict[str, Any]]):
         )
 
     def __repr__(self) -> str:
-        """Return a table of the rows."""
+        """Return a table of the rows, and the notes."""
         if not self.data:
             return ""
         headings = ["name", *next(iter(self.data.values()))]
@@ -74,10 +81,11 @@ class Report(UserDict[str, dict[str, Any]]):
         ]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         cells.insert(1, ["-" * width for width in widths])
-        return "\n".join(
+        lines = [
             " | ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
             for line in cells
-        )
+        ]
+        return "\n".join([*lines, *self.notes])
 
 
 def _text(value: Any) -> str:

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 Kinds: TypeAlias = tuple[type[nn.Module], ...]
 
@@ -81,3 +82,11 @@ def _parameter_names(module: nn.Module) -> tuple[str, ...]:
         names = [name for name, _ in module.named_parameters(recurse=False)]
         return tuple(name for name in names if name.startswith("weight_"))
     return ("weight",)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a parameter on the CPU, put together if it is spread over processes."""
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    return tensor.cpu()

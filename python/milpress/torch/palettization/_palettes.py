@@ -37,14 +37,8 @@ def _to_lut_dtype(value: Any) -> Any:
     return value
 
 
-def _to_granularity(value: Any) -> Any:
-    try:
-        # By its value, so that coremltools' own enum will do.
-        return PalettizationGranularity(getattr(value, "value", value))
-    except ValueError as error:
-        allowed = [item.value for item in PalettizationGranularity]
-        msg = f"granularity must be one of {allowed}, got {value!r}"
-        raise ConfigError(msg) from error
+def _to_granularity(value: Any) -> PalettizationGranularity:
+    return _fields.enumerated(PalettizationGranularity, value)
 
 
 @define
@@ -67,7 +61,8 @@ class ModulePaletteConfig(ModuleOptimizationConfig):
         ),
     )
     granularity: PalettizationGranularity = field(
-        default=PalettizationGranularity.per_tensor, converter=_to_granularity
+        default=PalettizationGranularity.per_tensor,
+        converter=_to_granularity,
     )
     group_size: int | None = _fields.integer(None)
     channel_axis: int = _fields.integer(
