@@ -99,11 +99,11 @@ def compress_weights(
     for group in groups:
         if progress is not None:
             progress(done, total, group[0].weight.name)
-        for row, weight in _compress_together(group, treat):
-            rows[weight.name] = row
-            weights.append(weight)
-            if weight.status == "left":
-                _logger.warning("%s: %s. Left as it is.", weight.name, weight.note)
+        row, weight = _compress_together(group, treat)
+        rows.update({task.weight.name: dict(row) for task in group})
+        weights.append(weight)
+        if weight.status == "left":
+            _logger.warning("%s: %s. Left as it is.", weight.name, weight.note)
         done += _size(group[0].weight)
     if progress is not None:
         progress(total, total, "")
@@ -120,9 +120,7 @@ def _size(weight: Weight) -> int:
     return 0 if weight.tensor is None else weight.tensor.numel()
 
 
-def _compress_together(
-    group: list[Task], treat: Treat
-) -> list[tuple[dict[str, Any], WeightReport]]:
+def _compress_together(group: list[Task], treat: Treat) -> tuple[dict[str, Any], WeightReport]:
     """Compress a parameter that some modules, mostly one, hold together."""
     asked = next(task for task in group if task.config is not None)
     others = [task.weight.name for task in group if task is not asked]
@@ -134,8 +132,8 @@ def _compress_together(
     try:
         treated, row, snr = _compress(asked, [task.weight for task in group], treat)
     except UnsupportedError as error:
-        return [_left(task.weight, str(error)) for task in group]
-    return [_compressed(task.weight, treated, row, snr, [*treated.notes, *notes]) for task in group]
+        return _left(asked.weight, str(error))
+    return _compressed(asked.weight, treated, row, snr, [*treated.notes, *notes])
 
 
 @torch.no_grad()
