@@ -5,9 +5,11 @@ A user changes one import: ``import milpress as cto``, then
 """
 
 from milpress.torch import base_model_optimizer, optimization_config, palettization, quantization
+from milpress.torch.conversion import convert
 
 __all__ = [
     "base_model_optimizer",
+    "convert",
     "optimization_config",
     "palettization",
     "quantization",
