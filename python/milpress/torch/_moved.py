@@ -72,7 +72,7 @@ def _swapped(array: NDArray[Any]) -> NDArray[Any]:
 
 
 def taken(value: Compressed, rows: NDArray[np.intp]) -> Compressed:
-    """Return the value whose row ``i`` is the value's row ``rows[i]``.
+    """Return the value whose row ``i`` is the row ``rows[i]`` of the given one.
 
     Raises
     ------
@@ -117,8 +117,8 @@ def _taken_groups(array: NDArray[Any], rows: NDArray[np.intp], n_rows: int) -> N
     groups = rows // (n_rows // array.shape[0])
     size = next(
         size
-        for size in range(n_rows, 0, -1)
-        if n_rows % size == 0
+        for size in range(len(rows), 0, -1)
+        if len(rows) % size == 0
         and (groups.reshape(-1, size) == groups.reshape(-1, size)[:, :1]).all()
     )
     return np.ascontiguousarray(array[groups[::size]])

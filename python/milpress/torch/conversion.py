@@ -39,6 +39,8 @@ __all__ = ["convert"]
 
 Frontend = Literal["export", "trace"]
 
+_UNFOUND = "no constant of the converted model holds it"
+
 # These would fold another op into a weight, which then is not what was compressed.
 _FOLDING_PASSES = {"common::fuse_conv_batchnorm", "common::fuse_conv_scale"}
 
@@ -120,8 +122,9 @@ class _Compressed:
 
     weight: Weight
     stored: Stored
-    constants: list[str]
     report: WeightReport
+    signal: float = 0.0
+    noise: float = 0.0
 
     @classmethod
     def read(cls, weight: Weight) -> _Compressed:
@@ -138,11 +141,36 @@ class _Compressed:
             shape=shape,
             status="left",
             treatment="",
-            note="no constant of the converted model holds it",
-            bytes_before=0,
-            bytes_after=0,
+            note=_UNFOUND,
+            bytes_before=4 * math.prod(shape),
+            bytes_after=4 * math.prod(shape),
         )
-        return cls(weight, stored, [], report)
+        return cls(weight, stored, report)
+
+    def add(
+        self,
+        n_before: int,
+        n_after: int,
+        *,
+        words: str = "",
+        powers: tuple[float, float] = (0, 0),
+        note: str = "",
+    ) -> None:
+        """Note what became of a constant that holds the weight, or a part of it."""
+        self.signal += powers[0]
+        self.noise += powers[1]
+        known = self.report
+        is_first = known.note == _UNFOUND
+        notes = [text for text in (known.note, note) if text and text != _UNFOUND]
+        self.report = replace(
+            known,
+            status="compressed" if words or known.status == "compressed" else "left",
+            treatment=words or known.treatment,
+            note="; ".join(dict.fromkeys(notes)),
+            bytes_before=n_before + (0 if is_first else known.bytes_before),
+            bytes_after=n_after + (0 if is_first else known.bytes_after),
+            snr_db=decibels(self.signal, self.noise) if self.signal else None,
+        )
 
     def array(self) -> NDArray[Any]:
         """Return the weight."""
@@ -238,7 +266,6 @@ def _write(
 ) -> Report:
     """Write a dense package with compressed weights in the place of their constants."""
     expected: dict[str, bytes] = {}
-    signal = noise = 0.0
     with Staged(package, destination, force=False) as staged:
         staged.copy_rest(set(weight_files(package)))
         rewriter = Rewriter(package, staged)
@@ -252,27 +279,20 @@ def _write(
                     rewriter.copy(node)
                     continue
                 match, value, array = found
-                before = _n_bytes(constant, package)
+                n_before = _n_bytes(constant, package)
                 try:
                     value = _storable(match, value, array, early=early)
                 except UnsupportedError as error:
-                    match.report = replace(
-                        match.report, note=str(error), bytes_before=before, bytes_after=before
-                    )
+                    match.add(n_before, n_before, note=str(error))
                     rewriter.copy(node)
                     continue
                 decoded = value.dense()
-                powers = _core.compare(_flat(array), _flat(decoded))
-                signal, noise = signal + powers[0], noise + powers[1]
                 expected[constant.name] = _digest(decoded)
-                match.report = replace(
-                    match.report,
-                    status="compressed",
-                    treatment=_words(value),
-                    note="",
-                    bytes_before=before,
-                    bytes_after=payload_bytes(value, early=early),
-                    snr_db=decibels(powers[0], powers[1]),
+                match.add(
+                    n_before,
+                    payload_bytes(value, early=early),
+                    words=_words(value),
+                    powers=_core.compare(_flat(array), _flat(decoded))[:2],
                 )
                 rewriter.store(constant, value, early=early)
             site.graph.apply()
@@ -289,8 +309,8 @@ def _write(
         package_bytes_after=size,
         verified=True,
         seconds=time.perf_counter() - started,
-        signal=signal,
-        noise=noise,
+        signal=sum(item.signal for item in compressed),
+        noise=sum(item.noise for item in compressed),
     )
 
 
@@ -307,28 +327,29 @@ def _match(
         return None
     array: NDArray[Any] | None = None
     for item in compressed:
-        shape = item.report.shape
-        if sorted(shape) != sorted(constant.shape):
+        recurrent = isinstance(item.weight.module, RECURRENT)
+        if sorted(item.report.shape) != sorted(constant.shape) and not (
+            recurrent and item.report.shape[1:] == constant.shape[1:]
+        ):
             continue
         if array is None:
             array = Decoder(constant.graph, package).dense(constant.node).values
         with np.errstate(over="ignore"):
             own = item.array().astype(array.dtype)
-        if own.shape == array.shape and np.array_equal(own, array):
+        if np.array_equal(own, array):
             return item, _folded(item), array
-        if own.ndim == 2 and own.T.shape == array.shape and np.array_equal(own.T, array):
+        if own.ndim == 2 and np.array_equal(own.T, array):
             return item, _moved.transposed(_folded(item)), array
-        if own.shape == array.shape and isinstance(item.weight.module, RECURRENT):
-            rows = _rows_of(array, own)
-            if rows is not None:
-                return item, _moved.taken(_folded(item), rows), array
+        rows = _rows_of(array, own) if recurrent else None
+        if rows is not None:
+            return item, _moved.taken(_folded(item), rows), array
     return None
 
 
 def _rows_of(array: NDArray[Any], own: NDArray[Any]) -> NDArray[np.intp] | None:
-    """Return which of its own rows each row is, if these are the same rows in another order.
+    """Return which of its own rows each row is, ``None`` if one of them is another.
 
-    Core ML's recurrent ops have the gates in another order than torch.
+    Core ML has the gates of a recurrent layer in another order than torch, or in parts.
     """
     places: dict[bytes, list[int]] = {}
     for i, row in enumerate(own):
