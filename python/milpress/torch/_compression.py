@@ -92,7 +92,7 @@ def compress_weights(
         for group in ([together] if together[0].weight.tensor is not None else _alone(together))
     ]
     groups = [group for group in groups if any(task.config is not None for task in group)]
-    total = sum(_size(group[0].weight) for group in groups)
+    total = sum(group[0].weight.size for group in groups)
     done = 0
     rows: dict[str, dict[str, Any]] = {}
     weights: list[WeightReport] = []
@@ -104,7 +104,7 @@ def compress_weights(
         weights.append(weight)
         if weight.status == "left":
             _logger.warning("%s: %s. Left as it is.", weight.name, weight.note)
-        done += _size(group[0].weight)
+        done += group[0].weight.size
     if progress is not None:
         progress(total, total, "")
     if any(weight.status == "compressed" for weight in weights):
@@ -114,10 +114,6 @@ def compress_weights(
 
 def _alone(tasks: list[Task]) -> list[list[Task]]:
     return [[task] for task in tasks]
-
-
-def _size(weight: Weight) -> int:
-    return 0 if weight.tensor is None else weight.tensor.numel()
 
 
 def _compress_together(group: list[Task], treat: Treat) -> tuple[dict[str, Any], WeightReport]:
@@ -213,13 +209,11 @@ def _left(weight: Weight, note: str) -> tuple[dict[str, Any], WeightReport]:
 
 def _as_it_is(weight: Weight, note: str) -> WeightReport:
     tensor = weight.tensor
-    if tensor is None or nn.parameter.is_lazy(tensor):
-        tensor = torch.empty(0)
-    n_bytes = tensor.numel() * tensor.element_size()
+    n_bytes = 0 if tensor is None else weight.size * tensor.dtype.itemsize
     return WeightReport(
         name=weight.name,
         op_types=(type(weight.module).__name__,),
-        shape=tuple(tensor.shape),
+        shape=weight.shape,
         status="left",
         treatment="",
         note=note,

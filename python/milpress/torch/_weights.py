@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -57,6 +58,17 @@ class Weight:
         return found if isinstance(found, nn.Parameter) else None
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape; ``(0,)`` where there is none yet."""
+        tensor = self.tensor
+        return (0,) if tensor is None or nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
     def axes(self) -> tuple[int, int]:
         """Axes of output and input channels."""
         return (1, 0) if isinstance(self.module, TRANSPOSED) else (0, 1)
@@ -89,4 +101,4 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         tensor = tensor.full_tensor()
-    return tensor.cpu()
+    return tensor if tensor.is_meta else tensor.cpu()
