@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from milpress import _core
 from milpress.errors import UnsupportedError
@@ -23,7 +22,7 @@ from milpress.report import WeightReport, decibels
 from milpress.torch import _metadata
 from milpress.torch._metadata import Stored
 from milpress.torch._report import Report
-from milpress.torch._weights import Weight, whole
+from milpress.torch._weights import Weight, is_spread, whole
 
 _logger = logging.getLogger(__name__)
 
@@ -154,14 +153,17 @@ def _compress(
     decoded = as_weight(dense)
     signal, noise, _ = _core.compare(array.reshape(-1), decoded.reshape(-1))
     row = {"error": math.sqrt(noise / array.size), "#params": array.size, **_columns(treated)}
-    if isinstance(tensor, DTensor):
-        dense = dense.to(tensor.device_mesh.device_type)
-        tensor.copy_(distribute_tensor(dense, tensor.device_mesh, tensor.placements))
-    else:
-        tensor.copy_(dense)
+    tensor.copy_(_spread_like(dense, tensor) if is_spread(tensor) else dense)
     for holder in holders:
         _metadata.register(holder, treated.stored)
     return treated, row, decibels(signal, noise)
+
+
+def _spread_like(dense: torch.Tensor, tensor: Any) -> torch.Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    dense = dense.to(tensor.device_mesh.device_type)
+    return distribute_tensor(dense, tensor.device_mesh, tensor.placements)
 
 
 def _columns(treated: Treated) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 Kinds: TypeAlias = tuple[type[nn.Module], ...]
 
@@ -98,7 +97,13 @@ def _parameter_names(module: nn.Module) -> tuple[str, ...]:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return a parameter on the CPU, put together if it is spread over processes."""
-    tensor = tensor.detach()
-    if isinstance(tensor, DTensor):
-        tensor = tensor.full_tensor()
-    return tensor if tensor.is_meta else tensor.cpu()
+    found: Any = tensor.detach()
+    if is_spread(tensor):
+        found = found.full_tensor()
+    complete: torch.Tensor = found if found.is_meta else found.cpu()
+    return complete
+
+
+def is_spread(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is spread over processes, a ``DTensor``, whose class is slow to import."""
+    return hasattr(tensor, "full_tensor")

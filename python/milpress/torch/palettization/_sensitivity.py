@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import distributed, nn
-from torch.distributed.tensor import DTensor
 
 from milpress.errors import ConfigError, ConfigTypeError, UnsupportedError
+from milpress.torch._weights import is_spread, whole
 
 LossFunction: TypeAlias = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -81,7 +81,7 @@ def sum_squared_gradients(
     UnsupportedError
         If a loss is not finite.
     """
-    sharded = any(isinstance(weight, DTensor) for weight in weights.values())
+    sharded = any(is_spread(weight) for weight in weights.values())
     rank, n_ranks = _rank()
     sums = Sums(
         {
@@ -128,8 +128,7 @@ def normalized(squares: torch.Tensor) -> tuple[torch.Tensor, bool]:
 
     Where it does not, all are 1.
     """
-    values = squares.full_tensor() if isinstance(squares, DTensor) else squares
-    values = values.detach().cpu()
+    values = whole(squares)
     greatest = values.max()
     if greatest == 0:
         return torch.ones_like(values), False
@@ -284,8 +283,9 @@ def _save(sums: Sums, path: Path) -> None:
     save({"n_samples": sums.n_samples, "n_whole": sums.n_whole, "squares": local}, path)
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _local(tensor: Any) -> torch.Tensor:
+    local: torch.Tensor = tensor.to_local() if is_spread(tensor) else tensor
+    return local
 
 
 def _resume(sums: Sums, path: Path) -> None:

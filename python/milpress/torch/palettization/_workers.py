@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
-from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import spawn
 
 Compute = Callable[[nn.Module, list[Any], Path], None]
@@ -87,6 +86,8 @@ def shard(model: nn.Module, policy: Any) -> None:
 
     Tied parameters belong to no module alone, but to the model.
     """
+    from torch.distributed.fsdp import fully_shard
+
     n_holders = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for module in reversed(list(model.modules())[1:]):
         parameters = list(module.parameters())
