@@ -103,7 +103,7 @@ def convert(
     if not compressed:
         msg = "some weight of the module must be compressed, got none"
         raise UnsupportedError(msg)
-    dense = _dense_model(module, example_inputs, frontend, dynamic_shapes, settings)
+    dense = _dense_model(module, compressed, example_inputs, frontend, dynamic_shapes, settings)
     package = opened(dense)
     if destination is not None:
         report = _write(package, Path(destination), compressed, started)
@@ -191,6 +191,7 @@ def _compressed_weights(module: nn.Module) -> Iterator[Weight]:
 
 def _dense_model(
     module: nn.Module,
+    compressed: list[_Compressed],
     example_inputs: tuple[Any, ...],
     frontend: Frontend | None,
     dynamic_shapes: Any,
@@ -199,6 +200,18 @@ def _dense_model(
     """Convert a module without what its buffers say of compression."""
     import coremltools as ct
 
+    settings = {
+        "minimum_deployment_target": ct.target.iOS18,
+        "skip_model_load": True,
+        **settings,
+        "convert_to": "mlprogram",
+    }
+    if settings["minimum_deployment_target"] < ct.target.iOS18:
+        _check_early(compressed)
+    if "pass_pipeline" not in settings:
+        pipeline = ct.PassPipeline.DEFAULT
+        pipeline.remove_passes(_FOLDING_PASSES)
+        settings["pass_pipeline"] = pipeline
     if any(p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters()):
         # Every smaller type is exact in float32, which is what coremltools converts best.
         module = copy.deepcopy(module).float()
@@ -206,16 +219,6 @@ def _dense_model(
     if frontend is None:
         recurrent = any(isinstance(part, RECURRENT) for part in module.modules())
         frontend = "trace" if recurrent else "export"
-    settings = {
-        "minimum_deployment_target": ct.target.iOS18,
-        "skip_model_load": True,
-        **settings,
-        "convert_to": "mlprogram",
-    }
-    if "pass_pipeline" not in settings:
-        pipeline = ct.PassPipeline.DEFAULT
-        pipeline.remove_passes(_FOLDING_PASSES)
-        settings["pass_pipeline"] = pipeline
     with _plain(module):
         if frontend == "export":
             exported = torch.export.export(module, example_inputs, dynamic_shapes=dynamic_shapes)
@@ -281,7 +284,7 @@ def _write(
                 match, value, array = found
                 n_before = _n_bytes(constant, package)
                 try:
-                    value = _storable(match, value, array, early=early)
+                    value = _storable(value, array, early=early)
                 except UnsupportedError as error:
                     match.add(n_before, n_before, note=str(error))
                     rewriter.copy(node)
@@ -383,27 +386,31 @@ def _folded_palette(value: Any, scale: NDArray[Any], output: int) -> Palette:
     return fold(value, scale, output)
 
 
-def _storable(
-    item: _Compressed, value: Compressed, array: NDArray[Any], *, early: bool
-) -> Compressed:
+def _storable(value: Compressed, array: NDArray[Any], *, early: bool) -> Compressed:
     """Return the value in the constant's type.
 
     Raises
     ------
     UnsupportedError
-        If it would be larger than the constant. If the target can't hold it, the error is final.
+        If it is beyond that type, or would be larger than the constant.
     """
     made = _moved.cast(value, array.dtype)
-    if early and (reason := _needs_ios18(made)):
-        msg = (
-            f"{item.weight.name}: {reason} must be stored in an iOS18 model, got an earlier target"
-        )
-        raise ConfigError(msg)
     n_bytes = payload_bytes(made, early=early)
     if n_bytes >= array.nbytes:
         msg = f"would get larger: {array.nbytes} bytes as it is, {n_bytes} compressed"
         raise UnsupportedError(msg)
     return made
+
+
+def _check_early(compressed: list[_Compressed]) -> None:
+    for item in compressed:
+        reason = _needs_ios18(_folded(item))
+        if reason:
+            msg = (
+                f"{item.weight.name}: {reason} must be stored in an iOS18 model, got an earlier "
+                "minimum_deployment_target"
+            )
+            raise ConfigError(msg)
 
 
 def _needs_ios18(value: Compressed) -> str:
