@@ -269,3 +269,29 @@ def test_torch_is_imported_under_milpress_torch_alone():
         "assert 'torch' in sys.modules and 'coremltools' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_config_objects_of_coremltools_are_taken():
+    theirs = reference.quantization.PostTrainingQuantizerConfig.from_dict(
+        {
+            "global_config": {
+                "weight_dtype": "uint4",
+                "granularity": "per_block",
+                "block_size": (2, 4),
+                "quantization_scheme": "affine",
+            },
+            "module_type_configs": {"Embedding": None},
+        }
+    )
+    ours = Q.PostTrainingQuantizer(nn.Linear(4, 4), theirs)._config
+    assert ours == Q.PostTrainingQuantizerConfig.from_dict(theirs.as_dict())
+    assert ours.global_config.dtype == "uint4"
+    assert ours.global_config.block_size == (2, 4)
+    assert ours.module_type_configs == {nn.Embedding: None}
+    theirs = reference.palettization.SKMPalettizerConfig(calibration_nsamples=7)
+    assert P.SKMPalettizer(nn.Linear(4, 4), theirs)._config.calibration_nsamples == 7
+    theirs = reference.palettization.PostTrainingPalettizerConfig(
+        reference.palettization.ModulePostTrainingPalettizerConfig(n_bits=5)
+    )
+    with pytest.raises(ConfigError, match="n_bits must be one of"):
+        P.PostTrainingPalettizer(nn.Linear(4, 4), theirs)

@@ -32,13 +32,16 @@ class BaseModelOptimizer(ABC):
     model
         The model.
     config
-        What to do to which module; ``None`` for the default.
+        What to do to which module; ``None`` for the default. coremltools' own config objects are
+        taken, too.
     """
 
     _supported_modules: ClassVar[Kinds] = ()
     _config_class: ClassVar[type[OptimizationConfig]] = OptimizationConfig
 
     def __init__(self, model: torch.nn.Module, config: OptimizationConfig | None = None) -> None:
+        if _is_of_coremltools(config, self._config_class.__name__):
+            config = self._config_class.from_dict(config.as_dict())  # type: ignore[union-attr]
         if config is not None and not isinstance(config, self._config_class):
             msg = f"config must be a {self._config_class.__name__}, got {type(config).__name__}"
             raise ConfigTypeError(msg)
@@ -61,6 +64,14 @@ class BaseModelOptimizer(ABC):
     def _warn_of_typos(self) -> None:
         for key in self._config.unmatched(self._model.named_modules()):
             _logger.warning("the config names %r, which nothing in the model matches", key)
+
+
+def _is_of_coremltools(config: Any, name: str) -> bool:
+    """Whether an object is of the class of coremltools that has a name."""
+    home = "coremltools.optimize.torch."
+    return any(
+        kind.__name__ == name and kind.__module__.startswith(home) for kind in type(config).__mro__
+    )
 
 
 class _OneShotOptimizer(BaseModelOptimizer):
