@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from milpress import _core
+from milpress._parallel import in_order
 from milpress._plan import Plan, RecipeWishes, Wishes, plan_package
-from milpress._rewrite import Counter, Rewriter, Sink
+from milpress._rewrite import Counter, Order, Rewriter, Sink, Treated
 from milpress.errors import ConfigError, UnsupportedError
+from milpress.formats import Custom, PalettizeConfig
 from milpress.mil import opset, treatments, values
 from milpress.mil.constexpr import Decoder, is_part
 from milpress.mil.package import Package, Staged, check_destination, n_package_bytes
@@ -275,24 +277,39 @@ class _Job:
             for plan in plans.values()
         )
         done = 0
-        for site, plans in self._planned:
-            early = not opset.by_name(site.function.opset).has_blocks
-            parts = self._parts_to_replace(plans.values())
-            for node in site.graph.nodes:
-                plan = plans.get(node)
-                if plan is not None:
-                    self._progress(done, total, plan.weight.name)
-                    reports.append(self._write(plan, rewriter, parts, early=early))
-                    done += reports[-1].bytes_before
-                elif node not in parts:
-                    rewriter.copy(node)
-            site.graph.apply()
+        orders = self._orders(rewriter)
+        with contextlib.closing(
+            in_order(rewriter.treated, orders.values(), _n_threads(orders.values()))
+        ) as made:
+            for site, plans in self._planned:
+                parts = self._parts_to_replace(plans.values())
+                for node in site.graph.nodes:
+                    plan = plans.get(node)
+                    if plan is not None:
+                        self._progress(done, total, plan.weight.name)
+                        order = orders.get(node)
+                        reports.append(self._write(plan, rewriter, parts, order, made))
+                        done += reports[-1].bytes_before
+                    elif node not in parts:
+                        rewriter.copy(node)
+                site.graph.apply()
         if not any(report.status == "compressed" for report in reports):
             self._check_idle(reports)
         else:
             treatments.record(self._package.model, self._records)
         self._progress(total, total, "")
         return reports
+
+    def _orders(self, rewriter: Rewriter) -> dict[Node, Order]:
+        """Return what is to be done to each weight that is treated, in the order of writing."""
+        orders = {}
+        for site, plans in self._planned:
+            early = not opset.by_name(site.function.opset).has_blocks
+            for node in site.graph.nodes:
+                plan = plans.get(node)
+                if plan is not None and plan.treatments:
+                    orders[node] = rewriter.order(plan.weight, plan.treatments, early=early)
+        return orders
 
     def _parts_to_replace(self, plans: Iterable[Plan]) -> dict[Node, None]:
         """Return the ops whose results compressed weights that are treated again decode from."""
@@ -304,16 +321,19 @@ class _Job:
         }
 
     def _write(
-        self, plan: Plan, rewriter: Rewriter, parts: dict[Node, None], *, early: bool
+        self,
+        plan: Plan,
+        rewriter: Rewriter,
+        parts: dict[Node, None],
+        order: Order | None,
+        made: Iterator[Treated | UnsupportedError | None],
     ) -> WeightReport:
         weight = plan.weight
         name = weight.name  # that of the source; compressing changes it
         before = after = weight_bytes(weight, self._package)
-        if plan.treatments:
+        if order is not None:
             try:
-                done = rewriter.compress(
-                    weight, plan.treatments, early=early, may_grow=self._may_grow
-                )
+                done = rewriter.compress(order, next(made), may_grow=self._may_grow)
                 if done.notes and self._strict:
                     raise UnsupportedError("; ".join(done.notes))
                 plan, after = plan.carried_out(done.treatments, done.notes), done.n_bytes
@@ -340,6 +360,16 @@ class _Job:
             f"{self._package.path}: some weight must be compressed, got none ({'; '.join(reasons)})"
         )
         raise UnsupportedError(msg)
+
+
+def _n_threads(orders: Iterable[Order]) -> int | None:
+    """Return 1 if a user's function makes tables, which may not be ready for several threads."""
+    is_custom = any(
+        isinstance(treatment, PalettizeConfig) and isinstance(treatment.table, Custom)
+        for order in orders
+        for treatment in order.treatments
+    )
+    return 1 if is_custom else None
 
 
 def _decompress_weights(package: Package, sink: Sink) -> list[WeightReport]:

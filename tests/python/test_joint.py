@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,7 +12,9 @@ from oracles import assert_coremltools_agrees, decoded, decompressed_by_coremlto
 
 import milpress
 from milpress import formats as f
-from milpress.errors import UnsupportedError
+from milpress.errors import UnsupportedError, VerificationError
+from milpress.mil.package import Package
+from milpress.mil.weights import sites
 from milpress.recipe import Recipe, Step
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -161,3 +165,29 @@ def test_a_weight_of_just_the_least_size_is_taken(build, tmp_path):
         else:
             with pytest.raises(UnsupportedError, match="some weight must be compressed"):
                 milpress.compress(build("layers"), tmp_path / "none", recipe)
+
+
+@pytest.mark.parametrize("chain", ["palettize, int8", "prune, palettize, int8", "prune, int8"])
+def test_a_byte_changed_in_any_op_of_a_chain_that_was_not_treated_is_found(build, tmp_path, chain):
+    out = tmp_path / "out.mlpackage"
+    milpress.compress(build("layers"), out, in_one(*CHAINS[chain][0]))
+    package = Package(out)
+    (site,) = sites(package)
+    ops = [node.op for node in site.graph.nodes if node.op.type.startswith("constexpr_")]
+    places = [
+        binding.value.blobFileValue.offset
+        for op in ops[: len(CHAINS[chain][1])]
+        for argument in op.inputs.values()
+        for binding in argument.arguments
+        if binding.value.HasField("blobFileValue")
+    ]
+    assert len(places) >= 2
+    for place in sorted(set(places)):
+        bad = tmp_path / f"{place}.mlpackage"
+        shutil.copytree(out, bad)
+        path = bad / "Data/com.apple.CoreML/weights/weight.bin"
+        data = bytearray(path.read_bytes())
+        data[place + 64] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(VerificationError, match="must be unchanged"):
+            milpress.verify(out, bad)
