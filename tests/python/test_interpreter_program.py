@@ -332,6 +332,22 @@ def test_torch_in_gives_torch_out(make):
     assert torch.equal(y, torch.tensor([4, 8], dtype=torch.int32))
 
 
+def keeping(total, x):
+    mb.coreml_update_state(state=total, value=x)
+    constant = mb.const(val=np.float16([3, 4]), name="constant")
+    return mb.identity(x=constant, name="same"), mb.identity(x=x, name="back")
+
+
+@pytest.mark.parametrize("kind", [np.float32, torch.tensor])
+def test_what_is_given_and_what_comes_out_may_be_changed(make, kind):
+    program = load(make(keeping, mb.StateTensorSpec((2,), dtype=types.fp16), halves(2)))
+    state, x = program.make_state(), kind([1.0, 2.0])
+    made = program(x=x, state=state)
+    x[:], made["same"][:], made["back"][:] = 7, 8, 9
+    assert state["total"].tolist() == [1, 2]
+    assert program(x=x, state=state)["same"].tolist() == [3, 4]
+
+
 def flipping(x):
     return mb.random_bernoulli(
         shape=np.int32([64]), prob=np.float32(0.5), name="flips"
