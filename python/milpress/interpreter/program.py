@@ -89,12 +89,6 @@ def load(
         If the package breaks its format, or is not made of ML programs alone.
     ConfigError
         If there is no such function or precision.
-
-    Examples
-    --------
-    >>> program = load("model.mlpackage")  # doctest: +SKIP
-    >>> program(image=pixels)["classLabel"]  # doctest: +SKIP
-    'tabby cat'
     """
     if precision not in get_args(Precision):
         msg = f"precision must be one of {get_args(Precision)}, got {precision!r}"
