@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from mil_ops import IOS15, IOS17, IOS18, check, computed, inferred
+from mil_ops import IOS15, IOS17, IOS18, check, computed, inferred, operator
 
 from milpress.errors import PackageError
 
@@ -83,6 +83,11 @@ def test_a_function_of_one_tensor_is_what_coremltools_infers(name, data):
 def test_integers_stay_exact(name):
     x = np.arange(-9, 30, dtype=np.int32)
     check(computed(name, x=x).astype(np.int32), inferred(name, x=x))
+
+
+def test_identity_gives_what_it_is_given_even_if_it_is_no_tensor():
+    x, identity = object(), operator("identity")
+    assert identity.function(**identity.bound({"x": x})) is x
 
 
 def test_half_rounds_to_even():

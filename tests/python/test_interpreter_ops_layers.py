@@ -849,8 +849,9 @@ def test_modes_that_mil_lacks_are_named():
 def test_quantized_values_are_what_coremltools_infers(dtype, data, axis):
     low, high = (-128, 127) if dtype == "int8" else (0, 255)
     kind = np.dtype(dtype).type
-    # Eighths and powers of two make ties, and every quotient exact.
-    x = data.draw(exact(2, 3, 3)) * np.float32(64)
+    # Eighths over powers of two have exact quotients, with ties and some out of range.
+    eighth = st.integers(-600, 600).map(lambda n: n / 8)
+    x = data.draw(npst.arrays(np.float32, (2, 3, 3), elements=eighth))
     if axis is None:
         scale, zero_point = np.float32(0.25), kind(data.draw(st.integers(low, high)))
     else:
@@ -1006,6 +1007,21 @@ def test_boxes_that_overlap_better_ones_are_suppressed(
         np.testing.assert_array_equal(columns[2][image, :count], kept)
         assert (columns[2][image, count:] == -1).all()
         np.testing.assert_array_equal(columns[0][image, :, :count].T, boxes[image, kept])
+
+
+def test_boxes_that_overlap_by_no_more_than_the_threshold_are_kept():
+    boxes = np.float32([[[2, 2, 4, 4], [2, 1, 4, 2], [2, 2, 4, 3]]])
+    ours = computed(
+        "non_maximum_suppression",
+        opset=IOS15,
+        boxes=boxes,
+        scores=np.float32([[[0.9], [0.8], [0.7]]]),
+        iou_threshold=0.5,
+        score_threshold=0.8,
+        max_boxes=3,
+    )
+    # The second shares half of the first, the third more; its score is too low as well.
+    np.testing.assert_array_equal(ours[2], [[0, 1, -1]])
 
 
 def test_suppression_is_what_core_ml_gave():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from mil_ops import IOS15, IOS16, IOS17, IOS18, check, computed, inferred, inferred_types
 
-from milpress.errors import PackageError
+from milpress.errors import ExecutionError, PackageError
 
 few = settings(max_examples=20, deadline=None)
 sizes = st.lists(st.integers(1, 4), min_size=1, max_size=4)
@@ -503,7 +503,7 @@ GATHERS = {
 @pytest.mark.parametrize("name", GATHERS)
 def test_an_index_outside_is_an_error_where_validation_is_asked_for(name):
     arguments = GATHERS[name]
-    with pytest.raises(PackageError, match=r"indices must be in \[0, [23]\), got"):
+    with pytest.raises(ExecutionError, match=r"indices must be in \[0, [23]\), got"):
         computed(name, **arguments, validate_indices=True)
     computed(name, **arguments)  # undefined, but safe
     with pytest.raises((IndexError, RuntimeError)):
@@ -511,7 +511,7 @@ def test_an_index_outside_is_an_error_where_validation_is_asked_for(name):
 
 
 def test_a_negative_index_lies_outside_since_ios17():
-    with pytest.raises(PackageError, match="indices must be in"):
+    with pytest.raises(ExecutionError, match="indices must be in"):
         computed("gather", x=counted(3), indices=np.int32([-1]), validate_indices=True)
 
 

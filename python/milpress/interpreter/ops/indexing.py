@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from milpress.errors import PackageError
+from milpress.errors import ExecutionError, PackageError
 from milpress.interpreter.operator import operator
 from milpress.interpreter.ops.held import positive
 
@@ -104,13 +104,13 @@ def _checked(indices: Tensor, size: int, validate: bool | None) -> Tensor:
 
     Raises
     ------
-    PackageError
+    ExecutionError
         If an index lies outside and validation is asked for.
     """
     places = indices.long()
     if validate and bool(((places < 0) | (places >= size)).any()):
         msg = f"indices must be in [0, {size}), got {places.min()} to {places.max()}"
-        raise PackageError(msg)
+        raise ExecutionError(msg)
     places = torch.where(places < 0, places + size, places)
     return places if validate is None else places.clamp(0, size - 1)
 
