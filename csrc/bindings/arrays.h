@@ -4,8 +4,12 @@
 #include <pybind11/pybind11.h>
 
 #include <cstddef>
+#include <memory>
 #include <span>
+#include <utility>
+#include <vector>
 
+#include "core/buffer.h"
 #include "core/half.h"
 #include "core/matrix.h"
 
@@ -53,14 +57,25 @@ MatrixView<T> mutable_rows(Array<T>& array) {
   return {array.mutable_data(), matrix.n_rows, matrix.n_cols};
 }
 
+/// An array of that shape, whose memory is kept for the next one when it goes.
+template <typename T>
+Array<T> empty_shaped(std::vector<py::ssize_t> shape, std::size_t n) {
+  auto buffer = std::make_unique<Buffer>(n * sizeof(T));
+  const auto* const data = static_cast<const T*>(buffer->data());
+  const py::capsule owner(buffer.get(), [](void* held) { delete static_cast<Buffer*>(held); });
+  buffer.release();
+  return Array<T>(std::move(shape), data, owner);
+}
+
 template <typename T>
 Array<T> empty(std::size_t n) {
-  return Array<T>(static_cast<py::ssize_t>(n));
+  return empty_shaped<T>({static_cast<py::ssize_t>(n)}, n);
 }
 
 template <typename T>
 Array<T> empty(std::size_t n_rows, std::size_t n_cols) {
-  return Array<T>({static_cast<py::ssize_t>(n_rows), static_cast<py::ssize_t>(n_cols)});
+  return empty_shaped<T>({static_cast<py::ssize_t>(n_rows), static_cast<py::ssize_t>(n_cols)},
+                         n_rows * n_cols);
 }
 
 }  // namespace milpress

@@ -279,7 +279,8 @@ py::tuple compare_sparse(const Array<T>& source, const Bytes& bitmask, const Arr
     result = milpress::compare_sparse(in, mask, kept);
   }
   return py::make_tuple(result.fidelity.signal, result.fidelity.noise, result.fidelity.n_outside,
-                        result.n_zeros, result.greatest_pruned, result.least_kept);
+                        result.n_zeros, result.n_source_zeros, result.greatest_pruned,
+                        result.least_kept);
 }
 
 template <typename T, typename Code>
@@ -335,7 +336,8 @@ void register_for(py::module_& m) {
   m.def(
       "compare_sparse", &compare_sparse<T>, py::arg("source").noconvert(),
       py::arg("bitmask").noconvert(), py::arg("nonzeros").noconvert(),
-      "(signal, noise, stored weights that differ, zeros, greatest magnitude pruned, least kept).");
+      "(signal, noise, stored weights that differ, zeros, zeros of the source, greatest magnitude "
+      "pruned, least kept).");
   register_linear<T, std::int8_t>(m);
   register_linear<T, std::uint8_t>(m);
 }

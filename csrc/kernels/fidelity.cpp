@@ -23,8 +23,8 @@ namespace milpress {
 namespace {
 
 constexpr std::size_t kChunk = 1024;     // weights compared at a time, in the L1 cache
-constexpr std::size_t kGrain = 131'072;  // weights a thread takes at a time
-constexpr std::size_t kLanes = 8;
+constexpr std::size_t kGrain = 131'072;  // weights a thread takes at a time; a multiple of kChunk
+constexpr std::size_t kLanes = 32;       // sums side by side, added up in a fixed order in the end
 
 using Chunk = std::array<float, kChunk>;
 
@@ -33,33 +33,22 @@ using Chunk = std::array<float, kChunk>;
 template <typename T>
 using Sum = std::conditional_t<sizeof(T) == 2, float, double>;
 
-// Eight sums side by side, added up in a fixed order in the end.
+// Fills both chunks up with zeros to whole lanes, which add nothing.
 template <typename T>
-struct Lanes {
-  typedef T type __attribute__((vector_size(kLanes * sizeof(T))));
-};
-
-template <typename T>
-MILPRESS_VECTORIZE void add_errors(const float* source, const float* decoded, std::size_t n,
-                                   Fidelity& total) {
-  using Wide = typename Lanes<Sum<T>>::type;
-  typename Lanes<float>::type weights;
-  typename Lanes<float>::type values;
-  Wide signal{};
-  Wide noise{};
-  for (std::size_t i = 0; i + kLanes <= n; i += kLanes) {
-    std::memcpy(&weights, source + i, sizeof weights);
-    std::memcpy(&values, decoded + i, sizeof values);
-    const Wide weight = __builtin_convertvector(weights, Wide);
-    const Wide error = weight - __builtin_convertvector(values, Wide);
-    signal += weight * weight;
-    noise += error * error;
+MILPRESS_VECTORIZE void add_errors(Chunk& source, Chunk& decoded, std::size_t n, Fidelity& total) {
+  std::array<Sum<T>, kLanes> signal{};
+  std::array<Sum<T>, kLanes> noise{};
+  for (; n % kLanes != 0; ++n) {
+    source[n] = 0;
+    decoded[n] = 0;
   }
-  for (std::size_t i = n / kLanes * kLanes; i < n; ++i) {
-    const Sum<T> weight = source[i];
-    const Sum<T> error = weight - static_cast<Sum<T>>(decoded[i]);
-    signal[i % kLanes] += weight * weight;
-    noise[i % kLanes] += error * error;
+  for (std::size_t i = 0; i < n; i += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      const Sum<T> weight = source[i + lane];
+      const Sum<T> error = weight - static_cast<Sum<T>>(decoded[i + lane]);
+      signal[lane] += weight * weight;
+      noise[lane] += error * error;
+    }
   }
   for (std::size_t lane = 0; lane < kLanes; ++lane) {
     total.signal += static_cast<double>(signal[lane]);
@@ -69,16 +58,20 @@ MILPRESS_VECTORIZE void add_errors(const float* source, const float* decoded, st
 
 // NaN is never within its bound, nor is an infinite weight, whose bound is infinite too.
 template <typename T>
-MILPRESS_VECTORIZE std::size_t count_beyond_half_step(const float* source, const float* decoded,
-                                                      std::size_t n, float scale) {
+MILPRESS_VECTORIZE std::size_t count_beyond_half_step(const Chunk& source, const Chunk& decoded,
+                                                      std::size_t n_rows, std::size_t n_cols,
+                                                      const T* scales) {
   std::uint32_t within = 0;
-  for (std::size_t i = 0; i < n; ++i) {
-    const float bound = half_step_bound<T>(source[i], decoded[i], scale);
-    const float error = source[i] - decoded[i];
-    within += static_cast<std::uint32_t>((error <= bound) & (-error <= bound) &
-                                         (bound < std::numeric_limits<float>::infinity()));
+  for (std::size_t row = 0; row < n_rows; ++row) {
+    const float scale = to_float(scales[row]);
+    for (std::size_t i = row * n_cols; i < (row + 1) * n_cols; ++i) {
+      const float bound = half_step_bound<T>(source[i], decoded[i], scale);
+      const float error = magnitude(source[i] - decoded[i]);
+      within += static_cast<std::uint32_t>((error <= bound) &
+                                           (bound < std::numeric_limits<float>::infinity()));
+    }
   }
-  return n - within;
+  return n_rows * n_cols - within;
 }
 
 template <typename T>
@@ -90,13 +83,26 @@ MILPRESS_VECTORIZE std::size_t count_different(const T* source, const T* decoded
   return count;
 }
 
-template <typename Code>
-MILPRESS_VECTORIZE void decode(const Code* codes, std::size_t n, float scale, float offset,
-                               float* out) {
-  for (std::size_t i = 0; i < n; ++i) {
-    out[i] = scale * (static_cast<float>(codes[i]) - offset);
+// `offsets` may be null, for zero.
+template <typename T, typename Code>
+MILPRESS_VECTORIZE void decode(const Code* codes, std::size_t n_rows, std::size_t n_cols,
+                               const T* scales, const Code* offsets, Chunk& out) {
+  for (std::size_t row = 0; row < n_rows; ++row) {
+    const float scale = to_float(scales[row]);
+    const float offset = offsets == nullptr ? 0.0F : static_cast<float>(offsets[row]);
+    for (std::size_t i = row * n_cols; i < (row + 1) * n_cols; ++i) {
+      out[i] = scale * (static_cast<float>(codes[i]) - offset);
+    }
   }
 }
+
+void round_in_place(Chunk& values, std::size_t n, Half /*precision*/) {
+  std::array<Half, kChunk> rounded;
+  narrow(values.data(), n, rounded.data());
+  widen(rounded.data(), n, values.data());
+}
+
+void round_in_place(Chunk& /*values*/, std::size_t /*n*/, float /*precision*/) {}
 
 // Sums `body(begin, end, partial)` over pieces of kGrain weights, in their order.
 template <typename Body>
@@ -127,7 +133,7 @@ Fidelity compare(std::span<const T> source, std::span<const T> decoded) {
       const std::size_t n = std::min(kChunk, end - begin);
       widen(source.data() + begin, n, weights.data());
       widen(decoded.data() + begin, n, values.data());
-      add_errors<T>(weights.data(), values.data(), n, total);
+      add_errors<T>(weights, values, n, total);
       total.n_outside += count_different(source.data() + begin, decoded.data() + begin, n);
     }
   });
@@ -144,36 +150,80 @@ Fidelity compare_quantized(MatrixView<const T> source, MatrixView<const Code> co
         "offsets must be empty or have one element a row, ", source.n_rows, ", got ",
         offsets.size());
   const std::size_t n_cols = source.n_cols;
-  return sum_pieces(source.size(), [&](std::size_t begin, std::size_t end, Fidelity& total) {
+  // Several short rows at a time, or a part of one.
+  const auto judge = [&](std::size_t row, std::size_t n_rows, std::size_t begin, std::size_t count,
+                         Fidelity& total) {
     Chunk weights;
     Chunk values;
-    std::array<T, kChunk> rounded;
-    while (begin < end) {
-      const std::size_t n = std::min(kChunk, end - begin);
-      widen(source.data + begin, n, weights.data());
-      // A chunk may span many short rows, or lie within one.
-      for (std::size_t i = begin; i < begin + n;) {
-        const std::size_t row = i / n_cols;
-        const std::size_t count = std::min(begin + n, (row + 1) * n_cols) - i;
-        const float offset = offsets.empty() ? 0.0F : static_cast<float>(offsets[row]);
-        decode(codes.data + i, count, to_float(scales[row]), offset, values.data() + (i - begin));
-        i += count;
+    const std::size_t first = row * n_cols + begin;
+    const std::size_t n = n_rows * count;
+    const Code* const row_offsets = offsets.empty() ? nullptr : offsets.data() + row;
+    widen(source.data + first, n, weights.data());
+    decode(codes.data + first, n_rows, count, scales.data() + row, row_offsets, values);
+    round_in_place(values, n, T{});
+    total.n_outside +=
+        count_beyond_half_step<T>(weights, values, n_rows, count, scales.data() + row);
+    add_errors<T>(weights, values, n, total);
+  };
+  if (n_cols > kChunk) {
+    return sum_pieces(source.size(), [&](std::size_t begin, std::size_t end, Fidelity& total) {
+      while (begin < end) {
+        const std::size_t row = begin / n_cols;
+        const std::size_t n = std::min({kChunk, end - begin, (row + 1) * n_cols - begin});
+        judge(row, 1, begin - row * n_cols, n, total);
+        begin += n;
       }
-      narrow(values.data(), n, rounded.data());
-      widen(rounded.data(), n, values.data());
-      add_errors<T>(weights.data(), values.data(), n, total);
-      for (std::size_t i = begin; i < begin + n;) {
-        const std::size_t row = i / n_cols;
-        const std::size_t count = std::min(begin + n, (row + 1) * n_cols) - i;
-        total.n_outside +=
-            count_beyond_half_step<T>(weights.data() + (i - begin), values.data() + (i - begin),
-                                      count, to_float(scales[row]));
-        i += count;
-      }
-      begin += n;
+    });
+  }
+  const std::size_t at_once = kChunk / std::max<std::size_t>(1, n_cols);
+  const std::size_t n_blocks = (source.n_rows + at_once - 1) / at_once;
+  return sum_pieces(n_blocks * kChunk, [&](std::size_t begin, std::size_t end, Fidelity& total) {
+    for (std::size_t block = begin / kChunk; block < end / kChunk; ++block) {
+      const std::size_t row = block * at_once;
+      judge(row, std::min(at_once, source.n_rows - row), 0, n_cols, total);
     }
   });
 }
+
+namespace {
+
+// Whether codes are what `lut_assign` makes of the weights; `nearest` receives that if it has to be
+// worked out.
+bool is_assigned(std::span<const Half> weights, std::span<const Half> lut,
+                 std::span<const std::uint8_t> codes, std::vector<std::uint8_t>& nearest) {
+  if (lut.size() <= kMaxFewEntries && names_nearest(weights, lut, codes)) {
+    return true;
+  }
+  nearest.resize(weights.size());
+  lut_assign<Half>({weights.data(), 1, weights.size()}, {lut.data(), 1, lut.size()},
+                   {nearest.data(), 1, weights.size()});
+  return std::equal(codes.begin(), codes.end(), nearest.begin());
+}
+
+bool is_assigned(std::span<const float> weights, std::span<const float> lut,
+                 std::span<const std::uint8_t> codes, std::vector<std::uint8_t>& nearest) {
+  nearest.resize(weights.size());
+  lut_assign<float>({weights.data(), 1, weights.size()}, {lut.data(), 1, lut.size()},
+                    {nearest.data(), 1, weights.size()});
+  return std::equal(codes.begin(), codes.end(), nearest.begin());
+}
+
+// Codes for which the entry of `nearest` is nearer. Equal entries and ties are as good.
+template <typename T>
+std::size_t count_not_nearest(std::span<const T> weights, std::span<const T> lut,
+                              std::span<const std::uint8_t> codes,
+                              std::span<const std::uint8_t> nearest) {
+  std::size_t count = 0;
+  for (std::size_t i = 0; i < weights.size(); ++i) {
+    const double weight = to_float(weights[i]);
+    const double best = std::abs(weight - static_cast<double>(to_float(lut[nearest[i]])));
+    const double mine = std::abs(weight - static_cast<double>(to_float(lut[codes[i]])));
+    count += mine <= best ? 0U : 1U;
+  }
+  return count;
+}
+
+}  // namespace
 
 template <typename T>
 Fidelity compare_palette(MatrixView<const T> source, MatrixView<const std::uint8_t> codes,
@@ -182,35 +232,31 @@ Fidelity compare_palette(MatrixView<const T> source, MatrixView<const std::uint8
         "codes must have the shape of source");
   check(luts.n_rows == source.n_rows, "luts must have one row a row of source, ", source.n_rows,
         ", got ", luts.n_rows);
-  std::vector<std::uint8_t> nearest(source.size());
-  lut_assign(source, luts, MatrixView<std::uint8_t>{nearest.data(), source.n_rows, source.n_cols});
-  std::vector<float> entries(luts.size());
-  widen(luts.data, luts.size(), entries.data());
   const std::size_t n_cols = source.n_cols;
-  const std::size_t n_entries = luts.n_cols;
   return sum_pieces(source.size(), [&](std::size_t begin, std::size_t end, Fidelity& total) {
+    std::vector<std::uint8_t> nearest;
+    std::array<T, kChunk> decoded;
     Chunk weights;
     Chunk values;
     while (begin < end) {
       const std::size_t row = begin / n_cols;
-      const std::size_t n = std::min({kChunk, end - begin, (row + 1) * n_cols - begin});
-      const float* const lut = entries.data() + row * n_entries;
-      widen(source.data + begin, n, weights.data());
-      const std::uint8_t* const chunk = codes.data + begin;
-      check(*std::max_element(chunk, chunk + n) < n_entries, "codes must be below ", n_entries);
-      for (std::size_t i = 0; i < n; ++i) {
-        values[i] = lut[chunk[i]];
+      const std::size_t n_in_row = std::min(end, (row + 1) * n_cols) - begin;
+      const std::span<const T> lut = luts.row(row);
+      const auto piece = source.flat().subspan(begin, n_in_row);
+      const auto names = codes.flat().subspan(begin, n_in_row);
+      check(greatest_code(names) < luts.n_cols, "codes must be below ", luts.n_cols);
+      if (!is_assigned(piece, lut, names, nearest)) {
+        total.n_outside += count_not_nearest(piece, lut, names, nearest);
       }
-      add_errors<T>(weights.data(), values.data(), n, total);
-      if (std::memcmp(chunk, nearest.data() + begin, n) != 0) {
-        for (std::size_t i = 0; i < n; ++i) {
-          const double weight = weights[i];
-          const double best = std::abs(weight - static_cast<double>(lut[nearest[begin + i]]));
-          const double mine = std::abs(weight - static_cast<double>(values[i]));
-          total.n_outside += mine <= best ? 0U : 1U;
-        }
+      for (std::size_t i = 0; i < n_in_row; i += kChunk) {
+        const std::size_t n = std::min(kChunk, n_in_row - i);
+        lut_to_dense<T>({names.data() + i, 1, n}, {lut.data(), 1, lut.size()},
+                        {decoded.data(), 1, n});
+        widen(piece.data() + i, n, weights.data());
+        widen(decoded.data(), n, values.data());
+        add_errors<T>(weights, values, n, total);
       }
-      begin += n;
+      begin += n_in_row;
     }
   });
 }
@@ -257,45 +303,87 @@ float magnitude_at(std::uint32_t bits) {
   }
 }
 
+template <typename T>
+struct SparsePiece {
+  Fidelity fidelity;
+  Split<T> split;
+  std::size_t n_source_zeros = 0;
+};
+
+template <typename T>
+MILPRESS_VECTORIZE std::size_t count_zeros(const T* weights, std::size_t n) {
+  std::uint32_t count = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    count += magnitude_bits(weights[i]) == 0 ? 1U : 0U;
+  }
+  return count;
+}
+
+template <typename T>
+std::size_t count_all_zeros(std::span<const T> weights) {
+  std::size_t count = 0;
+  for (std::size_t begin = 0; begin < weights.size(); begin += kGrain) {
+    count += count_zeros(weights.data() + begin, std::min(kGrain, weights.size() - begin));
+  }
+  return count;
+}
+
+// `bitmask` may go on behind the piece; `nonzeros` are exactly those of the piece.
+template <typename T>
+SparsePiece<T> judge_piece(std::span<const T> source, std::span<const std::uint8_t> bitmask,
+                           std::span<const T> nonzeros) {
+  SparsePiece<T> piece;
+  Chunk weights;
+  Chunk values;
+  std::array<T, kChunk> decoded;
+  std::array<std::uint8_t, kChunk> is_kept;
+  for (std::size_t begin = 0; begin < source.size(); begin += kChunk) {
+    const std::size_t n = std::min(kChunk, source.size() - begin);
+    const T* const chunk = source.data() + begin;
+    const auto mask = bitmask.subspan(begin / 8, (n + 7) / 8);
+    const std::size_t n_kept = count_kept(mask);
+    expand<T>(mask, nonzeros.first(n_kept), std::span(decoded).first(n));
+    nonzeros = nonzeros.subspan(n_kept);
+    unpack(mask, 1, std::span(is_kept).first(n));
+    if (split_magnitudes(chunk, decoded.data(), is_kept.data(), n, piece.split)) {
+      for (std::size_t i = 0; i < n; ++i) {
+        const bool differs = order_key(chunk[i]) != order_key(decoded[i]);
+        piece.fidelity.n_outside += differs && is_kept[i] != 0 ? 1U : 0U;
+      }
+    }
+    piece.n_source_zeros += count_zeros(chunk, n);
+    widen(chunk, n, weights.data());
+    widen(decoded.data(), n, values.data());
+    add_errors<T>(weights, values, n, piece.fidelity);
+  }
+  return piece;
+}
+
 }  // namespace
 
 template <typename T>
 SparseFidelity compare_sparse(std::span<const T> source, std::span<const std::uint8_t> bitmask,
                               std::span<const T> nonzeros) {
-  std::vector<T> decoded(source.size());
-  expand(bitmask, nonzeros, std::span(decoded));
-  SparseFidelity result;
-  result.fidelity = compare(source, std::span<const T>(decoded));
-  result.fidelity.n_outside = 0;
-  struct Piece {
-    Split<T> split;
-    std::size_t n_changed = 0;
-  };
-  std::vector<Piece> pieces((source.size() + kGrain - 1) / kGrain);
+  const std::vector<std::size_t> starts = kept_before(bitmask, kGrain);
+  check_expandable(source.size(), bitmask, nonzeros.size());
+  std::vector<SparsePiece<T>> pieces((source.size() + kGrain - 1) / kGrain);
   parallel_for(source.size(), kGrain, [&](std::size_t begin, std::size_t end) {
-    std::array<std::uint8_t, kChunk> is_kept;
-    Piece& piece = pieces[begin / kGrain];
-    for (; begin < end; begin += std::min(kChunk, end - begin)) {
-      const std::size_t n = std::min(kChunk, end - begin);
-      unpack(bitmask.subspan(begin / 8, (n + 7) / 8), 1, std::span(is_kept).first(n));
-      if (split_magnitudes(source.data() + begin, decoded.data() + begin, is_kept.data(), n,
-                           piece.split)) {
-        for (std::size_t i = 0; i < n; ++i) {
-          const bool differs = order_key(source[begin + i]) != order_key(decoded[begin + i]);
-          piece.n_changed += differs && is_kept[i] != 0 ? 1U : 0U;
-        }
-      }
-    }
+    const std::size_t piece = begin / kGrain;
+    const std::size_t next = piece + 1 < starts.size() ? starts[piece + 1] : nonzeros.size();
+    pieces[piece] = judge_piece(source.subspan(begin, end - begin), bitmask.subspan(begin / 8),
+                                nonzeros.subspan(starts[piece], next - starts[piece]));
   });
+  SparseFidelity result;
   Split<T> split;
-  for (const Piece& piece : pieces) {
+  for (const SparsePiece<T>& piece : pieces) {
+    result.fidelity.signal += piece.fidelity.signal;
+    result.fidelity.noise += piece.fidelity.noise;
+    result.fidelity.n_outside += piece.fidelity.n_outside;
+    result.n_source_zeros += piece.n_source_zeros;
     split.greatest_pruned = std::max(split.greatest_pruned, piece.split.greatest_pruned);
     split.least_kept = std::min(split.least_kept, piece.split.least_kept);
-    result.fidelity.n_outside += piece.n_changed;
   }
-  const auto n_stored_zeros = std::count_if(nonzeros.begin(), nonzeros.end(),
-                                            [](T weight) { return magnitude_bits(weight) == 0; });
-  result.n_zeros = source.size() - nonzeros.size() + static_cast<std::size_t>(n_stored_zeros);
+  result.n_zeros = source.size() - nonzeros.size() + count_all_zeros(nonzeros);
   result.greatest_pruned = magnitude_at<T>(split.greatest_pruned);
   result.least_kept =
       nonzeros.empty() ? std::numeric_limits<float>::infinity() : magnitude_at<T>(split.least_kept);

@@ -35,10 +35,11 @@ Fidelity compare_palette(MatrixView<const T> source, MatrixView<const std::uint8
 
 /// What a pruned weight kept and dropped.
 struct SparseFidelity {
-  Fidelity fidelity;          // n_outside: stored weights that differ from their source in any bit
-  std::size_t n_zeros = 0;    // decoded weights that are zero
-  float greatest_pruned = 0;  // magnitude, 0 if nothing was
-  float least_kept = 0;       // magnitude of a stored weight, infinite if there is none
+  Fidelity fidelity;        // n_outside: stored weights that differ from their source in any bit
+  std::size_t n_zeros = 0;  // decoded weights that are zero
+  std::size_t n_source_zeros = 0;  // weights of the source that are
+  float greatest_pruned = 0;       // magnitude, 0 if nothing was
+  float least_kept = 0;            // magnitude of a stored weight, infinite if there is none
 };
 
 /// Compares what `expand` makes of `bitmask` and `nonzeros` with `source`.

@@ -5,13 +5,16 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <numeric>
 #include <type_traits>
+#include <utility>
 
 #include "core/check.h"
 #include "core/parallel.h"
+#include "core/vectorize.h"
 
 namespace milpress {
 namespace {
@@ -19,7 +22,7 @@ namespace {
 using Ends = std::vector<std::size_t>;
 
 constexpr double kEpsilon = std::numeric_limits<double>::epsilon();
-constexpr std::size_t kGrain = 4096;  // weights a thread takes at a time, in whole rows
+constexpr std::size_t kGrain = 65'536;  // weights a thread takes at a time, in whole rows
 
 // ---------------------------------------------------------------------------------------------
 // Distinct values
@@ -145,18 +148,97 @@ WeightedValues counted_values(std::span<const Half> weights, std::span<const flo
   return data;
 }
 
-WeightedValues distinct_values(std::span<const float> weights, std::span<const float> importance) {
+// The total importance of each half of a row, in the order of their values, and a bit for each bin
+// and for each word of bits that isn't zero. All zero between two rows.
+class Bins {
+ public:
+  WeightedValues collect(std::span<const Half> weights, std::span<const float> importance) {
+    return importance.empty()
+               ? collect(weights, counts_, [](std::size_t) { return 1U; })
+               : collect(weights, totals_, [&](std::size_t i) -> double { return importance[i]; });
+  }
+
+ private:
+  static constexpr std::size_t kBins = std::size_t{1} << 16;
+  static constexpr std::size_t kWord = 64;
+  static constexpr std::size_t kZero = 0x8000;      // bin of both zeros
+  static constexpr std::size_t kInfinity = 0x7c00;  // above and below it
+
+  template <typename Bin, typename Share>
+  WeightedValues collect(std::span<const Half> weights, std::vector<Bin>& bins,
+                         const Share& share_of) {
+    bins.resize(kBins);
+    occupied_.resize(kBins / kWord);
+    std::size_t n = 0;
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+      const std::size_t magnitude = weights[i].bits & 0x7fffU;
+      const std::size_t bin = weights[i].bits == magnitude ? kZero + magnitude : kZero - magnitude;
+      const Bin share = share_of(i);
+      if (magnitude < kInfinity && share > 0) {
+        bins[bin] += share;
+        std::uint64_t& word = occupied_[bin / kWord];
+        const std::uint64_t bit = std::uint64_t{1} << bin % kWord;
+        n += (word & bit) == 0 ? 1U : 0U;
+        word |= bit;
+      }
+    }
+    WeightedValues data{std::vector<double>(n), std::vector<double>(n)};
+    std::size_t next = 0;
+    for (std::size_t i = 0; i < occupied_.size(); ++i) {
+      for (std::uint64_t word = std::exchange(occupied_[i], 0); word != 0; word &= word - 1) {
+        const std::size_t bin = i * kWord + static_cast<std::size_t>(std::countr_zero(word));
+        const std::size_t bits = bin < kZero ? kZero + (kZero - bin) : bin - kZero;
+        data.values[next] = to_float(Half{static_cast<std::uint16_t>(bits)});
+        data.weights[next] = std::exchange(bins[bin], Bin{});
+        ++next;
+      }
+    }
+    return data;
+  }
+
+  std::vector<std::uint32_t> counts_;
+  std::vector<double> totals_;
+  std::vector<std::uint64_t> occupied_;
+};
+
+WeightedValues distinct_values(std::span<const float> weights, std::span<const float> importance,
+                               Bins& /*bins*/) {
   return sorted_values(weights, importance);
 }
 
-WeightedValues distinct_values(std::span<const Half> weights, std::span<const float> importance) {
-  constexpr std::size_t kHistogramMin = 16'384;  // above, visiting all the bins is the lesser cost
-  return weights.size() < kHistogramMin ? sorted_values(weights, importance)
-                                        : counted_values(weights, importance);
+WeightedValues distinct_values(std::span<const Half> weights, std::span<const float> importance,
+                               Bins& bins) {
+  constexpr std::size_t kSortMax = 256;         // below, a row sorts faster than bins are made
+  constexpr std::size_t kPiecesMin = 1U << 20;  // above, the pieces of a row can be counted at once
+  if (weights.size() <= kSortMax) {
+    return sorted_values(weights, importance);
+  }
+  return weights.size() < kPiecesMin ? bins.collect(weights, importance)
+                                     : counted_values(weights, importance);
 }
 
 // ---------------------------------------------------------------------------------------------
 // Cost of a cluster: the squared error of the values [begin, end) around their mean
+//
+// A cost also settles duels: which of two starts is the better one for the last cluster, as a
+// function of its end. The cheaper a start's partition of what comes before, the greater its lead.
+
+// The sum of `term(i)` for i in [0, n), eight terms side by side.
+template <typename Term>
+double lane_sum(std::size_t n, const Term& term) {
+  constexpr std::size_t kLanes = 8;
+  std::array<double, kLanes> sums{};
+  std::size_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      sums[lane] += term(i + lane);
+    }
+  }
+  for (std::size_t lane = 0; i < n; ++i, ++lane) {
+    sums[lane] += term(i);
+  }
+  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
 
 struct CompensatedSum {
   double sum = 0;
@@ -173,74 +255,156 @@ struct CompensatedSum {
 // Differences of prefix sums: fast, with an absolute error that scales with the whole row.
 class PrefixCost {
  public:
-  explicit PrefixCost(const WeightedValues& data) {
-    const std::size_t n = data.values.size();
-    const double centre =
-        std::inner_product(data.weights.begin(), data.weights.end(), data.values.begin(), 0.0) /
-        std::accumulate(data.weights.begin(), data.weights.end(), 0.0);
-    CompensatedSum weight;
-    CompensatedSum first;
-    CompensatedSum second;
-    sums_.reserve(n + 1);
-    sums_.emplace_back();
-    for (std::size_t i = 0; i < n; ++i) {
-      const double value = data.values[i] - centre;
-      weight.add(data.weights[i]);
-      first.add(data.weights[i] * value);
-      second.add(data.weights[i] * value * value);
-      // A weight too small to count would make a cluster of none and its mean 0 / 0.
-      const double least = sums_.back().weight * (1 + kEpsilon);
-      sums_.push_back({std::max(weight.sum, least), first.sum, second.sum});
+  explicit PrefixCost(const WeightedValues& data) : PrefixCost(data.values.size()) {
+    const std::size_t n = size();
+    const std::vector<double>& weights = data.weights;
+    const std::vector<double>& values = data.values;
+    const double centre = lane_sum(n, [&](std::size_t i) { return weights[i] * values[i]; }) /
+                          lane_sum(n, [&](std::size_t i) { return weights[i]; });
+    // A compensated sum waits for itself at every step: a few stretches are added up side by side.
+    constexpr std::size_t kStretches = 4;
+    const std::size_t length = n / kStretches;
+    std::array<Sums, kStretches> sums;
+    const auto add = [&](Sums& sum, std::size_t i) {
+      const double value = values[i] - centre;
+      const double moment = weights[i] * value;
+      sum.weight.add(weights[i]);
+      sum.first.add(moment);
+      sum.second.add(moment * value);
+      weight_[i + 1] = sum.weight.sum;
+      first_[i + 1] = sum.first.sum;
+      second_[i + 1] = sum.second.sum;
+    };
+    for (std::size_t i = 0; i < length; ++i) {
+      for (std::size_t stretch = 0; stretch < kStretches; ++stretch) {
+        add(sums[stretch], stretch * length + i);
+      }
     }
+    for (std::size_t i = kStretches * length; i < n; ++i) {
+      add(sums[kStretches - 1], i);
+    }
+    Sums before = sums[0];
+    for (std::size_t stretch = 1; stretch < kStretches; ++stretch) {
+      const std::size_t begin = stretch * length + 1;
+      const std::size_t end = stretch + 1 < kStretches ? begin + length : n + 1;
+      raise(weight_, begin, end, before.weight, sums[stretch].weight);
+      raise(first_, begin, end, before.first, sums[stretch].first);
+      raise(second_, begin, end, before.second, sums[stretch].second);
+    }
+    // A weight too small to count would make a cluster of none and its mean 0 / 0.
+    for (std::size_t i = 1; i <= n; ++i) {
+      if (!(weight_[i] > weight_[i - 1])) {
+        weight_[i] = weight_[i - 1] * (1 + kEpsilon);
+      }
+    }
+    pad();
   }
 
-  std::size_t size() const { return sums_.size() - 1; }
+  std::size_t size() const { return second_.size() - 1; }
 
   double operator()(std::size_t begin, std::size_t end) const {
-    const Sums& a = sums_[begin];
-    const Sums& b = sums_[end];
-    const double first = b.first - a.first;
-    return (b.second - a.second) - first * first / (b.weight - a.weight);
+    const double first = first_[end] - first_[begin];
+    return (second_[end] - second_[begin]) - first * first / (weight_[end] - weight_[begin]);
+  }
+
+  // With second moments left out where they cancel, and no division.
+  struct Duel {
+    static constexpr std::size_t kAtOnce = 4;
+    using Lanes [[gnu::vector_size(kAtOnce * sizeof(double))]] = double;
+    const double* weight;
+    const double* first;
+    double later_weight;
+    double later_first;
+    double earlier_weight;
+    double earlier_first;
+    double handicap;
+
+    /// The number of the first of the ends [end, end + kAtOnce) that the later start loses.
+    [[gnu::always_inline]] std::size_t losses(std::size_t end) const {
+      Lanes a;
+      Lanes weight_a;
+      std::memcpy(&a, first + end, sizeof(a));
+      std::memcpy(&weight_a, weight + end, sizeof(weight_a));
+      const Lanes b = a - earlier_first;
+      const Lanes weight_b = weight_a - earlier_weight;
+      a -= later_first;
+      weight_a -= later_weight;
+      const auto won = weight_a * (handicap * weight_b + b * b) < weight_b * (a * a);  // -1 if so
+      return static_cast<std::size_t>(4 + (won[0] + won[1]) + (won[2] + won[3]));
+    }
+  };
+
+  Duel duel(std::size_t later, std::size_t earlier, double lead) const {
+    return {weight_.data(),
+            first_.data(),
+            weight_[later],
+            first_[later],
+            weight_[earlier],
+            first_[earlier],
+            -lead - (second_[later] - second_[earlier])};
   }
 
   /// The same with only every `step`-th value able to end a cluster.
   PrefixCost coarse(std::size_t step) const {
-    PrefixCost result;
-    for (std::size_t i = 0; i < size(); i += step) {
-      result.sums_.push_back(sums_[i]);
+    const std::size_t n = size();
+    PrefixCost result((n + step - 1) / step);
+    for (std::size_t i = 0; i <= result.size(); ++i) {
+      const std::size_t from = std::min(i * step, n);
+      result.weight_[i] = weight_[from];
+      result.first_[i] = first_[from];
+      result.second_[i] = second_[from];
     }
-    result.sums_.push_back(sums_.back());
+    result.pad();
     return result;
   }
 
   /// Bounds the rounding error of the cost of all clusters: each sum is off by its own epsilon, and
   /// the formula passes that on times 1, 2 * mean and mean^2.
   double error_bound(const Ends& ends) const {
-    double largest = 0;
-    for (const Sums& sums : sums_) {
-      largest = std::max(largest, std::abs(sums.first));
-    }
+    const double weight = weight_.back();
+    const double second = second_.back();
+    const double first = std::sqrt(weight * second);  // no less than any first moment
     double bound = 0;
     std::size_t begin = 0;
     for (const std::size_t end : ends) {
-      const double mean = std::abs((sums_[end].first - sums_[begin].first) /
-                                   (sums_[end].weight - sums_[begin].weight));
-      bound += sums_.back().second + mean * (2 * largest + mean * sums_.back().weight);
+      const double mean = std::abs((first_[end] - first_[begin]) / (weight_[end] - weight_[begin]));
+      bound += second + mean * (2 * first + mean * weight);
       begin = end;
     }
-    return 2 * kEpsilon * bound;
+    return 4 * kEpsilon * bound;
   }
 
  private:
   struct Sums {
-    double weight = 0;
-    double first = 0;   // of weight * value
-    double second = 0;  // of weight * value^2
+    CompensatedSum weight;
+    CompensatedSum first;   // of weight * value
+    CompensatedSum second;  // of weight * value^2
   };
 
-  PrefixCost() = default;
+  explicit PrefixCost(std::size_t n)
+      : weight_(n + Duel::kAtOnce), first_(n + Duel::kAtOnce), second_(n + 1) {}
 
-  std::vector<Sums> sums_;  // one more than values
+  // Adds `before` to the sums of a stretch, then the total of the stretch to `before`.
+  static void raise(std::vector<double>& sums, std::size_t begin, std::size_t end,
+                    CompensatedSum& before, const CompensatedSum& total) {
+    for (std::size_t i = begin; i < end; ++i) {
+      sums[i] = before.sum + (sums[i] - before.excess);
+    }
+    before.add(total.sum);
+    before.add(-total.excess);
+  }
+
+  // A duel looks past the last value, and finds it again.
+  void pad() {
+    std::fill(weight_.begin() + static_cast<std::ptrdiff_t>(size()), weight_.end(),
+              weight_[size()]);
+    std::fill(first_.begin() + static_cast<std::ptrdiff_t>(size()), first_.end(), first_[size()]);
+  }
+
+  // One more than values, and padding.
+  std::vector<double> weight_;
+  std::vector<double> first_;
+  std::vector<double> second_;
 };
 
 // A tree of merged neighbours: every term is positive, so the error is relative to the cost itself.
@@ -257,6 +421,22 @@ class TreeCost {
   std::size_t size() const { return tree_.size() / 2; }
 
   double operator()(std::size_t begin, std::size_t end) const { return cluster(begin, end).error; }
+
+  struct Duel {
+    static constexpr std::size_t kAtOnce = 1;
+    const TreeCost& cost;
+    std::size_t later;
+    std::size_t earlier;
+    double lead;
+
+    std::size_t losses(std::size_t end) const {
+      return cost(later, end) - cost(earlier, end) < lead ? 0 : 1;
+    }
+  };
+
+  Duel duel(std::size_t later, std::size_t earlier, double lead) const {
+    return {*this, later, earlier, lead};
+  }
 
   TreeCost coarse(std::size_t step) const {
     std::vector<Cluster> leaves;
@@ -321,11 +501,8 @@ struct Partition {
   double penalty = 0;  // it minimises error + penalty * clusters
 };
 
-// The least error + penalty * clusters in one pass. A cluster costs more the further it starts from
-// its end, and increasingly so; hence once a later start beats an earlier one it stays ahead, and
-// a queue holds the starts in the order of the ends from which each is the best.
-template <typename Cost>
-Partition cheapest_partition(const Cost& cost, double penalty) {
+// The nodes and the queue of `cheapest_partition`, kept from one pass to the next.
+struct Scratch {
   struct Node {
     double error;  // kept apart from the count, or a large penalty would round it away
     std::uint32_t count;
@@ -335,59 +512,94 @@ Partition cheapest_partition(const Cost& cost, double penalty) {
     std::uint32_t start;
     std::uint32_t first_end;
   };
-  const auto n = static_cast<std::uint32_t>(cost.size());
-  std::vector<Node> nodes(n + 1);
-  std::vector<Candidate> queue(n);
+  std::vector<Node> nodes;
+  std::vector<Candidate> queue;
+};
+
+// The first of the ends [low, n] that the later start wins, else n + 1. It is near in smooth data:
+// gallop.
+template <typename Duel>
+[[gnu::always_inline]] inline std::size_t first_win(const Duel& duel, std::size_t low,
+                                                    std::size_t n) {
+  std::size_t high = low;
+  for (std::size_t step = 1; high <= n; step *= 2) {
+    const std::size_t losses = duel.losses(high);
+    if (losses == 0) {
+      break;
+    }
+    low = high + losses;
+    if (losses < Duel::kAtOnce) {
+      return low;
+    }
+    high = low + step - 1;
+  }
+  high = std::min(high, n + 1);
+  while (low < high) {
+    const std::size_t middle = low + (high - low) / 2;
+    const std::size_t losses = duel.losses(middle);
+    if (losses == 0) {
+      high = middle;
+    } else {
+      low = middle + losses;
+      if (losses < Duel::kAtOnce) {
+        return low;
+      }
+    }
+  }
+  return std::min(low, n + 1);
+}
+
+// The least error + penalty * clusters in one pass. A cluster costs more the further it starts from
+// its end, and increasingly so; hence once a later start beats an earlier one it stays ahead, and
+// a queue holds the starts in the order of the ends from which each is the best.
+template <typename Cost>
+[[gnu::always_inline]] inline Partition one_pass(const Cost& cost, double penalty,
+                                                 Scratch& scratch) {
+  const std::size_t n = cost.size();
+  scratch.nodes.resize(std::max(scratch.nodes.size(), n + 1));
+  scratch.queue.resize(std::max(scratch.queue.size(), n));
+  Scratch::Node* const nodes = scratch.nodes.data();
+  Scratch::Candidate* const queue = scratch.queue.data();
+  nodes[0] = {0, 0, 0};
   queue[0] = {0, 1};
   std::size_t head = 0;
   std::size_t tail = 1;
-
-  const auto beats = [&](std::uint32_t later, std::uint32_t earlier, std::uint32_t end) {
-    const Node& a = nodes[later];
-    const Node& b = nodes[earlier];
-    return (a.error + cost(later, end)) - (b.error + cost(earlier, end)) <
-           penalty * (static_cast<double>(b.count) - static_cast<double>(a.count));
+  const auto reach = [&](std::size_t end) {
+    head += head + 1 < tail && queue[head + 1].first_end <= end ? 1U : 0U;
+    const std::uint32_t start = queue[head].start;
+    nodes[end] = {nodes[start].error + cost(start, end), nodes[start].count + 1, start};
   };
-  // The first end in [low, n] that `later` wins, else n + 1. It is near in smooth data: gallop.
-  const auto first_win = [&](std::uint32_t later, std::uint32_t earlier, std::uint32_t low) {
-    std::uint32_t step = 1;
-    std::uint32_t high = low;
-    while (high <= n && !beats(later, earlier, high)) {
-      low = high + 1;
-      high += step;
-      step *= 2;
-    }
-    high = std::min(high, n + 1);
-    while (low < high) {
-      const std::uint32_t middle = low + (high - low) / 2;
-      if (beats(later, earlier, middle)) {
-        high = middle;
-      } else {
-        low = middle + 1;
+  // Starts that `start` beats from the first of their ends are done for. Where one never beats the
+  // others, the next won't either.
+  bool hopeless = false;
+  const auto enqueue = [&](std::size_t start, std::size_t next_end) {
+    const Scratch::Node& node = nodes[start];
+    std::size_t first = next_end;
+    for (; tail > head; --tail) {
+      const Scratch::Candidate& last = queue[tail - 1];
+      const Scratch::Node& earlier = nodes[last.start];
+      const double lead =
+          penalty * (static_cast<double>(earlier.count) - static_cast<double>(node.count)) -
+          (node.error - earlier.error);
+      const std::size_t from = last.first_end;
+      const auto duel = cost.duel(start, last.start, lead);
+      const std::size_t win = hopeless && duel.losses(n) > 0 ? n + 1 : first_win(duel, from, n);
+      if (win > from) {
+        first = win;
+        break;
       }
     }
-    return high;
-  };
-
-  for (std::uint32_t i = 1; i <= n; ++i) {
-    while (head + 1 < tail && queue[head + 1].first_end <= i) {
-      ++head;
-    }
-    const std::uint32_t start = queue[head].start;
-    nodes[i] = {nodes[start].error + cost(start, i), nodes[start].count + 1, start};
-    if (i == n) {
-      break;
-    }
-    queue[head].first_end = i + 1;
-    while (tail > head && beats(i, queue[tail - 1].start, queue[tail - 1].first_end)) {
-      --tail;
-    }
-    const std::uint32_t first =
-        tail == head ? i + 1 : first_win(i, queue[tail - 1].start, queue[tail - 1].first_end + 1);
+    hopeless = first > n;
     if (first <= n) {
-      queue[tail++] = {i, first};
+      queue[tail++] = {static_cast<std::uint32_t>(start), static_cast<std::uint32_t>(first)};
     }
+  };
+  for (std::size_t i = 1; i < n; ++i) {
+    reach(i);
+    queue[head].first_end = static_cast<std::uint32_t>(i + 1);
+    enqueue(i, i + 1);
   }
+  reach(n);
 
   Partition result{Ends(nodes[n].count), nodes[n].error, penalty};
   std::size_t end = n;
@@ -395,6 +607,15 @@ Partition cheapest_partition(const Cost& cost, double penalty) {
     result.ends[j] = end;
   }
   return result;
+}
+
+MILPRESS_VECTORIZE
+Partition cheapest_partition(const PrefixCost& cost, double penalty, Scratch& scratch) {
+  return one_pass(cost, penalty, scratch);
+}
+
+Partition cheapest_partition(const TreeCost& cost, double penalty, Scratch& scratch) {
+  return one_pass(cost, penalty, scratch);
 }
 
 // A partition into `k` clusters that begins as `many` does and ends as `few` does. If both are
@@ -420,12 +641,13 @@ Partition splice(const Cost& cost, const Partition& few, const Partition& many, 
   return best;
 }
 
-// Finds the penalty whose cheapest partition has `k` clusters. The count falls as the penalty
-// rises, for smooth data with its cube root: that gives the next guess. Where the guess fails, the
-// penalty at which both ends of the bracket cost the same either narrows the bracket or shows that
-// everything between them costs the same as well.
+// Finds the penalty whose cheapest partition has `k` clusters, beginning with `penalty` or, if that
+// is 0, with a rule of thumb. The count falls as the penalty rises, for smooth data with its cube
+// root: that gives the next guess. Where the guess fails, the penalty at which both ends of the
+// bracket cost the same either narrows the bracket or shows that everything between them costs the
+// same as well.
 template <typename Cost>
-Partition search_partition(const Cost& cost, std::size_t k) {
+Partition search_partition(const Cost& cost, std::size_t k, double penalty, Scratch& scratch) {
   constexpr std::size_t kStep = 8;
   constexpr std::size_t kCoarseMin = 4;  // values per cluster that give a good first penalty
   constexpr int kMaxGuesses = 12;
@@ -435,8 +657,13 @@ Partition search_partition(const Cost& cost, std::size_t k) {
   Partition few{{n}, cost(0, n), std::numeric_limits<double>::infinity()};
   Partition many{Ends(n), 0, 0};
   std::iota(many.ends.begin(), many.ends.end(), std::size_t{1});
-  double penalty = n >= kStep * kCoarseMin * k ? search_partition(cost.coarse(kStep), k).penalty
-                                               : 2 * few.error / cube(static_cast<double>(k));
+  if (penalty == 0) {
+    penalty = 2 * few.error / cube(static_cast<double>(k));
+  }
+  const std::size_t step = std::min(kStep, std::bit_floor(n / (kCoarseMin * k)));
+  if (step > 1) {
+    penalty = search_partition(cost.coarse(step), k, penalty, scratch).penalty;
+  }
   bool stalled = false;
   for (int guess = 0;; ++guess) {
     const bool last_resort =
@@ -444,7 +671,7 @@ Partition search_partition(const Cost& cost, std::size_t k) {
     if (last_resort) {
       penalty = (few.error - many.error) / static_cast<double>(many.ends.size() - few.ends.size());
     }
-    Partition next = cheapest_partition(cost, penalty);
+    Partition next = cheapest_partition(cost, penalty, scratch);
     const std::size_t count = next.ends.size();
     if (count == k) {
       return next;
@@ -507,36 +734,60 @@ Partition dynamic_program(const Cost& cost, std::size_t k) {
 
 // Solves with the fast cost, and again with the accurate one if rounding could have misled it.
 template <typename Solve>
-Ends solve(const WeightedValues& data, std::size_t k, const Solve& partition) {
+Partition solve(const WeightedValues& data, std::size_t k, const Solve& partition) {
   constexpr double kTolerance = 1e-7;
   const std::size_t n = data.values.size();
   if (n <= k) {
     Ends ends(n);
     std::iota(ends.begin(), ends.end(), std::size_t{1});
-    return ends;
+    return {ends, 0, 0};
   }
   const PrefixCost cost(data);
-  Ends ends = partition(cost, k).ends;
-  if (cost.error_bound(ends) <= kTolerance * squared_error(data, ends)) {
-    return ends;
+  Partition result = partition(cost, k);
+  const double bound = cost.error_bound(result.ends);
+  if (bound <= kTolerance * (result.error - bound)) {
+    return result;
   }
-  return partition(TreeCost(data), k).ends;
+  return partition(TreeCost(data), k);
 }
+
+// Solves for one row after another. Rows of one weight resemble each other, and so do the
+// penalties, as a share of the error of a single cluster: a row's search starts at the last one's.
+class Solver {
+ public:
+  Ends clusters(const WeightedValues& data, std::size_t k) {
+    constexpr std::size_t kFewClusters = 2;
+    const auto partition = [this](const auto& cost, std::size_t n_clusters) {
+      if (n_clusters <= kFewClusters) {
+        return dynamic_program(cost, n_clusters);
+      }
+      const double whole = cost(0, cost.size());
+      Partition result = search_partition(cost, n_clusters, share_ * whole, scratch_);
+      share_ = result.penalty > 0 && whole > 0 ? result.penalty / whole : 0;
+      return result;
+    };
+    return solve(data, k, partition).ends;
+  }
+
+ private:
+  double share_ = 0;
+  Scratch scratch_;
+};
 
 // ---------------------------------------------------------------------------------------------
 // Entries
 
-// Counted from the heaviest value, or a light one far away would round the mean off.
+// The rounding error of the mean is that of the mean distance from it, however far both are from
+// zero.
 double mean(const WeightedValues& data, std::size_t begin, std::size_t end) {
-  const auto weights = data.weights.begin();
-  const double pivot = data.values[std::max_element(weights + begin, weights + end) - weights];
-  double weight = 0;
-  double first = 0;
-  for (std::size_t i = begin; i < end; ++i) {
-    weight += data.weights[i];
-    first += data.weights[i] * (data.values[i] - pivot);
-  }
-  return pivot + first / weight;
+  const double* const weights = data.weights.data() + begin;
+  const double* const values = data.values.data() + begin;
+  const std::size_t n = end - begin;
+  const double weight = lane_sum(n, [&](std::size_t i) { return weights[i]; });
+  const double rough = lane_sum(n, [&](std::size_t i) { return weights[i] * values[i]; }) / weight;
+  const double pivot = std::clamp(rough, values[0], values[n - 1]);
+  return pivot +
+         lane_sum(n, [&](std::size_t i) { return weights[i] * (values[i] - pivot); }) / weight;
 }
 
 // `value` rounded once to the nearest `T`.
@@ -562,38 +813,37 @@ template <typename T>
 std::vector<float> rounded_entries(const WeightedValues& data, Ends ends) {
   constexpr int kMaxTurns = 100;
   std::vector<float> entries(ends.size());
-  for (int turn = 0; turn < kMaxTurns; ++turn) {
+  Ends before(ends.size());
+  for (int turn = 0; turn < kMaxTurns && ends != before; ++turn) {
     for (std::size_t j = 0; j < ends.size(); ++j) {
       const std::size_t begin = j == 0 ? 0 : ends[j - 1];
-      if (begin < ends[j]) {
+      const bool changed = ends[j] != before[j] || (j > 0 && begin != before[j - 1]);
+      if (changed && begin < ends[j]) {
         entries[j] = nearest<T>(mean(data, begin, ends[j]));
       }
     }
-    Ends next = ends;
+    before = ends;
     for (std::size_t j = 0; j + 1 < ends.size(); ++j) {
       const double midpoint = (double{entries[j]} + entries[j + 1]) / 2;
-      next[j] =
+      ends[j] =
           std::upper_bound(data.values.begin(), data.values.end(), midpoint) - data.values.begin();
     }
-    if (next == ends) {
-      break;
-    }
-    ends = std::move(next);
   }
   return entries;
 }
 
 template <typename T>
-void fit_row(std::span<const T> weights, std::span<const float> importance, std::span<T> lut) {
+void fit_row(std::span<const T> weights, std::span<const float> importance, std::span<T> lut,
+             Bins& bins, Solver& solver) {
   check(std::all_of(
             importance.begin(), importance.end(),
             [](float share) { return share >= 0 && share <= std::numeric_limits<float>::max(); }),
         "importance must be finite and not negative");
-  WeightedValues data = distinct_values(weights, importance);
+  WeightedValues data = distinct_values(weights, importance, bins);
   if (data.values.empty()) {
-    data = distinct_values(weights, {});
+    data = distinct_values(weights, {}, bins);
   }
-  std::vector<float> entries = rounded_entries<T>(data, optimal_clusters(data, lut.size()));
+  std::vector<float> entries = rounded_entries<T>(data, solver.clusters(data, lut.size()));
   entries.resize(lut.size(), entries.empty() ? 0.0F : entries.back());
   std::transform(entries.begin(), entries.end(), lut.begin(), from_float<T>);
 }
@@ -601,18 +851,16 @@ void fit_row(std::span<const T> weights, std::span<const float> importance, std:
 }  // namespace
 
 std::vector<std::size_t> optimal_clusters(const WeightedValues& data, std::size_t k) {
-  constexpr std::size_t kFewClusters = 2;
-  return solve(data, k, [](const auto& cost, std::size_t n_clusters) {
-    return n_clusters <= kFewClusters ? dynamic_program(cost, n_clusters)
-                                      : search_partition(cost, n_clusters);
-  });
+  return Solver().clusters(data, k);
 }
 
 std::vector<std::size_t> optimal_clusters_by_dynamic_program(const WeightedValues& data,
                                                              std::size_t k) {
-  return solve(data, k, [](const auto& cost, std::size_t n_clusters) {
-    return dynamic_program(cost, n_clusters);
-  });
+  return solve(data, k,
+               [](const auto& cost, std::size_t n_clusters) {
+                 return dynamic_program(cost, n_clusters);
+               })
+      .ends;
 }
 
 double squared_error(const WeightedValues& data, std::span<const std::size_t> ends) {
@@ -639,10 +887,12 @@ void kmeans1d(MatrixView<const T> weights, MatrixView<const float> importance, M
         ", got ", importance.n_rows, " x ", importance.n_cols);
   const std::size_t rows = kGrain / std::max<std::size_t>(1, weights.n_cols);
   parallel_for(weights.n_rows, rows, [&](std::size_t begin, std::size_t end) {
+    Bins bins;
+    Solver solver;
     for (std::size_t row = begin; row < end; ++row) {
       fit_row(weights.row(row),
               importance.n_rows == 0 ? std::span<const float>() : importance.row(row),
-              luts.row(row));
+              luts.row(row), bins, solver);
     }
   });
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <functional>
 #include <limits>
 #include <numeric>
@@ -312,11 +313,35 @@ struct Fit {
 
 // What a piece of the vectors adds to the entries they are nearest to.
 struct Moments {
-  std::vector<double> sums;     // of share * vector
-  std::vector<double> weights;  // of shares
+  std::vector<double> sums;         // of share * vector
+  std::vector<double> weights;      // of shares
+  std::vector<std::size_t> n_near;  // vectors
   double error = 0;
   std::size_t n_changed = 0;
+
+  // Adds a vector to the entry `code`, or with `sign` -1 takes it away.
+  void add(const Vectors& vectors, std::size_t i, std::size_t code, int sign) {
+    const double share = sign * double{vectors.shares[i]};
+    for (std::size_t d = 0; d < vectors.dim; ++d) {
+      sums[code * vectors.dim + d] += share * vectors.at(i, d);
+    }
+    weights[code] += share;
+    n_near[code] += static_cast<std::size_t>(sign);
+  }
 };
+
+// The sum of share * distance; `n` is a multiple of kLanes.
+MILPRESS_VECTORIZE
+double weighted_sum(const float* shares, const float* distances, std::size_t n) {
+  constexpr std::size_t kSums = 8;
+  std::array<double, kSums> sums{};
+  for (std::size_t i = 0; i < n; i += kSums) {
+    for (std::size_t lane = 0; lane < kSums; ++lane) {
+      sums[lane] += double{shares[i + lane]} * double{distances[i + lane]};
+    }
+  }
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
+}
 
 // Empty clusters take over the vectors that add most to the error.
 void move_empty(const Vectors& vectors, std::span<const float> distances,
@@ -345,38 +370,47 @@ class Lloyd {
         codes_(vectors.stride),
         codes_before_(vectors.stride),
         distances_(vectors.stride),
-        pieces_((vectors.stride + kPiece - 1) / kPiece) {}
+        pieces_((vectors.stride + kPiece - 1) / kPiece) {
+    constexpr float kEven = 0x1p20F;
+    const auto end = vectors.shares.begin() + static_cast<std::ptrdiff_t>(vectors.count);
+    const auto [least, most] = std::minmax_element(vectors.shares.begin(), end);
+    is_even_ = least != end && *most <= kEven * *least;
+  }
 
-  // Finds the entry nearest to each vector. Pieces are added up in their order.
+  // Finds the entry nearest to each vector. Only vectors that change entries change the sums, so
+  // that late turns cost little more than the distances; unless some count so much more than others
+  // that they would leave a rounding error that hides those. Pieces are added up in their order.
   Moments assign(const Entries& entries) {
     const std::size_t dim = vectors_.dim;
+    const bool is_anew = pieces_[0].sums.empty() || !is_even_;
     codes_.swap(codes_before_);
     parallel_for(vectors_.stride, kPiece, [&](std::size_t begin, std::size_t end) {
       nearest_entries(entries, dim, vectors_.values.data() + begin, vectors_.stride, end - begin,
                       codes_.data() + begin, distances_.data() + begin);
       Moments& piece = pieces_[begin / kPiece];
-      piece.sums.assign(entries.size(), 0);
-      piece.weights.assign(entries.size() / dim, 0);
-      piece.error = 0;
-      piece.n_changed = 0;
-      for (std::size_t i = begin; i < end; ++i) {
-        const double share = vectors_.shares[i];
-        const std::size_t code = codes_[i];
-        for (std::size_t d = 0; d < dim; ++d) {
-          piece.sums[code * dim + d] += share * vectors_.at(i, d);
+      piece.error =
+          weighted_sum(vectors_.shares.data() + begin, distances_.data() + begin, end - begin);
+      if (is_anew) {
+        piece.sums.assign(entries.size(), 0);
+        piece.weights.assign(entries.size() / dim, 0);
+        piece.n_near.assign(entries.size() / dim, 0);
+        piece.n_changed = 0;
+        for (std::size_t i = begin; i < std::min(end, vectors_.count); ++i) {
+          piece.add(vectors_, i, codes_[i], 1);
+          piece.n_changed += codes_[i] != codes_before_[i] ? 1U : 0U;
         }
-        piece.weights[code] += share;
-        piece.error += share * distances_[i];
-        piece.n_changed += codes_[i] != codes_before_[i] ? 1U : 0U;
+      } else {
+        update(piece, begin, std::min(end, vectors_.count));
       }
     });
     Moments total = pieces_[0];
-    const auto add = [](std::vector<double>& sum, const std::vector<double>& piece) {
+    const auto add = [](auto& sum, const auto& piece) {
       std::transform(sum.begin(), sum.end(), piece.begin(), sum.begin(), std::plus<>());
     };
     for (std::size_t p = 1; p < pieces_.size(); ++p) {
       add(total.sums, pieces_[p].sums);
       add(total.weights, pieces_[p].weights);
+      add(total.n_near, pieces_[p].n_near);
       total.error += pieces_[p].error;
       total.n_changed += pieces_[p].n_changed;
     }
@@ -389,7 +423,7 @@ class Lloyd {
     const std::size_t dim = vectors_.dim;
     std::vector<std::size_t> empty;
     for (std::size_t j = 0; j < moments.weights.size(); ++j) {
-      if (moments.weights[j] > 0) {
+      if (moments.n_near[j] > 0 && moments.weights[j] > 0) {
         for (std::size_t d = 0; d < dim; ++d) {
           entries[j * dim + d] = static_cast<float>(moments.sums[j * dim + d] / moments.weights[j]);
         }
@@ -404,20 +438,40 @@ class Lloyd {
   }
 
  private:
+  void update(Moments& piece, std::size_t begin, std::size_t end) const {
+    piece.n_changed = 0;
+    const auto update_one = [&](std::size_t i) {
+      if (codes_[i] != codes_before_[i]) {
+        piece.add(vectors_, i, codes_before_[i], -1);
+        piece.add(vectors_, i, codes_[i], 1);
+        ++piece.n_changed;
+      }
+    };
+    for (std::size_t i = begin; i < end; i += kLanes) {
+      if (std::memcmp(&codes_[i], &codes_before_[i], kLanes) != 0) {
+        for (std::size_t lane = 0; lane < std::min(kLanes, end - i); ++lane) {
+          update_one(i + lane);
+        }
+      }
+    }
+  }
+
   const Vectors& vectors_;
   std::vector<std::uint8_t> codes_;
   std::vector<std::uint8_t> codes_before_;
   std::vector<float> distances_;
   std::vector<Moments> pieces_;
+  bool is_even_ = false;  // no vector counts far more than another
 };
 
-Fit refine(const Vectors& vectors, Entries entries) {
+// Takes turns until one gains less than `least_gain` of the error.
+Fit refine(const Vectors& vectors, Entries entries, double least_gain = kLeastGain) {
   Lloyd lloyd(vectors);
   Fit fit;
   for (int turn = 0; turn < kMaxTurns; ++turn) {
     const Moments moments = lloyd.assign(entries);
     const bool is_settled =
-        (turn > 0 && moments.n_changed == 0) || moments.error > (1 - kLeastGain) * fit.error;
+        (turn > 0 && moments.n_changed == 0) || moments.error > (1 - least_gain) * fit.error;
     const std::size_t n_empty = lloyd.move(moments, entries);
     fit.error = moments.error;
     if (moments.error == 0 || (is_settled && n_empty == 0)) {
@@ -483,28 +537,40 @@ Vectors sample(const Vectors& vectors, std::size_t n, Random& random) {
   return result;
 }
 
-// The best of a few starts on a sample is refined on all the vectors.
+// The best of a few starts on a sample, of which only the best third is refined to the end, is
+// refined on all the vectors.
 Entries cluster(const Vectors& vectors, std::size_t n_entries, std::uint64_t seed) {
   constexpr std::size_t kPerEntry = 64;
   constexpr std::size_t kLeast = 8192;
+  constexpr std::size_t kShare = 3;
+  constexpr double kRoughGain = 0.01;  // shows which starts are good
   // Starts differ the less the more entries there are.
   const std::size_t n_starts = n_entries < 64 ? 8 : n_entries < kMaxEntries ? 2 : 1;
   const std::size_t n_sampled = std::max(kLeast, kPerEntry * n_entries);
-  std::vector<Fit> starts(n_starts);
+  const bool is_sampled = vectors.count > n_sampled;
+  Random random(seed + (std::uint64_t{n_starts} << 56));
+  const Vectors sampled = is_sampled ? sample(vectors, n_sampled, random) : Vectors(0, 0);
+  const Vectors& some = is_sampled ? sampled : vectors;
+  std::vector<Fit> fits(n_starts);
   parallel_for(n_starts, 1, [&](std::size_t begin, std::size_t end) {
     for (std::size_t i = begin; i < end; ++i) {
-      Random random(seed + (std::uint64_t{i} << 56));  // no start of a near seed
-      if (vectors.count <= n_sampled) {
-        starts[i] = refine(vectors, random_start(vectors, n_entries, random));
-      } else {
-        const Vectors some = sample(vectors, n_sampled, random);
-        starts[i] = refine(some, random_start(some, n_entries, random));
-      }
+      Random own(seed + (std::uint64_t{i} << 56));  // no start of a near seed
+      fits[i] =
+          refine(some, random_start(some, n_entries, own), n_starts > 1 ? kRoughGain : kLeastGain);
     }
   });
-  const auto best = std::min_element(starts.begin(), starts.end(),
-                                     [](const Fit& a, const Fit& b) { return a.error < b.error; });
-  return vectors.count <= n_sampled ? best->entries : refine(vectors, best->entries).entries;
+  const auto is_better = [](const Fit& a, const Fit& b) { return a.error < b.error; };
+  std::stable_sort(fits.begin(), fits.end(), is_better);
+  fits.resize((n_starts + kShare - 1) / kShare);
+  if (n_starts > 1) {
+    parallel_for(fits.size(), 1, [&](std::size_t begin, std::size_t end) {
+      for (std::size_t i = begin; i < end; ++i) {
+        fits[i] = refine(some, std::move(fits[i].entries));
+      }
+    });
+  }
+  const Fit& best = *std::min_element(fits.begin(), fits.end(), is_better);
+  return is_sampled ? refine(vectors, best.entries).entries : best.entries;
 }
 
 // ---------------------------------------------------------------------------------------------

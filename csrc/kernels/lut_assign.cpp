@@ -8,15 +8,16 @@
 
 #include "core/check.h"
 #include "core/parallel.h"
+#include "core/shuffle.h"
 #include "core/vectorize.h"
 
 namespace milpress {
 namespace {
 
-constexpr std::size_t kMaxEntries = 256;  // a code is one byte
-constexpr std::size_t kMaxCounted = 16;   // entries whose midpoints are compared with one by one
-constexpr std::size_t kTableMin = 4096;   // weights that pay for a table of all the halves
-constexpr std::size_t kPiece = 262'144;   // weights a thread takes at a time
+constexpr std::size_t kMaxEntries = 256;             // a code is one byte
+constexpr std::size_t kMaxCounted = kMaxFewEntries;  // whose midpoints are compared one by one
+constexpr std::size_t kTableMin = 4096;  // weights that pay for a table of all the halves
+constexpr std::size_t kPiece = 262'144;  // weights a thread takes at a time
 
 // Largest float that is not nearer to `upper` than to `lower`.
 float midpoint(float lower, float upper) {
@@ -133,8 +134,8 @@ std::vector<std::uint8_t> code_table(const Thresholds<Half>& thresholds) {
   return table;
 }
 
-MILPRESS_VECTORIZE void look_up(std::span<const std::uint8_t> table, std::span<const Half> weights,
-                                std::span<std::uint8_t> codes) {
+MILPRESS_VECTORIZE void look_up_keys(std::span<const std::uint8_t> table,
+                                     std::span<const Half> weights, std::span<std::uint8_t> codes) {
   constexpr std::size_t kChunk = 1024;
   std::array<std::uint16_t, kChunk> positions;
   for (std::size_t begin = 0; begin < weights.size(); begin += kChunk) {
@@ -157,18 +158,23 @@ void assign(std::span<const Half> lut, std::span<const Half> weights,
             std::span<std::uint8_t> codes) {
   const Thresholds<Half> thresholds(lut);
   if (lut.size() > kMaxCounted && weights.size() >= kTableMin) {
-    look_up(code_table(thresholds), weights, codes);
+    look_up_keys(code_table(thresholds), weights, codes);
   } else {
     count_or_search(thresholds, weights, codes);
   }
 }
 
-MILPRESS_VECTORIZE std::uint8_t largest(std::span<const std::uint8_t> codes) {
-  std::uint8_t result = 0;
-  for (const std::uint8_t code : codes) {
-    result = std::max(result, code);
+// Whether every key lies above `lower` and not above `upper` of the code that goes with it.
+MILPRESS_VECTORIZE bool lies_within(const Half* weights, const Half* lower, const Half* upper,
+                                    std::size_t n) {
+  std::uint16_t n_outside = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::int16_t key = key_of(weights[i]);
+    const auto low = static_cast<std::int16_t>(lower[i].bits);
+    const auto high = static_cast<std::int16_t>(upper[i].bits);
+    n_outside = static_cast<std::uint16_t>(n_outside | ((key <= low) | (key > high)));
   }
-  return result;
+  return n_outside == 0;
 }
 
 // Calls `body(row, begin, end)` for pieces of rows: many short rows or few columns of a long one
@@ -183,6 +189,20 @@ void for_each_piece(std::size_t n_rows, std::size_t n_cols, const Body& body) {
       body(piece / pieces_per_row, begin, std::min(begin + kPiece, n_cols));
     }
   });
+}
+
+template <typename T>
+void look_up(std::span<const T> lut, std::span<const std::uint8_t> codes, std::span<T> weights) {
+  if constexpr (sizeof(T) == 2) {
+    if (lut.size() <= kMaxFewEntries) {
+      std::array<T, kMaxFewEntries> entries{};
+      std::copy(lut.begin(), lut.end(), entries.begin());
+      look_up_sixteen(entries.data(), codes.data(), codes.size(), weights.data());
+      return;
+    }
+  }
+  std::transform(codes.begin(), codes.end(), weights.begin(),
+                 [lut](std::uint8_t code) { return lut[code]; });
 }
 
 template <typename T>
@@ -219,6 +239,39 @@ void lut_assign(MatrixView<const T> weights, MatrixView<const T> luts,
                  });
 }
 
+MILPRESS_VECTORIZE std::uint8_t greatest_code(std::span<const std::uint8_t> codes) {
+  std::uint8_t result = 0;
+  for (const std::uint8_t code : codes) {
+    result = std::max(result, code);
+  }
+  return result;
+}
+
+bool names_nearest(std::span<const Half> weights, std::span<const Half> lut,
+                   std::span<const std::uint8_t> codes) {
+  constexpr std::size_t kChunk = 1024;
+  const Thresholds<Half> thresholds(lut);
+  std::array<Half, kMaxFewEntries> limits_below{};
+  std::array<Half, kMaxFewEntries> limits_above{};
+  for (std::size_t j = 0; j < lut.size(); ++j) {
+    // NaN has the least key of all and takes entry 0, so the first limit is checked by itself.
+    const auto below = j == 0 ? std::numeric_limits<std::int16_t>::min() : thresholds.keys[j - 1];
+    limits_below[j] = Half{static_cast<std::uint16_t>(below)};
+    limits_above[j] = Half{static_cast<std::uint16_t>(thresholds.keys[j])};
+  }
+  std::array<Half, kChunk> lower;
+  std::array<Half, kChunk> upper;
+  for (std::size_t begin = 0; begin < weights.size(); begin += kChunk) {
+    const std::size_t n = std::min(kChunk, weights.size() - begin);
+    look_up_sixteen(limits_below.data(), codes.data() + begin, n, lower.data());
+    look_up_sixteen(limits_above.data(), codes.data() + begin, n, upper.data());
+    if (!lies_within(weights.data() + begin, lower.data(), upper.data(), n)) {
+      return false;
+    }
+  }
+  return true;
+}
+
 template <typename T>
 void lut_to_dense(MatrixView<const std::uint8_t> codes, MatrixView<const T> luts,
                   MatrixView<T> weights) {
@@ -230,11 +283,9 @@ void lut_to_dense(MatrixView<const std::uint8_t> codes, MatrixView<const T> luts
                  [&](std::size_t row, std::size_t begin, std::size_t end) {
                    const auto in = codes.row(row).subspan(begin, end - begin);
                    const auto out = weights.row(row).subspan(begin, end - begin);
-                   check(largest(in) < luts.n_cols, "codes must be below ", luts.n_cols, ", got ",
-                         int{largest(in)}, " in row ", row);
-                   const std::span<const T> lut = luts.row(row);
-                   std::transform(in.begin(), in.end(), out.begin(),
-                                  [lut](std::uint8_t code) { return lut[code]; });
+                   check(greatest_code(in) < luts.n_cols, "codes must be below ", luts.n_cols,
+                         ", got ", int{greatest_code(in)}, " in row ", row);
+                   look_up(luts.row(row), in, out);
                  });
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -24,6 +25,17 @@ void lut_assign(MatrixView<const T> weights, MatrixView<const T> luts,
 template <typename T>
 void lut_to_dense(MatrixView<const std::uint8_t> codes, MatrixView<const T> luts,
                   MatrixView<T> weights);
+
+/// Entries of a table that `names_nearest` takes.
+constexpr std::size_t kMaxFewEntries = 16;
+
+/// Whether each code is what `lut_assign` writes for its weight. `lut` is ascending and has up to
+/// `kMaxFewEntries` entries; codes are below their number.
+bool names_nearest(std::span<const Half> weights, std::span<const Half> lut,
+                   std::span<const std::uint8_t> codes);
+
+/// The greatest of `codes`, 0 if there are none.
+std::uint8_t greatest_code(std::span<const std::uint8_t> codes);
 
 /// For each pair of neighbours in `lut`, the largest float that is not nearer to the upper one. A
 /// weight's nearest entry is the number of midpoints below it.

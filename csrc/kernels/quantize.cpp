@@ -73,32 +73,28 @@ constexpr float round_quotient(float value) {
   }
 }
 
+// `weight / scale`, given the nearest float to `1 / scale`, which is quicker to multiply by. For
+// halves, rounded to a half, the product is the quotient: a test compares all of them.
+template <typename T, bool kRounded>
+constexpr float quotient_of(float weight, float scale, float inverse) {
+  if constexpr (sizeof(T) == 2 && kRounded) {
+    return round_quotient<T>(weight * inverse);
+  } else {
+    return kRounded ? round_quotient<T>(weight / scale) : weight / scale;
+  }
+}
+
 template <typename T, bool kRoundQuotient>
-constexpr float code_of(float weight, float scale, float offset, float code_min, float code_max) {
+constexpr float code_of(float weight, float scale, float inverse, float offset, float code_min,
+                        float code_max) {
   // Limits far beyond any code, so that the rounding trick holds for a fallback scale too.
-  float quotient = weight / scale;
+  float quotient = quotient_of<T, kRoundQuotient>(weight, scale, inverse);
   quotient = quotient > -1024 ? quotient : -1024;
   quotient = quotient < 1024 ? quotient : 1024;
-  if constexpr (kRoundQuotient) {
-    quotient = round_quotient<T>(quotient);
-  }
   float code = round_even(quotient) + offset;
   code = code > code_min ? code : code_min;
   code = code < code_max ? code : code_max;
   return code;
-}
-
-template <typename T, typename Code, bool kRoundQuotient>
-[[gnu::always_inline]] inline void encode(const float* weights, std::size_t n, const Step& step,
-                                          CodeRange range, Code* codes) {
-  const float scale = step.scale;
-  const auto offset = static_cast<float>(step.offset);
-  const auto code_min = static_cast<float>(range.code_min);
-  const auto code_max = static_cast<float>(range.code_max);
-  for (std::size_t i = 0; i < n; ++i) {
-    const float code = code_of<T, kRoundQuotient>(weights[i], scale, offset, code_min, code_max);
-    codes[i] = static_cast<Code>(static_cast<std::int32_t>(code));
-  }
 }
 
 // What the step makes of `weight`, through the same arithmetic as the kernel and its inverse.
@@ -108,8 +104,8 @@ float restored(float weight, const Step& step, CodeRange range) {
   const auto low = static_cast<float>(range.code_min);
   const auto high = static_cast<float>(range.code_max);
   const float code = step.quotient_in_weight_precision
-                         ? code_of<T, true>(weight, step.scale, offset, low, high)
-                         : code_of<T, false>(weight, step.scale, offset, low, high);
+                         ? code_of<T, true>(weight, step.scale, 1 / step.scale, offset, low, high)
+                         : code_of<T, false>(weight, step.scale, 0, offset, low, high);
   return round_to<T>(step.scale * (code - offset));
 }
 
@@ -163,6 +159,16 @@ Step compatible_step(Extremes extremes, CodeRange range, bool fitted_offset) {
 }
 
 template <typename T>
+constexpr float smallest_normal() {
+  return sizeof(T) == 2 ? 0x1p-14F : 0x1p-126F;
+}
+
+template <typename T>
+constexpr bool is_plain_scale(float scale) {
+  return scale >= smallest_normal<T>() && scale < std::numeric_limits<float>::infinity();
+}
+
+template <typename T>
 Step step_for(Extremes extremes, CodeRange range, bool fitted_offset) {
   if (!std::isfinite(extremes.low) || !std::isfinite(extremes.high)) {
     return {std::numeric_limits<float>::quiet_NaN(), middle(range), true};
@@ -172,11 +178,8 @@ Step step_for(Extremes extremes, CodeRange range, bool fitted_offset) {
   }
   // A symmetric scale of full precision always suits: the greatest code is off by at most half a
   // last place. (The range was finite in `T`, so no product overflows either.)
-  constexpr float kSmallestNormal = sizeof(T) == 2 ? 0x1p-14F : 0x1p-126F;
   const Step step = compatible_step<T>(extremes, range, fitted_offset);
-  const bool is_plain = !fitted_offset && step.scale >= kSmallestNormal &&
-                        step.scale < std::numeric_limits<float>::infinity();
-  if (is_plain || is_sound<T>(step, extremes, range)) {
+  if ((!fitted_offset && is_plain_scale<T>(step.scale)) || is_sound<T>(step, extremes, range)) {
     return step;
   }
   const double width = static_cast<double>(extremes.high) - extremes.low;
@@ -303,11 +306,13 @@ template <typename T, bool kRoundQuotient>
   const auto offset = static_cast<float>(step.offset);
   const auto code_min = static_cast<float>(range.code_min);
   const auto code_max = static_cast<float>(range.code_max);
+  const float inverse = 1.0F / step.scale;
   std::array<double, kLanes> sums{};
   for (std::size_t i = 0; i < n; i += kLanes) {
     for (std::size_t lane = 0; lane < kLanes; ++lane) {
       const float weight = chunk[i + lane];
-      const float code = code_of<T, kRoundQuotient>(weight, step.scale, offset, code_min, code_max);
+      const float code =
+          code_of<T, kRoundQuotient>(weight, step.scale, inverse, offset, code_min, code_max);
       // Rounds as decoding does: products of a half and an integer need no bits below the subnormal
       // halves', and those above the largest half were sorted out.
       const double error =
@@ -500,13 +505,99 @@ class RangeSearch {
   float factor_;
 };
 
-template <typename T, typename Code>
-MILPRESS_VECTORIZE void encode_row(const float* weights, std::size_t n, const Step& step,
-                                   CodeRange range, Code* codes) {
-  if (step.quotient_in_weight_precision) {
-    encode<T, Code, true>(weights, n, step, range, codes);
+// ---------------------------------------------------------------------------------------------
+// Rows: fitted and encoded several at a time, so that short ones cost no more than long ones
+
+// Steps of a few rows, field by field.
+struct RowSteps {
+  std::vector<float> scales;
+  std::vector<float> offsets;
+  std::vector<std::uint8_t> rounds_quotient;
+
+  explicit RowSteps(std::size_t n) : scales(n), offsets(n), rounds_quotient(n) {}
+
+  void set(std::size_t row, const Step& step) {
+    scales[row] = step.scale;
+    offsets[row] = static_cast<float>(step.offset);
+    rounds_quotient[row] = step.quotient_in_weight_precision ? 1 : 0;
+  }
+};
+
+template <typename T>
+using Magnitude = decltype(magnitude_bits(T{}));
+
+template <typename T>
+constexpr float magnitude_of(Magnitude<T> bits) {
+  if constexpr (sizeof(T) == 2) {
+    return to_float(Half{bits});
   } else {
-    encode<T, Code, false>(weights, n, step, range, codes);
+    return std::bit_cast<float>(bits);
+  }
+}
+
+template <typename T>
+MILPRESS_VECTORIZE void find_limits(const T* weights, std::size_t n_rows, std::size_t n_cols,
+                                    float* limits) {
+  for (std::size_t row = 0; row < n_rows; ++row) {
+    Magnitude<T> greatest = 0;
+    for (std::size_t i = 0; i < n_cols; ++i) {
+      const Magnitude<T> bits = magnitude_bits(weights[row * n_cols + i]);
+      greatest = bits > greatest ? bits : greatest;
+    }
+    limits[row] = magnitude_of<T>(greatest);
+  }
+}
+
+// The scales of symmetric rows by their limits, all at once; false if one is not plain.
+template <typename T>
+MILPRESS_VECTORIZE bool find_plain_scales(const float* limits, std::size_t n, CodeRange range,
+                                          float* scales) {
+  const auto n_steps = static_cast<float>(range.code_max - range.code_min);
+  std::uint32_t n_plain = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    const float scale = round_to<T>(round_to<T>(limits[i] + limits[i]) / n_steps);
+    scales[i] = scale;
+    n_plain += static_cast<std::uint32_t>((scale >= smallest_normal<T>()) &
+                                          (scale < std::numeric_limits<float>::infinity()));
+  }
+  return n_plain == n;
+}
+
+// Codes of plain symmetric rows, which need no limits: the greatest magnitude divided by its scale
+// is off the outermost code by half a last place. Adding 1.5 * 2^23 leaves the code in the low
+// byte.
+template <typename T>
+MILPRESS_VECTORIZE void encode_plain(const float* weights, std::size_t n_rows, std::size_t n_cols,
+                                     const float* scales, std::int32_t* codes) {
+  for (std::size_t row = 0; row < n_rows; ++row) {
+    const float scale = scales[row];
+    const float inverse = 1.0F / scale;
+    const float* const in = weights + row * n_cols;
+    std::int32_t* const out = codes + row * n_cols;
+    for (std::size_t i = 0; i < n_cols; ++i) {
+      const float quotient = quotient_of<T, true>(in[i], scale, inverse);
+      out[i] = std::bit_cast<std::int32_t>(quotient + 0x1.8p23F);
+    }
+  }
+}
+
+template <typename T, bool kRoundQuotient>
+MILPRESS_VECTORIZE void encode_row(const float* weights, std::size_t n, float scale, float offset,
+                                   CodeRange range, std::int32_t* codes) {
+  const auto code_min = static_cast<float>(range.code_min);
+  const auto code_max = static_cast<float>(range.code_max);
+  const float inverse = 1.0F / scale;
+  for (std::size_t i = 0; i < n; ++i) {
+    codes[i] = static_cast<std::int32_t>(
+        code_of<T, kRoundQuotient>(weights[i], scale, inverse, offset, code_min, code_max));
+  }
+}
+
+template <typename Code>
+MILPRESS_VECTORIZE void narrow_codes(const std::int32_t* codes, std::size_t n, int offset,
+                                     Code* out) {
+  for (std::size_t i = 0; i < n; ++i) {
+    out[i] = static_cast<Code>(codes[i] + offset);
   }
 }
 
@@ -519,6 +610,11 @@ struct Quantizer {
   std::span<Code> offsets;
   MatrixView<Code> codes;
 
+  // Whether rows may be plain: with as many codes on either side of the middle, none needs a limit.
+  bool is_symmetric() const {
+    return offsets.empty() && !searches && (range.code_max - range.code_min) % 2 == 0;
+  }
+
   Step fit(std::size_t row, Extremes extremes) const {
     const bool fitted = !offsets.empty();
     const bool finite = std::isfinite(extremes.low) && std::isfinite(extremes.high);
@@ -526,43 +622,80 @@ struct Quantizer {
     if (searches && finite && (extremes.low != 0 || extremes.high != 0)) {
       step = RangeSearch<T>(weights.row(row), extremes, range, fitted).best(step);
     }
-    scales[row] = from_float<T>(step.scale);
-    if (fitted) {
-      offsets[row] = static_cast<Code>(step.offset);
-    }
     return step;
   }
 
-  void encode_piece(const T* piece, std::size_t n, const Step& step, Code* out) const {
+  // Fits `count` rows from `first` on and stores their scales and offsets; true if all are plain.
+  bool fit_rows(std::size_t first, std::size_t count, RowSteps& steps) const {
+    const std::size_t n_cols = weights.n_cols;
+    const T* const begin = weights.row(first).data();
+    bool all_plain = false;
+    if (is_symmetric()) {
+      find_limits(begin, count, n_cols, steps.offsets.data());
+      const float* const limits = steps.offsets.data();
+      all_plain = find_plain_scales<T>(limits, count, range, steps.scales.data());
+      for (std::size_t i = 0; i < count && !all_plain; ++i) {
+        steps.set(i, step_for<T>({-limits[i], limits[i]}, range, false));
+      }
+    } else {
+      for (std::size_t i = 0; i < count; ++i) {
+        const Step step = fit(first + i, extremes_of(begin + i * n_cols, n_cols));
+        steps.set(i, step);
+        if (!offsets.empty()) {
+          offsets[first + i] = static_cast<Code>(step.offset);
+        }
+      }
+    }
+    narrow(steps.scales.data(), count, scales.data() + first);
+    return all_plain;
+  }
+
+  // Encodes `n_rows` rows of `n_cols` weights, kChunk of them at most.
+  void encode_rows(const T* in, std::size_t n_rows, std::size_t n_cols, const RowSteps& steps,
+                   bool all_plain, Code* out) const {
     std::array<float, kChunk> values;
+    std::array<std::int32_t, kChunk> wide_codes;
+    const std::size_t n = n_rows * n_cols;
+    widen(in, n, values.data());
+    if (all_plain) {
+      encode_plain<T>(values.data(), n_rows, n_cols, steps.scales.data(), wide_codes.data());
+      narrow_codes(wide_codes.data(), n, middle(range), out);
+      return;
+    }
+    for (std::size_t row = 0; row < n_rows; ++row) {
+      const auto encode =
+          steps.rounds_quotient[row] != 0 ? encode_row<T, true> : encode_row<T, false>;
+      encode(values.data() + row * n_cols, n_cols, steps.scales[row], steps.offsets[row], range,
+             wide_codes.data() + row * n_cols);
+    }
+    narrow_codes(wide_codes.data(), n, 0, out);
+  }
+
+  void encode_piece(const T* piece, std::size_t n, const RowSteps& steps, bool is_plain,
+                    Code* out) const {
     for (std::size_t begin = 0; begin < n; begin += kChunk) {
       const std::size_t count = std::min(kChunk, n - begin);
-      widen(piece + begin, count, values.data());
-      encode_row<T, Code>(values.data(), count, step, range, out + begin);
+      encode_rows(piece + begin, 1, count, steps, is_plain, out + begin);
     }
   }
 
-  // Several short rows are widened at once, then each is fitted and encoded from the cache.
   void short_rows(std::size_t begin, std::size_t end) const {
-    std::array<float, kChunk> values;
     const std::size_t n_cols = weights.n_cols;
     const std::size_t at_once = kChunk / n_cols;
+    RowSteps steps(at_once);
     for (std::size_t first = begin; first < end; first += at_once) {
       const std::size_t count = std::min(at_once, end - first);
-      widen(weights.row(first).data(), count * n_cols, values.data());
-      for (std::size_t i = 0; i < count; ++i) {
-        const float* const row = values.data() + i * n_cols;
-        const Step step = fit(first + i, extremes_of(row, n_cols));
-        encode_row<T, Code>(row, n_cols, step, range, codes.row(first + i).data());
-      }
+      const bool all_plain = fit_rows(first, count, steps);
+      encode_rows(weights.row(first).data(), count, n_cols, steps, all_plain,
+                  codes.row(first).data());
     }
   }
 
   void long_rows(std::size_t begin, std::size_t end) const {
+    RowSteps steps(1);
     for (std::size_t i = begin; i < end; ++i) {
-      const std::span<const T> row = weights.row(i);
-      const Step step = fit(i, extremes_of(row.data(), row.size()));
-      encode_piece(row.data(), row.size(), step, codes.row(i).data());
+      const bool is_plain = fit_rows(i, 1, steps);
+      encode_piece(weights.row(i).data(), weights.n_cols, steps, is_plain, codes.row(i).data());
     }
   }
 
@@ -578,9 +711,16 @@ struct Quantizer {
       all.insert(all.end(), {extremes.low, extremes.high});
     }
     const Step step = fit(i, extremes_of(all.data(), all.size()));
+    RowSteps steps(1);
+    steps.set(0, step);
+    scales[i] = from_float<T>(step.scale);
+    if (!offsets.empty()) {
+      offsets[i] = static_cast<Code>(step.offset);
+    }
+    const bool is_plain = is_symmetric() && step.quotient_in_weight_precision;
     Code* const out = codes.row(i).data();
     parallel_for(row.size(), kGrain, [&](std::size_t begin, std::size_t end) {
-      encode_piece(row.data() + begin, end - begin, step, out + begin);
+      encode_piece(row.data() + begin, end - begin, steps, is_plain, out + begin);
     });
   }
 };

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <bit>
 #include <cstdint>
 #include <span>
 
@@ -50,6 +51,10 @@ template <typename T, typename Code>
 void dequantize(MatrixView<const Code> codes, std::span<const T> scales,
                 std::span<const Code> offsets, MatrixView<T> weights);
 
+constexpr float magnitude(float value) {
+  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(value) & 0x7fffffffU);
+}
+
 /// The largest error that `quantize` promises for `weight` restored as `decoded`: half a step,
 /// half a last place of the quotient and of the product, and the spacing of subnormals.
 template <typename T>
@@ -57,8 +62,7 @@ constexpr float half_step_bound(float weight, float decoded, float scale) {
   constexpr float kHalfPlace = sizeof(T) == 2 ? 0x1.01p-11F : 0x1.01p-24F;
   constexpr float kSubnormal = sizeof(T) == 2 ? 0x1p-25F : 0x1p-149F;
   // Multiplied apart: the sum of two large magnitudes may overflow.
-  const float places = kHalfPlace * (weight < 0 ? -weight : weight) +
-                       kHalfPlace * (decoded < 0 ? -decoded : decoded);
+  const float places = kHalfPlace * magnitude(weight) + kHalfPlace * magnitude(decoded);
   return 0.5F * scale + places + kSubnormal;
 }
 

@@ -12,6 +12,7 @@
 #include "core/check.h"
 #include "core/order.h"
 #include "core/parallel.h"
+#include "core/shuffle.h"
 #include "core/vectorize.h"
 #include "kernels/pack.h"
 
@@ -20,13 +21,13 @@ namespace {
 
 constexpr std::size_t kGrain = 262'144;  // weights a thread takes at a time; a multiple of 8
 constexpr std::size_t kChunk = 2048;     // weights gathered at a time; a multiple of 8
-constexpr unsigned kDigitBits = 16;
+constexpr std::size_t kTieChunk = 256;   // weights searched for ties at a time
 
-// All half magnitudes are one digit, float magnitudes the higher and the lower of two.
+// A half's magnitude is one digit of 15 bits, a float's two of 16.
 template <typename T>
-constexpr unsigned n_digits() {
-  return sizeof(T) == 2 ? 1 : 2;
-}
+constexpr unsigned kDigits = sizeof(T) == 2 ? 1 : 2;
+template <typename T>
+constexpr unsigned kDigitBits = sizeof(T) == 2 ? 15 : 16;
 
 using Histogram = std::vector<std::size_t>;
 
@@ -34,19 +35,19 @@ using Histogram = std::vector<std::size_t>;
 // `prefix`.
 template <typename T>
 Histogram count_digits(std::span<const T> weights, unsigned shift, std::uint32_t prefix) {
-  constexpr std::uint32_t kMask = (1U << kDigitBits) - 1;
+  constexpr std::uint32_t kMask = (1U << kDigitBits<T>)-1;
   const std::size_t n_pieces = (weights.size() + kGrain - 1) / kGrain;
   const std::size_t per_slot = (n_pieces + 7) / 8;
   std::vector<std::vector<std::uint32_t>> slots((n_pieces + per_slot - 1) / per_slot);
   parallel_for(weights.size(), per_slot * kGrain, [&](std::size_t begin, std::size_t end) {
-    std::vector<std::uint32_t>& counts = slots[begin / (per_slot * kGrain)];
-    counts.resize(std::size_t{kMask} + 1);
+    std::vector<std::uint32_t> counts(std::size_t{kMask} + 1);
     for (std::size_t i = begin; i < end; ++i) {
       const std::uint32_t bits = magnitude_bits(weights[i]);
-      if (sizeof(T) == 2 || std::uint64_t{bits} >> (shift + kDigitBits) == prefix) {
+      if (kDigits<T> == 1 || std::uint64_t{bits} >> (shift + kDigitBits<T>) == prefix) {
         ++counts[bits >> shift & kMask];
       }
     }
+    slots[begin / (per_slot * kGrain)] = std::move(counts);
   });
   Histogram total(std::size_t{kMask} + 1);
   for (const std::vector<std::uint32_t>& counts : slots) {
@@ -65,13 +66,13 @@ template <typename T>
 Cut find_cut(std::span<const T> weights, std::size_t n_zeros) {
   std::uint32_t prefix = 0;
   std::size_t rank = n_zeros - 1;
-  for (unsigned digit = n_digits<T>(); digit-- > 0;) {
-    const Histogram counts = count_digits(weights, digit * kDigitBits, prefix);
+  for (unsigned digit = kDigits<T>; digit-- > 0;) {
+    const Histogram counts = count_digits(weights, digit * kDigitBits<T>, prefix);
     std::uint32_t value = 0;
     while (rank >= counts[value]) {
       rank -= counts[value++];
     }
-    prefix = prefix << kDigitBits | value;
+    prefix = prefix << kDigitBits<T> | value;
   }
   return {prefix, rank + 1};
 }
@@ -99,32 +100,21 @@ MILPRESS_VECTORIZE void mask_above(const T* weights, std::size_t n, std::uint32_
 }
 
 template <typename T>
+MILPRESS_VECTORIZE bool has_magnitude(const T* weights, std::size_t n, std::uint32_t magnitude) {
+  using Bits = decltype(magnitude_bits(T{}));
+  Bits found = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    found = static_cast<Bits>(found | (magnitude_bits(weights[i]) == magnitude));
+  }
+  return found != 0;
+}
+
+template <typename T>
 void mask_all_above(std::span<const T> weights, std::uint32_t magnitude,
                     std::span<std::uint8_t> bitmask) {
   parallel_for(weights.size(), kGrain, [&](std::size_t begin, std::size_t end) {
     mask_above(weights.data() + begin, end - begin, magnitude, bitmask.data() + begin / 8);
   });
-}
-
-// The value if `bit` is 1, zero if it is 0, without a branch.
-Half value_if(unsigned bit, Half value) {
-  return Half{static_cast<std::uint16_t>(value.bits & (0U - bit))};
-}
-
-float value_if(unsigned bit, float value) {
-  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(value) & (0U - bit));
-}
-
-// The bits set before each piece of kGrain weights.
-std::vector<std::size_t> kept_before(std::span<const std::uint8_t> bitmask) {
-  constexpr std::size_t kBytes = kGrain / 8;
-  std::vector<std::size_t> starts((bitmask.size() + kBytes - 1) / kBytes);
-  for (std::size_t i = 0; i < starts.size(); ++i) {
-    starts[i] =
-        count_kept(bitmask.subspan(i * kBytes, std::min(kBytes, bitmask.size() - i * kBytes)));
-  }
-  std::exclusive_scan(starts.begin(), starts.end(), starts.begin(), std::size_t{0});
-  return starts;
 }
 
 }  // namespace
@@ -145,9 +135,15 @@ void keep_largest(std::span<const T> weights, std::size_t n_zeros,
   }
   // Ties stay from the first that is not needed to make up the number.
   std::size_t n_seen = 0;
-  for (std::size_t i = 0; i < weights.size(); ++i) {
-    if (magnitude_bits(weights[i]) == cut.magnitude && ++n_seen > cut.n_ties) {
-      bitmask[i / 8] = static_cast<std::uint8_t>(bitmask[i / 8] | 1U << i % 8);
+  for (std::size_t begin = 0; begin < weights.size(); begin += kTieChunk) {
+    const std::size_t end = std::min(begin + kTieChunk, weights.size());
+    if (!has_magnitude(weights.data() + begin, end - begin, cut.magnitude)) {
+      continue;
+    }
+    for (std::size_t i = begin; i < end; ++i) {
+      if (magnitude_bits(weights[i]) == cut.magnitude && ++n_seen > cut.n_ties) {
+        bitmask[i / 8] = static_cast<std::uint8_t>(bitmask[i / 8] | 1U << i % 8);
+      }
     }
   }
 }
@@ -411,22 +407,34 @@ std::size_t count_kept(std::span<const std::uint8_t> bitmask) {
   return count;
 }
 
+std::vector<std::size_t> kept_before(std::span<const std::uint8_t> bitmask, std::size_t piece) {
+  check(piece > 0 && piece % 8 == 0, "a piece must be a multiple of 8 weights, got ", piece);
+  const std::size_t n_bytes = piece / 8;
+  std::vector<std::size_t> starts((bitmask.size() + n_bytes - 1) / n_bytes);
+  for (std::size_t i = 0; i < starts.size(); ++i) {
+    const std::size_t begin = i * n_bytes;
+    starts[i] = count_kept(bitmask.subspan(begin, std::min(n_bytes, bitmask.size() - begin)));
+  }
+  std::exclusive_scan(starts.begin(), starts.end(), starts.begin(), std::size_t{0});
+  return starts;
+}
+
 template <typename T>
 void compact(std::span<const T> weights, std::span<const std::uint8_t> bitmask,
              std::span<T> nonzeros) {
   check_bitmask(weights.size(), bitmask.size());
-  const std::vector<std::size_t> starts = kept_before(bitmask);
+  const std::vector<std::size_t> starts = kept_before(bitmask, kGrain);
   const std::size_t n_kept = count_kept(bitmask);
   check(nonzeros.size() == n_kept, "nonzeros must have one element for each of the ", n_kept,
         " bits set, got ", nonzeros.size());
   parallel_for(weights.size(), kGrain, [&](std::size_t begin, std::size_t end) {
-    // Every weight is stored and the place moves on only if it stays: no branch to mispredict.
-    std::array<T, kChunk + 1> kept;
+    std::array<T, kChunk + kShuffleSlack> kept;
     T* out = nonzeros.data() + starts[begin / kGrain];
     for (; begin < end; begin += std::min(kChunk, end - begin)) {
-      const std::size_t n = std::min(kChunk, end - begin);
-      std::size_t n_kept_here = 0;
-      for (std::size_t i = begin; i < begin + n; ++i) {
+      const std::size_t n = std::min(kChunk, end - begin) / 8 * 8;
+      std::size_t n_kept_here =
+          compact_eights(weights.data() + begin, bitmask.data() + begin / 8, n / 8, kept.data());
+      for (std::size_t i = begin + n; i < std::min(begin + kChunk, end); ++i) {
         kept[n_kept_here] = weights[i];
         n_kept_here += bitmask[i / 8] >> i % 8 & 1U;
       }
@@ -435,30 +443,35 @@ void compact(std::span<const T> weights, std::span<const std::uint8_t> bitmask,
   });
 }
 
+void check_expandable(std::size_t n_weights, std::span<const std::uint8_t> bitmask,
+                      std::size_t n_nonzeros) {
+  check_bitmask(n_weights, bitmask.size());
+  const std::size_t n_kept = count_kept(bitmask);
+  check(n_nonzeros == n_kept, "nonzeros must have one element for each of the ", n_kept,
+        " bits set, got ", n_nonzeros);
+  check(n_weights % 8 == 0 || bitmask.back() >> n_weights % 8 == 0,
+        "spare bits of the last byte of bitmask must be 0, got ",
+        bitmask.empty() ? 0 : static_cast<int>(bitmask.back()));
+}
+
 template <typename T>
 void expand(std::span<const std::uint8_t> bitmask, std::span<const T> nonzeros,
             std::span<T> weights) {
-  check_bitmask(weights.size(), bitmask.size());
-  const std::vector<std::size_t> starts = kept_before(bitmask);
-  const std::size_t n_kept = count_kept(bitmask);
-  check(nonzeros.size() == n_kept, "nonzeros must have one element for each of the ", n_kept,
-        " bits set, got ", nonzeros.size());
-  check(weights.size() % 8 == 0 || bitmask.back() >> weights.size() % 8 == 0,
-        "spare bits of the last byte of bitmask must be 0, got ",
-        bitmask.empty() ? 0 : static_cast<int>(bitmask.back()));
+  check_expandable(weights.size(), bitmask, nonzeros.size());
+  const std::vector<std::size_t> starts = kept_before(bitmask, kGrain);
   parallel_for(weights.size(), kGrain, [&](std::size_t begin, std::size_t end) {
-    // One value more than a chunk can hold, so that reading ahead stays inside.
-    std::array<T, kChunk + 1> values;
+    std::array<T, kChunk + kShuffleSlack> values{};
     const T* in = nonzeros.data() + starts[begin / kGrain];
     for (; begin < end; begin += std::min(kChunk, end - begin)) {
       const std::size_t n = std::min(kChunk, end - begin);
       const std::size_t n_left = static_cast<std::size_t>(nonzeros.data() + nonzeros.size() - in);
       std::copy_n(in, std::min(n, n_left), values.begin());
-      std::size_t next = 0;
-      for (std::size_t i = begin; i < begin + n; ++i) {
-        const unsigned bit = bitmask[i / 8] >> i % 8 & 1U;
-        weights[i] = value_if(bit, values[next]);
-        next += bit;
+      std::size_t next =
+          expand_eights(values.data(), bitmask.data() + begin / 8, n / 8, weights.data() + begin);
+      for (std::size_t i = begin + n / 8 * 8; i < begin + n; ++i) {
+        const bool is_kept = (bitmask[i / 8] >> i % 8 & 1U) != 0;
+        weights[i] = is_kept ? values[next] : T{};
+        next += is_kept ? 1 : 0;
       }
       in += next;
     }

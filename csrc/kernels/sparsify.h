@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "core/half.h"
 
@@ -55,10 +56,18 @@ void keep_blocks(std::span<const T> weights, ChannelShape shape, std::size_t blo
 /// The number of bits set.
 std::size_t count_kept(std::span<const std::uint8_t> bitmask);
 
+/// The number of bits set before each piece of `piece` weights, a multiple of 8.
+std::vector<std::size_t> kept_before(std::span<const std::uint8_t> bitmask, std::size_t piece);
+
 /// Writes the weights whose bit is set to `nonzeros`, in order; its size must be their number.
 template <typename T>
 void compact(std::span<const T> weights, std::span<const std::uint8_t> bitmask,
              std::span<T> nonzeros);
+
+/// Throws `std::invalid_argument` unless `bitmask` has a bit for each weight, spare ones 0, and as
+/// many are set as there are non-zeros.
+void check_expandable(std::size_t n_weights, std::span<const std::uint8_t> bitmask,
+                      std::size_t n_nonzeros);
 
 /// The inverse: writes `nonzeros` to the `weights` whose bit is set and zero to the others.
 template <typename T>

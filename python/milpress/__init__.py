@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from milpress import coreml, errors, formats, interpreter
+    from milpress import coreml, errors, formats, interpreter, torch
     from milpress.compression import compress, decompress
     from milpress.errors import CompressionError
     from milpress.inspection import inspect
@@ -31,6 +31,7 @@ __all__ = [
     "inspect",
     "interpreter",
     "run",
+    "torch",
     "verify",
 ]
 
@@ -54,7 +55,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_HOMES[name]), name)
         globals()[name] = value
         return value
-    if name in ("coreml", "errors", "formats", "interpreter"):
+    if name in ("coreml", "errors", "formats", "interpreter", "torch"):
         return importlib.import_module(f"milpress.{name}")
     msg = f"module 'milpress' has no attribute {name!r}"
     raise AttributeError(msg)

@@ -241,7 +241,7 @@ def _fit(
     if isinstance(treatment, PruneConfig):
         return treatment, ""
     if isinstance(treatment.granularity, PerBlock):
-        size, note = _divisor(
+        size, note = divisor_of(
             "block", treatment.granularity.size, weight.shape, inputs, output, on_indivisible
         )
         if size is None:
@@ -261,7 +261,7 @@ def _fit_palette(
     axis %= len(weight.shape)
     notes = []
     if treatment.group_size is not None:
-        size, note = _divisor(
+        size, note = divisor_of(
             "group", treatment.group_size, weight.shape, axis, output, on_indivisible
         )
         if size is None:
@@ -317,7 +317,7 @@ def _fit_blocks(
     return replace(treatment, granularity=Blocks(tuple(sizes))), note
 
 
-def _divisor(
+def divisor_of(
     word: str,
     asked: int,
     shape: Sequence[int],

@@ -149,10 +149,28 @@ class Rewriter:
         if n_bytes >= before and not may_grow:
             msg = f"would get larger: {before} bytes as it is, {n_bytes} compressed"
             raise UnsupportedError(msg)
+        inner = self.store(weight, value, suffix=suffix, early=early)
+        done = Done(n_bytes, applied, notes)
+        if key is not None:
+            self._compressed[key] = _Written([*inner, node.op], suffix, done)
+        return done
+
+    def store(
+        self, weight: Weight, value: Compressed, *, suffix: str = "", early: bool = False
+    ) -> list[Any]:
+        """Turn a weight's op into the last ``constexpr`` op of a value.
+
+        Returns the ops that have to stand before it. These, and ops that are of no use anymore, are
+        noted in the weight's graph.
+        """
+        node = weight.node
+        decoder = Decoder(weight.graph, self._package)
         name = f"{node.name}{suffix}"
         if suffix:
             name = weight.graph.unique_name(name)
-        blob = next((value for value in stored if values.is_blob(value)), None)
+        blob = next(
+            (stored for stored in decoder.stored_values(node) if values.is_blob(stored)), None
+        )
         file_name = self._default_file if blob is None else blob.blobFileValue.fileName
         weight.graph.remove(decoder.parts(node))
         inner = constexpr.emit(
@@ -166,10 +184,7 @@ class Rewriter:
         )
         weight.graph.insert_before(node, inner)
         _rename_uses(node, name)
-        done = Done(n_bytes, applied, notes)
-        if key is not None:
-            self._compressed[key] = _Written([*inner, node.op], suffix, done)
-        return done
+        return inner
 
     def _key(
         self, weight: Weight, stored: list[Any], treatments: Sequence[Treatment], early: bool

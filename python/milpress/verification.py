@@ -507,10 +507,9 @@ def _judge_masked(
 def _judge_sparse(
     flat: Any, bitmask: Any, nonzeros: Any, settings: dict[str, Any]
 ) -> tuple[float, float, str]:
-    signal, noise, n_changed, n_zeros, greatest_pruned, least_kept = _core.compare_sparse(
-        flat, bitmask, nonzeros
+    signal, noise, n_changed, n_zeros, n_zeros_before, greatest_pruned, least_kept = (
+        _core.compare_sparse(flat, bitmask, nonzeros)
     )
-    n_zeros_before = int(np.count_nonzero(flat == 0))
     if n_changed:
         return signal, noise, f"{n_changed} weights that were not pruned are changed"
     if settings.keys() & {"n_m", "block_size"}:

@@ -92,6 +92,31 @@ TEST_CASE("every weight is restored within half a step, at any magnitude and row
   }
 }
 
+// The code of a weight in the weights' own precision, with a division.
+int divided_code(Half weight, Half scale, CodeRange range) {
+  const float quotient = round_to<Half>(to_float(weight) / to_float(scale));
+  return std::clamp(static_cast<int>(std::nearbyint(quotient)), range.code_min, range.code_max);
+}
+
+TEST_CASE("the code of every half is what a division gives, for scales of every mantissa") {
+  constexpr CodeRange kRange{-127, 127};
+  for (unsigned mantissa = 0; mantissa < 1024; ++mantissa) {
+    // A row whose greatest magnitude makes the scale, and every half up to it from a 512th on.
+    const Half greatest{static_cast<std::uint16_t>(0x3c00U + mantissa)};
+    std::vector<Half> row;
+    for (auto bits = static_cast<std::uint16_t>(greatest.bits - (9U << 10U)); bits <= greatest.bits;
+         ++bits) {
+      row.push_back(Half{bits});
+    }
+    const auto result = run<Half, std::int8_t>(row, 1, kRange, false);
+    std::size_t n_different = 0;
+    for (std::size_t i = 0; i < row.size(); ++i) {
+      n_different += result.codes[i] == divided_code(row[i], result.scales[0], kRange) ? 0U : 1U;
+    }
+    CHECK(n_different == 0);
+  }
+}
+
 template <typename T, typename Code>
 std::size_t count_broken(float greatest, CodeRange range, bool fit) {
   std::mt19937 random(3);

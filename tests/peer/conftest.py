@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import gc
+import importlib
 import importlib.util
 import os
 import sys
@@ -48,6 +49,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--peer-full", False):
         os.environ["RUN_BACKWARD_COMPATIBILITY"] = "1"  # coremltools' own switch
+    config.addinivalue_line("markers", "slow: as coremltools marks it")
     strict = config.getoption("--peer", "milpress") == "milpress"
     for warning in WARNINGS if strict else ["ignore"]:
         config.addinivalue_line("filterwarnings", warning)
@@ -67,6 +69,9 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    others = [item for item in items if is_other(item)]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
     for item in items:
         module = getattr(item, "module", None)
         if not hasattr(module, "PEER"):
@@ -80,6 +85,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if config.getoption("--peer", "milpress") == "milpress":
             for reason in reasons(module.DIFFERENCES, name):
                 item.add_marker(pytest.mark.xfail(strict=True, reason=reason))
+
+
+def is_other(item: pytest.Item) -> bool:
+    """Whether a test is of a class that milpress does not have."""
+    patterns = getattr(getattr(item, "module", None), "NOT_OURS", ())
+    return bool(reasons(dict.fromkeys(patterns, ""), item.nodeid.partition("::")[2]))
 
 
 def reasons(table: dict[str, str], name: str) -> list[str]:
@@ -97,13 +108,30 @@ def fill(module: types.ModuleType, peer: str) -> None:
         path = Path(importlib.util.find_spec(module.PEER).origin)
         source = path.read_bytes()
         tree = ast.parse(source, filename=str(path))
-        Redirect(peer).run(tree)
+        Redirect(peer, module.REWRITTEN).run(tree)
         rewrite_asserts(tree, source, str(path))
         with stubs() as stubbed:
             module.STUBBED = stubbed
+            for name in getattr(module, "FIXTURES", ()):
+                vars(module).update(fixtures(name))
             exec(compile(tree, str(path), "exec", dont_inherit=True), vars(module))
     torch.set_num_threads(1)  # the models are small
     gc.freeze()  # coremltools collects garbage after each conversion: leave the modules out of it
+
+
+def fixtures(name: str) -> dict[str, Any]:
+    """Return the fixtures that a module of coremltools' tests holds."""
+    found = vars(importlib.import_module(name))
+    return {key: value for key, value in found.items() if key.startswith("mnist_")}
+
+
+class Stub(types.ModuleType):
+    """A module that has whatever is imported from it."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return types.SimpleNamespace()
 
 
 @contextlib.contextmanager
@@ -114,7 +142,7 @@ def stubs() -> Iterator[list[str]]:
         for name in STUBS:
             package, _, child = name.partition(".")
             if package in stubbed or importlib.util.find_spec(name) is None:
-                sys.modules[name] = types.ModuleType(name)
+                sys.modules[name] = Stub(name)
                 stubbed.append(name)
                 if child:
                     setattr(sys.modules[package], child, sys.modules[name])
@@ -125,28 +153,33 @@ def stubs() -> Iterator[list[str]]:
 
 
 class Redirect(ast.NodeTransformer):
-    """Replaces coremltools.optimize.coreml by its peer, and every answer that excuses a test."""
+    """Replaces coremltools.optimize by its peer, and every answer that excuses a test."""
 
     # What the tests ask before they excuse themselves, and the answer that lets them run.
-    ANSWERS = {"platform.machine()": "arm64", "_HAS_SKLEARN": True}  # noqa: RUF012
+    ANSWERS = {  # noqa: RUF012
+        "platform.machine()": "arm64",
+        "_HAS_SKLEARN": True,
+        "ct.utils._macos_version()": (15, 0),
+        "pytest.importorskip('coremltools.optimize.coreml._utils')": None,
+    }
 
-    def __init__(self, peer: str) -> None:
+    def __init__(self, peer: str, expected: set[str]) -> None:
         self.peer = peer
+        self.answers = {key: self.ANSWERS[key] for key in expected & {*self.ANSWERS}}
+        self.expected = expected if peer == "milpress" else {*self.answers}
         self.done: set[str] = set()
 
     def run(self, tree: ast.Module) -> None:
         self.visit(tree)
-        expected = {*self.ANSWERS}
-        if self.peer == "milpress":
-            expected |= {"import", "from import", "ct.optimize"}
-        assert self.done == expected, f"rewrote {self.done}, expected {expected}"
+        ast.fix_missing_locations(tree)
+        assert self.done == self.expected, f"rewrote {self.done}, expected {self.expected}"
 
     def visit(self, node: ast.AST) -> Any:
         if isinstance(node, ast.Call | ast.Name):
             text = ast.unparse(node)
-            if text in self.ANSWERS:
+            if text in self.answers:
                 self.done.add(text)
-                return ast.copy_location(ast.Constant(self.ANSWERS[text]), node)
+                return ast.copy_location(ast.Constant(self.answers[text]), node)
         return super().visit(node)
 
     def visit_Import(self, node: ast.Import) -> ast.Import:
@@ -156,14 +189,43 @@ class Redirect(ast.NodeTransformer):
                 alias.name = "milpress"
         return node
 
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom:
-        if self.peer == "milpress" and node.module.startswith("coremltools.optimize.coreml"):
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | list[ast.ImportFrom]:
+        if self.peer != "milpress":
+            return node
+        if node.module.startswith("coremltools.optimize.coreml"):
             self.done.add("from import")
             node.module = "milpress.coreml"
+        elif node.module.startswith("coremltools.optimize.torch"):
+            return self.from_torch(node)
         return node
+
+    def from_torch(self, node: ast.ImportFrom) -> list[ast.ImportFrom]:
+        """Take from milpress.torch what it has; the rest stays coremltools'."""
+        module = node.module.replace("coremltools.optimize", "milpress")
+        names: dict[bool, list[ast.alias]] = {True: [], False: []}
+        for alias in node.names:
+            names[offers(module, alias.name)].append(alias)
+        if names[True]:
+            self.done.add("from import")
+        made = [(module, names[True]), (node.module, names[False])]
+        return [
+            ast.copy_location(ast.ImportFrom(module=home, names=group, level=0), node)
+            for home, group in made
+            if group
+        ]
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.expr:
         if self.peer == "milpress" and ast.unparse(node) == "ct.optimize":
             self.done.add("ct.optimize")
             return ast.copy_location(ast.Name("cto", ast.Load()), node)
         return self.generic_visit(node)
+
+
+def offers(module: str, name: str) -> bool:
+    """Whether a public module of milpress has a name."""
+    if any(part.startswith("_") for part in module.split(".")):
+        return False
+    try:
+        return hasattr(importlib.import_module(module), name)
+    except ModuleNotFoundError:
+        return False

@@ -1,6 +1,7 @@
 """coremltools' own tests of `optimize.coreml`; conftest.py fills this module with them."""
 
 PEER = "coremltools.test.optimize.coreml.test_post_training_quantization"
+REWRITTEN = {"import", "from import", "ct.optimize", "platform.machine()", "_HAS_SKLEARN"}
 
 _GRAPH_PASS = (
     "the configuration goes to a graph pass of coremltools, which takes its own classes alone"

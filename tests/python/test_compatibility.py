@@ -1,4 +1,4 @@
-"""docs/compatibility.md names all that coremltools.optimize.coreml offers, and nothing else."""
+"""docs/compatibility.md names all that coremltools.optimize offers, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,19 +9,40 @@ from pathlib import Path
 import attrs
 import pytest
 
+import milpress as cto
 from milpress import coreml
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import coremltools.optimize.coreml as reference
+    import coremltools.optimize.torch as torch_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 CONFIGS = [name for name in dir(reference) if name.startswith("Op") and name.endswith("Config")]
 
 
-def rows() -> dict[str, str]:
-    found = re.findall(r"^\| `([\w.]+)` \| ([a-z ]+) \|", PAGE.read_text(), re.MULTILINE)
+# The modules of coremltools.optimize.torch, and the classes whose fields and methods have rows.
+TORCH_HOMES = (
+    "base_model_optimizer",
+    "optimization_config",
+    "palettization",
+    "quantization",
+    "pruning",
+    "layerwise_compression",
+)
+TORCH_CONFIGS = (
+    "PostTrainingPalettizerConfig",
+    "SKMPalettizerConfig",
+    "PostTrainingQuantizerConfig",
+)
+TORCH_OPTIMIZERS = ("PostTrainingPalettizer", "SKMPalettizer", "PostTrainingQuantizer")
+
+
+def rows(part: str) -> dict[str, str]:
+    text = PAGE.read_text().partition(f"# coremltools.optimize.{part}\n")[2]
+    text = text.partition("\n# ")[0]
+    found = re.findall(r"^\| `([\w.]+)` \| ([a-z ]+) \|", text, re.MULTILINE)
     assert len(dict(found)) == len(found)
     return dict(found)
 
@@ -43,11 +64,11 @@ def offered() -> set[str]:
 
 
 def test_every_public_name_and_field_of_coremltools_has_a_row_and_no_other():
-    assert set(rows()) == offered()
+    assert set(rows("coreml")) == offered()
 
 
 def test_what_a_row_calls_offered_is_there():
-    for name, verdict in rows().items():
+    for name, verdict in rows("coreml").items():
         assert verdict in ("same", "better", "different", "not offered")
         owner, _, member = name.partition(".")
         found = hasattr(coreml, owner)
@@ -55,4 +76,55 @@ def test_what_a_row_calls_offered_is_there():
             config = getattr(coreml, owner)
             fields = {field.name for field in attrs.fields(config)}
             found = member in fields or hasattr(config, member)
+        assert found == (verdict != "not offered"), name
+
+
+def torch_home(name: str) -> str | None:
+    """Return the module of coremltools.optimize.torch that a class belongs to."""
+    return next(
+        (home for home in TORCH_HOMES if hasattr(getattr(torch_reference, home), name)), None
+    )
+
+
+def torch_offered() -> set[str]:
+    names = {
+        name
+        for home in TORCH_HOMES
+        for name, value in vars(getattr(torch_reference, home)).items()
+        if isinstance(value, type) and not name.startswith("_")
+    }
+    base = torch_reference.optimization_config.OptimizationConfig
+    methods = [
+        name for name in dir(base) if not name.startswith("_") and callable(getattr(base, name))
+    ]
+    names.update(f"OptimizationConfig.{name}" for name in methods)
+    shared = {field.name for field in attrs.fields(base)}
+    for config in TORCH_CONFIGS:
+        home = getattr(torch_reference, torch_home(config))
+        own = {field.name for field in attrs.fields(getattr(home, config))} - shared
+        names.update(f"{config}.{field}" for field in own)
+        names.discard(f"Module{config}")
+        fields = attrs.fields(getattr(home, f"Module{config}"))
+        names.update(f"Module{config}.{field.name}" for field in fields)
+    for optimizer in TORCH_OPTIMIZERS:
+        home = getattr(torch_reference, torch_home(optimizer))
+        members = vars(getattr(home, optimizer))
+        names.update(f"{optimizer}.{name}" for name in members if not name.startswith("_"))
+    return names
+
+
+def test_every_public_name_of_coremltools_torch_has_a_row_and_no_other():
+    assert set(rows("torch")) == torch_offered()
+
+
+def test_what_a_row_of_torch_calls_offered_is_there():
+    for name, verdict in rows("torch").items():
+        assert verdict in ("same", "better", "different", "not offered")
+        owner, _, member = name.partition(".")
+        home = getattr(cto.torch, torch_home(owner), None)
+        found = hasattr(home, owner)
+        if found and member:
+            kind = getattr(home, owner)
+            fields = {field.name for field in attrs.fields(kind)} if attrs.has(kind) else set()
+            found = member in fields or hasattr(kind, member)
         assert found == (verdict != "not offered"), name

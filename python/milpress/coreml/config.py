@@ -12,17 +12,14 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
-from numbers import Integral, Real
 from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
 
 import attrs
-import cattrs
 import numpy as np
 from attrs import define, field
 from attrs.validators import optional
-from cattrs.errors import ClassValidationError
 
-from milpress import _patterns, _yaml
+from milpress import _fields, _patterns, _yaml
 from milpress.errors import ConfigError, ConfigTypeError
 
 if TYPE_CHECKING:
@@ -31,8 +28,6 @@ if TYPE_CHECKING:
 # As in coremltools, a weight of just this many elements is left.
 DEFAULT_WEIGHT_THRESHOLD = 2048
 _DEFAULT_BLOCK_SIZE = 32
-
-_Validator: TypeAlias = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 
 
 class CompressionGranularity(Enum):
@@ -44,91 +39,8 @@ class CompressionGranularity(Enum):
     PER_BLOCK = 4
 
 
-class ConfigDictError(ClassValidationError, ConfigError):
-    """Settings in a dictionary that make no config; also the error that cattrs raises for it."""
-
-    def __str__(self) -> str:
-        return str(self.message)
-
-
-def _check(
-    test: Callable[[Any], bool], message: str, error: type[ConfigError] = ConfigError
-) -> _Validator:
-    def validate(_config: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if not test(value):
-            msg = message.format(name=attribute.name, value=value)
-            raise error(msg)
-
-    return validate
-
-
-def _is_a(kind: type, what: str) -> _Validator:
-    # Not isinstance: a bool is no integer here.
-    return _check(
-        lambda value: type(value) is kind,
-        f"{{name}} must be {what}, got {{value!r}}",
-        ConfigTypeError,
-    )
-
-
-def _one_of(allowed: Sequence[Any], message: str) -> _Validator:
-    return _check(lambda value: value in allowed, message.replace("{allowed}", str(tuple(allowed))))
-
-
-def _at_least(least: int) -> _Validator:
-    return _check(lambda value: value >= least, f"{{name}} must be at least {least}, got {{value}}")
-
-
-_is_text = _is_a(str, "text")
-_is_integer = _is_a(int, "an integer")
-_is_number = _is_a(float, "a number")
-_is_flag = _is_a(bool, "True or False")
-_is_fraction = _check(
-    lambda value: 0 <= value <= 1, 'Invalid value of "{name}": {value}. Needs to be in [0, 1].'
-)
-
-
-def _upper(value: str) -> str:
-    return value.upper() if isinstance(value, str) else value
-
-
-def _whole(value: Any) -> Any:
-    """Turn NumPy's integers into Python's; what is no integer is left to the validator."""
-    return value if isinstance(value, bool) or not isinstance(value, Integral) else int(value)
-
-
-def _real(value: Any) -> Any:
-    """Turn NumPy's numbers and integers into floats; the rest is left to the validator."""
-    try:
-        return value if isinstance(value, bool) or not isinstance(value, Real) else float(value)
-    except OverflowError:
-        # Out of any range that a setting has.
-        return math.inf
-
-
-def _wholes(value: Any) -> Any:
-    return tuple(map(_whole, value)) if isinstance(value, (list, tuple)) else _whole(value)
-
-
-def _integer(default: int | None, *checks: _Validator) -> Any:
-    valid: Any = [_is_integer, *checks]
-    return field(
-        default=default,
-        converter=_whole,
-        validator=optional(valid) if default is None else valid,
-    )
-
-
-def _choice(default: str, *others: str) -> Any:
-    return field(
-        default=default,
-        kw_only=True,
-        validator=_one_of((default, *others), "{name} must be one of {allowed}, got {value!r}"),
-    )
-
-
 def _to_weight_threshold(value: int | None) -> int:
-    return DEFAULT_WEIGHT_THRESHOLD if value is None else _whole(value)
+    return DEFAULT_WEIGHT_THRESHOLD if value is None else _fields.whole(value)
 
 
 def _weight_threshold() -> Any:
@@ -136,8 +48,8 @@ def _weight_threshold() -> Any:
         default=DEFAULT_WEIGHT_THRESHOLD,
         converter=_to_weight_threshold,
         validator=[
-            _is_integer,
-            _check(
+            _fields.is_integer,
+            _fields.check(
                 lambda value: value >= 0,
                 '"{name}" must be a non-negative integer. Got {value}.',
             ),
@@ -157,8 +69,8 @@ def _to_granularity(value: str | Enum) -> CompressionGranularity:
     return _GRANULARITIES[name]
 
 
-def _is_granularity(*names: str) -> _Validator:
-    return _one_of(
+def _is_granularity(*names: str) -> _fields.Validator:
+    return _fields.one_of(
         tuple(_GRANULARITIES[name] for name in names),
         '"{name}" must be one of {allowed}, but got {value}',
     )
@@ -192,34 +104,7 @@ class OpCompressorConfig(ABC):
 
     @classmethod
     def _from_dict(cls, config_dict: Mapping[str, Any], place: str | None = None) -> Self:
-        place = place or cls.__name__
-        _check_mapping(config_dict, place)
-        try:
-            return _converter.structure(config_dict, cls)
-        except ClassValidationError as error:
-            msg = f"{place}: {'; '.join(map(str, error.exceptions))}"
-            raise ConfigDictError(msg, error.exceptions, cls) from None
-
-
-def _as_given(value: Any, _kind: Any) -> Any:
-    return value
-
-
-# cattrs would make the text "no" True and 2.7 two; the configs' checks are to see what is given.
-_converter = cattrs.Converter(forbid_extra_keys=True)
-_converter.register_structure_hook_func(lambda kind: not attrs.has(kind), _as_given)
-for _plain in (bool, float, int, str, CompressionGranularity):
-    _converter.register_structure_hook(_plain, _as_given)
-
-
-def _check_mapping(value: Any, place: str) -> None:
-    if not isinstance(value, Mapping):
-        msg = f"{place} must be type of dict. Got {type(value)}."
-        raise ConfigTypeError(msg)
-    for key in value:
-        if not isinstance(key, str):
-            msg = f"{place} must have text keys, got {key!r}"
-            raise ConfigTypeError(msg)
+        return _fields.structure(config_dict, cls, place or cls.__name__)
 
 
 @define
@@ -277,30 +162,30 @@ class OpPalettizerConfig(OpCompressorConfig):
 
     mode: str = field(
         default="kmeans",
-        converter=_upper,
+        converter=_fields.upper,
         validator=[
-            _is_text,
-            _one_of(
+            _fields.is_text,
+            _fields.one_of(
                 ("KMEANS", "UNIFORM", "UNIQUE", "CUSTOM"),
                 "Only modes {allowed} are supported for weight palettization. "
                 'Got "mode": "{value}".',
             ),
         ],
     )
-    nbits: int | None = field(default=None, converter=_whole)
+    nbits: int | None = field(default=None, converter=_fields.whole)
     lut_function: Callable[..., Any] | None = field(default=None)
     granularity: CompressionGranularity = field(
         default=CompressionGranularity.PER_TENSOR,
         converter=_to_granularity,
         validator=_is_granularity("per_tensor", "per_grouped_channel"),
     )
-    group_size: int = _integer(32, _at_least(0))
-    channel_axis: int | None = _integer(None)
-    cluster_dim: int = _integer(1, _at_least(1))
-    enable_per_channel_scale: bool = field(default=False, validator=_is_flag)
-    num_kmeans_workers: int = _integer(1, _at_least(1))
+    group_size: int = _fields.integer(32, _fields.at_least(0))
+    channel_axis: int | None = _fields.integer(None)
+    cluster_dim: int = _fields.integer(1, _fields.at_least(1))
+    enable_per_channel_scale: bool = field(default=False, validator=_fields.is_flag)
+    num_kmeans_workers: int = _fields.integer(1, _fields.at_least(1))
     weight_threshold: int = _weight_threshold()
-    on_indivisible: Literal["leave", "divisor"] = _choice("leave", "divisor")
+    on_indivisible: Literal["leave", "divisor"] = _fields.choice("leave", "divisor")
 
     @nbits.validator
     def _check_nbits(self, _attribute: Any, nbits: Any) -> None:
@@ -337,7 +222,7 @@ class OpPalettizerConfig(OpCompressorConfig):
 
     @classmethod
     def _from_dict(cls, config_dict: Mapping[str, Any], place: str | None = None) -> Self:
-        _check_mapping(config_dict, place or cls.__name__)
+        _fields.check_mapping(config_dict, place or cls.__name__)
         if "lut_function" in config_dict:
             msg = (
                 f"{place or cls.__name__}: _from_dict method does not support lut_function. "
@@ -348,7 +233,7 @@ class OpPalettizerConfig(OpCompressorConfig):
 
 
 def _to_block_size(value: int | Sequence[int] | None) -> int | tuple[int, ...]:
-    size: int | tuple[int, ...] = _DEFAULT_BLOCK_SIZE if value is None else _wholes(value)
+    size: int | tuple[int, ...] = _DEFAULT_BLOCK_SIZE if value is None else _fields.wholes(value)
     return size
 
 
@@ -397,10 +282,10 @@ class OpLinearQuantizerConfig(OpCompressorConfig):
 
     mode: str = field(
         default="linear_symmetric",
-        converter=_upper,
+        converter=_fields.upper,
         validator=[
-            _is_text,
-            _one_of(
+            _fields.is_text,
+            _fields.one_of(
                 ("LINEAR_SYMMETRIC", "LINEAR"),
                 "Only mode {allowed} supported for weight affine quantization. "
                 'Got mode: "{value}".',
@@ -410,7 +295,7 @@ class OpLinearQuantizerConfig(OpCompressorConfig):
     dtype: str = field(
         default="int8",
         converter=_to_dtype,
-        validator=_one_of(
+        validator=_fields.one_of(
             ("int8", "uint8", "int4", "uint4"),
             "Invalid dtype {value}. Only support int8/uint8/int4/uint4. "
             "Should be int4/8 or uint4/8, but got {value}",
@@ -423,8 +308,8 @@ class OpLinearQuantizerConfig(OpCompressorConfig):
     )
     block_size: int | tuple[int, ...] = field(default=_DEFAULT_BLOCK_SIZE, converter=_to_block_size)
     weight_threshold: int = _weight_threshold()
-    on_indivisible: Literal["leave", "divisor"] = _choice("leave", "divisor")
-    range: Literal["minmax", "mse"] = _choice("minmax", "mse")
+    on_indivisible: Literal["leave", "divisor"] = _fields.choice("leave", "divisor")
+    range: Literal["minmax", "mse"] = _fields.choice("minmax", "mse")
 
     @block_size.validator
     def _check_block_size(self, _attribute: Any, block_size: Any) -> None:
@@ -488,18 +373,21 @@ class OpMagnitudePrunerConfig(OpCompressorConfig):
     """
 
     target_sparsity: float | None = field(
-        default=None, converter=_real, validator=optional([_is_number, _is_fraction])
+        default=None,
+        converter=_fields.real,
+        validator=optional([_fields.is_number, _fields.is_fraction]),
     )
-    block_size: int | None = _integer(
-        None, _check(lambda value: value > 1, '"{name}" must be an integer > 1. Got {value}.')
+    block_size: int | None = _fields.integer(
+        None,
+        _fields.check(lambda value: value > 1, '"{name}" must be an integer > 1. Got {value}.'),
     )
     n_m_ratio: tuple[int, int] | None = field(
         default=None,
-        converter=_wholes,
-        validator=optional(_is_a(tuple, "a tuple of two integers")),
+        converter=_fields.wholes,
+        validator=optional(_fields.is_a(tuple, "a tuple of two integers")),
     )
-    dim: int | None = _integer(
-        None, _check(lambda value: value in (0, 1), '"{name}" must be 1 or 0. Got {value}.')
+    dim: int | None = _fields.integer(
+        None, _fields.check(lambda value: value in (0, 1), '"{name}" must be 1 or 0. Got {value}.')
     )
     weight_threshold: int = _weight_threshold()
 
@@ -576,17 +464,17 @@ class OpThresholdPrunerConfig(OpCompressorConfig):
 
     threshold: float = field(
         default=1e-12,
-        converter=_real,
+        converter=_fields.real,
         validator=[
-            _is_number,
-            _check(
+            _fields.is_number,
+            _fields.check(
                 lambda value: 0 <= value < math.inf,
                 'Invalid value of "{name}": {value}. Needs to be in [0, inf)',
             ),
         ],
     )
     minimum_sparsity_percentile: float = field(
-        default=0.5, converter=_real, validator=[_is_number, _is_fraction]
+        default=0.5, converter=_fields.real, validator=[_fields.is_number, _fields.is_fraction]
     )
     weight_threshold: int = _weight_threshold()
 
@@ -626,9 +514,9 @@ def _copied(configs: Mapping[str, OpCompressorConfig | None] | None) -> _Configs
     return {} if configs is None else dict(configs) if isinstance(configs, Mapping) else configs
 
 
-def _each(check: Callable[[str, Any], None]) -> _Validator:
+def _each(check: Callable[[str, Any], None]) -> _fields.Validator:
     def validate(_config: Any, attribute: attrs.Attribute[Any], configs: Any) -> None:
-        _check_mapping(configs, attribute.name)
+        _fields.check_mapping(configs, attribute.name)
         for key, op_config in configs.items():
             check(key, op_config)
 
@@ -689,13 +577,13 @@ class OptimizationConfig:
 
     def set_op_type(self, op_type: str, op_config: OpCompressorConfig | None) -> None:
         """Set the config of the weights that ops of a type use."""
-        _check_mapping({op_type: op_config}, "op_type_configs")
+        _fields.check_mapping({op_type: op_config}, "op_type_configs")
         _check_for_type(op_type, op_config)
         self.op_type_configs[op_type] = op_config
 
     def set_op_name(self, op_name: str, op_config: OpCompressorConfig | None) -> None:
         """Set the config of a weight or op by its name, or of all that a pattern fits."""
-        _check_mapping({op_name: op_config}, "op_name_configs")
+        _fields.check_mapping({op_name: op_config}, "op_name_configs")
         _check_for_name(op_name, op_config)
         self.op_name_configs[op_name] = op_config
 
@@ -805,7 +693,7 @@ class OptimizationConfig:
         >>> config.op_type_configs["conv"].n_m_ratio
         (3, 4)
         """
-        _check_mapping(config_dict, "an OptimizationConfig object")
+        _fields.check_mapping(config_dict, "an OptimizationConfig object")
         valid_keys = ("config_type", *(attribute.name for attribute in attrs.fields(cls)))
         for key in config_dict:
             if key not in valid_keys:
@@ -825,7 +713,7 @@ class OptimizationConfig:
         for level in ("op_type_configs", "op_name_configs"):
             settings = config_dict.get(level)
             if settings is not None:
-                _check_mapping(settings, level)
+                _fields.check_mapping(settings, level)
                 levels[level] = {
                     key: _structured(value, kind, f"{level}[{key!r}]")
                     for key, value in settings.items()
@@ -877,7 +765,7 @@ def _kind_named(name: Any, place: str) -> type[OpCompressorConfig]:
 def _structured(settings: Any, kind: str, place: str) -> OpCompressorConfig | None:
     if settings is None:
         return None
-    _check_mapping(settings, place)
+    _fields.check_mapping(settings, place)
     fields = dict(settings)
     kind = fields.pop("config_type", kind)
     return _kind_named(kind, f"{place}: config_type")._from_dict(fields, place)

@@ -222,19 +222,47 @@ def palettize(
     config = config or PalettizeConfig()
     array = as_weight(weight)
     output = normalized_axis(channel_axis, array.ndim)
-    axis = output
-    if config.channel_axis is not None:
-        axis = normalized_axis(config.channel_axis, array.ndim)
-    group_shape = _group_shape(array.shape, config, axis)
+    if config.channel_scale:
+        palette, scale = palettize_scaled(array, config, channel_axis=output, importance=importance)
+        return fold(palette, scale, output, like=array)
+    axis = _axis(config, output, array.ndim)
     share = None if importance is None else _checked_importance(importance, array.shape)
-    if not config.channel_scale:
-        return _fitted(array, config, axis, group_shape, share)
+    return _fitted(array, config, axis, _group_shape(array.shape, config, axis), share)
+
+
+def palettize_scaled(
+    weight: Any, config: PalettizeConfig, *, channel_axis: int = 0, importance: Any = None
+) -> tuple[Palette, Floats]:
+    """Palettize a weight whose output channels are divided by their greatest magnitude.
+
+    Parameters
+    ----------
+    weight, config, channel_axis, importance
+        As of `palettize`; ``channel_scale`` is taken as true.
+
+    Returns
+    -------
+    Palette
+        The palette of the divided weight.
+    NDArray
+        The scale of each output channel, of the weight's rank and type.
+    """
+    array = as_weight(weight)
+    output = normalized_axis(channel_axis, array.ndim)
+    axis = _axis(config, output, array.ndim)
+    share = None if importance is None else _checked_importance(importance, array.shape)
     scale = _channel_scale(array, output)
     # An error counts in units of the weight, not of the scaled weight.
     relative = (scale / scale.max()).astype(np.float32)
     share = relative**2 * (np.ones(array.shape, np.float32) if share is None else share)
     scaled = (array / scale.astype(np.float32)).astype(array.dtype)
-    return _folded(array, _fitted(scaled, config, axis, group_shape, share), scale, output)
+    palette = _fitted(scaled, config, axis, _group_shape(array.shape, config, axis), share)
+    return palette, scale.astype(array.dtype)
+
+
+def _axis(config: PalettizeConfig, output: int, rank: int) -> int:
+    axis = output if config.channel_axis is None else config.channel_axis
+    return normalized_axis(axis, rank)
 
 
 def folded_bytes(
@@ -300,7 +328,7 @@ def _vectors(
     importance: NDArray[np.float32] | None,
 ) -> Palette:
     size = config.vector_size
-    index_shape, rows = _split(array, size, axis, group_shape)
+    index_shape, rows = split_vectors(array, size, axis, group_shape)
     n_groups = len(rows)
     bits: int = config.bits or 0
     if isinstance(config.table, Unique):
@@ -313,7 +341,7 @@ def _vectors(
     else:
         share = None
         if importance is not None:
-            share = _split(importance, size, axis, group_shape)[1].mean(axis=-1)
+            share = split_vectors(importance, size, axis, group_shape)[1].mean(axis=-1)
         seed = config.table.seed if isinstance(config.table, KMeans) else 0
         flat, codes = _core.kmeans_vector(rows.reshape(n_groups, -1), 2**bits, size, seed, share)
         luts = flat.reshape(n_groups, 2**bits, size)
@@ -375,7 +403,7 @@ def _palette(
     )
 
 
-def _split(
+def split_vectors(
     array: NDArray[Any], size: int, axis: int, group_shape: tuple[int, ...]
 ) -> tuple[tuple[int, ...], NDArray[Any]]:
     """Return the shape of the indices, and the vectors as ``(n_groups, n_vectors, size)``."""
@@ -390,7 +418,7 @@ def _split(
 def _joined(
     vectors: NDArray[Any], index_shape: tuple[int, ...], group_shape: tuple[int, ...], axis: int
 ) -> NDArray[Any]:
-    """Undo `_split`."""
+    """Undo `split_vectors`."""
     size = vectors.shape[-1]
     rows = vectors.reshape(len(vectors), -1)
     parts = np.moveaxis(from_rows(rows, (*index_shape, size), (*group_shape, size)), -1, axis + 1)
@@ -415,26 +443,38 @@ def _channel_scale(array: Floats, output: int) -> NDArray[np.float64]:
     return scale
 
 
-def _folded(array: Floats, palette: Palette, scale: NDArray[np.float64], output: int) -> Palette:
-    """Multiply a scale for each output channel into the tables; assign single values anew."""
+def fold(palette: Palette, scale: NDArray[Any], output: int, like: Floats | None = None) -> Palette:
+    """Multiply a scale for each output channel into the tables.
+
+    Parameters
+    ----------
+    palette
+        The palette of the divided weight.
+    scale
+        Of the weight's rank.
+    output
+        Axis of the output channels.
+    like
+        The weight; if given, single values are assigned to the entries anew.
+    """
     n_rows = palette.codes.shape[output]
     lut = palette.entries.astype(np.float64)
     lut = np.repeat(lut, n_rows // lut.shape[output], axis=output)
-    factors = scale[..., None, None]
+    factors = scale.astype(np.float64)[..., None, None]
     if palette.vector_axis == output:
         factors = np.moveaxis(
-            scale.reshape(*scale.shape[:output], n_rows, -1, *scale.shape[output + 1 :]),
+            factors.reshape(*scale.shape[:output], n_rows, -1, *scale.shape[output + 1 :]),
             output + 1,
             -1,
         )[..., None, :]
-    folded = (lut * factors).astype(array.dtype)
+    folded = (lut * factors).astype(palette.entries.dtype)
     made = Palette(
         codes=palette.codes,
         lut=frozen(folded),
         bits=palette.bits,
         vector_axis=palette.vector_axis,
     )
-    return made if made.vector_size > 1 else reassigned(made, array)
+    return made if like is None or made.vector_size > 1 else reassigned(made, like)
 
 
 def reassigned(palette: Palette, array: Floats) -> Palette:

@@ -1,0 +1,16 @@
+"""The names of ``coremltools.optimize.torch``, with milpress behind them.
+
+A user changes one import: ``import milpress as cto``, then
+``cto.torch.palettization.PostTrainingPalettizer(...)``.
+"""
+
+from milpress.torch import base_model_optimizer, optimization_config, palettization, quantization
+from milpress.torch.conversion import convert
+
+__all__ = [
+    "base_model_optimizer",
+    "convert",
+    "optimization_config",
+    "palettization",
+    "quantization",
+]

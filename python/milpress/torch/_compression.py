@@ -1,0 +1,224 @@
+"""Compressing the weights of a torch model, one at a time, in place."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from milpress import _core
+from milpress.errors import UnsupportedError
+from milpress.formats import Masked, Palette, Quantized, Treatment
+from milpress.formats._layout import Floats, as_weight
+from milpress.recipe import describe
+from milpress.report import WeightReport, decibels
+from milpress.torch import _metadata
+from milpress.torch._metadata import Stored
+from milpress.torch._report import Report
+from milpress.torch._weights import Weight, is_spread, whole
+
+_logger = logging.getLogger(__name__)
+
+Progress: TypeAlias = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Treated:
+    """What was made of a weight.
+
+    Parameters
+    ----------
+    stored
+        What Core ML is to hold.
+    treatment
+        How, for the report.
+    notes
+        How that differs from what was asked for.
+    """
+
+    stored: Stored
+    treatment: Treatment
+    notes: tuple[str, ...] = ()
+
+
+Treat: TypeAlias = Callable[[Weight, Floats, Any], Treated]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A weight and the config of its module; ``None`` leaves it."""
+
+    weight: Weight
+    config: Any
+
+
+def compress_weights(
+    model: nn.Module,
+    tasks: Sequence[Task],
+    treat: Treat,
+    progress: Progress | None = None,
+    notes: Sequence[str] = (),
+) -> Report:
+    """Compress the weights of a model in place, and say so in the buffers of its modules.
+
+    Parameters
+    ----------
+    model
+        The model; nothing of it is copied.
+    tasks
+        What is asked for each of its weights.
+    treat
+        Makes of a weight and its config what is to be stored. What it raises an `UnsupportedError`
+        for is left.
+    progress
+        Called with elements done, elements in all and the name of the weight at hand.
+    notes
+        What the report is to say of all weights.
+    """
+    tied: dict[int, list[Task]] = {}
+    for task in tasks:
+        tied.setdefault(id(task.weight.tensor), []).append(task)
+    groups = [
+        group
+        for together in tied.values()
+        for group in ([together] if together[0].weight.tensor is not None else _alone(together))
+    ]
+    groups = [group for group in groups if any(task.config is not None for task in group)]
+    total = sum(group[0].weight.size for group in groups)
+    done = 0
+    rows: dict[str, dict[str, Any]] = {}
+    weights: list[WeightReport] = []
+    for group in groups:
+        if progress is not None:
+            progress(done, total, group[0].weight.name)
+        row, weight = _compress_together(group, treat)
+        rows.update({task.weight.name: dict(row) for task in group})
+        weights.append(weight)
+        if weight.status == "left":
+            _logger.warning("%s: %s. Left as it is.", weight.name, weight.note)
+        done += group[0].weight.size
+    if progress is not None:
+        progress(total, total, "")
+    if any(weight.status == "compressed" for weight in weights):
+        _metadata.register_version(model)
+    return Report(rows, weights, notes)
+
+
+def _alone(tasks: list[Task]) -> list[list[Task]]:
+    return [[task] for task in tasks]
+
+
+def _compress_together(group: list[Task], treat: Treat) -> tuple[dict[str, Any], WeightReport]:
+    """Compress a parameter that some modules, mostly one, hold together."""
+    asked = next(task for task in group if task.config is not None)
+    others = [task.weight.name for task in group if task is not asked]
+    notes = [f"tied to {', '.join(others)}"] if others else []
+    if _metadata.prefix_of(asked.weight.module) != _metadata.PREFIX:
+        notes.append("ct.convert keeps it dense, milpress.torch.convert stores it compressed")
+    if any(task.config != asked.config for task in group):
+        notes.append(f"compressed as {asked.weight.name} asks, though the others ask otherwise")
+    try:
+        treated, row, snr = _compress(asked, [task.weight for task in group], treat)
+    except UnsupportedError as error:
+        return _left(asked.weight, str(error))
+    return _compressed(asked.weight, treated, row, snr, [*treated.notes, *notes])
+
+
+@torch.no_grad()
+def _compress(
+    asked: Task, holders: list[Weight], treat: Treat
+) -> tuple[Treated, dict[str, Any], float | None]:
+    weight = asked.weight
+    tensor = weight.tensor
+    if tensor is None:
+        msg = f"{weight.parameter_name} is computed by the module, a parameter is expected"
+        raise UnsupportedError(msg)
+    if nn.parameter.is_lazy(tensor):
+        msg = "the parameter has no shape yet, run the model once"
+        raise UnsupportedError(msg)
+    if any(_metadata.is_coded(holder) for holder in holders):
+        msg = "compressed already"
+        raise UnsupportedError(msg)
+    # A view of the parameter's own memory, or a copy of what is no float32 or float16 on the CPU.
+    array = as_weight(whole(tensor))
+    treated = treat(weight, array, asked.config)
+    dense = torch.from_numpy(treated.stored.dense()).to(tensor.dtype)
+    decoded = as_weight(dense)
+    signal, noise, _ = _core.compare(array.reshape(-1), decoded.reshape(-1))
+    row = {"error": math.sqrt(noise / array.size), "#params": array.size, **_columns(treated)}
+    tensor.copy_(_spread_like(dense, tensor) if is_spread(tensor) else dense)
+    for holder in holders:
+        _metadata.register(holder, treated.stored)
+    return treated, row, decibels(signal, noise)
+
+
+def _spread_like(dense: torch.Tensor, tensor: Any) -> torch.Tensor:
+    from torch.distributed.tensor import distribute_tensor
+
+    dense = dense.to(tensor.device_mesh.device_type)
+    return distribute_tensor(dense, tensor.device_mesh, tensor.placements)
+
+
+def _columns(treated: Treated) -> dict[str, Any]:
+    """Return what coremltools reports of a value."""
+    value = treated.stored.value
+    found: dict[str, Any] = {}
+    if isinstance(value, Masked):
+        zero: NDArray[np.bool_] = np.logical_not(value.mask())
+        rows: NDArray[np.bool_] = np.asarray(zero.reshape(len(zero), -1).all(axis=1))
+        found["structured_weight_sparsity"] = float(rows.mean())
+        found["unstructured_weight_sparsity"] = float(zero.mean())
+        if len(rows) % 2 == 0:
+            found["block2_weight_sparsity"] = float(rows.reshape(-1, 2).all(axis=1).mean())
+        value = value.value
+    quantized = value.lut if isinstance(value, Palette) else value
+    if isinstance(quantized, Quantized):
+        found["dtype"] = f"dtype={quantized.dtype}"
+    if isinstance(value, Palette):
+        n_clusters, cluster_dim = value.lut.shape[-2:]
+        found["palettization_mode"] = f"num_clusters={n_clusters}, cluster_dim={cluster_dim}"
+    return found
+
+
+def _compressed(
+    weight: Weight,
+    treated: Treated,
+    row: dict[str, Any],
+    snr: float | None,
+    notes: list[str],
+) -> tuple[dict[str, Any], WeightReport]:
+    report = replace(
+        _as_it_is(weight, "; ".join(notes)),
+        status="compressed",
+        treatment=describe(treated.treatment),
+        bytes_after=treated.stored.n_bytes,
+        snr_db=snr,
+    )
+    return {**row, **({"note": report.note} if notes else {})}, report
+
+
+def _left(weight: Weight, note: str) -> tuple[dict[str, Any], WeightReport]:
+    report = _as_it_is(weight, note)
+    return {"error": 0.0, "#params": report.size, "note": note}, report
+
+
+def _as_it_is(weight: Weight, note: str) -> WeightReport:
+    tensor = weight.tensor
+    n_bytes = 0 if tensor is None else weight.size * tensor.dtype.itemsize
+    return WeightReport(
+        name=weight.name,
+        op_types=(type(weight.module).__name__,),
+        shape=weight.shape,
+        status="left",
+        treatment="",
+        note=note,
+        bytes_before=n_bytes,
+        bytes_after=n_bytes,
+    )

@@ -1,0 +1,109 @@
+"""The weights of a torch model: parameters that Core ML can hold compressed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+Kinds: TypeAlias = tuple[type[nn.Module], ...]
+
+TRANSPOSED: Kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+RECURRENT: Kinds = (nn.LSTM, nn.GRU)
+KINDS: Kinds = (
+    nn.Linear,
+    nn.Embedding,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    *TRANSPOSED,
+    nn.MultiheadAttention,
+    *RECURRENT,
+)
+
+_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A parameter of a module.
+
+    Parameters
+    ----------
+    module_name, module
+        The module, and its name in the model, empty for the model itself.
+    parameter_name
+        Name in the module.
+    """
+
+    module_name: str
+    module: nn.Module
+    parameter_name: str
+
+    @property
+    def name(self) -> str:
+        """Name in the model, as in its state dict."""
+        parts = (self.module_name, self.parameter_name)
+        return ".".join(part for part in parts if part)
+
+    @property
+    def tensor(self) -> torch.Tensor | None:
+        """The parameter; ``None`` where the module computes its weight instead of holding it."""
+        found: Any = dict(self.module.named_parameters(recurse=False)).get(self.parameter_name)
+        return found if isinstance(found, nn.Parameter) else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape; ``(0,)`` where there is none yet."""
+        tensor = self.tensor
+        return (0,) if tensor is None or nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def axes(self) -> tuple[int, int]:
+        """Axes of output and input channels."""
+        return (1, 0) if isinstance(self.module, TRANSPOSED) else (0, 1)
+
+    @property
+    def n_conv_groups(self) -> int:
+        """Groups of a grouped convolution, which no vector may cross."""
+        return int(getattr(self.module, "groups", 1))
+
+
+def weights_of(model: nn.Module, kinds: Kinds) -> Iterator[Weight]:
+    """Yield the weights of the modules of some kinds, in order, each module once."""
+    for name, module in model.named_modules():
+        if isinstance(module, kinds):
+            for parameter_name in _parameter_names(module):
+                yield Weight(name, module, parameter_name)
+
+
+def _parameter_names(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, nn.MultiheadAttention):
+        return tuple(name for name in _PROJECTIONS if getattr(module, name, None) is not None)
+    if isinstance(module, RECURRENT):
+        names = [name for name, _ in module.named_parameters(recurse=False)]
+        return tuple(name for name in names if name.startswith("weight_"))
+    return ("weight",)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a parameter on the CPU, put together if it is spread over processes."""
+    found: Any = tensor.detach()
+    if is_spread(tensor):
+        found = found.full_tensor()
+    complete: torch.Tensor = found if found.is_meta else found.cpu()
+    return complete
+
+
+def is_spread(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is spread over processes, a ``DTensor``, whose class is slow to import."""
+    return hasattr(tensor, "full_tensor")

@@ -1,0 +1,113 @@
+"""The bases of all optimizers: a model, a config, a report."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+
+from milpress.errors import ConfigTypeError
+from milpress.torch._report import Report
+from milpress.torch._weights import Kinds
+from milpress.torch.optimization_config import OptimizationConfig
+
+__all__ = [
+    "BaseDataCalibratedModelOptimizer",
+    "BaseModelOptimizer",
+    "BasePostTrainingModelOptimizer",
+]
+
+_logger = logging.getLogger(__name__)
+
+
+class BaseModelOptimizer(ABC):
+    """Compresses a model as a config says.
+
+    Parameters
+    ----------
+    model
+        The model.
+    config
+        What to do to which module; ``None`` for the default. coremltools' own config objects are
+        taken, too.
+    """
+
+    _supported_modules: ClassVar[Kinds] = ()
+    _config_class: ClassVar[type[OptimizationConfig]] = OptimizationConfig
+
+    def __init__(self, model: torch.nn.Module, config: OptimizationConfig | None = None) -> None:
+        if _is_of_coremltools(config, self._config_class.__name__):
+            config = self._config_class.from_dict(config.as_dict())  # type: ignore[union-attr]
+        if config is not None and not isinstance(config, self._config_class):
+            msg = f"config must be a {self._config_class.__name__}, got {type(config).__name__}"
+            raise ConfigTypeError(msg)
+        self._source = model
+        self._model = model
+        self._config: Any = self._config_class() if config is None else config
+
+    @abstractmethod
+    def report(self) -> Report:
+        """Return what happened to each weight that was asked for."""
+
+    @property
+    def supported_modules(self) -> Kinds:
+        """The classes of modules whose weights can be compressed."""
+        return self._supported_modules
+
+    def _get_model_for_compression(self, inplace: bool) -> torch.nn.Module:
+        return self._source if inplace else copy.deepcopy(self._source)
+
+    def _warn_of_typos(self) -> None:
+        for key in self._config.unmatched(self._model.named_modules()):
+            _logger.warning("the config names %r, which nothing in the model matches", key)
+
+
+def _is_of_coremltools(config: Any, name: str) -> bool:
+    """Whether an object is of the class of coremltools that has a name."""
+    home = "coremltools.optimize.torch."
+    return any(
+        kind.__name__ == name and kind.__module__.startswith(home) for kind in type(config).__mro__
+    )
+
+
+class _OneShotOptimizer(BaseModelOptimizer):
+    """An optimizer that compresses all at once."""
+
+    def __init__(self, model: torch.nn.Module, config: OptimizationConfig | None = None) -> None:
+        super().__init__(model, config)
+        self._report = Report()
+
+    def report(self) -> Report:
+        """Return what `compress` did to each weight that was asked for; nothing before it."""
+        return self._report
+
+    def _begin(self, inplace: bool) -> torch.nn.Module:
+        self._model = self._get_model_for_compression(inplace)
+        self._warn_of_typos()
+        return self._model
+
+
+class BasePostTrainingModelOptimizer(_OneShotOptimizer):
+    """An optimizer that needs no data."""
+
+    def compress(self, *args: Any, inplace: bool = False, **kwargs: Any) -> torch.nn.Module:  # noqa: ARG002
+        """Return the model to compress: with ``inplace`` the model itself, else a copy."""
+        return self._begin(inplace)
+
+
+class BaseDataCalibratedModelOptimizer(_OneShotOptimizer):
+    """An optimizer that looks at samples."""
+
+    def compress(
+        self,
+        dataloader: Iterable[Any] | None,  # noqa: ARG002
+        *args: Any,  # noqa: ARG002
+        inplace: bool = False,
+        **kwargs: Any,  # noqa: ARG002
+    ) -> torch.nn.Module:
+        """Return the model to compress: with ``inplace`` the model itself, else a copy."""
+        return self._begin(inplace)

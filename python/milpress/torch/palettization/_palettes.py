@@ -1,0 +1,222 @@
+"""Palettes for the weights of modules, as the configs of this package ask for them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from attrs import define, field
+from numpy.typing import NDArray
+
+from milpress import _fields
+from milpress._plan import divisor_of
+from milpress.errors import ConfigError, ConfigTypeError, UnsupportedError
+from milpress.formats import Blocks, Palette, PalettizeConfig, QuantizeConfig, Quantized, quantize
+from milpress.formats._layout import Floats
+from milpress.formats.joint import masked
+from milpress.formats.palette import Bits, folded_bytes, palettize, palettize_scaled, reassigned
+from milpress.formats.quantized import IntDType
+from milpress.torch import _metadata
+from milpress.torch._compression import Treated
+from milpress.torch._metadata import Stored
+from milpress.torch._weights import Weight
+from milpress.torch.optimization_config import (
+    ModuleOptimizationConfig,
+    PalettizationGranularity,
+)
+
+_BITS = (1, 2, 3, 4, 6, 8)
+_LUT_DTYPES = {"int8": torch.int8, "uint8": torch.uint8}
+
+
+def _to_lut_dtype(value: Any) -> Any:
+    if isinstance(value, str):
+        return _LUT_DTYPES.get(value.lower(), value)
+    return value
+
+
+def _to_granularity(value: Any) -> PalettizationGranularity:
+    return _fields.enumerated(PalettizationGranularity, value)
+
+
+@define
+class ModulePaletteConfig(ModuleOptimizationConfig):
+    """The fields that the configs of all palettizers share."""
+
+    n_bits: int = field(
+        default=4,
+        converter=_fields.whole,
+        validator=[
+            _fields.is_integer,
+            _fields.one_of(_BITS, "{name} must be one of {allowed}, got {value}"),
+        ],
+    )
+    lut_dtype: torch.dtype | None = field(
+        default=None,
+        converter=_to_lut_dtype,
+        validator=_fields.one_of(
+            (None, *_LUT_DTYPES.values()), "{name} must be one of {allowed}, got {value!r}"
+        ),
+    )
+    granularity: PalettizationGranularity = field(
+        default=PalettizationGranularity.per_tensor,
+        converter=_to_granularity,
+    )
+    group_size: int | None = _fields.integer(None)
+    channel_axis: int = _fields.integer(
+        0, _fields.one_of((0, 1), "{name} must be one of {allowed}, got {value}")
+    )
+    cluster_dim: int | None = _fields.integer(None, _fields.at_least(1))
+    enable_per_channel_scale: bool = field(default=False, validator=_fields.is_flag)
+    on_indivisible: Literal["leave", "divisor"] = _fields.choice("leave", "divisor")
+
+    @group_size.validator
+    def _check_group_size(self, _attribute: Any, group_size: Any) -> None:
+        grouped = self.granularity is PalettizationGranularity.per_grouped_channel
+        if not grouped and group_size is not None:
+            msg = (
+                "group_size can't be specified along with per_tensor granularity, "
+                f"got {group_size!r}"
+            )
+            raise ConfigError(msg)
+        if grouped and group_size is None:
+            msg = "group_size has to be specified along with per_grouped_channel granularity."
+            raise ConfigError(msg)
+        if group_size is not None and type(group_size) is not int:
+            msg = f"group_size must be an integer, got {group_size!r}"
+            raise ConfigTypeError(msg)
+        if group_size is not None and group_size < 1:
+            msg = f"group_size should be greater than zero, got {group_size}"
+            raise ConfigError(msg)
+
+    @enable_per_channel_scale.validator
+    def _check_scale(self, _attribute: Any, enabled: Any) -> None:
+        if enabled and self.cluster_dim is not None and self.cluster_dim > 1:
+            msg = (
+                f"Enabling per_channel_scale is not supported for cluster_dim={self.cluster_dim} "
+                "larger than 1"
+            )
+            raise ConfigError(msg)
+
+
+def palettized(
+    weight: Weight,
+    array: Floats,
+    config: ModulePaletteConfig,
+    importance: NDArray[np.float32] | None = None,
+) -> Treated:
+    """Palettize a weight.
+
+    Parameters
+    ----------
+    weight
+        Which.
+    array
+        Its values.
+    config
+        How.
+    importance
+        Weight of each element in the squared error; ``None`` for equal weight.
+
+    Raises
+    ------
+    UnsupportedError
+        If the weight can't be palettized so.
+    """
+    treatment, notes = _fitted(weight, array, config)
+    mask = array != 0 if _metadata.is_pruned(weight) else None
+    if mask is not None:
+        if treatment.vector_size > 1:
+            msg = "a pruned weight can't be palettized by vectors"
+            raise UnsupportedError(msg)
+        kept = mask.astype(np.float32)
+        importance = kept if importance is None else importance * kept
+    output = weight.axes[0]
+    scale = None
+    if treatment.channel_scale:
+        palette, scale = palettize_scaled(
+            array, treatment, channel_axis=output, importance=importance
+        )
+    else:
+        palette = palettize(array, treatment, channel_axis=output, importance=importance)
+    if config.lut_dtype is not None:
+        palette = _with_integer_lut(palette, config.lut_dtype)
+        if scale is not None:
+            palette, scale = _folded(palette, scale, output), None
+        if palette.vector_size == 1:
+            palette = reassigned(palette, array)
+    elif scale is None:
+        palette = _representable(palette, weight)
+    value = palette if mask is None else masked(palette, mask)
+    return Treated(Stored(value, scale), treatment, tuple(notes))
+
+
+def _fitted(
+    weight: Weight, array: Floats, config: ModulePaletteConfig
+) -> tuple[PalettizeConfig, list[str]]:
+    """Return the treatment that fits the weight's shape, and how it differs from the config."""
+    shape = array.shape
+    output = weight.axes[0]
+    axis = weight.axes[config.channel_axis]
+    notes = []
+    group_size = config.group_size
+    if group_size is not None:
+        group_size, note = divisor_of(
+            "group", group_size, shape, axis, output, config.on_indivisible
+        )
+        if group_size is None:
+            raise UnsupportedError(note)
+        notes.extend([note] if note else [])
+    vector_size = config.cluster_dim or 1
+    n = group_size or shape[axis]
+    if n % vector_size:
+        msg = f"vectors of {vector_size} (cluster_dim) don't divide {n} channels"
+        raise UnsupportedError(msg)
+    if axis == 0 and shape[0] // weight.n_conv_groups % vector_size:
+        msg = f"vectors of {vector_size} (cluster_dim) don't divide the channels of a conv group"
+        raise UnsupportedError(msg)
+    treatment = PalettizeConfig(
+        bits=cast("Bits", config.n_bits),
+        group_size=group_size,
+        channel_axis=axis,
+        vector_size=vector_size,
+        channel_scale=config.enable_per_channel_scale,
+    )
+    if treatment.channel_scale and config.lut_dtype is not None:
+        table = folded_bytes(shape, 1, treatment, output, axis)
+        if table >= array.nbytes:
+            treatment = replace(treatment, channel_scale=False)
+            notes.append("without scales, as tables with them would be larger than the weight")
+    return treatment, notes
+
+
+def _with_integer_lut(palette: Palette, dtype: torch.dtype) -> Palette:
+    """Store each table as integers with a scale of its own."""
+    lut = cast("Floats", palette.lut)
+    whole_table = Blocks((1,) * (lut.ndim - 2) + (0, 0))
+    name: IntDType = "uint8" if dtype == torch.uint8 else "int8"
+    return replace(palette, lut=quantize(lut, QuantizeConfig(dtype=name, granularity=whole_table)))
+
+
+def _folded(palette: Palette, scale: Floats, output: int) -> Palette:
+    """Give each output channel its own copy of its table, with a scale that has both."""
+    lut = cast("Quantized", palette.lut)
+    n_copies = scale.shape[output] // lut.codes.shape[output]
+    offset = None if lut.offset is None else np.repeat(lut.offset, n_copies, output)
+    folded = Quantized(
+        codes=np.repeat(lut.codes, n_copies, output),
+        scale=np.repeat(lut.scale, n_copies, output) * scale[..., None, None],
+        offset=offset,
+        bits=8,
+    )
+    return replace(palette, lut=folded)
+
+
+def _representable(palette: Palette, weight: Weight) -> Palette:
+    """Round the entries to the weight's type, so that the weight can hold just these."""
+    if weight.tensor is None or weight.tensor.dtype != torch.bfloat16:
+        return palette
+    rounded = torch.tensor(palette.entries).to(torch.bfloat16).float().numpy()
+    return replace(palette, lut=rounded)

@@ -1,0 +1,291 @@
+"""Palettization by k-means that counts an error where the loss feels it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from attrs import define, field
+
+from milpress import _fields
+from milpress.errors import ConfigError, UnsupportedError
+from milpress.formats._layout import Floats
+from milpress.torch._compression import Progress, Task, Treated, compress_weights
+from milpress.torch._weights import KINDS, Kinds, Weight, weights_of
+from milpress.torch.base_model_optimizer import BaseDataCalibratedModelOptimizer
+from milpress.torch.optimization_config import ModuleOptimizationConfig, OptimizationConfig
+from milpress.torch.palettization import _sensitivity, _workers
+from milpress.torch.palettization._palettes import ModulePaletteConfig, palettized
+from milpress.torch.palettization._sensitivity import LossFunction
+
+__all__ = ["ModuleSKMPalettizerConfig", "SKMPalettizer", "SKMPalettizerConfig"]
+
+_logger = logging.getLogger(__name__)
+
+
+@define
+class ModuleSKMPalettizerConfig(ModulePaletteConfig):
+    """How `SKMPalettizer` palettizes the weights of a module.
+
+    Parameters
+    ----------
+    n_bits, lut_dtype, granularity, group_size, channel_axis, cluster_dim
+        As of `ModulePostTrainingPalettizerConfig`.
+    enable_per_channel_scale, on_indivisible
+        As of `ModulePostTrainingPalettizerConfig`.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is not what it must be, or does not go with another.
+    """
+
+
+@define
+class SKMPalettizerConfig(OptimizationConfig):
+    """Which module `SKMPalettizer` palettizes how; see `OptimizationConfig`.
+
+    Parameters
+    ----------
+    calibration_nsamples
+        Samples that sensitivities are computed from. Samples, not batches, are counted where
+        batches are split.
+    per_sample
+        Whether batches are split into samples: sensitivities are squares of the gradients of each
+        sample, and the square of a batch's mean gradient is another thing. Not in coremltools,
+        which does not split.
+    """
+
+    module_config_class: ClassVar[type[ModuleOptimizationConfig]] = ModuleSKMPalettizerConfig
+
+    calibration_nsamples: int = _fields.integer(128, _fields.at_least(1))
+    per_sample: bool = field(default=True, kw_only=True, validator=_fields.is_flag)
+
+
+class SKMPalettizer(BaseDataCalibratedModelOptimizer):
+    """Palettizes the weights of a model by k-means weighted with sensitivities.
+
+    The sensitivity of a weight is the mean square of the loss's gradient over samples, the diagonal
+    of the empirical Fisher information (Kim et al. 2023, "SqueezeLLM", arXiv 2306.07629).
+
+    Parameters
+    ----------
+    model
+        The model.
+    config
+        What to do to which module; by default 4 bits and one table for each weight.
+
+    Examples
+    --------
+    >>> palettizer = SKMPalettizer(torch.nn.Linear(16, 8))
+    >>> batches = [torch.ones(4, 16)]
+    >>> _ = palettizer.compress(batches, lambda model, batch: model(batch).square().sum())
+    >>> palettizer.report().left
+    {}
+    """
+
+    _supported_modules: ClassVar[Kinds] = KINDS
+    _config_class: ClassVar[type[OptimizationConfig]] = SKMPalettizerConfig
+
+    def compute_sensitivity(
+        self,
+        dataloader: Iterable[Any],
+        loss_fn: LossFunction,
+        sensitivity_path: str | os.PathLike[str] | None = None,
+        num_sensitivity_workers: int = 1,
+        fsdp_auto_wrap_policy: Any = None,
+    ) -> dict[str, torch.Tensor]:
+        """Compute how much the loss depends on each weight that is to be palettized.
+
+        The model is in evaluation mode meanwhile, and frozen weights count like others. In a
+        process group, each process takes its share of the samples; a model that ``fully_shard`` has
+        spread stays so.
+
+        Parameters
+        ----------
+        dataloader
+            Batches; every process of a group gives the same ones. A batch whose tensors share their
+            first dimension is split into samples; another one counts as a sample, and the report
+            says so.
+        loss_fn
+            Takes the model and a batch, returns the loss.
+        sensitivity_path
+            Where to save what is returned. If a run was interrupted, it goes on from what is beside
+            this file, provided that the dataloader gives the same batches again.
+        num_sensitivity_workers
+            Processes to start for the purpose, if the program is not one of a process group
+            already. The model, the batches and ``loss_fn`` must be picklable.
+        fsdp_auto_wrap_policy
+            Which modules to spread over these processes, as torch's FSDP takes it; ``None`` gives
+            each process the whole model.
+
+        Returns
+        -------
+        dict
+            Sensitivities from 0 to 1 of each weight, by its name.
+
+        Raises
+        ------
+        ConfigError
+            If there are no samples, or ``loss_fn`` returns no loss.
+        UnsupportedError
+            If a loss is not finite.
+        """
+        path = None if sensitivity_path is None else Path(sensitivity_path)
+        if num_sensitivity_workers > 1 and not torch.distributed.is_initialized():
+            return self._by_workers(
+                dataloader, loss_fn, path, num_sensitivity_workers, fsdp_auto_wrap_policy
+            )
+        sums = self._sums(self._model, dataloader, loss_fn, path)
+        found = {
+            name: _sensitivity.normalized(squares)[0] for name, squares in sums.squares.items()
+        }
+        if path is not None and _is_first():
+            _sensitivity.save(found, path)
+        return found
+
+    def compress(  # type: ignore[override]
+        self,
+        dataloader: Iterable[Any] | None = None,
+        loss_fn: LossFunction | None = None,
+        sensitivity_path: str | os.PathLike[str] | None = None,
+        num_kmeans_workers: int = 1,  # noqa: ARG002
+        num_sensitivity_workers: int = 1,
+        inplace: bool = False,
+        fsdp_auto_wrap_policy: Any = None,
+        *,
+        progress: Progress | None = None,
+    ) -> torch.nn.Module:
+        """Palettize the weights.
+
+        Parameters
+        ----------
+        dataloader, loss_fn, num_sensitivity_workers, fsdp_auto_wrap_policy
+            As of `compute_sensitivity`; unused if ``sensitivity_path`` is given.
+        sensitivity_path
+            Where `compute_sensitivity` saved its result.
+        num_kmeans_workers
+            Accepted and without effect: k-means runs in the threads that MILPRESS_NUM_THREADS says.
+        inplace
+            Whether to change the model itself, which copies nothing of it.
+        progress
+            Called with elements done, elements in all and the name of the weight at hand.
+
+        Returns
+        -------
+        torch.nn.Module
+            The model, or a copy of it, with its weights replaced by entries of tables; the tables
+            are in buffers of the modules.
+
+        Raises
+        ------
+        ConfigError
+            If neither sensitivities nor what to compute them from are given.
+        UnsupportedError
+            If a loss is not finite.
+        """
+        notes: list[str] = []
+        sensitivities: Mapping[str, torch.Tensor]
+        if sensitivity_path is not None:
+            sensitivities = _sensitivity.load(sensitivity_path)
+        elif dataloader is None or loss_fn is None:
+            msg = "dataloader and loss_fn, or sensitivity_path, must be given, got neither"
+            raise ConfigError(msg)
+        elif num_sensitivity_workers > 1 and not torch.distributed.is_initialized():
+            sensitivities = self._by_workers(
+                dataloader, loss_fn, None, num_sensitivity_workers, fsdp_auto_wrap_policy
+            )
+        else:
+            # Of the model that was given: a sharded one can't be copied.
+            sums = self._sums(self._source, dataloader, loss_fn, None)
+            sensitivities = sums.squares
+            notes = sums.notes
+        model = self._begin(inplace)
+
+        def treat(weight: Weight, array: Floats, config: ModuleSKMPalettizerConfig) -> Treated:
+            name = next((n for n in names[id(weight.tensor)] if n in sensitivities), None)
+            if name is None:
+                msg = f"no sensitivities are given for {weight.name}"
+                raise UnsupportedError(msg)
+            values, in_use = _sensitivity.normalized(sensitivities[name].float())
+            importance = values.numpy()
+            if importance.shape != array.shape or not np.isfinite(importance).all():
+                msg = (
+                    f"sensitivities must be finite and of the shape {array.shape}, "
+                    f"got {importance.shape}"
+                )
+                raise UnsupportedError(msg)
+            treated = palettized(weight, array, config, importance)
+            if in_use:
+                return treated
+            idle = "the loss does not depend on it, so that all its elements count alike"
+            return Treated(treated.stored, treated.treatment, (*treated.notes, idle))
+
+        tasks = self._tasks(model)
+        names: dict[int, list[str]] = {}
+        for task in tasks:
+            names.setdefault(id(task.weight.tensor), []).append(task.weight.name)
+        self._report = compress_weights(model, tasks, treat, progress, notes)
+        return model
+
+    def _tasks(self, model: torch.nn.Module) -> list[Task]:
+        return [
+            Task(weight, self._config.get_module_config(weight.module_name, weight.module))
+            for weight in weights_of(model, self._supported_modules)
+        ]
+
+    def _sums(
+        self,
+        model: torch.nn.Module,
+        dataloader: Iterable[Any],
+        loss_fn: LossFunction,
+        path: Path | None,
+    ) -> _sensitivity.Sums:
+        weights: dict[int, tuple[str, Any]] = {}
+        for task in self._tasks(model):
+            tensor = task.weight.tensor
+            if task.config is not None and tensor is not None and tensor.is_floating_point():
+                weights.setdefault(id(tensor), (task.weight.name, tensor))
+        return _sensitivity.sum_squared_gradients(
+            model,
+            dict(weights.values()),
+            dataloader,
+            loss_fn,
+            n_samples=self._config.calibration_nsamples,
+            per_sample=self._config.per_sample,
+            path=path,
+        )
+
+    def _by_workers(
+        self,
+        dataloader: Iterable[Any],
+        loss_fn: LossFunction,
+        path: Path | None,
+        n_workers: int,
+        policy: Any,
+    ) -> dict[str, torch.Tensor]:
+        with tempfile.TemporaryDirectory() as folder:
+            saved = Path(folder) / "sensitivity.pt" if path is None else path
+            compute = functools.partial(_compute, self._config, loss_fn)
+            n_batches = self._config.calibration_nsamples
+            _workers.run(n_workers, compute, self._source, dataloader, n_batches, policy, saved)
+            found = _sensitivity.load(saved)
+            # The file goes, so its content must not stay in it.
+            return {name: values.clone() for name, values in found.items()}
+
+
+def _compute(
+    config: Any, loss_fn: LossFunction, model: torch.nn.Module, batches: list[Any], path: Path
+) -> None:
+    SKMPalettizer(model, config).compute_sensitivity(batches, loss_fn, path)
+
+
+def _is_first() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

@@ -1,0 +1,299 @@
+"""Quantization without data."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import torch
+from attrs import define, field
+
+from milpress import _fields
+from milpress._plan import divisor_of
+from milpress.errors import ConfigError, ConfigTypeError, UnsupportedError
+from milpress.formats import Blocks, PerChannel, PerTensor, QuantizeConfig, quantize
+from milpress.formats._layout import Floats
+from milpress.formats.joint import masked
+from milpress.formats.quantized import Granularity, IntDType
+from milpress.torch import _metadata
+from milpress.torch._compression import Progress, Task, Treated, compress_weights
+from milpress.torch._metadata import Stored
+from milpress.torch._weights import KINDS, Kinds, Weight, weights_of
+from milpress.torch.base_model_optimizer import BasePostTrainingModelOptimizer
+from milpress.torch.optimization_config import (
+    ModuleOptimizationConfig,
+    OptimizationConfig,
+    QuantizationGranularity,
+)
+from milpress.torch.quantization.quantization_config import QuantizationScheme
+
+__all__ = [
+    "ModulePostTrainingQuantizerConfig",
+    "PostTrainingQuantizer",
+    "PostTrainingQuantizerConfig",
+]
+
+# torch has no integers of 4 bits, so the width stands beside the type.
+_DTYPES: dict[IntDType | Literal["float32"], tuple[torch.dtype, int]] = {
+    "int8": (torch.int8, 8),
+    "uint8": (torch.uint8, 8),
+    "int4": (torch.int8, 4),
+    "uint4": (torch.uint8, 4),
+    "float32": (torch.float32, 32),
+}
+
+
+def _known_dtype(value: Any) -> tuple[torch.dtype, int]:
+    """Return a type and its width in bits, by name or as torch has it."""
+    for name, (dtype, n_bits) in _DTYPES.items():
+        # By identity: a tensor compares to anything.
+        if value is dtype or (isinstance(value, str) and value.lower() == name):
+            return dtype, n_bits
+    msg = (
+        f"weight_dtype must be one of {tuple(_DTYPES)} not {value}: those are what Core ML decodes"
+    )
+    raise ConfigError(msg)
+
+
+def _adopt_dtype(config: Any, _attribute: Any, value: Any) -> torch.dtype:
+    dtype, config.weight_n_bits = _known_dtype(value)
+    return dtype
+
+
+def _to_granularity(value: Any) -> QuantizationGranularity:
+    return _fields.enumerated(QuantizationGranularity, value)
+
+
+def _to_scheme(value: Any) -> QuantizationScheme:
+    return _fields.enumerated(QuantizationScheme, value)
+
+
+def _to_block_size(value: Any) -> Any:
+    sizes = _fields.wholes(value)
+    return (sizes,) if type(sizes) is int else sizes
+
+
+@define
+class ModulePostTrainingQuantizerConfig(ModuleOptimizationConfig):
+    """How `PostTrainingQuantizer` quantizes the weights of a module.
+
+    Parameters
+    ----------
+    weight_dtype
+        Type of the codes: ``"int8"``, ``"uint8"``, ``"int4"``, ``"uint4"`` or torch's types of 8
+        bits; ``"float32"`` leaves the weights. Stored as torch's type, with the width in
+        ``weight_n_bits``.
+    granularity
+        What shares a scale: ``"per_tensor"``, ``"per_channel"``, which is an output channel, or
+        ``"per_block"``.
+    quantization_scheme
+        ``"symmetric"`` takes the range that is symmetric about zero, ``"affine"`` that from the
+        least weight to the greatest, with an offset. All modules must have the same.
+    block_size
+        Goes with ``"per_block"`` alone, which needs it. One integer: that many input channels of an
+        output channel share a scale. A tuple: the sizes along output and input channels; 0 takes
+        the whole axis, but one output channel where the inputs are cut. Further numbers must be 0
+        or whole axes.
+    weight_n_bits
+        Width of a code, 4 or 8; ``None`` takes it from ``weight_dtype``.
+    range
+        How the range is found: ``"minmax"`` takes that of the weights, ``"mse"`` the one with the
+        least squared error, which may clip some, and whose symmetric scale may be negative. Not in
+        coremltools, which takes the former.
+    on_indivisible
+        What to do with a weight whose channels ``block_size`` does not divide: ``"leave"`` it, or
+        take the greatest ``"divisor"`` of the channels up to the size. Not in coremltools, which
+        leaves it.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is not what it must be, or does not go with another.
+
+    Examples
+    --------
+    >>> config = ModulePostTrainingQuantizerConfig(
+    ...     weight_dtype="int4", granularity="per_block", block_size=32
+    ... )
+    >>> config.weight_dtype, config.weight_n_bits, config.block_size
+    (torch.int8, 4, (32,))
+    """
+
+    weight_dtype: Any = field(default="int8", on_setattr=_adopt_dtype)
+    granularity: QuantizationGranularity = field(
+        default=QuantizationGranularity.per_channel,
+        converter=_to_granularity,
+    )
+    quantization_scheme: QuantizationScheme = field(
+        default=QuantizationScheme.symmetric,
+        converter=_to_scheme,
+    )
+    block_size: tuple[int, ...] | None = field(default=None, converter=_to_block_size)
+    weight_n_bits: int | None = field(default=None, kw_only=True, converter=_fields.whole)
+    range: Literal["minmax", "mse"] = _fields.choice("minmax", "mse")
+    on_indivisible: Literal["leave", "divisor"] = _fields.choice("leave", "divisor")
+
+    def __attrs_post_init__(self) -> None:
+        given = self.weight_n_bits
+        self.weight_dtype = self.weight_dtype  # which sets the width, too
+        if given == 4 and self.weight_n_bits == 8:
+            self.weight_n_bits = 4
+        if given not in (None, self.weight_n_bits):
+            msg = f"weight_n_bits must be that of weight_dtype, {self.weight_n_bits}, got {given!r}"
+            raise ConfigError(msg)
+
+    @block_size.validator
+    def _check_block_size(self, _attribute: Any, block_size: Any) -> None:
+        blocked = self.granularity is QuantizationGranularity.per_block
+        if blocked and block_size is None:
+            msg = "block_size has to be specified along with per_block granularity."
+            raise ConfigError(msg)
+        if block_size is None:
+            return
+        if not blocked:
+            msg = (
+                "block_size can't be specified along with per_tensor or per_channel granularity, "
+                f"got {block_size!r}"
+            )
+            raise ConfigError(msg)
+        if not (isinstance(block_size, tuple) and all(type(size) is int for size in block_size)):
+            msg = f"block_size must be an integer or a tuple of integers, got {block_size!r}"
+            raise ConfigTypeError(msg)
+        if not block_size or min(block_size) < 0:
+            msg = f"block_size must hold no negative numbers, and at least one, got {block_size}"
+            raise ConfigError(msg)
+
+    @property
+    def dtype(self) -> IntDType | None:
+        """Name of the codes' type; ``None`` where the weights are left."""
+        given = (self.weight_dtype, self.weight_n_bits)
+        name = next(name for name, known in _DTYPES.items() if known == given)
+        return None if name == "float32" else name
+
+
+@define
+class PostTrainingQuantizerConfig(OptimizationConfig):
+    """Which module `PostTrainingQuantizer` quantizes how; see `OptimizationConfig`.
+
+    Examples
+    --------
+    >>> config = PostTrainingQuantizerConfig.from_dict(
+    ...     {"global_config": {"weight_dtype": "int4"}, "module_name_configs": {"head": None}}
+    ... )
+    >>> config.get_module_config("head", torch.nn.Linear(4, 4)) is None
+    True
+    """
+
+    module_config_class: ClassVar[type[ModuleOptimizationConfig]] = (
+        ModulePostTrainingQuantizerConfig
+    )
+
+    def _check_together(self) -> None:
+        self._check_same("quantization_scheme")
+
+
+class PostTrainingQuantizer(BasePostTrainingModelOptimizer):
+    """Quantizes the weights of a model.
+
+    Parameters
+    ----------
+    model
+        The model.
+    config
+        What to do to which module; by default int8 with a scale for each output channel.
+
+    Examples
+    --------
+    >>> quantizer = PostTrainingQuantizer(torch.nn.Linear(16, 8))
+    >>> _ = quantizer.compress()
+    >>> list(quantizer.report())
+    ['weight']
+    """
+
+    _supported_modules: ClassVar[Kinds] = KINDS
+    _config_class: ClassVar[type[OptimizationConfig]] = PostTrainingQuantizerConfig
+
+    def compress(  # type: ignore[override]
+        self, inplace: bool = False, *, progress: Progress | None = None
+    ) -> torch.nn.Module:
+        """Quantize the weights.
+
+        Parameters
+        ----------
+        inplace
+            Whether to change the model itself, which copies nothing of it.
+        progress
+            Called with elements done, elements in all and the name of the weight at hand.
+
+        Returns
+        -------
+        torch.nn.Module
+            The model, or a copy of it, with its weights replaced by what their codes stand for; the
+            scales are in buffers of the modules.
+        """
+        model = self._begin(inplace)
+        tasks = [
+            Task(weight, self._config_for(weight, model))
+            for weight in weights_of(model, self._supported_modules)
+        ]
+        self._report = compress_weights(model, tasks, _quantized, progress)
+        return model
+
+    def _config_for(self, weight: Weight, model: torch.nn.Module) -> Any:
+        name, module = weight.module_name, weight.module
+        holder, _, own_name = name.rpartition(".")
+        attention = model.get_submodule(holder) if own_name == "out_proj" else None
+        if isinstance(attention, torch.nn.MultiheadAttention) and not self._config.is_named(name):
+            # Like coremltools: attention as a whole has one config.
+            name, module = holder, attention
+        config = self._config.get_module_config(name, module)
+        return None if config is None or config.dtype is None else config
+
+
+def _quantized(weight: Weight, array: Floats, config: ModulePostTrainingQuantizerConfig) -> Treated:
+    output, inputs = weight.axes
+    granularity, notes = _granularity(array.shape, output, inputs, config)
+    treatment = QuantizeConfig(
+        dtype=config.dtype or "int8",
+        granularity=granularity,
+        offset=config.quantization_scheme is QuantizationScheme.affine,
+        range=config.range,
+    )
+    value = quantize(array, treatment, channel_axis=output, input_axis=inputs)
+    stored = Stored(masked(value, array != 0) if _metadata.is_pruned(weight) else value)
+    return Treated(stored, treatment, tuple(notes))
+
+
+def _granularity(
+    shape: tuple[int, ...], output: int, inputs: int, config: ModulePostTrainingQuantizerConfig
+) -> tuple[Granularity, list[str]]:
+    """Return what shares a scale, and how that differs from the config."""
+    if config.granularity is QuantizationGranularity.per_tensor:
+        return PerTensor(), []
+    if config.granularity is QuantizationGranularity.per_channel or config.block_size is None:
+        return PerChannel(), []
+    sizes = config.block_size
+    if len(sizes) > len(shape):
+        msg = f"block_size must have at most {len(shape)} numbers, got {sizes}"
+        raise UnsupportedError(msg)
+    if any(size not in (0, n) for size, n in zip(sizes[2:], shape[2:], strict=False)):
+        msg = f"blocks must cut output or input channels alone, got {sizes}"
+        raise UnsupportedError(msg)
+    along_output, along_inputs = (1, sizes[0]) if len(sizes) == 1 else sizes[:2]
+    if 0 < along_inputs < shape[inputs] and not 0 < along_output < shape[output]:
+        along_output = 1
+    notes = []
+    blocks = [0] * len(shape)
+    for axis, asked in ((output, along_output), (inputs, along_inputs)):
+        if asked:
+            size, note = divisor_of("block", asked, shape, axis, output, config.on_indivisible)
+            if size is None:
+                raise UnsupportedError(note)
+            blocks[axis] = size
+            notes.extend([note] if note else [])
+    if all(size in (0, n) for size, n in zip(blocks, shape, strict=True)):
+        msg = (
+            f"blocks must cut some axis, got {sizes} for {list(shape)}; "
+            "per_tensor and per_channel cut none"
+        )
+        raise UnsupportedError(msg)
+    return Blocks(tuple(blocks)), notes
