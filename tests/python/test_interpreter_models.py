@@ -323,40 +323,61 @@ def test_a_model_of_flexible_length_agrees_with_its_source_at_each(tmp_path):
         assert snr(module(x), program(x0=x)["y"]) > FLOAT32_DB
 
 
-class Remembering(nn.Module):
-    """Attends to its last four inputs."""
+class Cached(nn.Module):
+    """Attention that keeps keys and values between calls; the mask says how many there are."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("seen", torch.zeros(1, 4, 16))
+        self.qkv = nn.Linear(16, 48)
+        self.register_buffer("keys", torch.zeros(1, 2, 32, 8))
+        self.register_buffer("values", torch.zeros(1, 2, 32, 8))
 
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen[:] = torch.cat((self.seen[:, 1:], x), 1)
-        return F.softmax(x @ self.seen.transpose(1, 2), -1) @ self.seen
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        n, end = x.shape[1], mask.shape[-1]
+        q, k, v = self.qkv(x).reshape(1, n, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        self.keys[:, :, end - n : end, :] = k
+        self.values[:, :, end - n : end, :] = v
+        keys, values = self.keys[:, :, :end, :], self.values[:, :, :end, :]
+        made = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+        return made.transpose(1, 2).reshape(1, n, 16)
 
 
-def test_a_stateful_model_remembers_what_its_source_does(tmp_path):
+def test_a_decoder_with_a_cache_agrees_with_its_source_step_by_step(tmp_path):
     torch.manual_seed(0)
-    module = Remembering()
-    path = tmp_path / "stateful.mlpackage"
+    module = Cached().eval().requires_grad_(False)
+    path = tmp_path / "cached.mlpackage"
+    n, end = ct.RangeDim(1, 32, default=1), ct.RangeDim(1, 32, default=4)
+    half = np.float16
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        example = (torch.zeros(1, 1, 16), torch.zeros(1, 1, 1, 4))
         model = ct.convert(
-            torch.jit.trace(module, torch.zeros(1, 1, 16), check_trace=False),
-            inputs=[ct.TensorType("x0", (1, 1, 16), dtype=np.float16)],
-            outputs=[ct.TensorType("y", dtype=np.float16)],
-            states=[ct.StateType(ct.TensorType(shape=(1, 4, 16), dtype=np.float16), "seen")],
+            torch.jit.trace(module, example, check_trace=False),
+            inputs=[
+                ct.TensorType("x0", (1, n, 16), dtype=half),
+                ct.TensorType("x1", (1, 1, n, end), dtype=half),
+            ],
+            outputs=[ct.TensorType("y", dtype=half)],
+            states=[
+                ct.StateType(ct.TensorType(shape=(1, 2, 32, 8), dtype=half), name)
+                for name in ("keys", "values")
+            ],
             minimum_deployment_target=ct.target.iOS18,
             skip_model_load=True,
         )
         model.save(str(path))
-    module.seen.zero_()
+    module.keys.zero_()
+    module.values.zero_()
+    module.qkv.half().float()  # what the package stores
     program = load(path)
     state = program.make_state()
-    for _ in range(6):
-        x = torch.randn(1, 1, 16).half().float()
-        assert snr(module(x), program(x0=x, state=state)["y"]) > FLOAT32_DB
-    np.testing.assert_array_equal(state["seen"], module.seen)
+    seen = 0
+    for n_new in (7, 1, 1, 4):
+        seen += n_new
+        x = torch.randn(1, n_new, 16)
+        mask = torch.full((n_new, seen), -1e4).triu(1 + seen - n_new)[None, None]
+        assert snr(module(x, mask), program(x0=x, x1=mask, state=state)["y"]) > FLOAT32_DB
+    assert snr(module.keys, state["keys"]) > FLOAT32_DB
 
 
 # Compressed models

@@ -11,10 +11,13 @@ from torch import nn
 from torch.nn import functional
 
 from milpress import interpreter
+from milpress.errors import ExecutionError
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import coremltools as ct
+    from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
+    from coremltools.converters.mil.mil import types
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -254,3 +257,26 @@ def test_a_converted_module_gives_what_torch_gives(family, target, tmp_path):
         noise = np.square(one - expected).sum()
         # 110 dB: five digits and a half of float32's seven.
         assert noise <= 1e-11 * np.square(expected).sum(), i
+
+
+def test_an_op_that_cannot_compute_says_which_it_is_and_where(tmp_path):
+    @mb.program(
+        input_specs=[mb.TensorSpec((3,)), mb.TensorSpec((2,), types.int32)],
+        opset_version=ct.target.iOS17,
+    )
+    def program(x, places):
+        return mb.gather(x=x, indices=places, validate_indices=True, name="taken")
+
+    converted = ct.convert(
+        program,
+        minimum_deployment_target=ct.target.iOS17,
+        compute_precision=ct.precision.FLOAT32,
+        skip_model_load=True,
+    )
+    converted.save(str(tmp_path / "model.mlpackage"))
+    run = interpreter.load(tmp_path / "model.mlpackage")
+    x = np.float32([1, 2, 3])
+    np.testing.assert_array_equal(run(x=x, places=np.int32([2, 0]))["taken"], [3, 1])
+    message = r"'taken': gather .*indices must be in \[0, 3\), got 0 to 3"
+    with pytest.raises(ExecutionError, match=message):
+        run(x=x, places=np.int32([3, 0]))

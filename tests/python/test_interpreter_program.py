@@ -332,6 +332,22 @@ def test_torch_in_gives_torch_out(make):
     assert torch.equal(y, torch.tensor([4, 8], dtype=torch.int32))
 
 
+def keeping(total, x):
+    mb.coreml_update_state(state=total, value=x)
+    constant = mb.const(val=np.float16([3, 4]), name="constant")
+    return mb.identity(x=constant, name="same"), mb.identity(x=x, name="back")
+
+
+@pytest.mark.parametrize("kind", [np.float32, torch.tensor])
+def test_what_is_given_and_what_comes_out_may_be_changed(make, kind):
+    program = load(make(keeping, mb.StateTensorSpec((2,), dtype=types.fp16), halves(2)))
+    state, x = program.make_state(), kind([1.0, 2.0])
+    made = program(x=x, state=state)
+    x[:], made["same"][:], made["back"][:] = 7, 8, 9
+    assert state["total"].tolist() == [1, 2]
+    assert program(x=x, state=state)["same"].tolist() == [3, 4]
+
+
 def flipping(x):
     return mb.random_bernoulli(
         shape=np.int32([64]), prob=np.float32(0.5), name="flips"
@@ -587,16 +603,46 @@ def test_an_image_comes_out_as_it_went_in(tmp_path, layout):
     np.testing.assert_array_equal(load(path)(image=pixels)["y"], pixels)
 
 
-def test_a_gray_image_is_rows_and_columns(tmp_path):
+@pytest.mark.parametrize("layout", ["GRAYSCALE", "GRAYSCALE_FLOAT16"])
+def test_a_gray_image_is_rows_and_columns(tmp_path, layout):
+    layout = ct.colorlayout[layout]
     path = converted(
         torch.nn.ReLU(),
         torch.ones(1, 1, 4, 5),
         tmp_path / "gray.mlpackage",
-        inputs=[ct.ImageType("image", (1, 1, 4, 5), color_layout="G")],
-        outputs=[ct.ImageType("y", color_layout="G")],
+        inputs=[ct.ImageType("image", (1, 1, 4, 5), color_layout=layout)],
+        outputs=[ct.ImageType("y", color_layout=layout)],
     )
-    pixels = np.arange(20, dtype=np.uint8).reshape(4, 5)
-    np.testing.assert_array_equal(load(path)(image=pixels)["y"], pixels)
+    dtype = np.uint8 if layout == ct.colorlayout.GRAYSCALE else np.float16
+    pixels = np.arange(20).reshape(4, 5).astype(dtype)
+    made = load(path)(image=pixels)["y"]
+    np.testing.assert_array_equal(made, pixels)
+    assert made.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("shape", "right", "wrong"),
+    [
+        (ct.EnumeratedShapes([(1, 3, 4, 5), (1, 3, 6, 8)]), [(4, 5), (6, 8)], [(4, 8), (5, 5)]),
+        ((1, 3, ct.RangeDim(4, 9), ct.RangeDim(5, 8)), [(4, 5), (9, 8)], [(4, 4), (10, 8)]),
+    ],
+)
+def test_an_image_may_have_the_sizes_that_the_model_allows(tmp_path, shape, right, wrong):
+    path = converted(
+        torch.nn.ReLU(),
+        torch.ones(1, 3, 4, 5),
+        tmp_path / "sizes.mlpackage",
+        inputs=[ct.ImageType("image", shape)],
+        outputs=[ct.TensorType("y", dtype=np.float32)],
+    )
+    program = load(path)
+    for size in right:
+        pixels = ramp(*size, 3)
+        made = program(image=pixels)["y"]
+        np.testing.assert_array_equal(made, pixels.transpose(2, 0, 1)[None])
+    for size in wrong:
+        with pytest.raises(InputError, match="must have the shape 1x3x"):
+            program(image=ramp(*size, 3))
 
 
 @pytest.mark.parametrize("labels", [["cat", "dog", "eel"], [7, 8, 9]])

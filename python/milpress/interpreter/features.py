@@ -174,7 +174,10 @@ def filled(feature: Feature) -> Tensor:
 def _array(feature: Feature, given: Any) -> Tensor:
     """Return the given numbers as float32 or int64, as the input's type wants."""
     try:
-        array = given.detach().cpu() if isinstance(given, Tensor) else np.asarray(given)
+        # A copy, as states may keep it.
+        array = (
+            given.detach().to("cpu", copy=True) if isinstance(given, Tensor) else np.asarray(given)
+        )
     except ValueError as error:
         msg = f"input {feature.name!r} must be an array, got: {error}"
         raise InputError(msg) from error

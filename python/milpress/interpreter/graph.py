@@ -178,6 +178,10 @@ class Function:
     names: dict[int, str]
     watchable: dict[str, tuple[list[int], TensorType | None]]
 
+    def slots_named(self, name: str) -> Sequence[int]:
+        """Return the slots of the values of a name."""
+        return self.watchable[name][0] if name in self.watchable else ()
+
 
 def bind(
     function: Any, place: str, source: WeightSource, *, rounds: bool, budget: Budget

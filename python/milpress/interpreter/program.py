@@ -89,12 +89,6 @@ def load(
         If the package breaks its format, or is not made of ML programs alone.
     ConfigError
         If there is no such function or precision.
-
-    Examples
-    --------
-    >>> program = load("model.mlpackage")  # doctest: +SKIP
-    >>> program(image=pixels)["classLabel"]  # doctest: +SKIP
-    'tabby cat'
     """
     if precision not in get_args(Precision):
         msg = f"precision must be one of {get_args(Precision)}, got {precision!r}"
@@ -129,12 +123,11 @@ class _Model:
 
     def run(self, given: Mapping[str, Any], run: _Run) -> dict[str, Any]:
         function = self.function
-        watchable = function.watchable
         watched = {
-            slot: self.prefix + name
-            for name, (slots, _) in watchable.items()
-            if self.prefix + name in run.taps
-            for slot in slots
+            slot: tap
+            for tap in run.taps
+            if tap.startswith(self.prefix)
+            for slot in function.slots_named(tap.removeprefix(self.prefix))
         }
         frame = Frame(list(function.stored), run.generator, watched, run.observe)
         self._fill(frame, given, run.state)
@@ -337,7 +330,7 @@ class Program:
             got = ", ".join(inputs) or "none"
             msg = f"the inputs must be {wanted}, got {got}"
             raise InputError(msg)
-        unknown = sorted(taps - self.values.keys())
+        unknown = sorted(taps - self.values.keys()) if taps else []
         if unknown:
             msg = f"a tap must name a value that the program computes, got {', '.join(unknown)}"
             raise InputError(msg)
@@ -350,10 +343,10 @@ class Program:
             return value
         if dtype == "float16" and self._precision == "float16" and value.dtype == torch.float32:
             value = value.to(torch.float16)
+        # A copy: it may be a constant, a state, or a view of another output.
         if as_torch:
-            return value
-        array = value.numpy()
-        return array.astype(np.uint16) if dtype == "uint16" else array
+            return value.clone(memory_format=torch.contiguous_format)
+        return np.array(value.numpy(), np.uint16 if dtype == "uint16" else None, order="C")
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from milpress.errors import PackageError
 from milpress.interpreter.operator import operator
 
 
@@ -58,7 +57,7 @@ def gelu(x: Tensor, mode: str = "EXACT") -> Tensor:
     if mode == "SIGMOID_APPROXIMATION":
         return x * torch.sigmoid(1.702 * x)
     msg = f"mode must be EXACT, TANH_APPROXIMATION or SIGMOID_APPROXIMATION, got {mode}"
-    raise PackageError(msg)
+    raise ValueError(msg)
 
 
 @operator("clamped_relu")

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from milpress.errors import PackageError
 from milpress.interpreter.operator import operator
 
 _CONV = (functional.conv1d, functional.conv2d, functional.conv3d)
@@ -42,7 +41,7 @@ def _pairs(
         return [(0, 0)] * len(sizes)
     if pad_type not in _PAD_TYPES:
         msg = f"pad_type must be one of {', '.join(_PAD_TYPES)}, got {pad_type}"
-        raise PackageError(msg)
+        raise ValueError(msg)
     pairs = []
     for size, extent, stride in zip(sizes, extents, strides, strict=True):
         amount = max(0, (math.ceil(size / stride) - 1) * stride + extent - size)
@@ -101,7 +100,7 @@ def conv_transpose(
     dilations = dilations or [1] * rank
     if pad_type not in _PAD_TYPES:
         msg = f"pad_type must be one of {', '.join(_PAD_TYPES)}, got {pad_type}"
-        raise PackageError(msg)
+        raise ValueError(msg)
     y = _CONV_TRANSPOSE[rank - 1](x, weight, None, strides, 0, 0, groups, dilations)
     cut = []
     for axis, stride in enumerate(strides):

@@ -39,7 +39,6 @@ error_function = _of_one("erf", torch.erf)
 exponential = _of_one("exp", torch.exp)
 exponential_of_two = _of_one("exp2", torch.exp2)
 floor = _of_one("floor", torch.floor)
-identity = _of_one("identity", lambda x: x)
 logical_not = _of_one("logical_not", torch.logical_not)
 rounded = _of_one("round", torch.round)  # half to even
 sign = _of_one("sign", torch.sign)
@@ -68,6 +67,11 @@ not_equal = _of_two("not_equal", torch.ne)
 power = _of_two("pow", torch.pow)
 real_div = _of_two("real_div", lambda x, y: torch.div(real(x), real(y)))
 subtract = _of_two("sub", torch.sub)
+
+
+@operator("identity")
+def identity(x: object) -> object:  # a list as well
+    return x
 
 
 @operator("inverse")

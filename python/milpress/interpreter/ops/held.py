@@ -7,8 +7,6 @@ import types
 import torch
 from torch import Tensor
 
-from milpress.errors import PackageError
-
 # uint16 has hardly any kernel in torch, so its values lie in int32.
 HELD_IN = types.MappingProxyType(
     {
@@ -39,12 +37,12 @@ def converted(x: Tensor, dtype: str) -> Tensor:
 
     Raises
     ------
-    PackageError
+    ValueError
         If MIL has no such type.
     """
     if dtype not in HELD_IN:
         msg = f"dtype must be one of {', '.join(HELD_IN)}, got {dtype}"
-        raise PackageError(msg)
+        raise ValueError(msg)
     held = HELD_IN[dtype]
     if held.is_floating_point or held == torch.bool:
         return x.to(held)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from milpress.errors import PackageError
 from milpress.interpreter.operator import operator
 from milpress.interpreter.ops.held import positive
 
@@ -104,13 +103,13 @@ def _checked(indices: Tensor, size: int, validate: bool | None) -> Tensor:
 
     Raises
     ------
-    PackageError
+    IndexError
         If an index lies outside and validation is asked for.
     """
     places = indices.long()
     if validate and bool(((places < 0) | (places >= size)).any()):
         msg = f"indices must be in [0, {size}), got {places.min()} to {places.max()}"
-        raise PackageError(msg)
+        raise IndexError(msg)
     places = torch.where(places < 0, places + size, places)
     return places if validate is None else places.clamp(0, size - 1)
 
@@ -212,7 +211,7 @@ def _scattered(data: Tensor, axis: int, places: Tensor, updates: Tensor, mode: s
         return torch.div(data, divisors, rounding_mode=rounding)
     if mode not in _REDUCTIONS:
         msg = f"mode must be update, div, {', '.join(_REDUCTIONS)}, got {mode}"
-        raise PackageError(msg)
+        raise ValueError(msg)
     values = -updates if mode == "sub" else updates
     return data.scatter_reduce(axis, places, values, _REDUCTIONS[mode])
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from milpress.errors import PackageError
 from milpress.interpreter.operator import Call, operator
 from milpress.interpreter.ops.held import positive
 
@@ -28,7 +27,7 @@ def _filled(x: Tensor, shape: Sequence[int]) -> Tensor:
 def reshape(x: Tensor, shape: list[int]) -> Tensor:
     if 0 in shape and len(shape) != x.dim():
         msg = f"shape must have rank {x.dim()} to take sizes over from x, got {shape}"
-        raise PackageError(msg)
+        raise ValueError(msg)
     return _filled(x, [size or x.shape[axis] for axis, size in enumerate(shape)])
 
 
@@ -105,7 +104,7 @@ def split(
     if split_sizes is None:
         if not num_splits or x.shape[axis] % num_splits:
             msg = f"num_splits must divide {x.shape[axis]}, got {num_splits}"
-            raise PackageError(msg)
+            raise ValueError(msg)
         split_sizes = [x.shape[axis] // num_splits] * num_splits
     parts = torch.split(x, split_sizes, axis)
     return parts[0] if len(parts) == 1 else parts
@@ -194,7 +193,7 @@ def pad(x: Tensor, pad: list[int], mode: str = "constant", constant_val: float =
         return functional.pad(x, last_first, value=constant_val)
     if mode not in ("reflect", "replicate"):
         msg = f"mode must be constant, reflect or replicate, got {mode}"
-        raise PackageError(msg)
+        raise ValueError(msg)
     first = x.dim() - len(pad) // 2
     for axis in range(first, x.dim()):
         before, after = pad[2 * (axis - first) : 2 * (axis - first) + 2]

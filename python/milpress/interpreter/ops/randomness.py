@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from milpress.errors import PackageError
 from milpress.interpreter.operator import Call, operator
 
 
@@ -39,7 +38,7 @@ def categorical(
 ) -> Tensor:
     if mode not in ("logits", "probs"):
         msg = f"mode must be logits or probs, got {mode}"
-        raise PackageError(msg)
+        raise ValueError(msg)
     odds = torch.softmax(x, -1) if mode == "logits" else x
     rows = odds.reshape(-1, odds.shape[-1])
     drawn = torch.multinomial(rows, size, replacement=True, generator=_source(call, seed))

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from milpress.errors import PackageError
 from milpress.interpreter.operator import operator
 
 # Those that have parameters are used with their usual ones.
@@ -30,7 +29,7 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = types.MappingProxyType(
 def _activation(name: str) -> Callable[[Tensor], Tensor]:
     if name.lower() not in _ACTIVATIONS:
         msg = f"activation must be one of {', '.join(_ACTIVATIONS)}, got {name}"
-        raise PackageError(msg)
+        raise ValueError(msg)
     return _ACTIVATIONS[name.lower()]
 
 
@@ -38,7 +37,7 @@ def _in_direction(x: Tensor, direction: str) -> Tensor:
     """Return the sequence in the order in which it is read; the output stays in that order."""
     if direction not in ("forward", "reverse"):
         msg = f"direction must be forward or reverse, got {direction}"
-        raise PackageError(msg)
+        raise ValueError(msg)
     return x.flip(0) if direction == "reverse" else x
 
 
@@ -108,7 +107,7 @@ def lstm(
         return _seen(steps, output_sequence), h, c
     if weight_ih_back is None or weight_hh_back is None:
         msg = "weight_ih_back and weight_hh_back must be given where direction is bidirectional"
-        raise PackageError(msg)
+        raise ValueError(msg)
     back = _LongShortTermMemory(
         weight_ih_back, weight_hh_back, bias_back, peephole_back, *functions, clip
     )

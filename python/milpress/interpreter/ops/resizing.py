@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from milpress.errors import PackageError
 from milpress.interpreter.operator import operator
 from milpress.interpreter.ops.held import real
 
@@ -24,7 +23,7 @@ def _grid(first: Tensor, last: Tensor, count: int, mode: str) -> Tensor:
     """Return ``count`` places from the first to the last pixel of each interval, as a new axis."""
     if mode not in _SAMPLING_MODES:
         msg = f"sampling_mode must be one of {', '.join(_SAMPLING_MODES)}, got {mode}"
-        raise PackageError(msg)
+        raise ValueError(msg)
     first, last = first.double().unsqueeze(-1), last.double().unsqueeze(-1)
     steps = torch.arange(count, dtype=torch.float64)
     if mode in ("STRICT_ALIGN_CORNERS", "ALIGN_CORNERS"):
@@ -103,7 +102,7 @@ def resize(
 ) -> Tensor:
     if interpolation_mode not in ("LINEAR", "NEAREST_NEIGHBOR"):
         msg = f"interpolation_mode must be LINEAR or NEAREST_NEIGHBOR, got {interpolation_mode}"
-        raise PackageError(msg)
+        raise ValueError(msg)
     first = x.dim() - resized_dims
     wanted = shape[len(shape) - resized_dims :]
     sizes = [size or x.shape[first + i] for i, size in enumerate(wanted)]
@@ -209,12 +208,12 @@ def _resample(
                 "padding_mode must be constant, border, reflection or symmetric, "
                 f"got {padding_mode}"
             )
-            raise PackageError(msg)
+            raise ValueError(msg)
     if sampling_mode == "bilinear":
         return _bilinear(x, sides[0], sides[1], outside)
     if sampling_mode != "nearest":
         msg = f"sampling_mode must be bilinear or nearest, got {sampling_mode}"
-        raise PackageError(msg)
+        raise ValueError(msg)
     return _pixels(x, sides[0].round(), sides[1].round(), outside, x.shape[-2], x.shape[-1])
 
 
@@ -228,7 +227,7 @@ def _in_pixels(places: Tensor, size: int, mode: str, align_corners: bool) -> Ten
             "coordinates_mode must be unnormalized, normalized_minus_one_to_one or "
             f"normalized_zero_to_one, got {mode}"
         )
-        raise PackageError(msg)
+        raise ValueError(msg)
     return places * (size - 1) if align_corners else places * size - 0.5
 
 
@@ -295,7 +294,7 @@ def _edges(
         left, top, right, bottom = first, second, third, fourth
     else:
         msg = f"box_coordinate_mode must be one of CORNERS or CENTER_SIZE modes, got {mode}"
-        raise PackageError(msg)
+        raise ValueError(msg)
     if normalized:
         top, bottom = top * (height - 1), bottom * (height - 1)
         left, right = left * (width - 1), right * (width - 1)
