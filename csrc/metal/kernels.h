@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+
+#include "core/matrix.h"
+#include "kernels/kmeans_vector.h"
+#include "kernels/quantize.h"
+#include "kernels/sparsify.h"
+#include "metal/runtime.h"
+
+/// The kernels of `csrc/kernels` on the GPU: same signatures, same results to the last bit. Each
+/// throws what its twin does, and `DeviceError` where the GPU can't do it.
+namespace milpress::metal {
+
+/// `Half` only; importance must be 0 or 1. Counts the distinct values; the CPU finds the optimum.
+void kmeans1d(MatrixView<const Half> weights, MatrixView<const float> importance,
+              MatrixView<Half> luts);
+
+template <typename T>
+void lut_assign(MatrixView<const T> weights, MatrixView<const T> luts,
+                MatrixView<std::uint8_t> codes);
+
+template <typename T, typename Code>
+void quantize(MatrixView<const T> weights, CodeRange range, std::span<T> scales,
+              std::span<Code> offsets, MatrixView<Code> codes);
+
+template <typename T, typename Code>
+void quantize_mse(MatrixView<const T> weights, CodeRange range, std::span<T> scales,
+                  std::span<Code> offsets, MatrixView<Code> codes);
+
+template <typename T>
+void keep_largest(std::span<const T> weights, std::size_t n_zeros, std::span<std::uint8_t> bitmask);
+
+template <typename T>
+void keep_above(std::span<const T> weights, T threshold, std::span<std::uint8_t> bitmask);
+
+template <typename T>
+void keep_n_m(std::span<const T> weights, ChannelShape shape, std::size_t n, std::size_t m,
+              std::span<std::uint8_t> bitmask);
+
+template <typename T>
+void compact(std::span<const T> weights, std::span<const std::uint8_t> bitmask,
+             std::span<T> nonzeros);
+
+void pack(std::span<const std::uint8_t> codes, int bits, std::span<std::uint8_t> packed);
+
+/// Lets the GPU compute known answers. Returns which kernel failed and how; empty if none did.
+std::string self_test();
+
+}  // namespace milpress::metal
