@@ -155,6 +155,7 @@ void lut_assign(MatrixView<const T> weights, MatrixView<const T> luts,
     milpress::lut_assign(weights, luts, codes);
     return;
   }
+  narrow(weights.size());
   // A whole binary tree of thresholds; those that fill it up are above everything.
   std::size_t table_size = 0;
   while (table_size + 1 < luts.n_cols) {
@@ -178,7 +179,7 @@ void lut_assign(MatrixView<const T> weights, MatrixView<const T> luts,
   const Buffer out(codes.size());
   const LutAssignParams params{narrow(weights.n_rows), narrow(weights.n_cols), narrow(table_size)};
   Commands commands;
-  commands.add(kernel, grid_for(kernel, narrow(weights.size())), {&in, &table, &out}, params);
+  commands.add(kernel, grid_for(kernel, weights.size()), {&in, &table, &out}, params);
   commands.run();
   copy_out(out, codes.flat());
 }
@@ -194,6 +195,8 @@ template <typename T, typename Code>
 void quantize_rows(MatrixView<const T> weights, CodeRange range, std::span<T> scales,
                    std::span<Code> offsets, MatrixView<Code> codes, Search search) {
   const std::size_t n_pieces = (weights.n_cols + kRowPiece - 1) / kRowPiece;
+  narrow(weights.size());
+  narrow(weights.n_rows * n_pieces * kSimdWidth);
   const QuantizeParams params{narrow(weights.n_rows), narrow(weights.n_cols),
                               narrow(n_pieces),       range.code_min,
                               range.code_max,         offsets.empty() ? 0U : 1U};
@@ -206,7 +209,6 @@ void quantize_rows(MatrixView<const T> weights, CodeRange range, std::span<T> sc
   const std::string find_extremes = name_of<T>("row_extremes");
   const std::string fit = name_of<T>(search == Search::kNone ? "fit_rows" : "search_rows");
   const std::string encode = name_of<T>("encode_rows");
-  narrow(weights.n_rows * n_pieces * kSimdWidth);
 
   Commands commands;
   commands.add(find_extremes, grid_of_simdgroups(find_extremes, weights.n_rows * n_pieces),
@@ -217,7 +219,7 @@ void quantize_rows(MatrixView<const T> weights, CodeRange range, std::span<T> sc
   } else {
     commands.add(fit, rows, {&in, &extremes, &scale_of, &offset_of, &steps}, params);
   }
-  commands.add(encode, grid_for(encode, narrow(weights.size())), {&in, &steps, &out}, params);
+  commands.add(encode, grid_for(encode, weights.size()), {&in, &steps, &out}, params);
   commands.run();
   copy_out(scale_of, scales);
   copy_out(offset_of, offsets);
@@ -265,9 +267,9 @@ void pack(std::span<const std::uint8_t> codes, int bits, std::span<std::uint8_t>
     milpress::pack(codes, bits, packed);
     return;
   }
+  const PackParams params{narrow(codes.size()), static_cast<std::uint32_t>(bits)};
   const Buffer in = Buffer::holding(codes);
   const Buffer out(packed.size());
-  const PackParams params{narrow(codes.size()), static_cast<std::uint32_t>(bits)};
   Commands commands;
   commands.add("pack", grid_for("pack", (codes.size() + 7) / 8), {&in, &out}, params);
   commands.run();
@@ -348,8 +350,8 @@ void keep_largest(std::span<const T> weights, std::size_t n_zeros,
     milpress::keep_largest(weights, n_zeros, bitmask);
     return;
   }
-  const Buffer in = Buffer::holding(weights);
   const MaskParams none{narrow(weights.size()), 0, 0};  // but zeros, which never stay
+  const Buffer in = Buffer::holding(weights);
   mask_above<T>(in, n_zeros == 0 ? none : find_cut<T>(in, weights.size(), n_zeros), bitmask);
 }
 
@@ -359,8 +361,8 @@ void keep_above(std::span<const T> weights, T threshold, std::span<std::uint8_t>
     milpress::keep_above(weights, threshold, bitmask);
     return;
   }
-  const Buffer in = Buffer::holding(weights);
   const MaskParams params{narrow(weights.size()), magnitude_of(threshold), narrow(weights.size())};
+  const Buffer in = Buffer::holding(weights);
   mask_above<T>(in, params, bitmask);
 }
 
@@ -376,10 +378,10 @@ void keep_n_m(std::span<const T> weights, ChannelShape shape, std::size_t n, std
     return;
   }
   const std::string kernel = name_of<T>("keep_n_m");
-  const Buffer in = Buffer::holding(weights);
-  const Buffer words(n_words(weights.size()) * sizeof(std::uint32_t));
   const RunParams params{narrow(weights.size()), narrow(shape.n_channels), narrow(shape.n_inner),
                          narrow(n), narrow(m)};
+  const Buffer in = Buffer::holding(weights);
+  const Buffer words(n_words(weights.size()) * sizeof(std::uint32_t));
   Commands commands;
   commands.add(kernel, grid_for(kernel, weights.size()), {&in, &words}, params);
   commands.run();
@@ -394,6 +396,7 @@ void compact(std::span<const T> weights, std::span<const std::uint8_t> bitmask,
     milpress::compact(weights, bitmask, nonzeros);
     return;
   }
+  const std::uint32_t n_weights = narrow(weights.size());
   const std::string kernel = name_of<T>("compact");
   const Grid grid = tiles(weights.size(), tile_size("count_bits", kernel));
   const Buffer in = Buffer::holding(weights);
@@ -402,7 +405,6 @@ void compact(std::span<const T> weights, std::span<const std::uint8_t> bitmask,
   std::copy(bitmask.begin(), bitmask.end(), words.as<std::uint8_t>(bitmask.size()).begin());
   const Buffer kept(grid.n_groups * sizeof(std::uint32_t));
   const Buffer out(nonzeros.size_bytes());
-  const std::uint32_t n_weights = narrow(weights.size());
   Commands commands;
   commands.add("count_bits", grid, {&words, &kept}, n_weights);
   add_scan(commands, kept, grid.n_groups);

@@ -75,8 +75,21 @@ std::vector<T> make(Data data, std::size_t n, unsigned seed = 1) {
   return weights;
 }
 
-// Sizes on and beside those of simdgroups and threadgroups.
-constexpr std::size_t kSizes[] = {1, 31, 32, 33, 255, 256, 257, 1000};
+// Sanitizers look for what a few sizes and kinds of data show already.
+bool is_quick() { return std::getenv("MILPRESS_METAL_QUICK") != nullptr; }
+
+// On and beside the sizes of simdgroups and threadgroups.
+std::vector<std::size_t> sizes() {
+  return is_quick() ? std::vector<std::size_t>{1, 33, 257}
+                    : std::vector<std::size_t>{1, 31, 32, 33, 255, 256, 257, 1000};
+}
+
+std::vector<Data> kinds() {
+  return is_quick()
+             ? std::vector<Data>{Data::kTies, Data::kMixed, Data::kTiny, Data::kNonfinite}
+             : std::vector<Data>{Data::kNormal, Data::kTies, Data::kConstant, Data::kZeros,
+                                 Data::kMixed,  Data::kTiny, Data::kHuge,     Data::kNonfinite};
+}
 
 // Runs `body` under several schedules and sizes of threadgroups.
 template <typename Body>
@@ -85,7 +98,8 @@ void with_schedules(const Body& body) {
   const emulator::Settings before = settings;
   const char* const limit = std::getenv("MILPRESS_EMULATOR_THREADS");
   const unsigned most = limit == nullptr ? 1024 : static_cast<unsigned>(std::atoi(limit));
-  for (const unsigned threads : {1024U, 64U, 96U}) {
+  const std::vector<unsigned> all{1024, 64, 96};
+  for (const unsigned threads : is_quick() ? std::vector<unsigned>{64} : all) {
     settings = {17 + threads, std::min(threads, most)};
     CAPTURE(threads);
     body();
@@ -141,7 +155,7 @@ std::vector<T> sorted_luts(std::size_t n_rows, std::size_t n_entries, unsigned s
 
 TEST_CASE_TEMPLATE("lut_assign gives the codes of its oracle", T, Half, float) {
   with_schedules([] {
-    for (const std::size_t n : kSizes) {
+    for (const std::size_t n : sizes()) {
       for (const std::size_t n_entries : {1, 2, 3, 16, 17, 255, 256}) {
         const auto luts = sorted_luts<T>(3, n_entries, static_cast<unsigned>(n_entries));
         check_lut_assign<T>(make<T>(Data::kNormal, 3 * n), luts, 3);
@@ -246,10 +260,9 @@ void check_all_quantize(const std::vector<T>& weights, std::size_t n_rows, bool 
 
 TEST_CASE_TEMPLATE("quantize gives the scales, offsets and codes of its oracle", T, Half, float) {
   with_schedules([] {
-    for (const Data data : {Data::kNormal, Data::kTies, Data::kConstant, Data::kZeros, Data::kMixed,
-                            Data::kTiny, Data::kHuge, Data::kNonfinite}) {
+    for (const Data data : kinds()) {
       CAPTURE(static_cast<int>(data));
-      for (const std::size_t n : kSizes) {
+      for (const std::size_t n : sizes()) {
         CAPTURE(n);
         check_all_quantize<T>(make<T>(data, 5 * n), 5, false);
       }
@@ -260,8 +273,7 @@ TEST_CASE_TEMPLATE("quantize gives the scales, offsets and codes of its oracle",
 
 TEST_CASE_TEMPLATE("quantize_mse gives the scales, offsets and codes of its oracle", T, Half,
                    float) {
-  for (const Data data : {Data::kNormal, Data::kTies, Data::kConstant, Data::kZeros, Data::kMixed,
-                          Data::kTiny, Data::kHuge, Data::kNonfinite}) {
+  for (const Data data : kinds()) {
     CAPTURE(static_cast<int>(data));
     for (const std::size_t n : {1, 31, 32, 33, 257}) {
       CAPTURE(n);
@@ -272,6 +284,9 @@ TEST_CASE_TEMPLATE("quantize_mse gives the scales, offsets and codes of its orac
 }
 
 TEST_CASE_TEMPLATE("quantize_mse adds up long rows in the pieces of its oracle", T, Half, float) {
+  if (is_quick()) {
+    return;
+  }
   check_quantize<T, std::int8_t>(make<T>(Data::kNormal, 2 * 4100), 2, {-8, 7}, true, true);
   check_quantize<T, std::int8_t>(make<T>(Data::kNormal, 135'000), 1, {-8, 7}, false, true);
 }
@@ -323,10 +338,9 @@ void check_pruned(const std::vector<T>& weights, std::size_t n_zeros) {
 
 TEST_CASE_TEMPLATE("pruning gives the bitmask and values of its oracle", T, Half, float) {
   with_schedules([] {
-    for (const Data data : {Data::kNormal, Data::kTies, Data::kConstant, Data::kZeros, Data::kMixed,
-                            Data::kTiny, Data::kHuge, Data::kNonfinite}) {
+    for (const Data data : kinds()) {
       CAPTURE(static_cast<int>(data));
-      for (const std::size_t n : kSizes) {
+      for (const std::size_t n : sizes()) {
         CAPTURE(n);
         const std::vector<T> weights = make<T>(data, n);
         for (const std::size_t n_zeros : {std::size_t{0}, std::size_t{1}, n / 3, n / 2, n - 1, n}) {
@@ -399,7 +413,8 @@ std::pair<std::uint8_t, float> nearest(const std::vector<float>& vectors, std::s
 
 TEST_CASE("a Lloyd step gives codes, distances and sums in the order of the oracle") {
   with_schedules([] {
-    for (const std::size_t dim : {1, 2, 3, 4, 8}) {
+    for (const std::size_t dim :
+         is_quick() ? std::vector<std::size_t>{3} : std::vector<std::size_t>{1, 2, 3, 4, 8}) {
       for (const std::size_t n : {1, 33, 257, 1100}) {
         for (const std::size_t n_entries : {1, 5, 16, 256}) {
           CAPTURE(dim);
