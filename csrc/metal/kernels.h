@@ -15,8 +15,8 @@
 namespace milpress::metal {
 
 /// `Half` only; importance must be 0 or 1. Counts the distinct values; the CPU finds the optimum.
-void kmeans1d(MatrixView<const Half> weights, MatrixView<const float> importance,
-              MatrixView<Half> luts);
+template <typename T>
+void kmeans1d(MatrixView<const T> weights, MatrixView<const float> importance, MatrixView<T> luts);
 
 template <typename T>
 void lut_assign(MatrixView<const T> weights, MatrixView<const T> luts,

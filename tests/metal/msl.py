@@ -34,7 +34,9 @@ _KERNEL = re.compile(
     r"\[\[kernel\]\]\s+void\s+(?P<name>\w+)\s*\(",
     re.MULTILINE,
 )
-_PARAMETER = re.compile(r"(?P<type>.+?)\s*\b(?P<name>\w+)\s*\[\[(?P<attribute>[^\]]*)\]\]", re.DOTALL)
+_PARAMETER = re.compile(
+    r"(?P<type>.+?)\s*\b(?P<name>\w+)\s*\[\[(?P<attribute>[^\]]*)\]\]", re.DOTALL
+)
 _INSTANTIATE = re.compile(r"^MILPRESS_INSTANTIATE\((\w+), (\w+)\)[ ]*$", re.MULTILINE)
 _THREADGROUP = re.compile(
     r"^(?P<indent>[ ]*)threadgroup (?P<type>\w+) (?P<name>\w+)(?P<size>\[[^\]]+\])?;", re.MULTILINE
@@ -132,7 +134,9 @@ def _parameters(where: str, text: str) -> tuple[Parameter, ...]:
             raise SourceError(msg)
         parameters.append(parameter)
     buffers = [p for p in parameters if p.index is not None]
-    if [p.index for p in buffers] != list(range(len(buffers))) or parameters[: len(buffers)] != buffers:
+    if [p.index for p in buffers] != list(range(len(buffers))) or parameters[
+        : len(buffers)
+    ] != buffers:
         msg = f"{where}: buffers must come first and count from 0, got {[p.index for p in buffers]}"
         raise SourceError(msg)
     order = [2 if p.type.startswith("constant ") else 0 if p.is_constant else 1 for p in buffers]
@@ -173,7 +177,9 @@ def read(path: Path) -> Source:
             is_template=match["template"] is not None,
             parameters=_parameters(where, code[match.end() : close - 1]),
             line=line,
-            begin=match.start("template") if match["template"] else text.index("[[kernel]]", match.start()),
+            begin=match.start("template")
+            if match["template"]
+            else text.index("[[kernel]]", match.start()),
             end=_closing(code, body),
         )
     if code.count("[[kernel]]") != len(kernels):
@@ -227,7 +233,9 @@ def as_cxx(source: Source) -> str:
                 continue
             is_reference = p.type.endswith("&")
             const = "const " if p.is_constant else ""
-            arguments.append(f"{'*' if is_reference else ''}call.buffer<{const}{element}>({p.index})")
+            arguments.append(
+                f"{'*' if is_reference else ''}call.buffer<{const}{element}>({p.index})"
+            )
             size = f"sizeof({element})" if is_reference else "0"
             buffers.append(f"{{{size}, alignof({element}), {str(not p.is_constant).lower()}}}")
         function = kernel.name if kind is None else f"{kernel.name}<{kind}>"

@@ -196,7 +196,7 @@ void check_kmeans1d(const std::vector<Half>& weights, const std::vector<float>& 
   std::vector<Half> luts(n_rows * n_entries);
   const MatrixView<const float> shares{importance.data(), importance.empty() ? 0 : n_rows, n_cols};
   kmeans1d<Half>({weights.data(), n_rows, n_cols}, shares, {expected.data(), n_rows, n_entries});
-  metal::kmeans1d({weights.data(), n_rows, n_cols}, shares, {luts.data(), n_rows, n_entries});
+  metal::kmeans1d<Half>({weights.data(), n_rows, n_cols}, shares, {luts.data(), n_rows, n_entries});
   CHECK(same(luts, expected));
 }
 
@@ -220,8 +220,8 @@ TEST_CASE("kmeans1d counts the weights of importance 1 alone") {
   check_kmeans1d(make<Half>(Data::kNormal, 3 * n), importance, 3, 16);
   importance[5] = 0.5F;
   std::vector<Half> luts(3 * 16);
-  CHECK_THROWS_AS(metal::kmeans1d({make<Half>(Data::kNormal, 3 * n).data(), 3, n},
-                                  {importance.data(), 3, n}, {luts.data(), 3, 16}),
+  CHECK_THROWS_AS(metal::kmeans1d<Half>({make<Half>(Data::kNormal, 3 * n).data(), 3, n},
+                                        {importance.data(), 3, n}, {luts.data(), 3, 16}),
                   metal::DeviceError);
 }
 
