@@ -52,6 +52,7 @@ namespace emulator {
 namespace {
 
 constexpr std::size_t kStackBytes = 256 * 1024;
+constexpr std::size_t kGroupBytes = 32 * 1024;  // that Apple's GPUs have for a threadgroup
 
 enum class Wait { kNone, kBarrier, kSimd };
 
@@ -102,6 +103,7 @@ struct Machine {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::map<void*, std::uint64_t> filled;  // threadgroup memory, and for which group
   std::uint64_t group_serial = 0;
+  std::size_t n_group_bytes = 0;
   std::mt19937_64 random;
 
   // Of the run at hand.
@@ -209,6 +211,7 @@ void Machine::start(unsigned thread) {
 
 void Machine::run_group() {
   ++group_serial;
+  n_group_bytes = 0;
   n_done = 0;
   n_at_barrier = 0;
   std::fill(n_in_exchange.begin(), n_in_exchange.end(), 0);
@@ -382,6 +385,10 @@ void threadgroup_memory(void* memory, std::size_t n_bytes) {
   std::uint64_t& serial = machine.filled[memory];
   if (serial != machine.group_serial) {
     serial = machine.group_serial;
+    machine.n_group_bytes += n_bytes;
+    if (machine.n_group_bytes > kGroupBytes) {
+      machine.fail("a threadgroup must have at most 32 KB of memory");
+    }
     auto* const bytes = static_cast<volatile unsigned char*>(memory);
     for (std::size_t i = 0; i < n_bytes; ++i) {
       bytes[i] = kGarbage & 0xff;
