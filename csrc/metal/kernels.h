@@ -22,6 +22,16 @@ template <typename T>
 void lut_assign(MatrixView<const T> weights, MatrixView<const T> luts,
                 MatrixView<std::uint8_t> codes);
 
+/// One step of Lloyd's iteration, as `milpress::kmeans_vector` takes it: writes to `codes` the
+/// first of the entries nearest to each vector, to `distances` its squared distance, and to the
+/// rows of `sums`, one for each `n_per_piece` vectors, what they add up to: importance times vector
+/// for each entry and element, importance for each entry, importance times distance.
+///
+/// `vectors` is `(dim, n_vectors)`, `entries` `(n_entries, dim)`, of which there are 1 to 256.
+void lloyd_step(MatrixView<const float> vectors, std::span<const float> importance,
+                MatrixView<const float> entries, std::size_t n_per_piece,
+                std::span<std::uint8_t> codes, std::span<float> distances, MatrixView<double> sums);
+
 template <typename T, typename Code>
 void quantize(MatrixView<const T> weights, CodeRange range, std::span<T> scales,
               std::span<Code> offsets, MatrixView<Code> codes);

@@ -15,7 +15,6 @@
 #include <string>
 #include <vector>
 
-#include "../../metal/params.h"
 #include "emulator/emulator.h"
 #include "kernels/kmeans1d.h"
 #include "kernels/kmeans_vector.h"
@@ -430,29 +429,17 @@ TEST_CASE("a Lloyd step gives codes, distances and sums in the order of the orac
           constexpr std::size_t kPerPiece = 512;
           const std::size_t n_pieces = (n + kPerPiece - 1) / kPerPiece;
           const std::size_t n_sums = n_entries * (dim + 1) + 1;
-          const LloydParams params{static_cast<std::uint32_t>(n), static_cast<std::uint32_t>(dim),
-                                   static_cast<std::uint32_t>(n_entries), kPerPiece,
-                                   static_cast<std::uint32_t>(n_sums)};
-          const metal::Buffer in = metal::Buffer::holding(std::span<const float>(vectors));
-          const metal::Buffer table = metal::Buffer::holding(std::span<const float>(entries));
-          const metal::Buffer shares = metal::Buffer::holding(std::span<const float>(importance));
-          const metal::Buffer codes(n);
-          const metal::Buffer distances(n * sizeof(float));
-          const metal::Buffer sums(n_pieces * n_sums * sizeof(double));
-          metal::Commands commands;
-          commands.add("lloyd_assign", metal::grid_for("lloyd_assign", n),
-                       {&in, &table, &codes, &distances}, params);
-          metal::Grid grid = metal::grid_for("lloyd_moments", n_sums);
-          grid.n_groups_y = n_pieces;
-          commands.add("lloyd_moments", grid, {&in, &shares, &codes, &distances, &sums}, params);
-          commands.run();
+          std::vector<std::uint8_t> codes(n);
+          std::vector<float> distances(n);
+          std::vector<double> sums(n_pieces * n_sums);
+          metal::lloyd_step({vectors.data(), dim, n}, importance, {entries.data(), n_entries, dim},
+                            kPerPiece, codes, distances, {sums.data(), n_pieces, n_sums});
 
           std::vector<double> expected(n_pieces * n_sums);
           std::size_t n_wrong = 0;
           for (std::size_t i = 0; i < n; ++i) {
             const auto [code, distance] = nearest(vectors, n, entries, dim, i);
-            n_wrong +=
-                codes.as<std::uint8_t>(n)[i] != code || distances.as<float>(n)[i] != distance;
+            n_wrong += codes[i] != code || distances[i] != distance;
             double* const piece = expected.data() + i / kPerPiece * n_sums;
             const double share = importance[i];
             for (std::size_t d = 0; d < dim; ++d) {
@@ -462,8 +449,7 @@ TEST_CASE("a Lloyd step gives codes, distances and sums in the order of the orac
             piece[n_sums - 1] += share * distance;
           }
           CHECK(n_wrong == 0);
-          const auto got = sums.as<double>(expected.size());
-          CHECK(std::equal(expected.begin(), expected.end(), got.begin()));
+          CHECK(sums == expected);
         }
       }
     }
