@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
-SOURCES := $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.pyi') \
+SOURCES := $(shell find csrc metal cmake python -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.pyi' \
+	-o -name '*.metal' -o -name '*.cmake') \
 	CMakeLists.txt pyproject.toml
 
 .PHONY: demo test bench clean

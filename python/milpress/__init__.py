@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from milpress.compression import compress, decompress
     from milpress.errors import CompressionError
     from milpress.inspection import inspect
+    from milpress.placement import Device, devices
     from milpress.recipe import Recipe
     from milpress.report import Inspection, Report
     from milpress.running import run
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CompressionError",
+    "Device",
     "Inspection",
     "Recipe",
     "Report",
@@ -26,6 +28,7 @@ __all__ = [
     "compress",
     "coreml",
     "decompress",
+    "devices",
     "errors",
     "formats",
     "inspect",
@@ -38,12 +41,14 @@ __all__ = [
 # Loaded on first use, so that `import milpress` is quick.
 _HOMES = {
     "CompressionError": "milpress.errors",
+    "Device": "milpress.placement",
     "Inspection": "milpress.report",
     "Recipe": "milpress.recipe",
     "Report": "milpress.report",
     "Verification": "milpress.verification",
     "compress": "milpress.compression",
     "decompress": "milpress.compression",
+    "devices": "milpress.placement",
     "inspect": "milpress.inspection",
     "run": "milpress.running",
     "verify": "milpress.verification",

@@ -14,6 +14,7 @@ from milpress import __version__
 from milpress.errors import CompressionError, ConfigError, InputError, VerificationError
 
 if TYPE_CHECKING:
+    from milpress.placement import DeviceName
     from milpress.recipe import Recipe
     from milpress.report import Report
 
@@ -31,6 +32,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing package.")]
 Threads = Annotated[
     int | None, typer.Option("--threads", help="Threads; by default one for each core.")
+]
+OnDevice = Annotated[
+    str, typer.Option("--device", help="Where kernels run: cpu, metal (a Mac's GPU) or auto.")
 ]
 Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Read the result back and compare it.")
@@ -127,6 +131,7 @@ def compress(
     force: Force = False,
     verify: Verify = True,
     threads: Threads = None,
+    device: OnDevice = "cpu",
     as_json: Json = False,
 ) -> None:
     """Compress the weights of a package into another package."""
@@ -155,6 +160,7 @@ def compress(
             verify=verify,
             progress=progress,
             threads=threads,
+            device=cast("DeviceName", device),
             force=force,
             dry_run=dry_run,
         )

@@ -21,6 +21,7 @@ from milpress.mil.constexpr import Decoder, is_part
 from milpress.mil.package import Package, Staged, check_destination, n_package_bytes
 from milpress.mil.program import Node
 from milpress.mil.weights import Site, Weight, sites, weight_files, weights
+from milpress.placement import DeviceName, using
 from milpress.recipe import Recipe, describe, treatment_dict
 from milpress.report import Report, WeightReport
 from milpress.verification import Verification, compare_packages
@@ -38,6 +39,7 @@ def compress(
     verify: bool = True,
     progress: Progress | None = None,
     threads: int | None = None,
+    device: DeviceName = "cpu",
     force: bool = False,
     dry_run: bool = False,
 ) -> Report:
@@ -62,6 +64,9 @@ def compress(
         Called with bytes done, bytes in all and the name of the weight at hand.
     threads
         Threads to use; ``None`` for MILPRESS_NUM_THREADS or the number of cores.
+    device
+        Where the kernels run: ``"cpu"``; ``"metal"`` for the GPU of a Mac, with the CPU's results;
+        ``"auto"``, for now the CPU. What the GPU could not do is in the report's notes.
     force
         Whether an existing package at the destination is replaced.
     dry_run
@@ -102,6 +107,7 @@ def compress(
         verify=verify,
         progress=progress,
         threads=threads,
+        device=device,
         force=force,
         dry_run=dry_run,
     )
@@ -117,6 +123,7 @@ def compress_package(
     verify: bool = True,
     progress: Progress | None = None,
     threads: int | None = None,
+    device: DeviceName = "cpu",
     force: bool = False,
     dry_run: bool = False,
     may_be_idle: bool = False,
@@ -126,7 +133,7 @@ def compress_package(
     With ``may_be_idle``, compressing nothing is no error: the result is a copy.
     """
     started = time.perf_counter()
-    with thread_limit(threads):
+    with thread_limit(threads), using(device) as kernels:
         if not dry_run:
             check_destination(package.path, Path(destination), force=force)
         names = weight_files(package)
@@ -146,6 +153,7 @@ def compress_package(
                 staged.copy_rest(set(names))
                 reports = job.run(staged)
                 verification, size = _complete(package, staged, verify=verify)
+    notes.extend(kernels.notes)
     return _report(package, destination, reports, notes, size, verification, started)
 
 
