@@ -133,8 +133,8 @@ def normalized(squares: torch.Tensor) -> tuple[torch.Tensor, bool]:
     if greatest == 0:
         return torch.ones_like(values), False
     values = values / greatest
-    least = values[values > 0].min()
-    return torch.where(values == 0, least, values).clamp_(min=_LEAST), True
+    least = torch.where(values > 0, values, 1.0).min()
+    return values.clamp_(min=max(float(least), _LEAST)), True
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:

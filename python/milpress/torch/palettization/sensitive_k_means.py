@@ -216,11 +216,11 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
                 raise UnsupportedError(msg)
             values, in_use = _sensitivity.normalized(sensitivities[name].float())
             importance = values.numpy()
-            if importance.shape != array.shape or not np.isfinite(importance).all():
-                msg = (
-                    f"sensitivities must be finite and of the shape {array.shape}, "
-                    f"got {importance.shape}"
-                )
+            if importance.shape != array.shape:
+                msg = f"sensitivities must be of the shape {array.shape}, got {importance.shape}"
+                raise UnsupportedError(msg)
+            if not np.isfinite(importance).all():
+                msg = "sensitivities must be finite, got other values"
                 raise UnsupportedError(msg)
             treated = palettized(weight, array, config, importance)
             if in_use:
