@@ -321,6 +321,8 @@ def test_wrong_arguments_are_refused_before_any_work(tmp_path):
     inputs = (torch.rand(2, 32),)
     with pytest.raises(ConfigError, match="frontend must be"):
         cto.torch.convert(model, inputs, frontend="onnx")
+    with pytest.raises(ConfigError, match="convert_to must be"):
+        cto.torch.convert(model, inputs, convert_to="neuralnetwork")
     with pytest.raises(ConfigTypeError, match="must be a tuple"):
         cto.torch.convert(model, inputs[0])
     with pytest.raises(UnsupportedError, match="some weight of the module must be compressed"):

@@ -143,6 +143,9 @@ def _compress(
     if nn.parameter.is_lazy(tensor):
         msg = "the parameter has no shape yet, run the model once"
         raise UnsupportedError(msg)
+    if weight.size == 0:
+        msg = "the parameter has no elements"
+        raise UnsupportedError(msg)
     if any(_metadata.is_coded(holder) for holder in holders):
         msg = "compressed already"
         raise UnsupportedError(msg)

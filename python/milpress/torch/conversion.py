@@ -81,7 +81,8 @@ def convert(
     dynamic_shapes
         As ``torch.export.export`` takes it.
     **settings
-        Further arguments of ``coremltools.convert``. The default target is iOS18.
+        Further arguments of ``coremltools.convert``. The default target is iOS18; it must be an ML
+        program.
 
     Returns
     -------
@@ -101,6 +102,10 @@ def convert(
     if frontend not in (None, "export", "trace"):
         msg = f"frontend must be 'export' or 'trace', got {frontend!r}"
         raise ConfigError(msg)
+    if settings.get("convert_to", "mlprogram") != "mlprogram":
+        msg = f"convert_to must be 'mlprogram', got {settings['convert_to']!r}"
+        raise ConfigError(msg)
+    load = not settings.get("skip_model_load", False)
     if not isinstance(example_inputs, tuple):
         msg = f"example_inputs must be a tuple, got {type(example_inputs).__name__}"
         raise ConfigTypeError(msg)
@@ -112,11 +117,11 @@ def convert(
     package = opened(dense)
     if destination is not None:
         report = _write(package, Path(destination), compressed, started)
-        model = returned(Path(destination), dense, temporary=False)
+        model = returned(Path(destination), dense, temporary=False, load=load)
     else:
         with temporary_package() as path:
             report = _write(package, path, compressed, started)
-            model = returned(path, dense, temporary=True)
+            model = returned(path, dense, temporary=True, load=load)
     model.compression_report = report
     return model
 
@@ -207,9 +212,9 @@ def _dense_model(
 
     settings = {
         "minimum_deployment_target": ct.target.iOS18,
-        "skip_model_load": True,
         **settings,
         "convert_to": "mlprogram",
+        "skip_model_load": True,  # it is the compressed model that is wanted
     }
     if settings["minimum_deployment_target"] < ct.target.iOS18:
         _check_early(compressed)
