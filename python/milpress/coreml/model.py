@@ -94,6 +94,8 @@ def returned(
         The ``MLModel`` or the path that it was made from.
     temporary
         Whether the package is removed with the last copy of the model, or when Python ends.
+    load
+        Whether Core ML loads it.
     """
     settings: dict[str, Any] = {"skip_model_load": True}
     if is_mlmodel(source):
