@@ -106,7 +106,8 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
 
         The model is in evaluation mode meanwhile, and frozen weights count like others. In a
         process group, each process takes its share of the samples; a model that ``fully_shard`` has
-        spread stays so.
+        spread stays so. Beside the model, memory holds a sum for each weight, in float32, and the
+        gradient of one weight at a time.
 
         Parameters
         ----------
