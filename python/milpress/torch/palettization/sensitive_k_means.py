@@ -150,6 +150,8 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
         }
         if path is not None and _is_first():
             _sensitivity.save(found, path)
+        if sums.kept is not None:
+            sums.kept.unlink(missing_ok=True)
         return found
 
     def compress(  # type: ignore[override]
