@@ -249,6 +249,35 @@ def test_a_weight_whose_tables_would_be_larger_is_left_with_the_reason():
     assert "would get larger" in weight.note
 
 
+def test_a_weight_whose_scales_vanish_in_float16_stays_dense():
+    layer = nn.Linear(64, 64)
+    with torch.no_grad():
+        layer.weight.normal_(0, 1e-6)
+    made = cto.torch.convert(compressed("int8", nn.Sequential(layer)), (torch.rand(2, 64),))
+    (weight,) = made.compression_report.weights
+    assert weight.status == "left"
+    assert "scales are too small for float16" in weight.note
+
+
+def test_vectors_that_a_recurrent_layer_takes_apart_stay_dense():
+    # 3 gates of 6 rows each, in parts: vectors of 9 rows reach from one into the next.
+    model = nn.GRU(16, 6)
+    config = P.PostTrainingPalettizerConfig.from_dict(
+        {"global_config": None, "module_type_configs": {"GRU": {"n_bits": 1, "cluster_dim": 2}}}
+    )
+    made = cto.torch.convert(
+        P.PostTrainingPalettizer(model, config).compress(), (torch.rand(4, 1, 16),)
+    )
+    assert {weight.status for weight in made.compression_report.weights} == {"compressed"}
+    config.module_type_configs[nn.GRU].cluster_dim = 9
+    made = cto.torch.convert(
+        P.PostTrainingPalettizer(model, config).compress(), (torch.rand(4, 1, 16),)
+    )
+    for weight in made.compression_report.weights:
+        assert weight.status == "left"
+        assert "takes its vectors apart" in weight.note
+
+
 def test_a_pruned_and_palettized_weight_becomes_a_chain(tmp_path):
     layer = nn.Linear(64, 64)
     with torch.no_grad():
@@ -292,6 +321,8 @@ def test_wrong_arguments_are_refused_before_any_work(tmp_path):
     inputs = (torch.rand(2, 32),)
     with pytest.raises(ConfigError, match="frontend must be"):
         cto.torch.convert(model, inputs, frontend="onnx")
+    with pytest.raises(ConfigError, match="convert_to must be"):
+        cto.torch.convert(model, inputs, convert_to="neuralnetwork")
     with pytest.raises(ConfigTypeError, match="must be a tuple"):
         cto.torch.convert(model, inputs[0])
     with pytest.raises(UnsupportedError, match="some weight of the module must be compressed"):
