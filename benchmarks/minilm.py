@@ -26,7 +26,7 @@ _EPSILON = 1e-12
 
 def write_package(path: Path) -> Path:
     """Convert the encoder for iOS18 in float16, and save it."""
-    encoder = Encoder(_read_weights()).eval()
+    encoder = Encoder(read_weights()).eval()
     ids = torch.ones((1, _N_TOKENS), dtype=torch.int32)
     with torch.no_grad():
         traced = torch.jit.trace(encoder, (ids, torch.ones_like(ids)))
@@ -100,7 +100,7 @@ class Encoder(nn.Module):
         return F.layer_norm(x, weight.shape, weight, bias, _EPSILON)
 
 
-def _read_weights() -> dict[str, Tensor]:
+def read_weights() -> dict[str, Tensor]:
     """Read the tensors of the package: a safetensors file inside a zip file."""
     files = importlib.metadata.files(DISTRIBUTION) or []
     archive = next(file for file in files if file.name == "model.zip")

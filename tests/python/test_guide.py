@@ -10,8 +10,8 @@ import pytest
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 GUIDE = Path(__file__).parents[2] / "docs" / "guide"
-# What each page must have printed for its code to have done its work.
-PRINTED = {"data-free": "verified", "running": "dB"}
+# What a page must have printed for its code to have done its work.
+PRINTED = {"running": "dB"}
 
 
 @pytest.mark.parametrize("page", sorted(GUIDE.glob("*.md")), ids=lambda page: page.stem)
@@ -23,4 +23,4 @@ def test_the_code_of_a_page_runs(page, crepe_tiny, tmp_path, monkeypatch, capsys
     assert blocks
     for block in blocks:
         exec(block, names)
-    assert PRINTED[page.stem] in capsys.readouterr().out
+    assert PRINTED.get(page.stem, "verified") in capsys.readouterr().out

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 import milpress
+from benchmarks import minilm
 from milpress.formats import PalettizeConfig, PerBlock, PruneConfig, QuantizeConfig
 from milpress.interpreter import load
 from milpress.recipe import Recipe, Select, Step
@@ -72,6 +73,18 @@ def test_crepe_hears_the_pitch_of_a_tone(size, request):
     heard = pitch(program(frames=frames)["probabilities"])
     # Half of one of its bins, which are 20 cents apart.
     assert np.abs(1200 * np.log2(heard / tones)).max() < 10
+
+
+@pytest.mark.large
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(not minilm.is_installed(), reason="a package with MiniLM's weights is needed")
+def test_minilm_agrees_with_its_source_of_the_weights_that_it_stores(tmp_path):
+    path = minilm.write_package(tmp_path / "minilm.mlpackage")
+    weights = {name: w.half().float() for name, w in minilm.read_weights().items()}
+    ids = torch.randint(1000, 20_000, (1, 64), generator=torch.Generator().manual_seed(0)).int()
+    mask = (torch.arange(64) < 40)[None].int()
+    (got,) = load(path)(input_ids=ids, attention_mask=mask).values()
+    assert snr(minilm.Encoder(weights).eval()(ids, mask), got) > FLOAT16_DB
 
 
 # Converted models
