@@ -16,6 +16,7 @@ from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package
 from milpress.mil.program import Node
 from milpress.mil.weights import Weight, blob_values, weight_files
+from milpress.placement import Kernels, kernels_for
 
 
 class Sink(Protocol):
@@ -106,6 +107,7 @@ class Rewriter:
         self._default_file = next(iter(weight_files(package)), None)
         self._copied: dict[tuple[str, int, int], int] = {}
         self._compressed: dict[Any, _Written] = {}
+        self._kernels = kernels_for(None)
 
     def copy(self, node: Node) -> None:
         """Write what an op stores as it is."""
@@ -144,7 +146,7 @@ class Rewriter:
             self._adopt(weight, known)
             return known.done
         before = sum(values.n_stored_bytes(value) for value in stored)
-        value, suffix, applied, notes = _treated(weight, treatments, decoder)
+        value, suffix, applied, notes = _treated(weight, treatments, decoder, self._kernels)
         n_bytes = constexpr.payload_bytes(value, early=early)
         if n_bytes >= before and not may_grow:
             msg = f"would get larger: {before} bytes as it is, {n_bytes} compressed"
@@ -253,7 +255,7 @@ def _rename_uses(node: Node, name: str) -> None:
 
 
 def _treated(
-    weight: Weight, treatments: Sequence[Treatment], decoder: Decoder
+    weight: Weight, treatments: Sequence[Treatment], decoder: Decoder, kernels: Kernels
 ) -> tuple[Compressed, str, tuple[Treatment, ...], tuple[str, ...]]:
     """Apply treatments one after the other, those that suit.
 
@@ -272,7 +274,9 @@ def _treated(
     for treatment in treatments:
         source = decoder.dense(weight.node).values if made is None else made
         try:
-            after = compress(source, treatment, channel_axis=output, input_axis=inputs)
+            after = compress(
+                source, treatment, channel_axis=output, input_axis=inputs, device=kernels
+            )
         except UnsupportedError as error:
             notes.append(str(error))
             continue
