@@ -17,6 +17,7 @@ from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package
 from milpress.mil.program import Node
 from milpress.mil.weights import Weight, blob_values, weight_files
+from milpress.placement import Kernels, kernels_for
 
 
 class Sink(Protocol):
@@ -133,6 +134,7 @@ class Rewriter:
         self._copied: dict[tuple[str, int, int], int] = {}
         self._compressed: dict[Any, _Written] = {}
         self._ordered: set[Any] = set()
+        self._kernels = kernels_for(None)
 
     def copy(self, node: Node) -> None:
         """Write what an op stores as it is."""
@@ -163,7 +165,7 @@ class Rewriter:
 
     def _treated(self, order: Order) -> Treated:
         decoder = Decoder(order.weight.graph, self._package)
-        return _treated(order.weight, order.treatments, decoder)
+        return _treated(order.weight, order.treatments, decoder, self._kernels)
 
     def order(self, weight: Weight, treatments: Sequence[Treatment], *, early: bool) -> Order:
         """Return what is to be done to a weight."""
@@ -305,7 +307,9 @@ def _rename_uses(node: Node, name: str) -> None:
         use.binding.name = name
 
 
-def _treated(weight: Weight, treatments: Sequence[Treatment], decoder: Decoder) -> Treated:
+def _treated(
+    weight: Weight, treatments: Sequence[Treatment], decoder: Decoder, kernels: Kernels
+) -> Treated:
     """Apply treatments one after the other, those that suit."""
     output, inputs = weight.channel_axes or (0, 1)
     made: Any = None
@@ -320,7 +324,9 @@ def _treated(weight: Weight, treatments: Sequence[Treatment], decoder: Decoder) 
     for treatment in treatments:
         source = decoder.dense(weight.node).values if made is None else made
         try:
-            after = compress(source, treatment, channel_axis=output, input_axis=inputs)
+            after = compress(
+                source, treatment, channel_axis=output, input_axis=inputs, device=kernels
+            )
         except UnsupportedError as error:
             notes.append(str(error))
             continue

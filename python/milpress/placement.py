@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ class Kernels:
             msg = f"device must be one of {get_args(DeviceName)}, got {device!r}"
             raise ConfigError(msg)
         self._counts: dict[str, int] = {}
+        self._lock = threading.Lock()
         self._metal = None
         if device == "metal":
             self._metal = devices()[1]
@@ -197,28 +199,35 @@ class Kernels:
             _logger.warning("%s", note)
 
     def _count(self, note: str) -> int:
-        self._counts[note] = self._counts.get(note, 0) + 1
-        return self._counts[note]
+        with self._lock:
+            self._counts[note] = self._counts.get(note, 0) + 1
+            return self._counts[note]
 
 
+# What may be said of where to run: nothing leaves it to the `using` block around, or to the CPU.
+Placement: TypeAlias = DeviceName | Kernels | None
 _around: ContextVar[Kernels] = ContextVar("_around")
 
 
-def kernels_for(device: DeviceName | None) -> Kernels:
+def kernels_for(device: Placement) -> Kernels:
     """Return the kernels on a device; for ``None`` those of the `using` block around, or the CPU's.
+
+    A block holds for its own thread; another thread has to be given its kernels.
 
     Raises
     ------
     ConfigError
         If there is no such device.
     """
+    if isinstance(device, Kernels):
+        return device
     if device is not None:
         return Kernels(device)
     return _around.get(None) or Kernels()
 
 
 @contextlib.contextmanager
-def using(device: DeviceName | None) -> Iterator[Kernels]:
+def using(device: Placement) -> Iterator[Kernels]:
     """Run the kernels of this block on a device.
 
     Raises

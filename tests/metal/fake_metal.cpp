@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -55,7 +56,7 @@ bool fault(std::string_view name) {
 // itself a class.
 struct Object {
   const char* kind;
-  long references = 1;
+  std::atomic<long> references = 1;
   std::string class_name;  // of a class object
 
   explicit Object(const char* name) : kind(name) {}
@@ -65,8 +66,8 @@ struct Object {
 
 struct Registry {
   std::set<const Object*> living;
-  std::vector<std::vector<Object*>> pools;
   std::recursive_mutex mutex;
+  inline static thread_local std::vector<std::vector<Object*>> pools;  // each thread has its own
 
   static Registry& instance() {
     static auto* const registry = new Registry;  // outlives what static destructors release
@@ -100,7 +101,9 @@ T* make(Args&&... args) {
 }
 
 void check_living(Object* object, const char* selector) {
-  if (object->class_name.empty() && !Registry::instance().living.contains(object)) {
+  Registry& registry = Registry::instance();
+  const std::lock_guard lock(registry.mutex);
+  if (object->class_name.empty() && !registry.living.contains(object)) {
     refuse(std::string(selector) + " was sent to a dead object");
   }
 }
@@ -120,7 +123,6 @@ void release(Object* object) {
 template <typename T>
 T* autoreleased(T* object) {
   Registry& registry = Registry::instance();
-  const std::lock_guard lock(registry.mutex);
   if (registry.pools.empty()) {
     refuse(std::string(object->kind) + " was autoreleased without a pool");
   }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -95,6 +96,14 @@ def test_the_device_around_holds_for_the_block_alone(broken_gpu):
             f.quantize(WEIGHT)
         assert outer.notes == ()
     assert kernels_for(None) is not outer
+
+
+def test_another_thread_may_be_given_the_kernels(broken_gpu):
+    with using("metal") as kernels, ThreadPoolExecutor(1) as pool:
+        pool.submit(f.quantize, WEIGHT).result()
+        assert kernels.notes == ()
+        pool.submit(f.quantize, WEIGHT, device=kernels).result()
+    assert kernels.notes == ("quantize ran on the CPU: out of memory",)
 
 
 def test_the_command_line_takes_a_device(build, tmp_path, monkeypatch, capsys):

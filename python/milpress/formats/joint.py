@@ -20,7 +20,7 @@ from milpress.formats.palette import (
 )
 from milpress.formats.quantized import PerTensor, QuantizeConfig, Quantized, quantize
 from milpress.formats.sparse import PruneConfig, Sparse, kept, n_pruned, sparsify
-from milpress.placement import DeviceName, kernels_for, using
+from milpress.placement import Placement, kernels_for, using
 
 # Core ML stores smaller tensors in the model itself.
 _MIN_ELEMENTS = 10
@@ -79,7 +79,7 @@ def compress(
     *,
     channel_axis: int = 0,
     input_axis: int = 1,
-    device: DeviceName | None = None,
+    device: Placement = None,
 ) -> Compressed:
     """Apply a treatment to a weight, or to what earlier treatments made of it.
 

@@ -22,7 +22,7 @@ from milpress.formats._layout import (
     to_rows,
 )
 from milpress.formats.quantized import Quantized
-from milpress.placement import DeviceName, kernels_for, using
+from milpress.placement import Placement, kernels_for, using
 
 Bits = Literal[1, 2, 3, 4, 6, 8]
 _MAX_ENTRIES = 256
@@ -189,7 +189,7 @@ def palettize(
     *,
     channel_axis: int = 0,
     importance: Any = None,
-    device: DeviceName | None = None,
+    device: Placement = None,
 ) -> Palette:
     """Replace a weight by indices into tables of values.
 

@@ -20,7 +20,7 @@ from milpress.formats._layout import (
     normalized_axis,
     to_rows,
 )
-from milpress.placement import DeviceName, kernels_for
+from milpress.placement import Placement, kernels_for
 
 IntDType = Literal["int8", "uint8", "int4", "uint4"]
 
@@ -181,7 +181,7 @@ def quantize(
     *,
     channel_axis: int = 0,
     input_axis: int = 1,
-    device: DeviceName | None = None,
+    device: Placement = None,
 ) -> Quantized:
     """Replace a weight by integer codes with a scale for each block.
 

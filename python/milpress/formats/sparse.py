@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from milpress import _core
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.formats._layout import Floats, as_weight, frozen
-from milpress.placement import DeviceName, Kernels, kernels_for
+from milpress.placement import Kernels, Placement, kernels_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +111,7 @@ class Sparse:
         return _core.expand(self.bitmask, self.nonzeros, n_weights).reshape(self.shape)
 
 
-def sparsify(weight: Any, config: PruneConfig, *, device: DeviceName | None = None) -> Sparse:
+def sparsify(weight: Any, config: PruneConfig, *, device: Placement = None) -> Sparse:
     """Set weights of small magnitude to zero and store the others.
 
     Parameters
