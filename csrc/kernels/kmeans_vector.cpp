@@ -487,8 +487,11 @@ Vectors sample(const Vectors& vectors, std::size_t n, Random& random) {
 Entries cluster(const Vectors& vectors, std::size_t n_entries, std::uint64_t seed) {
   constexpr std::size_t kPerEntry = 64;
   constexpr std::size_t kLeast = 8192;
-  // Starts differ the less the more entries there are.
-  const std::size_t n_starts = n_entries < 64 ? 8 : n_entries < kMaxEntries ? 2 : 1;
+  // Starts differ the less the more entries there are. Few vectors have room for more of them.
+  constexpr std::size_t kMost = 32;
+  const std::size_t n_least = n_entries < 64 ? 8 : n_entries < kMaxEntries ? 2 : 1;
+  const std::size_t n_roomy = n_least * kLeast / 2 / std::max<std::size_t>(1, vectors.count);
+  const std::size_t n_starts = std::clamp(n_roomy, n_least, kMost);
   const std::size_t n_sampled = std::max(kLeast, kPerEntry * n_entries);
   std::vector<Fit> starts(n_starts);
   parallel_for(n_starts, 1, [&](std::size_t begin, std::size_t end) {
