@@ -230,7 +230,7 @@ def test_a_model_may_be_given_by_keyword_and_functions_tell_their_parameters():
         library: library.coreml.OptimizationConfig(library.coreml.OpPalettizerConfig(nbits=4))
         for library in (ours, theirs)
     }
-    with pytest.raises(ValueError, match="must takes \"mlmodel\" as an input"):
+    with pytest.raises(ValueError, match='must takes "mlmodel" as an input'):
         theirs.coreml.palettize_weights(mlmodel=linear(weight(64, 64)), config=config[theirs])
     made = ours.coreml.palettize_weights(mlmodel=linear(weight(64, 64)), config=config[ours])
     assert len(compressed(made)) == 1
