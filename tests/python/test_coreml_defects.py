@@ -168,6 +168,44 @@ def test_a_table_of_a_pruned_weight_has_no_entry_for_zeros():
     assert errors[0] < errors[1]
 
 
+def lookup(table: np.ndarray) -> Any:
+    """Return a model that looks up rows of integers."""
+
+    @mb.program(
+        input_specs=[mb.TensorSpec(shape=(5,), dtype=types.int32)], opset_version=ct.target.iOS18
+    )
+    def prog(ids: Any) -> Any:
+        rows = mb.gather(x=table, indices=ids, axis=0, validate_indices=False, name="rows")
+        return mb.cast(x=rows, dtype="fp32", name="y")
+
+    return converted(prog, "iOS18")
+
+
+@pytest.mark.parametrize(
+    ("step", "settings", "low", "high"),
+    [(PALETTIZE, {"nbits": 4}, 0, 2), (PRUNE, {"target_sparsity": 0.1}, -128, 128)],
+)
+def test_integer_constants_keep_their_values(step, settings, low, high):
+    table = np.random.default_rng(4).integers(low, high, (120, 48)).astype(np.int8)
+    results = []
+    for library in (ours, theirs):
+        made = theirs.coreml.decompress_weights(apply(library, lookup(table), step, **settings))
+        (op,) = made._mil_program.functions["main"].find_ops(op_type="gather")
+        results.append(np.asarray(op.x.val))
+    np.testing.assert_array_equal(results[0], table)
+    extreme = 1 if step is PALETTIZE else -128
+    assert (results[1][table == extreme] == 0).all()
+
+
+def test_integer_constants_are_no_error_of_quantization():
+    table = np.random.default_rng(5).integers(0, 256, (120, 48)).astype(np.uint8)
+    with pytest.raises(ValueError, match="Only floating numpy arrays"):
+        apply(theirs, lookup(table), QUANTIZE)
+    report = apply(ours, lookup(table), QUANTIZE).compression_report
+    (found,) = [weight for weight in report.weights if weight.name == "rows_x_0"]
+    assert (found.status, found.note) == ("not asked", "uint8, not a float")
+
+
 # --- crashes
 
 
