@@ -545,8 +545,11 @@ Entries cluster(const Vectors& vectors, std::size_t n_entries, std::uint64_t see
   constexpr std::size_t kLeast = 8192;
   constexpr std::size_t kShare = 3;
   constexpr double kRoughGain = 0.01;  // shows which starts are good
-  // Starts differ the less the more entries there are.
-  const std::size_t n_starts = n_entries < 64 ? 8 : n_entries < kMaxEntries ? 2 : 1;
+  // Starts differ the less the more entries there are. Few vectors have room for more of them.
+  constexpr std::size_t kMost = 32;
+  const std::size_t n_least = n_entries < 64 ? 8 : n_entries < kMaxEntries ? 2 : 1;
+  const std::size_t n_roomy = n_least * kLeast / 2 / std::max<std::size_t>(1, vectors.count);
+  const std::size_t n_starts = std::clamp(n_roomy, n_least, kMost);
   const std::size_t n_sampled = std::max(kLeast, kPerEntry * n_entries);
   const bool is_sampled = vectors.count > n_sampled;
   Random random(seed + (std::uint64_t{n_starts} << 56));
