@@ -9,17 +9,21 @@ if TYPE_CHECKING:
     from milpress import coreml, errors, formats, interpreter, torch
     from milpress.compression import compress, decompress
     from milpress.errors import CompressionError
+    from milpress.evaluation import Evaluation, evaluate
     from milpress.inspection import inspect
     from milpress.recipe import Recipe
     from milpress.report import Inspection, Report
     from milpress.running import run
+    from milpress.samples import RandomSamples
     from milpress.verification import Verification, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CompressionError",
+    "Evaluation",
     "Inspection",
+    "RandomSamples",
     "Recipe",
     "Report",
     "Verification",
@@ -27,6 +31,7 @@ __all__ = [
     "coreml",
     "decompress",
     "errors",
+    "evaluate",
     "formats",
     "inspect",
     "interpreter",
@@ -38,12 +43,15 @@ __all__ = [
 # Loaded on first use, so that `import milpress` is quick.
 _HOMES = {
     "CompressionError": "milpress.errors",
+    "Evaluation": "milpress.evaluation",
     "Inspection": "milpress.report",
+    "RandomSamples": "milpress.samples",
     "Recipe": "milpress.recipe",
     "Report": "milpress.report",
     "Verification": "milpress.verification",
     "compress": "milpress.compression",
     "decompress": "milpress.compression",
+    "evaluate": "milpress.evaluation",
     "inspect": "milpress.inspection",
     "run": "milpress.running",
     "verify": "milpress.verification",
