@@ -23,6 +23,7 @@ from milpress.formats import (
     QuantizeConfig,
     compress,
 )
+from milpress.interpreter import load
 from milpress.mil.package import Package
 from milpress.mil.weights import sites, weights
 from milpress.torch import _moved
@@ -170,6 +171,22 @@ def test_convert_finds_the_weights_of_recurrent_layers_in_other_orders_and_parts
         assert weight.snr_db > 60
     n_rows = {len(value) for value in compressed_weights(made.package_path).values()}
     assert n_rows == {64, 32}  # an LSTM's four gates of 16 together, a GRU's of 32 one by one
+
+
+@pytest.mark.parametrize("kind", BY_BOTH)
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_a_converted_model_computes_what_the_compressed_module_does(kind, recurrent, tmp_path):
+    model = compressed(kind, layers(recurrent=recurrent))
+    path = tmp_path / "model.mlpackage"
+    cto.torch.convert(model, (IDS,), path, compute_precision=ct.precision.FLOAT32)
+    program = load(path)
+    (name,) = (item.name for item in program.inputs)
+    (found,) = program(**{name: IDS.numpy().astype(np.int32)}).values()
+    with torch.no_grad():
+        expected = model(IDS).numpy()
+    error = np.asarray(found, np.float64).reshape(expected.shape) - expected
+    # 60 dB: the same weights in the same precision, some thousand additions in another order.
+    assert np.square(error).sum() < 1e-6 * np.square(expected.astype(np.float64)).sum()
 
 
 def test_the_module_is_as_before(tmp_path):
