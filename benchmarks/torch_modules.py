@@ -15,6 +15,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -69,7 +70,7 @@ def measure(library: str, case: str, size: int) -> dict[str, float]:
     model = nn.Linear(size, size, bias=False)
     before = model.weight.detach().clone()
     share = torch.ones(size, size)
-    path = Path(f"/tmp/sensitivity-{os.getpid()}.pt")
+    path = Path(tempfile.gettempdir(), f"sensitivity-{os.getpid()}.pt")
     if name == "SKMPalettizer":
         share = torch.rand(size, size) ** 4 + 1e-6
         torch.save({"weight": share}, path)
