@@ -344,6 +344,45 @@ class PrefixCost {
             -lead - (second_[later] - second_[earlier])};
   }
 
+  /// What a start adds to the cost of every last cluster, if all before it costs `before`.
+  double offset(std::size_t start, double before) const { return before - second_[start]; }
+
+  /// Which of the starts [low, high) is the best for a cluster [start, end), given their offsets;
+  /// the first of equals.
+  [[gnu::always_inline]] std::size_t best_start(std::size_t low, std::size_t high, std::size_t end,
+                                                const double* offsets) const {
+    using Lanes = Duel::Lanes;
+    const double infinity = std::numeric_limits<double>::infinity();
+    const auto start = static_cast<double>(low);
+    Lanes index = {start, start + 1, start + 2, start + 3};
+    Lanes least = {infinity, infinity, infinity, infinity};
+    Lanes best = index;
+    for (std::size_t i = low; i < high; i += Duel::kAtOnce) {
+      Lanes weight;
+      Lanes first;
+      Lanes value;
+      std::memcpy(&weight, &weight_[i], sizeof(weight));
+      std::memcpy(&first, &first_[i], sizeof(first));
+      std::memcpy(&value, offsets + i, sizeof(value));
+      first -= first_[end];
+      value += first * first / (weight - weight_[end]);
+      const auto is_better = (value < least) & (index < static_cast<double>(high));
+      least = is_better ? value : least;
+      best = is_better ? index : best;
+      index += static_cast<double>(Duel::kAtOnce);
+    }
+    const auto merge = [&](const Lanes& other_least, const Lanes& other_best) {
+      const auto is_better = (other_least < least) | ((other_least == least) & (other_best < best));
+      least = is_better ? other_least : least;
+      best = is_better ? other_best : best;
+    };
+    merge(__builtin_shufflevector(least, least, 2, 3, 0, 1),
+          __builtin_shufflevector(best, best, 2, 3, 0, 1));
+    merge(__builtin_shufflevector(least, least, 1, 0, 3, 2),
+          __builtin_shufflevector(best, best, 1, 0, 3, 2));
+    return static_cast<std::size_t>(static_cast<std::int64_t>(best[0]));
+  }
+
   /// The same with only every `step`-th value able to end a cluster.
   PrefixCost coarse(std::size_t step) const {
     const std::size_t n = size();
@@ -512,8 +551,15 @@ struct Scratch {
     std::uint32_t start;
     std::uint32_t first_end;
   };
+  struct Block {
+    std::size_t before;  // its first end
+    std::size_t high;    // past the starts it looked at
+  };
+  double penalty = 0;  // of the nodes
   std::vector<Node> nodes;
   std::vector<Candidate> queue;
+  std::vector<double> offsets;
+  std::vector<Block> blocks;
 };
 
 // The first of the ends [low, n] that the later start wins, else n + 1. It is near in smooth data:
@@ -547,6 +593,17 @@ template <typename Duel>
     }
   }
   return std::min(low, n + 1);
+}
+
+Partition traced(Scratch& scratch, std::size_t n, double penalty) {
+  scratch.penalty = penalty;
+  const std::vector<Scratch::Node>& nodes = scratch.nodes;
+  Partition result{Ends(nodes[n].count), nodes[n].error, penalty};
+  std::size_t end = n;
+  for (std::size_t j = result.ends.size(); j-- > 0; end = nodes[end].start) {
+    result.ends[j] = end;
+  }
+  return result;
 }
 
 // The least error + penalty * clusters in one pass. A cluster costs more the further it starts from
@@ -601,12 +658,7 @@ template <typename Cost>
   }
   reach(n);
 
-  Partition result{Ends(nodes[n].count), nodes[n].error, penalty};
-  std::size_t end = n;
-  for (std::size_t j = result.ends.size(); j-- > 0; end = nodes[end].start) {
-    result.ends[j] = end;
-  }
-  return result;
+  return traced(scratch, n, penalty);
 }
 
 MILPRESS_VECTORIZE
@@ -616,6 +668,84 @@ Partition cheapest_partition(const PrefixCost& cost, double penalty, Scratch& sc
 
 Partition cheapest_partition(const TreeCost& cost, double penalty, Scratch& scratch) {
   return one_pass(cost, penalty, scratch);
+}
+
+// The same, guided by the starts found with every `step`-th end. Each block of ends looks for its
+// starts between the one of the end before and a little past the guide's. That nothing further on
+// is better shows from the block after it: where the best start of an end is no further than the
+// block looked, all starts further on lose to it there and so do they before. If it is further, the
+// gap is searched; and if something turns up, the block is done again, an end at a time if clusters
+// are shorter than blocks. Returns no ends if that happens too often.
+MILPRESS_VECTORIZE
+Partition guided_partition(const PrefixCost& cost, double penalty, const Scratch& guide,
+                           std::size_t step, Scratch& scratch) {
+  constexpr std::size_t kBlock = 8;
+  constexpr std::size_t kMargin = 8;
+  const std::size_t n = cost.size();
+  scratch.nodes.resize(std::max(scratch.nodes.size(), n + 1));
+  scratch.offsets.resize(std::max(scratch.offsets.size(), n + 1 + PrefixCost::Duel::kAtOnce));
+  scratch.blocks.resize(std::max(scratch.blocks.size(), n));
+  Scratch::Node* const nodes = scratch.nodes.data();
+  double* const offsets = scratch.offsets.data();
+  nodes[0] = {0, 0, 0};
+  offsets[0] = 0;
+  const auto reach = [&](std::size_t end, std::size_t start) {
+    nodes[end] = {nodes[start].error + cost(start, end), nodes[start].count + 1,
+                  static_cast<std::uint32_t>(start)};
+    offsets[end] = cost.offset(end, nodes[end].error + penalty * nodes[end].count);
+  };
+  std::size_t n_blocks = 0;
+  std::size_t before = 0;  // the last end that was reached
+  std::size_t n_repairs = 0;
+  std::size_t careful = 0;  // up to this end a block is a single end
+  std::size_t least_high = 0;
+  while (before < n) {
+    const std::size_t last = std::min(n, before < careful ? before + 1 : before + kBlock);
+    const std::size_t low = nodes[before].start;
+    const std::size_t guided = guide.nodes[(last + step - 1) / step].start * step;
+    const std::size_t high =
+        std::min(before + 1, std::max({low + kMargin, guided + kMargin, least_high}));
+    scratch.blocks[n_blocks] = {before, high};
+    std::size_t start = cost.best_start(low, high, last, offsets);
+    reach(last, start);
+    for (std::size_t end = before + 1; end < last; ++end) {
+      reach(end, cost.best_start(low, start + 1, end, offsets));
+    }
+    // The first end of the block shows whether the one before looked far enough; and if there is no
+    // more block, everything left is looked through.
+    const auto missed = [&](std::size_t end, std::size_t past) {
+      const std::size_t found =
+          cost.best_start(nodes[end].start, std::min(past, end), end, offsets);
+      return found == nodes[end].start ? 0 : found + 1;
+    };
+    std::size_t wrong = n_blocks;
+    least_high = 0;
+    if (n_blocks > 0 && nodes[before + 1].start >= scratch.blocks[n_blocks - 1].high) {
+      least_high = missed(before, nodes[before + 1].start + 1);
+      wrong = n_blocks - 1;
+    }
+    if (least_high == 0 && last == n) {
+      least_high = missed(n, n);
+      wrong = n_blocks;
+    }
+    if (least_high == 0) {
+      before = last;
+      ++n_blocks;
+    } else if (++n_repairs > n / kBlock) {
+      return {};
+    } else {
+      n_blocks = wrong;
+      before = scratch.blocks[wrong].before;
+      careful = least_high > before + 1 ? before + 3 * kBlock : careful;
+    }
+  }
+  return traced(scratch, n, penalty);
+}
+
+Ends each_alone(std::size_t n) {
+  Ends ends(n);
+  std::iota(ends.begin(), ends.end(), std::size_t{1});
+  return ends;
 }
 
 // A partition into `k` clusters that begins as `many` does and ends as `few` does. If both are
@@ -641,51 +771,103 @@ Partition splice(const Cost& cost, const Partition& few, const Partition& many, 
   return best;
 }
 
-// Finds the penalty whose cheapest partition has `k` clusters, beginning with `penalty` or, if that
-// is 0, with a rule of thumb. The count falls as the penalty rises, for smooth data with its cube
-// root: that gives the next guess. Where the guess fails, the penalty at which both ends of the
-// bracket cost the same either narrows the bracket or shows that everything between them costs the
-// same as well.
+// The same data coarser and coarser: every level lets only some of the values of the one before end
+// a cluster.
 template <typename Cost>
-Partition search_partition(const Cost& cost, std::size_t k, double penalty, Scratch& scratch) {
-  constexpr std::size_t kStep = 8;
-  constexpr std::size_t kCoarseMin = 4;  // values per cluster that give a good first penalty
-  constexpr int kMaxGuesses = 12;
-  const std::size_t n = cost.size();
-  const auto cube = [](double x) { return x * x * x; };
+class Levels {
+ public:
+  Levels(const Cost& cost, std::size_t k, std::vector<Scratch>& scratch)
+      : finest_(cost), scratch_(scratch) {
+    constexpr std::size_t kCoarseMin = 4;  // values per cluster that give a good first penalty
+    for (;;) {
+      const Cost& last = cost_of(steps_.size());
+      const std::size_t step = std::min(kStep, std::bit_floor(last.size() / (kCoarseMin * k)));
+      if (step < 2) {
+        break;
+      }
+      coarser_.push_back(last.coarse(step));
+      steps_.push_back(step);
+    }
+    scratch_.resize(std::max(scratch_.size(), steps_.size() + 1));
+    for (Scratch& level : scratch_) {
+      level.penalty = -1;
+    }
+  }
 
-  Partition few{{n}, cost(0, n), std::numeric_limits<double>::infinity()};
-  Partition many{Ends(n), 0, 0};
-  std::iota(many.ends.begin(), many.ends.end(), std::size_t{1});
-  if (penalty == 0) {
-    penalty = 2 * few.error / cube(static_cast<double>(k));
+  /// Finds the penalty whose cheapest partition has `k` clusters, beginning with `penalty` or, if
+  /// that is 0, with a rule of thumb. The count falls as the penalty rises, for smooth data with
+  /// its cube root: that gives the next guess. Where the guess fails, the penalty at which both
+  /// ends of the bracket cost the same either narrows the bracket or shows that everything between
+  /// them costs the same as well.
+  Partition search(std::size_t k, double penalty, std::size_t level = 0) {
+    constexpr int kMaxGuesses = 12;
+    const Cost& cost = cost_of(level);
+    const std::size_t n = cost.size();
+    const auto cube = [](double x) { return x * x * x; };
+
+    Partition few{{n}, cost(0, n), std::numeric_limits<double>::infinity()};
+    Partition many;  // without ends, a cluster for each value
+    if (penalty == 0) {
+      penalty = 2 * few.error / cube(static_cast<double>(k));
+    }
+    if (level < steps_.size()) {
+      penalty = search(k, penalty, level + 1).penalty;
+    }
+    bool stalled = false;
+    for (int guess = 0;; ++guess) {
+      const std::size_t n_many = many.ends.empty() ? n : many.ends.size();
+      const bool last_resort =
+          stalled || guess >= kMaxGuesses || !(penalty > many.penalty) || !(penalty < few.penalty);
+      if (last_resort) {
+        penalty = (few.error - many.error) / static_cast<double>(n_many - few.ends.size());
+      }
+      Partition next = cheapest(penalty, level);
+      const std::size_t count = next.ends.size();
+      if (count == k) {
+        return next;
+      }
+      stalled = count <= few.ends.size() || count >= n_many;
+      if (stalled && last_resort) {
+        if (many.ends.empty()) {
+          many.ends = each_alone(n);
+        }
+        return splice(cost, few, many, penalty, k);
+      }
+      if (!stalled) {
+        penalty *= cube(static_cast<double>(count) / static_cast<double>(k));
+        (count < k ? few : many) = std::move(next);
+      }
+    }
   }
-  const std::size_t step = std::min(kStep, std::bit_floor(n / (kCoarseMin * k)));
-  if (step > 1) {
-    penalty = search_partition(cost.coarse(step), k, penalty, scratch).penalty;
+
+ private:
+  static constexpr std::size_t kStep = 8;  // a smaller one leaves clusters too short for a guide
+
+  const Cost& cost_of(std::size_t level) const {
+    return level == 0 ? finest_ : coarser_[level - 1];
   }
-  bool stalled = false;
-  for (int guess = 0;; ++guess) {
-    const bool last_resort =
-        stalled || guess >= kMaxGuesses || !(penalty > many.penalty) || !(penalty < few.penalty);
-    if (last_resort) {
-      penalty = (few.error - many.error) / static_cast<double>(many.ends.size() - few.ends.size());
+
+  Partition cheapest(double penalty, std::size_t level) {
+    if constexpr (std::is_same_v<Cost, PrefixCost>) {
+      if (level < steps_.size() && steps_[level] == kStep) {
+        if (scratch_[level + 1].penalty != penalty) {
+          cheapest(penalty, level + 1);
+        }
+        Partition result = guided_partition(cost_of(level), penalty, scratch_[level + 1],
+                                            steps_[level], scratch_[level]);
+        if (!result.ends.empty()) {
+          return result;
+        }
+      }
     }
-    Partition next = cheapest_partition(cost, penalty, scratch);
-    const std::size_t count = next.ends.size();
-    if (count == k) {
-      return next;
-    }
-    stalled = count <= few.ends.size() || count >= many.ends.size();
-    if (stalled && last_resort) {
-      return splice(cost, few, many, penalty, k);
-    }
-    if (!stalled) {
-      penalty *= cube(static_cast<double>(count) / static_cast<double>(k));
-      (count < k ? few : many) = std::move(next);
-    }
+    return cheapest_partition(cost_of(level), penalty, scratch_[level]);
   }
-}
+
+  const Cost& finest_;
+  std::vector<Cost> coarser_;
+  std::vector<std::size_t> steps_;  // from each level to the next
+  std::vector<Scratch>& scratch_;
+};
 
 // Fills `best[i]` and `start[i]` for i in [low, high): the least error of [0, i) if the last
 // cluster starts in [from, to]. The best start never falls as i rises, so the middle i bounds both
@@ -738,9 +920,7 @@ Partition solve(const WeightedValues& data, std::size_t k, const Solve& partitio
   constexpr double kTolerance = 1e-7;
   const std::size_t n = data.values.size();
   if (n <= k) {
-    Ends ends(n);
-    std::iota(ends.begin(), ends.end(), std::size_t{1});
-    return {ends, 0, 0};
+    return {each_alone(n), 0, 0};
   }
   const PrefixCost cost(data);
   Partition result = partition(cost, k);
@@ -762,7 +942,7 @@ class Solver {
         return dynamic_program(cost, n_clusters);
       }
       const double whole = cost(0, cost.size());
-      Partition result = search_partition(cost, n_clusters, share_ * whole, scratch_);
+      Partition result = Levels(cost, n_clusters, scratch_).search(n_clusters, share_ * whole);
       share_ = result.penalty > 0 && whole > 0 ? result.penalty / whole : 0;
       return result;
     };
@@ -771,7 +951,7 @@ class Solver {
 
  private:
   double share_ = 0;
-  Scratch scratch_;
+  std::vector<Scratch> scratch_;
 };
 
 // ---------------------------------------------------------------------------------------------
