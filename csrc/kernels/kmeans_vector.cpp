@@ -94,13 +94,13 @@ template <std::size_t kDim>
   }
 }
 
-// Entries are compared in fours, so that what is nearest so far stays in registers; infinities make
-// up the last four and are nearest to nothing.
+// Entries are compared a few at a time, so that what is nearest so far stays in registers;
+// infinities make up the last few and are nearest to nothing.
 template <std::size_t kDim>
 [[gnu::always_inline]] inline void find_nearest(const Entries& entries, const float* values,
                                                 std::size_t stride, std::size_t n,
                                                 std::uint8_t* codes, float* distances) {
-  constexpr std::size_t kAtOnce = 4;
+  constexpr std::size_t kAtOnce = kDim == 4 ? 4 : 2;  // as the registers allow
   std::array<float, kMaxEntries * kDim> padded;
   padded.fill(kInfinity);
   std::copy(entries.begin(), entries.end(), padded.begin());
@@ -109,10 +109,10 @@ template <std::size_t kDim>
     std::array<std::int32_t, kLanes> nearest{};
     least.fill(kInfinity);
     for (std::size_t j = 0; j * kDim < entries.size(); j += kAtOnce) {
-      const float* const four = padded.data() + j * kDim;
+      const float* const few = padded.data() + j * kDim;
       for (std::size_t lane = 0; lane < kLanes; ++lane) {
         for (std::size_t other = 0; other < kAtOnce; ++other) {
-          const float* const entry = four + other * kDim;
+          const float* const entry = few + other * kDim;
           const float first = values[i + lane] - entry[0];
           float distance = first * first;
           for (std::size_t d = 1; d < kDim; ++d) {
@@ -132,8 +132,7 @@ template <std::size_t kDim>
   }
 }
 
-// The same for long vectors, four of which would not fit the registers.
-template <std::size_t kDim>
+// The same for vectors of any dimension.
 [[gnu::always_inline]] inline void find_nearest_one_by_one(const Entries& entries, std::size_t dim,
                                                            const float* values, std::size_t stride,
                                                            std::size_t n, std::uint8_t* codes,
@@ -144,7 +143,7 @@ template <std::size_t kDim>
     std::array<std::int32_t, kLanes> nearest{};
     least.fill(kInfinity);
     for (std::size_t j = 0; j * dim < entries.size(); ++j) {
-      distances_from<kDim>(entries.data() + j * dim, dim, values + i, stride, distance);
+      distances_from<0>(entries.data() + j * dim, dim, values + i, stride, distance);
       for (std::size_t lane = 0; lane < kLanes; ++lane) {
         const bool is_nearer = distance[lane] < least[lane];
         least[lane] = is_nearer ? distance[lane] : least[lane];
@@ -171,9 +170,9 @@ void nearest_entries(const Entries& entries, std::size_t dim, const float* value
     case 4:
       return find_nearest<4>(entries, values, stride, n, codes, distances);
     case 8:
-      return find_nearest_one_by_one<8>(entries, dim, values, stride, n, codes, distances);
+      return find_nearest<8>(entries, values, stride, n, codes, distances);
     default:
-      return find_nearest_one_by_one<0>(entries, dim, values, stride, n, codes, distances);
+      return find_nearest_one_by_one(entries, dim, values, stride, n, codes, distances);
   }
 }
 
@@ -221,6 +220,8 @@ double error_with(const Vectors& vectors, const float* entry, std::span<const fl
       return lower_distances<2>(vectors, entry, before, after, sums);
     case 4:
       return lower_distances<4>(vectors, entry, before, after, sums);
+    case 8:
+      return lower_distances<8>(vectors, entry, before, after, sums);
     default:
       return lower_distances<0>(vectors, entry, before, after, sums);
   }
@@ -544,8 +545,11 @@ Entries cluster(const Vectors& vectors, std::size_t n_entries, std::uint64_t see
   constexpr std::size_t kLeast = 8192;
   constexpr std::size_t kShare = 3;
   constexpr double kRoughGain = 0.01;  // shows which starts are good
-  // Starts differ the less the more entries there are.
-  const std::size_t n_starts = n_entries < 64 ? 8 : n_entries < kMaxEntries ? 2 : 1;
+  // Starts differ the less the more entries there are. Few vectors have room for more of them.
+  constexpr std::size_t kMost = 32;
+  const std::size_t n_least = n_entries < 64 ? 8 : n_entries < kMaxEntries ? 2 : 1;
+  const std::size_t n_roomy = n_least * kLeast / 2 / std::max<std::size_t>(1, vectors.count);
+  const std::size_t n_starts = std::clamp(n_roomy, n_least, kMost);
   const std::size_t n_sampled = std::max(kLeast, kPerEntry * n_entries);
   const bool is_sampled = vectors.count > n_sampled;
   Random random(seed + (std::uint64_t{n_starts} << 56));

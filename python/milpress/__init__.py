@@ -9,24 +9,32 @@ if TYPE_CHECKING:
     from milpress import coreml, errors, formats, interpreter, torch
     from milpress.compression import compress, decompress
     from milpress.errors import CompressionError
+    from milpress.evaluation import Evaluation, evaluate
     from milpress.inspection import inspect
+    from milpress.placement import Device, devices
     from milpress.recipe import Recipe
     from milpress.report import Inspection, Report
     from milpress.running import run
+    from milpress.samples import RandomSamples
     from milpress.verification import Verification, verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CompressionError",
+    "Device",
+    "Evaluation",
     "Inspection",
+    "RandomSamples",
     "Recipe",
     "Report",
     "Verification",
     "compress",
     "coreml",
     "decompress",
+    "devices",
     "errors",
+    "evaluate",
     "formats",
     "inspect",
     "interpreter",
@@ -38,12 +46,17 @@ __all__ = [
 # Loaded on first use, so that `import milpress` is quick.
 _HOMES = {
     "CompressionError": "milpress.errors",
+    "Device": "milpress.placement",
+    "Evaluation": "milpress.evaluation",
     "Inspection": "milpress.report",
+    "RandomSamples": "milpress.samples",
     "Recipe": "milpress.recipe",
     "Report": "milpress.report",
     "Verification": "milpress.verification",
     "compress": "milpress.compression",
     "decompress": "milpress.compression",
+    "devices": "milpress.placement",
+    "evaluate": "milpress.evaluation",
     "inspect": "milpress.inspection",
     "run": "milpress.running",
     "verify": "milpress.verification",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package
 from milpress.mil.program import Node
 from milpress.mil.weights import Weight, blob_values, weight_files
+from milpress.placement import Kernels, kernels_for
 
 
 class Sink(Protocol):
@@ -81,6 +83,31 @@ class Done(NamedTuple):
     notes: tuple[str, ...]
 
 
+class Treated(NamedTuple):
+    """What treatments made of a weight: its name gets the suffix; notes say which did not suit."""
+
+    value: Compressed
+    suffix: str
+    treatments: tuple[Treatment, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A weight and what is to be done to it.
+
+    ``key`` is that of all weights that share the result, ``None`` if none does; all but the first
+    of them are repeated. ``n_bytes`` are stored now.
+    """
+
+    weight: Weight
+    treatments: tuple[Treatment, ...]
+    early: bool
+    key: Any
+    is_repeated: bool
+    n_bytes: int
+
+
 class _Written(NamedTuple):
     ops: list[Any]
     suffix: str
@@ -106,6 +133,8 @@ class Rewriter:
         self._default_file = next(iter(weight_files(package)), None)
         self._copied: dict[tuple[str, int, int], int] = {}
         self._compressed: dict[Any, _Written] = {}
+        self._ordered: set[Any] = set()
+        self._kernels = kernels_for(None)
 
     def copy(self, node: Node) -> None:
         """Write what an op stores as it is."""
@@ -121,10 +150,36 @@ class Rewriter:
                 )
             where.offset = self._copied[key]
 
+    def treated(self, order: Order) -> Treated | UnsupportedError | None:
+        """Return what the treatments make of a weight, or why they make nothing.
+
+        Changes nothing, so that it may run on any thread. ``None`` for a weight that shares the
+        result of one ordered before.
+        """
+        if order.is_repeated:
+            return None
+        try:
+            return self._treated(order)
+        except UnsupportedError as error:
+            return error
+
+    def _treated(self, order: Order) -> Treated:
+        decoder = Decoder(order.weight.graph, self._package)
+        return _treated(order.weight, order.treatments, decoder, self._kernels)
+
+    def order(self, weight: Weight, treatments: Sequence[Treatment], *, early: bool) -> Order:
+        """Return what is to be done to a weight."""
+        stored = Decoder(weight.graph, self._package).stored_values(weight.node)
+        key = self._key(weight, stored, treatments, early)
+        is_repeated = key is not None and key in self._ordered
+        self._ordered.add(key)
+        n_bytes = sum(values.n_stored_bytes(value) for value in stored)
+        return Order(weight, tuple(treatments), early, key, is_repeated, n_bytes)
+
     def compress(
-        self, weight: Weight, treatments: Sequence[Treatment], *, early: bool, may_grow: bool
+        self, order: Order, made: Treated | UnsupportedError | None, *, may_grow: bool
     ) -> Done:
-        """Turn a weight's op into the last ``constexpr`` op of what the treatments make of it.
+        """Turn a weight's op into the last ``constexpr`` op of what the treatments made of it.
 
         A treatment that does not suit what others made is not applied. Ops that have to stand
         before it, or are of no use anymore, are noted in the weight's graph.
@@ -135,24 +190,24 @@ class Rewriter:
             If the weight suits none of the treatments, or would get larger and may not; nothing has
             changed.
         """
+        weight, early = order.weight, order.early
         node = weight.node
-        decoder = Decoder(weight.graph, self._package)
-        stored = decoder.stored_values(node)
-        key = self._key(weight, stored, treatments, early)
-        known = self._compressed.get(key)
+        known = self._compressed.get(order.key)
         if known is not None:
             self._adopt(weight, known)
             return known.done
-        before = sum(values.n_stored_bytes(value) for value in stored)
-        value, suffix, applied, notes = _treated(weight, treatments, decoder)
+        if isinstance(made, UnsupportedError):
+            raise made
+        # Nothing was made of a repeated weight; here the one ordered before it was left as it was.
+        value, suffix, applied, notes = made or self._treated(order)
         n_bytes = constexpr.payload_bytes(value, early=early)
-        if n_bytes >= before and not may_grow:
-            msg = f"would get larger: {before} bytes as it is, {n_bytes} compressed"
+        if n_bytes >= order.n_bytes and not may_grow:
+            msg = f"would get larger: {order.n_bytes} bytes as it is, {n_bytes} compressed"
             raise UnsupportedError(msg)
         inner = self.store(weight, value, suffix=suffix, early=early)
         done = Done(n_bytes, applied, notes)
-        if key is not None:
-            self._compressed[key] = _Written([*inner, node.op], suffix, done)
+        if order.key is not None:
+            self._compressed[order.key] = _Written([*inner, node.op], suffix, done)
         return done
 
     def store(
@@ -253,12 +308,9 @@ def _rename_uses(node: Node, name: str) -> None:
 
 
 def _treated(
-    weight: Weight, treatments: Sequence[Treatment], decoder: Decoder
-) -> tuple[Compressed, str, tuple[Treatment, ...], tuple[str, ...]]:
-    """Apply treatments one after the other, those that suit.
-
-    Returns the value, what its name ends in, what was applied and why other treatments were not.
-    """
+    weight: Weight, treatments: Sequence[Treatment], decoder: Decoder, kernels: Kernels
+) -> Treated:
+    """Apply treatments one after the other, those that suit."""
     output, inputs = weight.channel_axes or (0, 1)
     made: Any = None
     if weight.is_compressed:
@@ -272,7 +324,9 @@ def _treated(
     for treatment in treatments:
         source = decoder.dense(weight.node).values if made is None else made
         try:
-            after = compress(source, treatment, channel_axis=output, input_axis=inputs)
+            after = compress(
+                source, treatment, channel_axis=output, input_axis=inputs, device=kernels
+            )
         except UnsupportedError as error:
             notes.append(str(error))
             continue
@@ -282,4 +336,4 @@ def _treated(
     if not applied:
         msg = "; ".join(notes)
         raise UnsupportedError(msg)
-    return made, suffix, tuple(applied), tuple(notes)
+    return Treated(made, suffix, tuple(applied), tuple(notes))

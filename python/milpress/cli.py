@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
@@ -14,8 +15,11 @@ from milpress import __version__
 from milpress.errors import CompressionError, ConfigError, InputError, VerificationError
 
 if TYPE_CHECKING:
+    from milpress.placement import DeviceName
     from milpress.recipe import Recipe
     from milpress.report import Report
+
+_Made = TypeVar("_Made")
 
 app = typer.Typer(
     help="Make Core ML models smaller, and prove that they still work.",
@@ -31,6 +35,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing package.")]
 Threads = Annotated[
     int | None, typer.Option("--threads", help="Threads; by default one for each core.")
+]
+OnDevice = Annotated[
+    str, typer.Option("--device", help="Where kernels run: cpu, metal (a Mac's GPU) or auto.")
 ]
 Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Read the result back and compare it.")
@@ -127,6 +134,7 @@ def compress(
     force: Force = False,
     verify: Verify = True,
     threads: Threads = None,
+    device: OnDevice = "cpu",
     as_json: Json = False,
 ) -> None:
     """Compress the weights of a package into another package."""
@@ -155,6 +163,7 @@ def compress(
             verify=verify,
             progress=progress,
             threads=threads,
+            device=cast("DeviceName", device),
             force=force,
             dry_run=dry_run,
         )
@@ -236,6 +245,73 @@ def run(
         _print_json(report.to_dict())
     else:
         _print(report.source, report, report.summary)
+
+
+@app.command()
+def evaluate(
+    original: Annotated[Path, typer.Argument(metavar="ORIGINAL", help="The source package.")],
+    compressed: Annotated[
+        Path, typer.Argument(metavar="COMPRESSED", help="The package made from it.")
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Samples: an .npz file with an array for each input, or a folder."),
+    ] = None,
+    random: Annotated[
+        int | None, typer.Option(help="So many random samples instead. They say little.")
+    ] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option("--metric", help="snr, cosine, top1, kl or max_error; by default all."),
+    ] = None,
+    per_op: Annotated[
+        bool, typer.Option("--per-op", help="Say where in the graph the error arises.")
+    ] = False,
+    function: Annotated[
+        str | None, typer.Option(help="Which function of packages with several.")
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="float32, or float16: round where the program says so.")
+    ] = "float32",
+    seed: Annotated[int, typer.Option(help="Where random numbers start from.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Run two packages on samples, and say how far their outputs are apart."""
+    from milpress.evaluation import METRICS
+    from milpress.evaluation import evaluate as evaluate_packages
+    from milpress.samples import RandomSamples
+
+    samples = data if random is None else RandomSamples(random, seed)
+    if samples is None or (data is not None and random is not None):
+        msg = f"one of --data and --random must be given, got {'both' if data else 'none'}"
+        raise ConfigError(msg)
+    found = _with_progress(
+        lambda progress: evaluate_packages(
+            original,
+            compressed,
+            samples,
+            metrics=cast("Any", metrics or METRICS),
+            per_op=per_op,
+            function=function,
+            precision=cast("Any", precision),
+            seed=seed,
+            progress=progress,
+        )
+    )
+    if as_json:
+        _print_json(found.to_dict())
+        return
+    _print(str(compressed), found, found.summary)
+    if per_op:
+        from rich.console import Console
+
+        n_exact = sum(op.own_snr_db == math.inf for op in found.ops)
+        Console(width=None if sys.stdout.isatty() else 140).print(
+            found.ops_table(most=len(found.ops) - n_exact)
+        )
+        _print_text(f"{n_exact} other values have no error of their own")
+        if found.n_uncompared:
+            _print_text(f"{found.n_uncompared} values could not be compared")
 
 
 def _arrays(options: list[str]) -> dict[str, Any]:
@@ -344,7 +420,7 @@ def _quantize_config(
     return QuantizeConfig(dtype=dtype, granularity=granularity, offset=offset)
 
 
-def _with_progress(work: Callable[[Any], Report]) -> Report:
+def _with_progress(work: Callable[[Any], _Made]) -> _Made:
     """Run long work under a progress bar, if somebody looks on."""
     if not sys.stderr.isatty():
         return work(None)

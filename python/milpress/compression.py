@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from milpress import _core
+from milpress._parallel import in_order
 from milpress._plan import Plan, RecipeWishes, Wishes, plan_package
-from milpress._rewrite import Counter, Rewriter, Sink
+from milpress._rewrite import Counter, Order, Rewriter, Sink, Treated
 from milpress.errors import ConfigError, UnsupportedError
+from milpress.formats import Custom, PalettizeConfig
 from milpress.mil import opset, treatments, values
 from milpress.mil.constexpr import Decoder, is_part
 from milpress.mil.package import Package, Staged, check_destination, n_package_bytes
 from milpress.mil.program import Node
 from milpress.mil.weights import Site, Weight, sites, weight_files, weights
+from milpress.placement import DeviceName, using
 from milpress.recipe import Recipe, describe, treatment_dict
 from milpress.report import Report, WeightReport
 from milpress.verification import Verification, compare_packages
@@ -36,6 +39,7 @@ def compress(
     verify: bool = True,
     progress: Progress | None = None,
     threads: int | None = None,
+    device: DeviceName = "cpu",
     force: bool = False,
     dry_run: bool = False,
 ) -> Report:
@@ -60,6 +64,9 @@ def compress(
         Called with bytes done, bytes in all and the name of the weight at hand.
     threads
         Threads to use; ``None`` for MILPRESS_NUM_THREADS or the number of cores.
+    device
+        Where the kernels run: ``"cpu"``; ``"metal"`` for the GPU of a Mac, with the CPU's results;
+        ``"auto"``, for now the CPU. What the GPU could not do is in the report's notes.
     force
         Whether an existing package at the destination is replaced.
     dry_run
@@ -100,6 +107,7 @@ def compress(
         verify=verify,
         progress=progress,
         threads=threads,
+        device=device,
         force=force,
         dry_run=dry_run,
     )
@@ -115,6 +123,7 @@ def compress_package(
     verify: bool = True,
     progress: Progress | None = None,
     threads: int | None = None,
+    device: DeviceName = "cpu",
     force: bool = False,
     dry_run: bool = False,
     may_be_idle: bool = False,
@@ -124,7 +133,7 @@ def compress_package(
     With ``may_be_idle``, compressing nothing is no error: the result is a copy.
     """
     started = time.perf_counter()
-    with thread_limit(threads):
+    with thread_limit(threads), using(device) as kernels:
         if not dry_run:
             check_destination(package.path, Path(destination), force=force)
         names = weight_files(package)
@@ -144,6 +153,7 @@ def compress_package(
                 staged.copy_rest(set(names))
                 reports = job.run(staged)
                 verification, size = _complete(package, staged, verify=verify)
+    notes.extend(kernels.notes)
     return _report(package, destination, reports, notes, size, verification, started)
 
 
@@ -275,24 +285,39 @@ class _Job:
             for plan in plans.values()
         )
         done = 0
-        for site, plans in self._planned:
-            early = not opset.by_name(site.function.opset).has_blocks
-            parts = self._parts_to_replace(plans.values())
-            for node in site.graph.nodes:
-                plan = plans.get(node)
-                if plan is not None:
-                    self._progress(done, total, plan.weight.name)
-                    reports.append(self._write(plan, rewriter, parts, early=early))
-                    done += reports[-1].bytes_before
-                elif node not in parts:
-                    rewriter.copy(node)
-            site.graph.apply()
+        orders = self._orders(rewriter)
+        with contextlib.closing(
+            in_order(rewriter.treated, orders.values(), _n_threads(orders.values()))
+        ) as made:
+            for site, plans in self._planned:
+                parts = self._parts_to_replace(plans.values())
+                for node in site.graph.nodes:
+                    plan = plans.get(node)
+                    if plan is not None:
+                        self._progress(done, total, plan.weight.name)
+                        order = orders.get(node)
+                        reports.append(self._write(plan, rewriter, parts, order, made))
+                        done += reports[-1].bytes_before
+                    elif node not in parts:
+                        rewriter.copy(node)
+                site.graph.apply()
         if not any(report.status == "compressed" for report in reports):
             self._check_idle(reports)
         else:
             treatments.record(self._package.model, self._records)
         self._progress(total, total, "")
         return reports
+
+    def _orders(self, rewriter: Rewriter) -> dict[Node, Order]:
+        """Return what is to be done to each weight that is treated, in the order of writing."""
+        orders = {}
+        for site, plans in self._planned:
+            early = not opset.by_name(site.function.opset).has_blocks
+            for node in site.graph.nodes:
+                plan = plans.get(node)
+                if plan is not None and plan.treatments:
+                    orders[node] = rewriter.order(plan.weight, plan.treatments, early=early)
+        return orders
 
     def _parts_to_replace(self, plans: Iterable[Plan]) -> dict[Node, None]:
         """Return the ops whose results compressed weights that are treated again decode from."""
@@ -304,16 +329,19 @@ class _Job:
         }
 
     def _write(
-        self, plan: Plan, rewriter: Rewriter, parts: dict[Node, None], *, early: bool
+        self,
+        plan: Plan,
+        rewriter: Rewriter,
+        parts: dict[Node, None],
+        order: Order | None,
+        made: Iterator[Treated | UnsupportedError | None],
     ) -> WeightReport:
         weight = plan.weight
         name = weight.name  # that of the source; compressing changes it
         before = after = weight_bytes(weight, self._package)
-        if plan.treatments:
+        if order is not None:
             try:
-                done = rewriter.compress(
-                    weight, plan.treatments, early=early, may_grow=self._may_grow
-                )
+                done = rewriter.compress(order, next(made), may_grow=self._may_grow)
                 if done.notes and self._strict:
                     raise UnsupportedError("; ".join(done.notes))
                 plan, after = plan.carried_out(done.treatments, done.notes), done.n_bytes
@@ -340,6 +368,16 @@ class _Job:
             f"{self._package.path}: some weight must be compressed, got none ({'; '.join(reasons)})"
         )
         raise UnsupportedError(msg)
+
+
+def _n_threads(orders: Iterable[Order]) -> int | None:
+    """Return 1 if a user's function makes tables, which may not be ready for several threads."""
+    is_custom = any(
+        isinstance(treatment, PalettizeConfig) and isinstance(treatment.table, Custom)
+        for order in orders
+        for treatment in order.treatments
+    )
+    return 1 if is_custom else None
 
 
 def _decompress_weights(package: Package, sink: Sink) -> list[WeightReport]:

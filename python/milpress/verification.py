@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import filecmp
 import os
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from milpress import _core
+from milpress._parallel import in_order
 from milpress.errors import VerificationError
 from milpress.formats import Compressed, Masked, Palette, Quantized, Sparse
 from milpress.formats._layout import to_rows
@@ -275,15 +277,14 @@ class _Comparison:
             self._match_blocks(one, other)
         computing = [[n for n in graph.nodes if not n.is_stored] for graph in self._graphs]
         for one, other in _paired(computing[0], computing[1], "ops"):
-            self._match_ops(one, other)
+            self.n_unchanged += self._match_ops(one, other)
         self._match_unused(left, right)
-        checks = []
-        for node in left.nodes:
-            if node in self._matches:
-                check = self._check_stored(node, self._matches[node])
-                if check is not None:
-                    checks.append(check)
-        return checks
+        pairs = [(node, self._matches[node]) for node in left.nodes if node in self._matches]
+        checks = in_order(lambda pair: self._check_stored(*pair), pairs)
+        with contextlib.closing(checks):
+            found = list(checks)
+        self.n_unchanged += sum(check for check in found if isinstance(check, int))
+        return [check for check in found if isinstance(check, WeightCheck)]
 
     def _match_blocks(self, one: Scope, other: Scope) -> None:
         if one.block is None or other.block is None:
@@ -316,7 +317,9 @@ class _Comparison:
         elif name != other_name or (node is None) != (other is None):
             _fail(f"{where} must use {name}, got {other_name}")
 
-    def _match_ops(self, one: Node, other: Node) -> None:
+    def _match_ops(self, one: Node, other: Node) -> int:
+        """Check that two ops are the same; return how many values they hold."""
+        n_values = 0
         where = f"{self._prefix}{one.name}"
         kept = [self._kept_parts(node) for node in (one, other)]
         if kept[0] != kept[1] or set(one.op.inputs) != set(other.op.inputs):
@@ -325,6 +328,7 @@ class _Comparison:
             if key not in one.op.attributes or key not in other.op.attributes:
                 _fail(f"{where}: the attribute {key} must be unchanged")
             self._same_value(one.op.attributes[key], other.op.attributes[key], where)
+            n_values += 1
         for key in sorted(one.op.inputs):
             bindings = _paired(
                 list(one.op.inputs[key].arguments),
@@ -339,15 +343,16 @@ class _Comparison:
                     )
                 elif kinds == ("value", "value"):
                     self._same_value(binding.value, other_binding.value, where)
+                    n_values += 1
                 else:
                     _fail(f"{where}: {key} must be given in the same way")
+        return n_values
 
     def _kept_parts(self, node: Node) -> list[Any]:
         outputs = [item.SerializeToString(deterministic=True) for item in node.op.outputs]
         return [node.op.type, outputs, len(node.op.blocks)]
 
     def _same_value(self, one: Any, other: Any, where: str) -> None:
-        self.n_unchanged += 1
         if not values.is_blob(one) or not values.is_blob(other):
             same = one.SerializeToString(deterministic=True) == other.SerializeToString(
                 deterministic=True
@@ -389,12 +394,12 @@ class _Comparison:
                 yield found[0]
                 yield from self._parts(found[0], side)
 
-    def _check_stored(self, one: Node, other: Node) -> WeightCheck | None:
+    def _check_stored(self, one: Node, other: Node) -> WeightCheck | int:
+        """Return what was found of a weight, or how many values are unchanged."""
         name = f"{self._prefix}{one.name}"
         before, steps = self._steps(name)
         if is_constexpr(one) == is_constexpr(other) and not (is_constexpr(one) and steps):
-            self._check_unchanged(one, other, name)
-            return None
+            return self._check_unchanged(one, other, name)
         if one.type != other.type:
             _fail(f"{name}: the decoded weight must be {one.type}, got {other.type}")
         source = self._decoders[0].dense(one).values
@@ -421,10 +426,13 @@ class _Comparison:
             _fail(f"{name}: the record must go on where that of the source ends, got another")
         return before, record.steps[len(before) :]
 
-    def _check_unchanged(self, one: Node, other: Node, name: str) -> None:
+    def _check_unchanged(self, one: Node, other: Node, name: str) -> int:
         if one.op.type != other.op.type or one.name != other.name or one.type != other.type:
             _fail(f"{name}: a value that was not treated must be unchanged, got another")
-        self._match_ops(one, other)
+        parts = _paired(list(self._parts(one, 0)), list(self._parts(other, 1)), f"parts of {name}")
+        return self._match_ops(one, other) + sum(
+            self._match_ops(part, other_part) for part, other_part in parts
+        )
 
     def _check_equal(self, source: Any, other: Node, name: str) -> WeightCheck:
         decoded = self._decoders[1].dense(other).values

@@ -63,9 +63,9 @@ def weight(*shape: int, dtype: type = np.float16, seed: int = 0) -> np.ndarray:
     return array
 
 
-def save(program: Any, path: Path, target: str, **settings: Any) -> Path:
-    """Convert a MIL program without changing its graph, and save it."""
-    model = ct.convert(
+def converted(program: Any, target: str, **settings: Any) -> Any:
+    """Convert a MIL program without changing its graph."""
+    return ct.convert(
         program,
         minimum_deployment_target=TARGETS[target],
         compute_precision=ct.precision.FLOAT32,
@@ -73,8 +73,26 @@ def save(program: Any, path: Path, target: str, **settings: Any) -> Path:
         skip_model_load=True,
         **settings,
     )
-    model.save(str(path))
+
+
+def save(program: Any, path: Path, target: str, **settings: Any) -> Path:
+    """Convert a MIL program without changing its graph, and save it."""
+    converted(program, target, **settings).save(str(path))
     return path
+
+
+def linear(values: np.ndarray, target: str = "iOS18") -> Any:
+    """Return a model of one linear layer."""
+    element = types.fp16 if values.dtype == np.float16 else types.fp32
+
+    @mb.program(
+        input_specs=[mb.TensorSpec(shape=(1, values.shape[1]), dtype=element)],
+        opset_version=TARGETS[target],
+    )
+    def prog(x: Any) -> Any:
+        return mb.linear(x=x, weight=values, name="y")
+
+    return converted(prog, target)
 
 
 Build = Callable[..., Path]
@@ -220,8 +238,71 @@ def awkward(target: str, dtype: type) -> Any:
     return prog
 
 
+def every_layer(target: str, dtype: type) -> Any:
+    """Small weights of every op that holds some, its channels along every pair of axes."""
+    element = types.fp16 if dtype is np.float16 else types.fp32
+
+    def w(*shape: int, seed: int = 0) -> np.ndarray:
+        return weight(*shape, dtype=dtype, seed=seed)
+
+    @mb.program(
+        input_specs=[
+            mb.TensorSpec(shape=(1, 16, 8, 8), dtype=element),
+            mb.TensorSpec(shape=(3,), dtype=types.int32),
+        ],
+        opset_version=TARGETS[target],
+    )
+    def prog(x: Any, ids: Any) -> Any:
+        x = mb.conv(x=x, weight=w(32, 16, 3, 3), pad_type="same", name="conv")
+        x = mb.conv(x=x, weight=w(32, 8, 3, 3), groups=4, pad_type="same", name="grouped")
+        x = mb.conv(x=x, weight=w(32, 1, 5, 5), groups=32, pad_type="same", name="depthwise")
+        x = mb.conv_transpose(x=x, weight=w(32, 24, 2, 2), name="transposed")
+        x = mb.conv_transpose(x=x, weight=w(24, 8, 2, 2), groups=2, name="grouped_transposed")
+        x = mb.reduce_mean(x=x, axes=[2, 3], name="pooled")
+        # Few distinct values, so that one table can hold them all.
+        few = np.round(w(64, 16) * dtype(64)) / dtype(64)
+        x = mb.linear(x=x, weight=few.astype(dtype), name="linear")
+        x = mb.matmul(x=x, y=w(64, 48), name="matmul")
+        x = mb.matmul(x=x, y=w(32, 48), transpose_y=True, name="matmul_t")
+        x = mb.matmul(x=w(40, 32), y=x, transpose_y=True, name="left")
+        x = mb.matmul(x=w(40, 48), y=x, transpose_x=True, name="left_t")
+        x = mb.matmul(x=mb.transpose(x=x, perm=[1, 0]), y=w(2, 48, 24), name="batched")
+        x = mb.reshape(x=x, shape=[2, 1, 24], name="sequence")
+        settings = {} if target in ("iOS15", "iOS16") else {"validate_indices": False}
+        rows = mb.gather(x=w(40, 24, seed=2), indices=ids, axis=0, name="rows", **settings)
+        x = mb.concat(values=[x, mb.expand_dims(x=rows, axes=[1])], axis=0, name="joined")
+        if dtype is np.float16 and target in ("iOS15", "iOS16"):
+            return x  # recurrent layers take float16 from iOS17 on
+        x, _, _ = mb.lstm(
+            x=x,
+            initial_h=np.zeros((1, 32), dtype),
+            initial_c=np.zeros((1, 32), dtype),
+            weight_ih=w(64, 24),
+            weight_hh=w(64, 16),
+            weight_ih_back=w(64, 24, seed=1),
+            weight_hh_back=w(64, 16, seed=1),
+            direction="bidirectional",
+            output_sequence=True,
+            name="lstm",
+        )
+        for i, direction in enumerate(("forward", "reverse")):
+            x, _ = mb.gru(
+                x=x,
+                initial_h=np.zeros((1, 32), dtype),
+                weight_ih=w(96, 32, seed=i + 3),
+                weight_hh=w(96, 32, seed=i + 5),
+                direction=direction,
+                output_sequence=True,
+                name=f"gru_{direction}",
+            )
+        return x
+
+    return prog
+
+
 PROGRAMS = {
     "layers": layers,
+    "every_layer": every_layer,
     "shared": shared,
     "lookup": lookup,
     "nested": nested,

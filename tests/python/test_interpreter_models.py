@@ -77,7 +77,6 @@ def test_crepe_hears_the_pitch_of_a_tone(size, request):
 
 @pytest.mark.large
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.skipif(not minilm.is_installed(), reason="a package with MiniLM's weights is needed")
 def test_minilm_agrees_with_its_source_of_the_weights_that_it_stores(tmp_path):
     path = minilm.write_package(tmp_path / "minilm.mlpackage")
     weights = {name: w.half().float() for name, w in minilm.read_weights().items()}

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+from conftest import TARGETS, save, weight
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import assert_coremltools_agrees, decoded, decompressed_by_coremltools, ops_of
 
 import milpress
 from milpress import formats as f
-from milpress.errors import UnsupportedError
-from milpress.recipe import Recipe, Step
+from milpress.errors import UnsupportedError, VerificationError
+from milpress.mil import treatments
+from milpress.mil.package import Package
+from milpress.mil.weights import sites
+from milpress.recipe import Recipe, Select, Step
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import coremltools as ct
+    from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
+    from coremltools.converters.mil.mil import types
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -52,16 +68,16 @@ CHAINS = {
 }
 
 
-def in_one(*treatments) -> Recipe:
-    return Recipe(steps=tuple(Step(treatment=treatment) for treatment in treatments))
+def in_one(*steps) -> Recipe:
+    return Recipe(steps=tuple(Step(treatment=treatment) for treatment in steps))
 
 
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("kind", ["layers", "shared", "nested"])
 def test_a_chain_is_decoded_by_coremltools_and_keeps_its_promise(build, tmp_path, kind, chain):
-    treatments, kinds, promise = CHAINS[chain]
+    steps, kinds, promise = CHAINS[chain]
     source, out = build(kind), tmp_path / "out.mlpackage"
-    report = milpress.compress(source, out, in_one(*treatments))
+    report = milpress.compress(source, out, in_one(*steps))
     assert report.with_status("compressed")
     promises = {check.promise for check in milpress.verify(source, out).weights}
     # Where vectors don't divide the channels, a weight is pruned only.
@@ -74,11 +90,11 @@ def test_a_chain_is_decoded_by_coremltools_and_keeps_its_promise(build, tmp_path
 
 @pytest.mark.parametrize("chain", CHAINS)
 def test_a_chain_made_in_several_runs_equals_one_made_at_once(build, tmp_path, chain):
-    treatments, _, _ = CHAINS[chain]
+    steps, _, _ = CHAINS[chain]
     source, once = build("layers"), tmp_path / "once.mlpackage"
-    milpress.compress(source, once, in_one(*treatments))
+    milpress.compress(source, once, in_one(*steps))
     current = source
-    for i, treatment in enumerate(treatments):
+    for i, treatment in enumerate(steps):
         step = tmp_path / f"{i}.mlpackage"
         milpress.compress(current, step, Recipe.of(treatment))
         current = step
@@ -90,7 +106,7 @@ def test_a_chain_made_in_several_runs_equals_one_made_at_once(build, tmp_path, c
 
 
 @pytest.mark.parametrize(
-    ("treatments", "message"),
+    ("steps", "message"),
     [
         ((PRUNE, PRUNE), "pruned weight can't be pruned again"),
         ((PALETTE, PALETTE), "palette can't be palettized again"),
@@ -100,9 +116,9 @@ def test_a_chain_made_in_several_runs_equals_one_made_at_once(build, tmp_path, c
         ((PRUNE, INT8, PALETTE), "a pruned weight with codes can't be palettized again"),
     ],
 )
-def test_what_has_no_form_in_core_ml_is_refused(treatments, message):
+def test_what_has_no_form_in_core_ml_is_refused(steps, message):
     value = np.linspace(-1, 1, 4096).astype(np.float16).reshape(64, 64)
-    *first, last = treatments
+    *first, last = steps
     for treatment in first:
         value = f.compress(value, treatment)
     with pytest.raises(UnsupportedError, match=message):
@@ -161,3 +177,92 @@ def test_a_weight_of_just_the_least_size_is_taken(build, tmp_path):
         else:
             with pytest.raises(UnsupportedError, match="some weight must be compressed"):
                 milpress.compress(build("layers"), tmp_path / "none", recipe)
+
+
+@pytest.mark.parametrize("chain", ["palettize, int8", "prune, palettize, int8", "prune, int8"])
+def test_a_byte_changed_in_any_op_of_a_chain_that_was_not_treated_is_found(build, tmp_path, chain):
+    out = tmp_path / "out.mlpackage"
+    milpress.compress(build("layers"), out, in_one(*CHAINS[chain][0]))
+    package = Package(out)
+    (site,) = sites(package)
+    ops = [node.op for node in site.graph.nodes if node.op.type.startswith("constexpr_")]
+    places = [
+        binding.value.blobFileValue.offset
+        for op in ops[: len(CHAINS[chain][1])]
+        for argument in op.inputs.values()
+        for binding in argument.arguments
+        if binding.value.HasField("blobFileValue")
+    ]
+    assert len(places) >= 2
+    for place in sorted(set(places)):
+        bad = tmp_path / f"{place}.mlpackage"
+        shutil.copytree(out, bad)
+        path = bad / "Data/com.apple.CoreML/weights/weight.bin"
+        data = bytearray(path.read_bytes())
+        data[place + 64] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(VerificationError, match="must be unchanged"):
+            milpress.verify(out, bad)
+
+
+TAKEN = ("w_sparsified", "w_sparsified_0", "w_sparsified_1_nonzero_data_0_palettized")
+
+
+def with_weights(path: Path, *names: str) -> Path:
+    """Save a model of linear layers whose weights have these names."""
+
+    @mb.program(
+        input_specs=[mb.TensorSpec(shape=(1, 64), dtype=types.fp16)], opset_version=TARGETS["iOS18"]
+    )
+    def prog(x: Any) -> Any:
+        for i, name in enumerate(names):
+            x = mb.linear(x=x, weight=mb.const(val=weight(64, 64, seed=i), name=name))
+        return x
+
+    return save(prog, path, "iOS18")
+
+
+@pytest.mark.parametrize("is_second", [False, True])
+def test_a_name_that_is_taken_gets_a_number(tmp_path, is_second):
+    source, out = tmp_path / "source.mlpackage", tmp_path / "out.mlpackage"
+    crowded = with_weights(tmp_path / "crowded.mlpackage", "w", *TAKEN)
+    if is_second:  # it shares what was made for the first function, under other names
+        alone = with_weights(tmp_path / "alone.mlpackage", "w")
+        description = ct.utils.MultiFunctionDescriptor()
+        description.add_function(str(alone), "main", "a")
+        description.add_function(str(crowded), "main", "b")
+        description.default_function_name = "a"
+        ct.utils.save_multifunction(description, str(source))
+    else:
+        source = crowded
+    only = Select(name="re:(./)?w")
+    recipe = Recipe(
+        steps=tuple(Step(treatment=treatment, select=only) for treatment in (PRUNE, PALETTE))
+    )
+    report = milpress.compress(source, out, recipe)
+    assert len(report.with_status("compressed")) == 1 + is_second
+    site = list(sites(Package(out)))[-1]
+    names = [output.name for node in site.graph.nodes for output in node.op.outputs]
+    assert len(set(names)) == len(names)
+    inner = f"{TAKEN[-1]}_0"
+    assert {*TAKEN, "w_sparsified_1", f"{inner}_0", f"{inner}_1"} <= set(names)
+    before, after = decoded(source), decoded(out)
+    for name in TAKEN:
+        full_name = f"{site.prefix}{name}"
+        np.testing.assert_array_equal(after[full_name], before[full_name])
+
+
+@pytest.mark.parametrize("coding", [PALETTE, INT8])
+def test_verify_finds_a_chain_that_did_not_prune_the_least_magnitudes(build, tmp_path, coding):
+    source, out = build("shared"), tmp_path / "out.mlpackage"
+    milpress.compress(source, out, in_one(f.PruneConfig(n_m=(2, 4)), coding))
+    package = Package(out)
+    metadata = package.model.description.metadata.userDefined
+    record = json.loads(metadata[treatments.KEY])
+    for item in record["treatments"]:
+        assert item["steps"][0] == {"prune": {"n_m": [2, 4]}}
+        item["steps"][0] = {"prune": {"sparsity": 0.5}}  # just as many, but others
+    metadata[treatments.KEY] = json.dumps(record)
+    package.model_path.write_bytes(package.model.SerializeToString())
+    with pytest.raises(VerificationError, match=r"both: .* was pruned, .* was not"):
+        milpress.verify(source, out)

@@ -23,6 +23,7 @@ from milpress.formats import (
     QuantizeConfig,
     compress,
 )
+from milpress.interpreter import load
 from milpress.mil.package import Package
 from milpress.mil.weights import sites, weights
 from milpress.torch import _moved
@@ -172,6 +173,22 @@ def test_convert_finds_the_weights_of_recurrent_layers_in_other_orders_and_parts
     assert n_rows == {64, 32}  # an LSTM's four gates of 16 together, a GRU's of 32 one by one
 
 
+@pytest.mark.parametrize("kind", BY_BOTH)
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_a_converted_model_computes_what_the_compressed_module_does(kind, recurrent, tmp_path):
+    model = compressed(kind, layers(recurrent=recurrent))
+    path = tmp_path / "model.mlpackage"
+    cto.torch.convert(model, (IDS,), path, compute_precision=ct.precision.FLOAT32)
+    program = load(path)
+    (name,) = (item.name for item in program.inputs)
+    (found,) = program(**{name: IDS.numpy().astype(np.int32)}).values()
+    with torch.no_grad():
+        expected = model(IDS).numpy()
+    error = np.asarray(found, np.float64).reshape(expected.shape) - expected
+    # 60 dB: the same weights in the same precision, some thousand additions in another order.
+    assert np.square(error).sum() < 1e-6 * np.square(expected.astype(np.float64)).sum()
+
+
 def test_the_module_is_as_before(tmp_path):
     model = compressed("int8", layers(recurrent=False)).train()
     state = copy.deepcopy(model.state_dict())
@@ -249,6 +266,35 @@ def test_a_weight_whose_tables_would_be_larger_is_left_with_the_reason():
     assert "would get larger" in weight.note
 
 
+def test_a_weight_whose_scales_vanish_in_float16_stays_dense():
+    layer = nn.Linear(64, 64)
+    with torch.no_grad():
+        layer.weight.normal_(0, 1e-6)
+    made = cto.torch.convert(compressed("int8", nn.Sequential(layer)), (torch.rand(2, 64),))
+    (weight,) = made.compression_report.weights
+    assert weight.status == "left"
+    assert "scales are too small for float16" in weight.note
+
+
+def test_vectors_that_a_recurrent_layer_takes_apart_stay_dense():
+    # 3 gates of 6 rows each, in parts: vectors of 9 rows reach from one into the next.
+    model = nn.GRU(16, 6)
+    config = P.PostTrainingPalettizerConfig.from_dict(
+        {"global_config": None, "module_type_configs": {"GRU": {"n_bits": 1, "cluster_dim": 2}}}
+    )
+    made = cto.torch.convert(
+        P.PostTrainingPalettizer(model, config).compress(), (torch.rand(4, 1, 16),)
+    )
+    assert {weight.status for weight in made.compression_report.weights} == {"compressed"}
+    config.module_type_configs[nn.GRU].cluster_dim = 9
+    made = cto.torch.convert(
+        P.PostTrainingPalettizer(model, config).compress(), (torch.rand(4, 1, 16),)
+    )
+    for weight in made.compression_report.weights:
+        assert weight.status == "left"
+        assert "takes its vectors apart" in weight.note
+
+
 def test_a_pruned_and_palettized_weight_becomes_a_chain(tmp_path):
     layer = nn.Linear(64, 64)
     with torch.no_grad():
@@ -292,6 +338,8 @@ def test_wrong_arguments_are_refused_before_any_work(tmp_path):
     inputs = (torch.rand(2, 32),)
     with pytest.raises(ConfigError, match="frontend must be"):
         cto.torch.convert(model, inputs, frontend="onnx")
+    with pytest.raises(ConfigError, match="convert_to must be"):
+        cto.torch.convert(model, inputs, convert_to="neuralnetwork")
     with pytest.raises(ConfigTypeError, match="must be a tuple"):
         cto.torch.convert(model, inputs[0])
     with pytest.raises(UnsupportedError, match="some weight of the module must be compressed"):

@@ -224,6 +224,7 @@ def broken() -> dict[str, nn.Module]:
         "coded": coded,
         "absent": nn.Linear(8, 8, device="meta"),
         "wide": nn.Linear(8, 8, dtype=torch.float64),
+        "empty": nn.Linear(0, 8),
     }
 
 
@@ -236,6 +237,7 @@ def broken() -> dict[str, nn.Module]:
         ("coded", "compressed already"),
         ("absent", "meta"),
         ("wide", "float64"),
+        ("empty", "no elements"),
     ],
 )
 def test_a_weight_that_can_not_be_compressed_is_in_the_report_with_the_reason(kind, reason, caplog):
@@ -362,6 +364,19 @@ def test_bits_of_the_report_count_codes_and_tables():
     # 4 bits a weight, and 4 tables of 16 float32 entries for 4096 weights
     assert report.bits_per_weight == 4 + 4 * 16 * 32 / 4096
     assert report.weights[0].bytes_before == 4 * 4096
+
+
+def test_fewer_values_or_vectors_than_entries_are_all_kept():
+    torch.manual_seed(7)
+    for layer, settings in (
+        (nn.Linear(2, 3), {}),
+        (nn.Linear(2, 4), {"cluster_dim": 2}),
+        (nn.Linear(3, 4), {"cluster_dim": 4, "lut_dtype": None}),
+    ):
+        model, report = palettize(layer, **settings)
+        assert report["weight"]["error"] == 0
+        assert torch.equal(model.weight, layer.weight)
+        _metadata.read(Weight("", model, "weight"))
 
 
 def test_progress_counts_all_elements():

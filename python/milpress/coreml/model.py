@@ -77,11 +77,14 @@ def temporary_package() -> Iterator[Path]:
         raise
 
 
-def returned(path: str | os.PathLike[str], source: Any, *, temporary: bool) -> Any:
+def returned(
+    path: str | os.PathLike[str], source: Any, *, temporary: bool, load: bool | None = None
+) -> Any:
     """Return a written package as an ``MLModel`` that is set up as the source was.
 
-    It is loaded by Core ML only if the source was. Its ``_mil_program`` is there, as on models that
-    coremltools converts, but read from the package only when it is asked for.
+    It is loaded by Core ML if ``load`` says so, by default only if the source was. Its
+    ``_mil_program`` is there, as on models that coremltools converts, but read from the package
+    only when it is asked for.
 
     Parameters
     ----------
@@ -91,6 +94,8 @@ def returned(path: str | os.PathLike[str], source: Any, *, temporary: bool) -> A
         The ``MLModel`` or the path that it was made from.
     temporary
         Whether the package is removed with the last copy of the model, or when Python ends.
+    load
+        Whether Core ML loads it.
     """
     settings: dict[str, Any] = {"skip_model_load": True}
     if is_mlmodel(source):
@@ -100,6 +105,8 @@ def returned(path: str | os.PathLike[str], source: Any, *, temporary: bool) -> A
             "function_name": source.function_name,
             "optimization_hints": source.optimization_hints,
         }
+    if load is not None:
+        settings["skip_model_load"] = not load
     return _class()(str(path), is_temp_package=temporary, **settings)
 
 

@@ -27,6 +27,7 @@ from milpress.errors import ConfigError
 from milpress.mil import opset
 from milpress.mil.package import Package
 from milpress.mil.weights import sites, weights
+from milpress.placement import DeviceName
 from milpress.report import Report, WeightReport
 
 _logger = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ def palettize_weights(
     progress: Progress | None = None,
     seed: int = 0,
     threads: int | None = None,
+    device: DeviceName = "cpu",
 ) -> Any:
     """Replace weights by indices into lookup tables.
 
@@ -65,6 +67,9 @@ def palettize_weights(
         Of the k-means++ that starts the tables of vectors.
     threads
         Threads to use; ``None`` for MILPRESS_NUM_THREADS or the number of cores.
+    device
+        Where the kernels run: ``"cpu"``; ``"metal"`` for the GPU of a Mac, with the CPU's results;
+        ``"auto"``, for now the CPU. What the GPU could not do is in the report's notes.
 
     Returns
     -------
@@ -82,7 +87,7 @@ def palettize_weights(
         If the model is damaged, or not made of ML programs.
     """
     wishes = _wishes("palettize_weights", config, (OpPalettizerConfig,), joint_compression, seed)
-    settings = {"progress": progress, "threads": threads}
+    settings = {"progress": progress, "threads": threads, "device": device}
     return _compressed(mlmodel, wishes, destination, on_unsupported, settings)
 
 
@@ -95,6 +100,7 @@ def linear_quantize_weights(
     on_unsupported: OnUnsupported = "leave",
     progress: Progress | None = None,
     threads: int | None = None,
+    device: DeviceName = "cpu",
 ) -> Any:
     """Replace weights by integer codes with scales.
 
@@ -106,7 +112,7 @@ def linear_quantize_weights(
         An `OptimizationConfig` of `OpLinearQuantizerConfig` entries, milpress' or coremltools' own.
     joint_compression
         Whether weights that are pruned, and the tables of palettized ones, are quantized too.
-    destination, on_unsupported, progress, threads
+    destination, on_unsupported, progress, threads, device
         As of `palettize_weights`.
 
     Returns
@@ -121,7 +127,7 @@ def linear_quantize_weights(
     """
     allowed = (OpLinearQuantizerConfig,)
     wishes = _wishes("linear_quantize_weights", config, allowed, joint_compression)
-    settings = {"progress": progress, "threads": threads}
+    settings = {"progress": progress, "threads": threads, "device": device}
     return _compressed(mlmodel, wishes, destination, on_unsupported, settings)
 
 
@@ -134,6 +140,7 @@ def prune_weights(
     on_unsupported: OnUnsupported = "leave",
     progress: Progress | None = None,
     threads: int | None = None,
+    device: DeviceName = "cpu",
 ) -> Any:
     """Set weights of small magnitude to zero and store the others.
 
@@ -146,7 +153,7 @@ def prune_weights(
         milpress' or coremltools' own.
     joint_compression
         Whether weights that are palettized or quantized already are pruned too.
-    destination, on_unsupported, progress, threads
+    destination, on_unsupported, progress, threads, device
         As of `palettize_weights`.
 
     Returns
@@ -161,7 +168,7 @@ def prune_weights(
     """
     allowed = (OpMagnitudePrunerConfig, OpThresholdPrunerConfig)
     wishes = _wishes("prune_weights", config, allowed, joint_compression)
-    settings = {"progress": progress, "threads": threads}
+    settings = {"progress": progress, "threads": threads, "device": device}
     return _compressed(mlmodel, wishes, destination, on_unsupported, settings)
 
 

@@ -20,6 +20,7 @@ from milpress.formats.palette import (
 )
 from milpress.formats.quantized import PerTensor, QuantizeConfig, Quantized, quantize
 from milpress.formats.sparse import PruneConfig, Sparse, kept, n_pruned, sparsify
+from milpress.placement import Placement, kernels_for, using
 
 # Core ML stores smaller tensors in the model itself.
 _MIN_ELEMENTS = 10
@@ -78,6 +79,7 @@ def compress(
     *,
     channel_axis: int = 0,
     input_axis: int = 1,
+    device: Placement = None,
 ) -> Compressed:
     """Apply a treatment to a weight, or to what earlier treatments made of it.
 
@@ -93,6 +95,9 @@ def compress(
         What to do.
     channel_axis, input_axis
         Axes of the output and input channels.
+    device
+        Where the kernels run: ``"cpu"``, ``"metal"`` or ``"auto"``; ``None`` for that of the
+        workflow around, else the CPU. The result is the same.
 
     Raises
     ------
@@ -101,7 +106,13 @@ def compress(
     UnsupportedError
         If the weight does not suit it, or has been treated so already.
     """
-    axes = {"channel_axis": channel_axis, "input_axis": input_axis}
+    with using(device):
+        return _compressed(weight, treatment, channel_axis, input_axis)
+
+
+def _compressed(
+    weight: Floats | Compressed, treatment: Treatment, channel_axis: int, input_axis: int
+) -> Compressed:
     if isinstance(weight, Masked):
         return _on_masked(weight, treatment)
     if isinstance(weight, Sparse):
@@ -113,7 +124,7 @@ def compress(
     if isinstance(treatment, PalettizeConfig):
         return palettize(weight, treatment, channel_axis=channel_axis)
     if isinstance(treatment, QuantizeConfig):
-        return quantize(weight, treatment, **axes)
+        return quantize(weight, treatment, channel_axis=channel_axis, input_axis=input_axis)
     return sparsify(weight, treatment)
 
 
@@ -185,7 +196,9 @@ def _pruned(value: Palette | Quantized, treatment: PruneConfig) -> Masked:
         axis, shape = value.vector_axis, dense.shape
         around = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
         n_zeros = n_pruned(dense.size, treatment.sparsity)
-        bitmask = _core.keep_blocks(dense.reshape(-1), *around, value.vector_size, n_zeros)
+        bitmask = kernels_for(None).keep_blocks(
+            dense.reshape(-1), *around, value.vector_size, n_zeros
+        )
     else:
         bitmask = kept(dense, treatment)
     mask = _core.unpack(bitmask, 1, dense.size).view(np.bool_).reshape(dense.shape)

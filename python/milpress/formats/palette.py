@@ -22,6 +22,7 @@ from milpress.formats._layout import (
     to_rows,
 )
 from milpress.formats.quantized import Quantized
+from milpress.placement import Placement, kernels_for, using
 
 Bits = Literal[1, 2, 3, 4, 6, 8]
 _MAX_ENTRIES = 256
@@ -188,6 +189,7 @@ def palettize(
     *,
     channel_axis: int = 0,
     importance: Any = None,
+    device: Placement = None,
 ) -> Palette:
     """Replace a weight by indices into tables of values.
 
@@ -206,6 +208,9 @@ def palettize(
     importance
         Weight of each element in the squared error, of the same shape; ``None`` for equal weight.
         An element of importance 0 has no influence on a k-means table.
+    device
+        Where the kernels run: ``"cpu"``, ``"metal"`` or ``"auto"``; ``None`` for that of the
+        workflow around, else the CPU. The result is the same.
 
     Raises
     ------
@@ -222,12 +227,15 @@ def palettize(
     config = config or PalettizeConfig()
     array = as_weight(weight)
     output = normalized_axis(channel_axis, array.ndim)
-    if config.channel_scale:
-        palette, scale = palettize_scaled(array, config, channel_axis=output, importance=importance)
-        return fold(palette, scale, output, like=array)
-    axis = _axis(config, output, array.ndim)
-    share = None if importance is None else _checked_importance(importance, array.shape)
-    return _fitted(array, config, axis, _group_shape(array.shape, config, axis), share)
+    with using(device):
+        if config.channel_scale:
+            palette, scale = palettize_scaled(
+                array, config, channel_axis=output, importance=importance
+            )
+            return fold(palette, scale, output, like=array)
+        axis = _axis(config, output, array.ndim)
+        share = None if importance is None else _checked_importance(importance, array.shape)
+        return _fitted(array, config, axis, _group_shape(array.shape, config, axis), share)
 
 
 def palettize_scaled(
@@ -309,8 +317,9 @@ def _fitted(
         luts = np.stack([np.pad(table, (0, 2**bits - len(table)), "edge") for table in tables])
     else:
         row_importance = None if importance is None else to_rows(importance, group_shape)
-        luts = _core.kmeans1d(rows, 2**bits, row_importance)
-    return _palette(_core.lut_assign(rows, luts), luts[..., None], array.shape, group_shape, bits)
+        luts = kernels_for(None).kmeans1d(rows, 2**bits, row_importance)
+    codes = kernels_for(None).lut_assign(rows, luts)
+    return _palette(codes, luts[..., None], array.shape, group_shape, bits)
 
 
 def _uniform_tables(rows: Floats, bits: int) -> Floats:
@@ -343,7 +352,9 @@ def _vectors(
         if importance is not None:
             share = split_vectors(importance, size, axis, group_shape)[1].mean(axis=-1)
         seed = config.table.seed if isinstance(config.table, KMeans) else 0
-        flat, codes = _core.kmeans_vector(rows.reshape(n_groups, -1), 2**bits, size, seed, share)
+        flat, codes = kernels_for(None).kmeans_vector(
+            rows.reshape(n_groups, -1), 2**bits, size, seed, share
+        )
         luts = flat.reshape(n_groups, 2**bits, size)
     return _palette(codes, luts, index_shape, group_shape, bits, axis)
 
@@ -480,7 +491,7 @@ def fold(palette: Palette, scale: NDArray[Any], output: int, like: Floats | None
 def reassigned(palette: Palette, array: Floats) -> Palette:
     """Return the palette of single values with each index naming the entry nearest to a weight."""
     _, luts = palette.rows()
-    codes = _core.lut_assign(to_rows(array, palette.group_shape), luts)
+    codes = kernels_for(None).lut_assign(to_rows(array, palette.group_shape), luts)
     return Palette(
         codes=frozen(from_rows(codes, palette.codes.shape, palette.group_shape)),
         lut=palette.lut,

@@ -20,6 +20,7 @@ from milpress.formats._layout import (
     normalized_axis,
     to_rows,
 )
+from milpress.placement import Placement, kernels_for
 
 IntDType = Literal["int8", "uint8", "int4", "uint4"]
 
@@ -180,6 +181,7 @@ def quantize(
     *,
     channel_axis: int = 0,
     input_axis: int = 1,
+    device: Placement = None,
 ) -> Quantized:
     """Replace a weight by integer codes with a scale for each block.
 
@@ -195,6 +197,9 @@ def quantize(
         How; by default int8 with a scale for each output channel.
     channel_axis, input_axis
         Axes of the output and input channels.
+    device
+        Where the kernels run: ``"cpu"``, ``"metal"`` or ``"auto"``; ``None`` for that of the
+        workflow around, else the CPU. The result is the same.
 
     Raises
     ------
@@ -218,7 +223,8 @@ def quantize(
     block_shape = _block_shape(array.shape, config.granularity, channel_axis, input_axis)
     grid = block_grid(array.shape, block_shape)
     rows = to_rows(array, block_shape)
-    kernel = _core.quantize if config.range == "minmax" else _core.quantize_mse
+    kernels = kernels_for(device)
+    kernel = kernels.quantize if config.range == "minmax" else kernels.quantize_mse
     codes, scales, offsets = kernel(rows, *config.code_range, config.offset)
     if not np.isfinite(scales).all():
         check_finite(array)

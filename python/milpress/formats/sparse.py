@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from milpress import _core
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.formats._layout import Floats, as_weight, frozen
+from milpress.placement import Kernels, Placement, kernels_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,7 +111,7 @@ class Sparse:
         return _core.expand(self.bitmask, self.nonzeros, n_weights).reshape(self.shape)
 
 
-def sparsify(weight: Any, config: PruneConfig) -> Sparse:
+def sparsify(weight: Any, config: PruneConfig, *, device: Placement = None) -> Sparse:
     """Set weights of small magnitude to zero and store the others.
 
     Parameters
@@ -119,6 +120,9 @@ def sparsify(weight: Any, config: PruneConfig) -> Sparse:
         float16, bfloat16 or float32 array or torch CPU tensor.
     config
         Which weights become zero.
+    device
+        Where the kernels run: ``"cpu"``, ``"metal"`` or ``"auto"``; ``None`` for that of the
+        workflow around, else the CPU. The result is the same.
 
     Raises
     ------
@@ -131,16 +135,17 @@ def sparsify(weight: Any, config: PruneConfig) -> Sparse:
     array([3., 0., 2., 0.], dtype=float32)
     """
     array = as_weight(weight)
-    bitmask = kept(array, config)
+    kernels = kernels_for(device)
+    bitmask = kept(array, config, kernels)
     n_zeros = array.size - _core.count_kept(bitmask)
     if n_zeros < config.min_sparsity * array.size:
         msg = f"a fraction of {config.min_sparsity} must be zero, got {n_zeros / array.size:.3f}"
         raise UnsupportedError(msg)
-    nonzeros = _core.compact(array.reshape(-1), bitmask)
+    nonzeros = kernels.compact(array.reshape(-1), bitmask)
     return Sparse(shape=array.shape, bitmask=frozen(bitmask), nonzeros=frozen(nonzeros))
 
 
-def kept(array: Floats, config: PruneConfig) -> NDArray[np.uint8]:
+def kept(array: Floats, config: PruneConfig, kernels: Kernels | None = None) -> NDArray[np.uint8]:
     """Return the bitmask of the weights that are left.
 
     Raises
@@ -148,17 +153,18 @@ def kept(array: Floats, config: PruneConfig) -> NDArray[np.uint8]:
     UnsupportedError
         If blocks or runs of ``m`` are longer than half of their axis.
     """
+    kernels = kernels or kernels_for(None)
     flat = array.reshape(-1)
     if config.threshold is not None:
-        return _core.keep_above(flat, config.threshold)
+        return kernels.keep_above(flat, config.threshold)
     if config.n_m is not None:
         n, m = config.n_m
-        return _core.keep_n_m(flat, *_around(array, config, m, "m"), n, m)
+        return kernels.keep_n_m(flat, *_around(array, config, m, "m"), n, m)
     n_zeros = n_pruned(flat.size, config.sparsity or 0.0)
     if config.block_size is not None:
         around = _around(array, config, config.block_size, "block_size")
-        return _core.keep_blocks(flat, *around, config.block_size, n_zeros)
-    return _core.keep_largest(flat, n_zeros)
+        return kernels.keep_blocks(flat, *around, config.block_size, n_zeros)
+    return kernels.keep_largest(flat, n_zeros)
 
 
 def _around(array: Floats, config: PruneConfig, size: int, word: str) -> tuple[int, int, int]:

@@ -27,6 +27,7 @@ from milpress.mil.values import TensorType, WeightSource
 _MAX_EAGER_ELEMENTS = 1024
 
 Observe = Callable[[str, Any], None]
+Replace = Callable[[str, Any], Any]
 
 
 @dataclass(slots=True)
@@ -37,6 +38,7 @@ class Frame:
     generator: torch.Generator
     watched: Mapping[int, str] = field(default_factory=dict)
     observe: Observe | None = None
+    replace: Replace | None = None
     step: Step | None = None
 
     def read(self, slot: int) -> Any:
@@ -45,10 +47,13 @@ class Frame:
         return value.tensor() if isinstance(value, Weight) else value
 
     def write(self, slot: int, value: Any) -> None:
-        """Put a value into a slot, and show it to who watches it."""
+        """Put a value, or what replaces it, into a slot, and show it to who watches it."""
+        if slot in self.watched:
+            if self.observe is not None:
+                self.observe(self.watched[slot], value)
+            if self.replace is not None:
+                value = self.replace(self.watched[slot], value)
         self.slots[slot] = value
-        if self.observe is not None and slot in self.watched:
-            self.observe(self.watched[slot], value)
 
     def drop(self, slots: Sequence[int]) -> None:
         """Let go of the values in some slots."""
@@ -181,6 +186,20 @@ class Function:
     def slots_named(self, name: str) -> Sequence[int]:
         """Return the slots of the values of a name."""
         return self.watchable[name][0] if name in self.watchable else ()
+
+    @property
+    def op_types(self) -> dict[str, str]:
+        """Type of the op that computes each watchable value; inputs are not among them."""
+        kinds = {slot: step.kind for step in _all_steps(self.block) for slot, _ in step.writes}
+        lasts = {name: slots[-1] for name, (slots, _) in self.watchable.items()}
+        return {name: kinds[last] for name, last in lasts.items() if last in kinds}
+
+
+def _all_steps(block: Block) -> Iterator[Step]:
+    for step in block.steps:
+        yield step
+        for inner in step.blocks:
+            yield from _all_steps(inner)
 
 
 def bind(

@@ -25,7 +25,7 @@ from milpress.errors import (
 from milpress.interpreter import features as io
 from milpress.interpreter.constants import Budget, held_as
 from milpress.interpreter.features import Feature
-from milpress.interpreter.graph import Frame, Function, Observe, bind
+from milpress.interpreter.graph import Frame, Function, Observe, Replace, bind
 from milpress.interpreter.module import ProgramModule
 from milpress.interpreter.states import State
 from milpress.mil.package import Package
@@ -106,6 +106,7 @@ class _Run(NamedTuple):
     state: State
     taps: frozenset[str]
     observe: Observe | None
+    replace: Replace | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +114,7 @@ class _Model:
     """A model that is one function: tensors in the forms of features go in and out."""
 
     prefix: str
+    function_name: str
     function: Function
     inputs: tuple[Feature, ...]
     outputs: tuple[Feature, ...]
@@ -129,7 +131,7 @@ class _Model:
             if tap.startswith(self.prefix)
             for slot in function.slots_named(tap.removeprefix(self.prefix))
         }
-        frame = Frame(list(function.stored), run.generator, watched, run.observe)
+        frame = Frame(list(function.stored), run.generator, watched, run.observe, run.replace)
         self._fill(frame, given, run.state)
         with _located(frame):
             results = function.block.run(frame)
@@ -219,6 +221,20 @@ class Program:
         }
 
     @property
+    def op_types(self) -> dict[str, str]:
+        """Type of the op that computes each of `values`; inputs are not among them."""
+        return {
+            model.prefix + name: kind
+            for model in self._part.models
+            for name, kind in model.function.op_types.items()
+        }
+
+    @property
+    def functions(self) -> dict[str, str]:
+        """Name of the function that is run of each model, by what its values' names begin with."""
+        return {model.prefix: model.function_name for model in self._part.models}
+
+    @property
     def is_stateful(self) -> bool:
         """Whether the model keeps states between runs."""
         return bool(self._states())
@@ -242,6 +258,7 @@ class Program:
         *,
         taps: Iterable[str] = (),
         observe: Observe | None = None,
+        replace: Replace | None = None,
         state: State | None = None,
         seed: int | None = None,
     ) -> Result:
@@ -256,6 +273,9 @@ class Program:
         observe
             Called with name and tensor of each tapped value as soon as it is computed, each time it
             is. The values are then not kept, so that one pass shows all of them in bounded memory.
+        replace
+            Called likewise, and returns what takes the value's place in all that is computed from
+            it: a tensor of the same type and shape.
         state
             What the model keeps between runs, changed in place; from `make_state`.
         seed
@@ -278,7 +298,11 @@ class Program:
         kept: dict[str, Any] = {}
         generator = torch.Generator().manual_seed(self._seed if seed is None else seed)
         run = _Run(
-            generator, state or State({}), wanted, kept.__setitem__ if observe is None else observe
+            generator,
+            state or State({}),
+            wanted,
+            kept.__setitem__ if observe is None else observe,
+            replace,
         )
         with torch.no_grad():
             made = self._part.run(inputs, run)
@@ -464,6 +488,7 @@ class _Loader:
             raise PackageError(msg)
         return _Model(
             prefix="".join(f"{part}/" for part in place),
+            function_name=name,
             function=function,
             inputs=tuple(
                 io.described(item, function.inputs[item.name].type) for item in description.input

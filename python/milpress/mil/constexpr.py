@@ -176,7 +176,7 @@ def _masked_stages(value: Masked) -> list[_Stage]:
     nonzeros = _Output(1, dtypes.of_array(scale), (codes.values.size * size,))
     if isinstance(inner, Palette):
         role = "nonzero_data_0_palettized"
-        before, lut = _lut(inner)
+        before, lut = _lut(inner, f"{role}_")
         parameters = {
             "indices_mask": mask,
             "indices_nonzero_data": codes,
@@ -200,12 +200,12 @@ def _codes(value: Palette | Quantized, codes: NDArray[Any]) -> Tensor:
     return Tensor(dtypes.by_name(name), codes)
 
 
-def _lut(value: Palette) -> tuple[list[_Stage], Tensor | tuple[str, _Output]]:
+def _lut(value: Palette, prefix: str = "") -> tuple[list[_Stage], Tensor | tuple[str, _Output]]:
     """Return the stage that decodes a quantized table, if it is one, and the parameter."""
     lut = value.lut
     if not isinstance(lut, Quantized):
         return [], _tensor(lut)
-    role = "lut_0_quantized"
+    role = f"{prefix}lut_0_quantized"
     output = _Output(0, dtypes.of_array(lut.scale), lut.shape)
     parameters = _quantized_parameters(lut)
     stage = _Stage("constexpr_blockwise_shift_scale", role, parameters, (output,))

@@ -82,15 +82,13 @@ def compress_weights(
     notes
         What the report is to say of all weights.
     """
-    tied: dict[int, list[Task]] = {}
+    together: dict[int, list[Task]] = {}
     for task in tasks:
-        tied.setdefault(id(task.weight.tensor), []).append(task)
+        tensor = task.weight.tensor
+        together.setdefault(id(task if tensor is None else tensor), []).append(task)
     groups = [
-        group
-        for together in tied.values()
-        for group in ([together] if together[0].weight.tensor is not None else _alone(together))
+        group for group in together.values() if any(task.config is not None for task in group)
     ]
-    groups = [group for group in groups if any(task.config is not None for task in group)]
     total = sum(group[0].weight.size for group in groups)
     done = 0
     rows: dict[str, dict[str, Any]] = {}
@@ -109,10 +107,6 @@ def compress_weights(
     if any(weight.status == "compressed" for weight in weights):
         _metadata.register_version(model)
     return Report(rows, weights, notes)
-
-
-def _alone(tasks: list[Task]) -> list[list[Task]]:
-    return [[task] for task in tasks]
 
 
 def _compress_together(group: list[Task], treat: Treat) -> tuple[dict[str, Any], WeightReport]:
@@ -142,6 +136,9 @@ def _compress(
         raise UnsupportedError(msg)
     if nn.parameter.is_lazy(tensor):
         msg = "the parameter has no shape yet, run the model once"
+        raise UnsupportedError(msg)
+    if weight.size == 0:
+        msg = "the parameter has no elements"
         raise UnsupportedError(msg)
     if any(_metadata.is_coded(holder) for holder in holders):
         msg = "compressed already"

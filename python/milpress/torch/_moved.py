@@ -92,11 +92,12 @@ def taken(value: Compressed, rows: NDArray[np.intp]) -> Compressed:
         )
     if value.vector_axis == 0:
         size = value.vector_size
-        vectors = rows.reshape(-1, size)
-        if (vectors != vectors[:, :1] + np.arange(size)).any() or (vectors[:, 0] % size).any():
+        starts = rows[::size]
+        whole = (starts[:, None] + np.arange(size)).reshape(-1)
+        if not np.array_equal(whole, rows) or (starts % size).any():
             msg = "its rows stand in another order, which takes its vectors apart"
             raise UnsupportedError(msg)
-        rows = vectors[:, 0] // size
+        rows = starts // size
     n_rows = value.codes.shape[0]
     lut: Any
     if isinstance(value.lut, Quantized):

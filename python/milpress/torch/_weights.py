@@ -53,8 +53,7 @@ class Weight:
     @property
     def tensor(self) -> torch.Tensor | None:
         """The parameter; ``None`` where the module computes its weight instead of holding it."""
-        found: Any = dict(self.module.named_parameters(recurse=False)).get(self.parameter_name)
-        return found if isinstance(found, nn.Parameter) else None
+        return self.module._parameters.get(self.parameter_name)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import hashlib
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,10 @@ from milpress.verification import compare_packages
 __all__ = ["convert"]
 
 Frontend = Literal["export", "trace"]
+
+# Rounding tables and scales to float16 leaves an error of some 2^-22 of the power, and more where
+# scales are below its normal numbers.
+_MAX_NOISE = 2.0**-14
 
 _UNFOUND = "no constant of the converted model holds it"
 
@@ -76,7 +81,8 @@ def convert(
     dynamic_shapes
         As ``torch.export.export`` takes it.
     **settings
-        Further arguments of ``coremltools.convert``. The default target is iOS18.
+        Further arguments of ``coremltools.convert``. The default target is iOS18; it must be an ML
+        program.
 
     Returns
     -------
@@ -96,6 +102,10 @@ def convert(
     if frontend not in (None, "export", "trace"):
         msg = f"frontend must be 'export' or 'trace', got {frontend!r}"
         raise ConfigError(msg)
+    if settings.get("convert_to", "mlprogram") != "mlprogram":
+        msg = f"convert_to must be 'mlprogram', got {settings['convert_to']!r}"
+        raise ConfigError(msg)
+    load = not settings.get("skip_model_load", False)
     if not isinstance(example_inputs, tuple):
         msg = f"example_inputs must be a tuple, got {type(example_inputs).__name__}"
         raise ConfigTypeError(msg)
@@ -107,11 +117,11 @@ def convert(
     package = opened(dense)
     if destination is not None:
         report = _write(package, Path(destination), compressed, started)
-        model = returned(Path(destination), dense, temporary=False)
+        model = returned(Path(destination), dense, temporary=False, load=load)
     else:
         with temporary_package() as path:
             report = _write(package, path, compressed, started)
-            model = returned(path, dense, temporary=True)
+            model = returned(path, dense, temporary=True, load=load)
     model.compression_report = report
     return model
 
@@ -202,9 +212,9 @@ def _dense_model(
 
     settings = {
         "minimum_deployment_target": ct.target.iOS18,
-        "skip_model_load": True,
         **settings,
         "convert_to": "mlprogram",
+        "skip_model_load": True,  # it is the compressed model that is wanted
     }
     if settings["minimum_deployment_target"] < ct.target.iOS18:
         _check_early(compressed)
@@ -281,22 +291,17 @@ def _write(
                 if constant is None or found is None:
                     rewriter.copy(node)
                     continue
-                match, value, array = found
+                match, rearranged, array = found
                 n_before = _n_bytes(constant, package)
                 try:
-                    value = _storable(value, array, early=early)
+                    value, powers = _storable(rearranged(_folded(match)), array, early=early)
                 except UnsupportedError as error:
                     match.add(n_before, n_before, note=str(error))
                     rewriter.copy(node)
                     continue
-                decoded = value.dense()
-                expected[constant.name] = _digest(decoded)
-                match.add(
-                    n_before,
-                    payload_bytes(value, early=early),
-                    words=_words(value),
-                    powers=_core.compare(_flat(array), _flat(decoded))[:2],
-                )
+                expected[constant.name] = _digest(value.dense())
+                n_after = payload_bytes(value, early=early)
+                match.add(n_before, n_after, words=_words(value), powers=powers)
                 rewriter.store(constant, value, early=early)
             site.graph.apply()
         staged.finish(package.model)
@@ -324,8 +329,8 @@ def _n_bytes(constant: Constant, package: Package) -> int:
 
 def _match(
     constant: Constant, package: Package, compressed: list[_Compressed]
-) -> tuple[_Compressed, Compressed, NDArray[Any]] | None:
-    """Return the weight that a constant holds, as the constant has it, and the constant."""
+) -> tuple[_Compressed, Callable[[Compressed], Compressed], NDArray[Any]] | None:
+    """Return the weight that a constant holds, how it must be rearranged, and the constant."""
     if constant.is_compressed or not constant.dtype.is_float:
         return None
     array: NDArray[Any] | None = None
@@ -340,13 +345,17 @@ def _match(
         with np.errstate(over="ignore"):
             own = item.array().astype(array.dtype)
         if np.array_equal(own, array):
-            return item, _folded(item), array
+            return item, _as_it_is, array
         if own.ndim == 2 and np.array_equal(own.T, array):
-            return item, _moved.transposed(_folded(item)), array
+            return item, _moved.transposed, array
         rows = _rows_of(array, own) if recurrent else None
         if rows is not None:
-            return item, _moved.taken(_folded(item), rows), array
+            return item, functools.partial(_moved.taken, rows=rows), array
     return None
+
+
+def _as_it_is(value: Compressed) -> Compressed:
+    return value
 
 
 def _rows_of(array: NDArray[Any], own: NDArray[Any]) -> NDArray[np.intp] | None:
@@ -386,20 +395,26 @@ def _folded_palette(value: Any, scale: NDArray[Any], output: int) -> Palette:
     return fold(value, scale, output)
 
 
-def _storable(value: Compressed, array: NDArray[Any], *, early: bool) -> Compressed:
-    """Return the value in the constant's type.
+def _storable(
+    value: Compressed, array: NDArray[Any], *, early: bool
+) -> tuple[Compressed, tuple[float, float]]:
+    """Return the value in the constant's type, and the sums of squares of weight and error.
 
     Raises
     ------
     UnsupportedError
-        If it is beyond that type, or would be larger than the constant.
+        If it is beyond that type, above or below, or would be larger than the constant.
     """
     made = _moved.cast(value, array.dtype)
     n_bytes = payload_bytes(made, early=early)
     if n_bytes >= array.nbytes:
         msg = f"would get larger: {array.nbytes} bytes as it is, {n_bytes} compressed"
         raise UnsupportedError(msg)
-    return made
+    signal, noise, _ = _core.compare(_flat(array), _flat(made.dense()))
+    if noise > signal * _MAX_NOISE:
+        msg = f"its scales are too small for {array.dtype}, and would be rounded off"
+        raise UnsupportedError(msg)
+    return made, (signal, noise)
 
 
 def _check_early(compressed: list[_Compressed]) -> None:

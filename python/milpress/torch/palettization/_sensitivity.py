@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -33,12 +34,17 @@ class Sums:
         How many samples were seen, by all processes together.
     n_whole
         How many of them were batches that could not be split.
+    notes
+        What the report is to say.
+    kept
+        The file they are in along the way; to be deleted once what is made of them is safe.
     """
 
     squares: dict[str, torch.Tensor]
     n_samples: int = 0
     n_whole: int = 0
     notes: list[str] = field(default_factory=list)
+    kept: Path | None = None
 
 
 def sum_squared_gradients(
@@ -89,32 +95,29 @@ def sum_squared_gradients(
             for name, weight in weights.items()
         }
     )
-    kept = None if path is None else path.with_name(f"{path.name}.partial{rank or ''}")
-    if kept is not None and kept.exists():
-        _resume(sums, kept)
+    if path is not None:
+        sums.kept = path.with_name(f"{path.name}.partial{rank or ''}")
+        if sums.kept.exists():
+            _resume(sums, sums.kept, n_ranks)
     save_every = max(1, n_samples // _N_SAVES)
     seen = 0
     with _prepared(model, weights), _squaring(weights, sums.squares), torch.enable_grad():
-        for sample, is_whole in _samples(dataloader, per_sample=per_sample):
-            if seen == n_samples:
-                break
-            seen += 1
+        samples = islice(_samples(dataloader, per_sample=per_sample), n_samples)
+        for seen, (sample, is_whole) in enumerate(samples, start=1):
             if seen <= sums.n_samples:
                 continue
             if sharded or seen % n_ranks == rank:
                 _backward(model, sample, loss_fn, seen)
             sums.n_samples = seen
             sums.n_whole += is_whole
-            if kept is not None and seen % save_every == 0:
-                _save(sums, kept)
+            if sums.kept is not None and seen % save_every == 0:
+                _save(sums, sums.kept, n_ranks)
     if seen == 0:
         msg = "dataloader must give at least one sample, got none"
         raise ConfigError(msg)
     if n_ranks > 1 and not sharded:
         for total in sums.squares.values():
             distributed.all_reduce(total)
-    if kept is not None:
-        kept.unlink(missing_ok=True)
     if sums.n_whole and per_sample:
         sums.notes.append(
             f"{sums.n_whole} of {sums.n_samples} batches were used as given: "
@@ -133,8 +136,8 @@ def normalized(squares: torch.Tensor) -> tuple[torch.Tensor, bool]:
     if greatest == 0:
         return torch.ones_like(values), False
     values = values / greatest
-    least = values[values > 0].min()
-    return torch.where(values == 0, least, values).clamp_(min=_LEAST), True
+    least = torch.where(values > 0, values, 1.0).min()
+    return values.clamp_(min=max(float(least), _LEAST)), True
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -278,9 +281,10 @@ def _squaring(
             handle.remove()
 
 
-def _save(sums: Sums, path: Path) -> None:
+def _save(sums: Sums, path: Path, n_ranks: int) -> None:
     local = {name: _local(total) for name, total in sums.squares.items()}
-    save({"n_samples": sums.n_samples, "n_whole": sums.n_whole, "squares": local}, path)
+    counts = {"n_samples": sums.n_samples, "n_whole": sums.n_whole, "n_ranks": n_ranks}
+    save({**counts, "squares": local}, path)
 
 
 def _local(tensor: Any) -> torch.Tensor:
@@ -288,13 +292,16 @@ def _local(tensor: Any) -> torch.Tensor:
     return local
 
 
-def _resume(sums: Sums, path: Path) -> None:
+def _resume(sums: Sums, path: Path, n_ranks: int) -> None:
     found = torch.load(path, weights_only=True, map_location="cpu")
     squares = found.get("squares", {}) if isinstance(found, dict) else {}
     shapes = {name: tuple(tensor.shape) for name, tensor in squares.items()}
     expected = {name: tuple(_local(total).shape) for name, total in sums.squares.items()}
-    if shapes != expected:
-        msg = f"{path}: the sums of an interrupted run must be of the same weights, got others"
+    if shapes != expected or found["n_ranks"] != n_ranks:
+        msg = (
+            f"{path}: the sums of an interrupted run must be of the same weights and as many "
+            "processes, got others; delete the file to begin anew"
+        )
         raise ConfigError(msg)
     for name, total in sums.squares.items():
         _local(total).copy_(squares[name])

@@ -106,7 +106,8 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
 
         The model is in evaluation mode meanwhile, and frozen weights count like others. In a
         process group, each process takes its share of the samples; a model that ``fully_shard`` has
-        spread stays so.
+        spread stays so. Beside the model, memory holds a sum for each weight, in float32, and the
+        gradient of one weight at a time.
 
         Parameters
         ----------
@@ -149,6 +150,8 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
         }
         if path is not None and _is_first():
             _sensitivity.save(found, path)
+        if sums.kept is not None:
+            sums.kept.unlink(missing_ok=True)
         return found
 
     def compress(  # type: ignore[override]
@@ -216,11 +219,11 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
                 raise UnsupportedError(msg)
             values, in_use = _sensitivity.normalized(sensitivities[name].float())
             importance = values.numpy()
-            if importance.shape != array.shape or not np.isfinite(importance).all():
-                msg = (
-                    f"sensitivities must be finite and of the shape {array.shape}, "
-                    f"got {importance.shape}"
-                )
+            if importance.shape != array.shape:
+                msg = f"sensitivities must be of the shape {array.shape}, got {importance.shape}"
+                raise UnsupportedError(msg)
+            if not np.isfinite(importance).all():
+                msg = "sensitivities must be finite, got other values"
                 raise UnsupportedError(msg)
             treated = palettized(weight, array, config, importance)
             if in_use:

@@ -1,0 +1,235 @@
+"""Plant bugs in the Metal kernels and their host, one at a time, and see which check notices.
+
+Works on a copy of the tracked files under build/mutants. Prints a line for each bug with the rung that
+caught it; fails if one was caught by none, or could not be planted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TREE = ROOT / "build" / "mutants"
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A text that is replaced, at its `nth` occurrence in a file."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    nth: int = 0
+
+
+BUGS = (
+    # What a reader of the sources sees
+    Bug("buffer indices exchanged", "metal/quantize.metal", "steps [[buffer(1)]],  // (n_rows)\n                            device uchar* codes [[buffer(2)]]", "steps [[buffer(2)]],  // (n_rows)\n                            device uchar* codes [[buffer(1)]]"),
+    Bug("buffer index twice", "metal/sparsify.metal", "device uint* totals [[buffer(1)]]", "device uint* totals [[buffer(0)]]"),
+    Bug("parameter without attribute", "metal/sparsify.metal", "uint lane [[thread_index_in_simdgroup]]", "uint lane"),
+    Bug("kernel not instantiated for half", "metal/sparsify.metal", "MILPRESS_INSTANTIATE(compact, half)", ""),
+    Bug("output bound as constant", "metal/lut_assign.metal", "device uchar* codes [[buffer(2)]]", "constant uchar* codes [[buffer(2)]]"),
+    Bug("threadgroup pointer declared as device", "metal/numeric.h", "threadgroup uint* totals", "device uint* totals"),
+    Bug("pointer without address space", "metal/quantize.metal", "extremes_of_row(device const int* pieces", "extremes_of_row(const int* pieces"),
+    Bug("variable of the program not constant", "metal/kmeans.metal", "constant constexpr uint kTile", "uint kTile"),
+    Bug("double", "metal/kmeans.metal", "float distance = 0;", "double distance = 0;"),
+    Bug("barrier that orders nothing", "metal/sparsify.metal", "mem_flags::mem_threadgroup", "mem_flags::mem_none"),
+    Bug("barrier for the wrong memory", "metal/kmeans.metal", "mem_flags::mem_threadgroup", "mem_flags::mem_device", 1),
+    Bug("contraction allowed", "metal/numeric.h", "#pragma METAL fp contract(off)\n", ""),
+    Bug("write to an input", "metal/quantize.metal", "codes[i] = uchar(int(code_of", "weights[i] = T(0); codes[i] = uchar(int(code_of"),
+    Bug("function of the standard library", "metal/quantize.metal", "return rint(quotient);", "return std::rint(quotient);"),
+    # Meeting of threads
+    Bug("no barrier after clearing the counters", "metal/sparsify.metal", BARRIER, "", 0),
+    Bug("no barrier before reading the counters", "metal/sparsify.metal", BARRIER, "", 1),
+    Bug("no barrier before adding up ties", "metal/sparsify.metal", BARRIER, "", 2),
+    Bug("no barrier at the end of a round of the scan", "metal/sparsify.metal", BARRIER, "", 3),
+    Bug("no barrier in the prefix sum", "metal/numeric.h", "metal::" + BARRIER.replace("(mem", "(metal::mem"), ""),
+    Bug("no barrier before the tile is written again", "metal/kmeans.metal", BARRIER, "", 0),
+    Bug("no barrier before the tile is read", "metal/kmeans.metal", BARRIER, "", 1),
+    Bug("barrier that not all threads reach", "metal/sparsify.metal", "  " + BARRIER + "\n  if (local_i == 0)", "  if (lane == 0) {" + BARRIER + "}\n  if (local_i == 0)"),
+    Bug("simdgroup operation that not all lanes reach", "metal/quantize.metal", "low = simd_min(low);", "if (lane < 16) low = simd_min(low);"),
+    Bug("counter of a row not atomic", "metal/kmeans.metal", "atomic_fetch_add_explicit(&counts[bin], 1, memory_order_relaxed)", "atomic_store_explicit(&counts[bin], atomic_load_explicit(&counts[bin], memory_order_relaxed) + 1, memory_order_relaxed)"),
+    Bug("counter replaced instead of raised", "metal/sparsify.metal", "atomic_fetch_add_explicit(&counts[digit], count", "atomic_store_explicit(&counts[digit], count"),
+    Bug("counter of a threadgroup by plain writes", "metal/sparsify.metal", "atomic_fetch_add_explicit(&bins[bits & (kDigits - 1)], 1, memory_order_relaxed)", "((threadgroup uint*)bins)[bits & (kDigits - 1)] += 1"),
+    Bug("two threads write the total", "metal/sparsify.metal", "if (local_i == 0) {\n    uint total", "if (local_i <= 1) {\n    uint total"),
+    # Ends and indices
+    Bug("one thread too many in lut_assign", "metal/lut_assign.metal", "i >= p.n_rows", "i > p.n_rows"),
+    Bug("one thread too many in encode_rows", "metal/quantize.metal", "if (i >= p.n_rows * p.n_cols)", "if (i > p.n_rows * p.n_cols)"),
+    Bug("one thread too many in pack", "metal/pack.metal", "first >= p.n_codes", "first > p.n_codes"),
+    Bug("one thread too many in count_halves", "metal/kmeans.metal", "i >= p.n_weights ||", "i > p.n_weights ||"),
+    Bug("one row too many in fit_rows", "metal/quantize.metal", "if (row >= p.n_rows)", "if (row > p.n_rows)"),
+    Bug("one piece too many", "metal/quantize.metal", "piece >= p.n_rows * p.n_pieces", "piece > p.n_rows * p.n_pieces"),
+    Bug("last weight of a piece left out", "metal/quantize.metal", "j < end; j += kSimdWidth", "j + 1 < end; j += kSimdWidth"),
+    Bug("last chunk left out", "metal/quantize.metal", "min(chunk + kChunk, piece_end)", "min(chunk + kChunk - 1, piece_end)"),
+    Bug("last entry left out", "metal/kmeans.metal", "entry < p.n_entries", "entry + 1 < p.n_entries"),
+    Bug("threadgroup memory too small", "metal/sparsify.metal", "kMaxSimdgroups = 32", "kMaxSimdgroups = 16"),
+    Bug("threadgroup memory not cleared", "metal/sparsify.metal", "atomic_store_explicit(&bins[digit], 0, memory_order_relaxed);", ""),
+    Bug("threadgroup memory beyond the limit", "metal/kmeans.metal", "kTile = 256", "kTile = 65536"),
+    Bug("histograms of all rows in one", "metal/kmeans.metal", "(i / p.n_cols << 16) + weights[i]", "weights[i]"),
+    Bug("table of the first row for all", "metal/lut_assign.metal", "thresholds + i / p.n_cols * p.table_size", "thresholds"),
+    Bug("bit of the wrong lane", "metal/sparsify.metal", ">> lane & 1", ">> (lane ^ 1) & 1"),
+    Bug("shift beyond the width", "metal/sparsify.metal", "if (bits >> kDigitBits == p.prefix)", "if (magnitude_bits(weights[i]) >> (p.shift + kDigitBits) == p.prefix)"),
+    # Arithmetic
+    Bug("entry above on a tie", "metal/lut_assign.metal", "- 1] < key", "- 1] <= key"),
+    Bug("NaN above everything", "metal/lut_assign.metal", "if (magnitude > 0x7c00u)", "if (false)"),
+    Bug("zeros that differ", "metal/lut_assign.metal", "int(magnitude) : -int(magnitude)", "int(magnitude) : -1 - int(magnitude)"),
+    Bug("later of equals pruned first", "metal/sparsify.metal", "other == mine && j < place", "other == mine && j > place"),
+    Bug("one tie too many pruned", "metal/sparsify.metal", "rank >= p.n_ties", "rank > p.n_ties"),
+    Bug("zeros kept", "metal/sparsify.metal", "stays = rank >= n_dropped && mine != 0", "stays = rank >= n_dropped"),
+    Bug("short run not filled up", "metal/sparsify.metal", "p.n - min(p.n, p.m - length)", "p.n"),
+    Bug("ties between codes away from zero", "metal/quantize.metal", "rint(quotient) + float", "round(quotient) + float"),
+    Bug("quotient not rounded to half", "metal/quantize.metal", "step.rounds_quotient != 0 ? round_quotient<T>(quotient) : quotient", "quotient"),
+    Bug("error added up in half", "metal/quantize.metal", "float part = 0;", "half part = 0;"),
+    Bug("fused multiplication", "metal/kmeans.metal", "const float square = difference * difference;\n      distance = distance + square;", "distance = fma(difference, difference, distance);"),
+    Bug("first of equal errors not taken", "metal/quantize.metal", "best == kSimdWidth || other < least", "best == kSimdWidth || !(least < other)"),
+    Bug("greatest magnitude of one side", "metal/quantize.metal", "const float limit = max(abs(found.low), abs(found.high));", "const float limit = abs(found.high);"),
+    Bug("negative scales not tried", "metal/quantize.metal", "(is_positive || (down != up && p.code_min < 0))", "is_positive"),
+    Bug("a turn of least squares too few", "metal/quantize.metal", "kTurns = 2", "kTurns = 1"),
+    Bug("doubles that round ties up", "metal/float64.h", "rest > 4 || (rest == 4 && (kept & 1) != 0)", "rest >= 4"),
+    Bug("doubles that forget what was shifted out", "metal/float64.h", "(smaller << (64 - distance) != 0 ? 1 : 0)", "0"),
+    Bug("subnormal floats that become zero", "metal/float64.h", "if (magnitude < 0x800000) {", "if (magnitude < 0x800000) { return Float64{sign};"),
+    # The host
+    Bug("no commit", "csrc/metal/runtime.cpp", "state_->buffer->commit();", ""),
+    Bug("no wait", "csrc/metal/runtime.cpp", "state_->buffer->waitUntilCompleted();", ""),
+    Bug("no endEncoding", "csrc/metal/runtime.cpp", "      encoder->endEncoding();", ""),
+    Bug("no endEncoding if nothing runs", "csrc/metal/runtime.cpp", "Commands::~Commands() { state_->end(); }", "Commands::~Commands() = default;"),
+    Bug("leak of a function", "csrc/metal/runtime.cpp", "NS::TransferPtr(library_->newFunction", "NS::RetainPtr(library_->newFunction"),
+    Bug("leak of a pipeline", "csrc/metal/runtime.cpp", "NS::TransferPtr(device()->newComputePipelineState", "NS::RetainPtr(device()->newComputePipelineState"),
+    Bug("leak of every buffer", "csrc/metal/runtime.cpp", "static_cast<MTL::Buffer*>(handle)->release();", "(void)handle;"),
+    Bug("release of what is not owned", "csrc/metal/runtime.cpp", "NS::RetainPtr(buffer)", "NS::TransferPtr(buffer)"),
+    Bug("autorelease without a pool", "csrc/metal/runtime.cpp", "  const Pool pool;\n  MTL::CommandBuffer* const buffer", "  MTL::CommandBuffer* const buffer"),
+    Bug("fast math", "csrc/metal/runtime.cpp", "options->setFastMathEnabled(false);", ""),
+    Bug("no options for the compiler", "csrc/metal/runtime.cpp", "options.get(), &error", "nullptr, &error"),
+    Bug("one buffer not bound", "csrc/metal/runtime.cpp", "for (const Buffer* buffer : buffers) {", "for (const Buffer* buffer : buffers) {\n    if (index == 1) { ++index; continue; }"),
+    Bug("parameters bound one too far", "csrc/metal/runtime.cpp", "params.size(), index)", "params.size(), index + 1)"),
+    Bug("groups and threads exchanged", "csrc/metal/runtime.cpp", "MTL::Size::Make(grid.n_groups, grid.n_groups_y, 1),\n                                MTL::Size::Make(grid.group_size, 1, 1)", "MTL::Size::Make(grid.group_size, 1, 1),\n                                MTL::Size::Make(grid.n_groups, grid.n_groups_y, 1)"),
+    Bug("grid rounded down", "csrc/metal/runtime.cpp", "return {(n_threads + size - 1) / size, size};", "return {std::max<std::size_t>(1, n_threads / size), size};"),
+    Bug("memory taken that is no page", "csrc/metal/runtime.cpp", "address % kPageBytes != 0 || ", ""),
+    Bug("failure of the GPU not looked at", "csrc/metal/runtime.cpp", "!= MTL::CommandBufferStatusCompleted", "== MTL::CommandBufferStatusNotEnqueued"),
+    Bug("width of a simdgroup not looked at", "csrc/metal/runtime.cpp", "pipeline->threadExecutionWidth() != kSimdWidth", "false"),
+    Bug("old GPUs taken", "csrc/metal/runtime.cpp", "!device_->supportsFamily(kLeastFamily)", "false"),
+    Bug("the compiler's log dropped", "csrc/metal/runtime.cpp", '"the kernels did not compile: " + reason_of(error)', '"the kernels did not compile"'),
+    Bug("groups of odd sizes", "csrc/metal/runtime.cpp", "std::min(wanted, most) / kSimdWidth * kSimdWidth", "std::min(wanted, most)"),
+    Bug("counters of the digits not cleared", "csrc/metal/kernels.cpp", "    counts.fill_with_zeros();\n    Commands commands;\n    commands.add(kernel, grid, {&in, &counts}", "    Commands commands;\n    commands.add(kernel, grid, {&in, &counts}"),
+    Bug("histograms not cleared", "csrc/metal/kernels.cpp", "    counts.fill_with_zeros();", "", 0),
+    Bug("inputs exchanged", "csrc/metal/kernels.cpp", "{&in, &ties, &words}", "{&ties, &in, &words}"),
+    Bug("no scan of the totals", "csrc/metal/kernels.cpp", "  add_scan(commands, kept, grid.n_groups);\n", ""),
+    Bug("last word of the bitmask left out", "csrc/metal/kernels.cpp", "return (n_weights + kSimdWidth - 1) / kSimdWidth;", "return std::max<std::size_t>(1, n_weights / kSimdWidth);"),
+    Bug("last digit of floats left out", "csrc/metal/kernels.cpp", "sizeof(T) == 2 ? 2 : 3", "2"),
+    Bug("table not a whole tree", "csrc/metal/kernels.cpp", "table_size = 2 * table_size + 1;", "table_size = luts.n_cols - 1;"),
+    Bug("offsets not copied back", "csrc/metal/kernels.cpp", "  copy_out(offset_of, offsets);\n", ""),
+    Bug("sizes beyond 32 bits taken", "csrc/metal/kernels.cpp", "if (n >= kMaxElements)", "if (false)"),
+    Bug("importance taken for a mask", "csrc/metal/kernels.cpp", "share != 0 && share != 1", "share < 0"),
+    Bug("parameters of another size", "csrc/metal/kernels.cpp", "{&in, &words}, params);", "{&in, &words}, params.n);"),
+)  # fmt: skip
+
+
+def run(command: list[str], **environment: str) -> bool:
+    """Return whether a command succeeds in the tree."""
+    done = subprocess.run(
+        command,
+        cwd=TREE,
+        env={**os.environ, **environment},
+        capture_output=True,
+        check=False,
+        timeout=900,
+    )
+    return done.returncode == 0
+
+
+def built(*targets: str) -> bool:
+    """Return whether the tests compile."""
+    return run(["cmake", "--build", "build/metal", "--target", *targets])
+
+
+QUICK = {"MILPRESS_METAL_QUICK": "1", "MILPRESS_NUM_THREADS": "1"}
+ASAN = {**QUICK, "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0"}
+FAULTS = ("old_gpu", "no_compile", "wide_simd", "small_groups", "gpu_error", "no_commands")
+
+
+def rung(compiler: str) -> str:
+    """Return the first rung that fails; empty if none does."""
+    tests = "build/metal/tests/metal/metal_tests"
+    host = "build/metal/tests/metal/metal_host_tests"
+    check = [sys.executable, "tests/metal/check_sources.py", "metal", "--compiler", compiler]
+    if not run(check):
+        return "sources"
+    if not built("metal_tests"):
+        return "C++ compiler"
+    if not run([tests]):
+        return "emulator"
+    if not built("metal_tests_asan") or not run([f"{tests}_asan"], **ASAN):
+        return "address and undefined behaviour sanitizers"
+    if not built("metal_tests_tsan"):
+        return "C++ compiler"
+    if not run([f"{tests}_tsan"], **QUICK, MILPRESS_EMULATOR_THREADS="64"):
+        return "thread sanitizer"
+    if not built("metal_host_tests"):
+        return "C++ compiler, host"
+    if not run([host], **ASAN):
+        return "fake runtime"
+    for fault in FAULTS:
+        only = ["--no-skip", "--test-case=what fails is said"]
+        if not run([host, *only], **ASAN, FAKE_METAL_FAULT=fault):
+            return f"fake runtime, {fault}"
+    return ""
+
+
+def main() -> int:
+    """Plant each bug."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--metal-cpp", required=True)
+    parser.add_argument("--compiler", default="clang++-19")
+    parser.add_argument("--only", default="", help="bugs whose name holds this")
+    arguments = parser.parse_args()
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    for name in listed:
+        target = TREE / name
+        content = (ROOT / name).read_bytes()
+        if not target.exists() or target.read_bytes() != content:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, target)
+    configure = ["cmake", "--preset", "metal", f"-DMILPRESS_METAL_CPP_DIR={arguments.metal_cpp}"]
+    if not run([*configure, "-DMILPRESS_WERROR=OFF"]) or rung(arguments.compiler):
+        print("without a bug, all must pass")
+        return 1
+    missed = 0
+    for bug in BUGS:
+        if arguments.only not in bug.name:
+            continue
+        path = TREE / bug.file
+        text = path.read_text()
+        parts = text.split(bug.old)
+        if len(parts) < bug.nth + 2:
+            print(f"NOT PLANTED  {bug.name}", flush=True)
+            missed += 1
+            continue
+        before, after = bug.old.join(parts[: bug.nth + 1]), bug.old.join(parts[bug.nth + 1 :])
+        path.write_text(before + bug.new + after)
+        started = time.monotonic()
+        try:
+            caught = rung(arguments.compiler)
+        except subprocess.TimeoutExpired:
+            caught = "time-out"
+        finally:
+            path.write_text(text)
+        missed += not caught
+        seconds = time.monotonic() - started
+        print(f"{caught or 'MISSED':<44} {bug.name} ({seconds:.0f} s)", flush=True)
+    print(f"{len(BUGS)} bugs, {missed} missed")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
