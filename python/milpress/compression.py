@@ -219,6 +219,39 @@ def decompress_package(
     return _report(package, destination, reports, [], size, verification, started)
 
 
+def save_package(
+    package: Package,
+    destination: str | os.PathLike[str],
+    *,
+    verify: bool = True,
+    force: bool = False,
+) -> Verification | None:
+    """Write an open package, with what was changed in its model; stored values stay as they are.
+
+    Parameters
+    ----------
+    package, destination
+        The package, and the path of the one to write.
+    verify
+        Whether to read the result back and compare it with the package as it was opened.
+    force
+        Whether an existing package at the destination is replaced.
+
+    Raises
+    ------
+    CompressionError
+        What `compress` raises of sources, destinations and results.
+    """
+    check_destination(package.path, Path(destination), force=force)
+    with Staged(package, Path(destination), force=force) as staged:
+        staged.copy_rest(set(weight_files(package)))
+        rewriter = Rewriter(package, staged)
+        for site in sites(package):
+            for node in site.graph.nodes:
+                rewriter.copy(node)
+        return _complete(package, staged, verify=verify)[0]
+
+
 @contextlib.contextmanager
 def thread_limit(threads: int | None) -> Iterator[None]:
     """Limit the threads of kernels called in this block.

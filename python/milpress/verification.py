@@ -17,7 +17,7 @@ from milpress.errors import VerificationError
 from milpress.formats import Compressed, Masked, Palette, Quantized, Sparse
 from milpress.formats._layout import to_rows
 from milpress.formats.sparse import n_pruned
-from milpress.mil import opset, treatments, values
+from milpress.mil import activations, opset, treatments, values
 from milpress.mil.constexpr import Decoder, is_constexpr
 from milpress.mil.package import Package, system_errors
 from milpress.mil.program import Graph, Node, Scope
@@ -68,10 +68,13 @@ class Verification:
         The weights that are stored otherwise, in the order of the graph.
     n_unchanged
         Stored values that are the same, byte for byte.
+    n_quantized
+        Quantized activations: pairs of ops that one package has beyond the other, as recorded.
     """
 
     weights: tuple[WeightCheck, ...]
     n_unchanged: int
+    n_quantized: int = 0
 
     @property
     def signal(self) -> float:
@@ -92,8 +95,9 @@ class Verification:
     def summary(self) -> str:
         """One line."""
         snr = "" if self.snr_db is None else f", SNR {human_snr(self.snr_db)} dB"
+        pairs = f"; {self.n_quantized} quantized activations" if self.n_quantized else ""
         return (
-            f"verified: {len(self.weights)} weights decoded{snr}; "
+            f"verified: {len(self.weights)} weights decoded{snr}{pairs}; "
             f"{self.n_unchanged} stored values and the graph unchanged"
         )
 
@@ -102,6 +106,7 @@ class Verification:
         return {
             "version": 1,
             "n_unchanged": self.n_unchanged,
+            "n_quantized": self.n_quantized,
             "weights": [
                 {
                     "name": check.name,
@@ -151,6 +156,7 @@ def compare_packages(original: Package, compressed: Package) -> Verification:
     records = treatments.read(compressed.model)
     before = treatments.read(original.model)
     _raise_like(original, compressed)
+    n_pairs = _without_pairs(original, compressed)
     _compare_rest(original, compressed)
     checks: list[WeightCheck] = []
     n_unchanged = 0
@@ -165,7 +171,26 @@ def compare_packages(original: Package, compressed: Package) -> Verification:
         named = source if known is None else known.result
         if record != known and named not in checked:
             _fail(f"{named}: the weight must be compressed as recorded, got it unchanged")
-    return Verification(weights=tuple(checks), n_unchanged=n_unchanged)
+    return Verification(weights=tuple(checks), n_unchanged=n_unchanged, n_quantized=n_pairs)
+
+
+def _without_pairs(original: Package, compressed: Package) -> int:
+    """Take out of one model, in memory, the recorded pairs that the other does not have.
+
+    Returns how many quantized activations these were.
+    """
+    records = [activations.read(package.model).pairs for package in (original, compressed)]
+    n_pairs = 0
+    for package, mine, other in zip((original, compressed), records, records[::-1], strict=True):
+        pairs = {name: codes for name, codes in mine.items() if name not in other}
+        found = [
+            name for site in sites(package) for name, _ in activations.strip(site, pairs)
+        ] if pairs else []
+        missing = sorted(pairs.keys() - set(found))
+        if missing:
+            _fail(f"{missing[0]}: the model must have this dequantize, as recorded, got none")
+        n_pairs += len(found)
+    return n_pairs
 
 
 def _fail(message: str) -> NoReturn:
@@ -226,6 +251,7 @@ def _compare_rest(original: Package, compressed: Package) -> None:
         model = type(package.model)()
         model.CopyFrom(package.model)
         treatments.forget(model)
+        activations.forget(model)
         _strip(model)
         stripped.append(model.SerializeToString(deterministic=True))
     if stripped[0] != stripped[1]:

@@ -5,6 +5,8 @@ A user changes one import: ``import milpress as cto``, then ``cto.coreml.paletti
 
 from __future__ import annotations
 
+from milpress.coreml import experimental
+from milpress.coreml.activations import linear_quantize_activations
 from milpress.coreml.config import (
     CompressionGranularity,
     OpCompressorConfig,
@@ -33,7 +35,9 @@ __all__ = [
     "OpThresholdPrunerConfig",
     "OptimizationConfig",
     "decompress_weights",
+    "experimental",
     "get_weights_metadata",
+    "linear_quantize_activations",
     "linear_quantize_weights",
     "palettize_weights",
     "prune_weights",

@@ -617,7 +617,7 @@ class OptimizationConfig:
         if not children:
             return None
         (first, _), *_ = children
-        configs = [self._op_config_for(*child) for child in children]
+        configs = [self.config_of_op(*child) for child in children]
         for (other, _), config in zip(children, configs, strict=True):
             if config != configs[0]:
                 msg = (
@@ -651,12 +651,8 @@ class OptimizationConfig:
 
     def check_types(self, *allowed: type[OpCompressorConfig], pass_name: str) -> None:
         """Raise `ConfigError` if a config is of none of the classes that a function can use."""
-        for config in (
-            self.global_config,
-            *self.op_type_configs.values(),
-            *self.op_name_configs.values(),
-        ):
-            if config is not None and not isinstance(config, allowed):
+        for config in self.op_configs():
+            if not isinstance(config, allowed):
                 types = ", ".join(kind.__name__ for kind in allowed)
                 msg = f"{pass_name} only accept {types} type config. Got {type(config).__name__}."
                 raise ConfigError(msg)
@@ -748,11 +744,27 @@ class OptimizationConfig:
             None,
         )
 
-    def _op_config_for(self, name: str, op_type: str) -> OpCompressorConfig | None:
+    def config_of_op(self, name: str, op_type: str) -> OpCompressorConfig | None:
+        """Return what holds for an op, by its name, its type, or as for all; ``None`` for nothing.
+
+        Parameters
+        ----------
+        name, op_type
+            Name and type of the op.
+        """
         key = self._key_for(name)
         if key is not None:
             return self.op_name_configs[key]
         return self.op_type_configs.get(op_type, self.global_config)
+
+    def op_configs(self) -> list[OpCompressorConfig]:
+        """Return all configs that are set."""
+        found = (
+            self.global_config,
+            *self.op_type_configs.values(),
+            *self.op_name_configs.values(),
+        )
+        return [config for config in found if config is not None]
 
 
 def _kind_named(name: Any, place: str) -> type[OpCompressorConfig]:

@@ -1,0 +1,416 @@
+"""Quantizing what a model computes: ranges by running it on samples, then pairs of ops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from milpress.calibration import CalibrationConfig, Observer, Range
+from milpress.errors import ConfigError, InputError
+from milpress.formats import PerTensor, QuantizeConfig, quantize
+from milpress.mil import activations as mil
+from milpress.mil import opset
+from milpress.mil.activations import Parameters, Placement, Value
+from milpress.mil.package import Package
+from milpress.mil.program import Node
+from milpress.mil.weights import Site, sites
+from milpress.report import escaped, named_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Samples: TypeAlias = Iterable[Mapping[Any, Any]]
+Progress: TypeAlias = Callable[[int, int, str], None]
+# Gives the codes of the activations of an op, by its name and type; None to leave it.
+CodesOf: TypeAlias = Callable[[str, str], QuantizeConfig | None]
+
+FIRST_OPSET = opset.by_target("iOS17")
+# Where zero is the code in the middle, the other type of 8 bits has it at 0.
+_SHIFTED = {("int8", -128): "uint8", ("uint8", 128): "int8"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Activation:
+    """A computed value that is quantized.
+
+    Parameters
+    ----------
+    name
+        Its name in the graph.
+    shape
+        Its shape; ``None`` where that varies.
+    dtype
+        Type of the codes.
+    scale, zero_point
+        A code stands for ``scale * (code - zero_point)``.
+    low, high
+        The range that was found.
+    note
+        Why it is not quantized although it was asked for; empty if it is.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    dtype: str
+    scale: float
+    zero_point: int
+    low: float
+    high: float
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the activation as JSON can hold it."""
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "scale": self.scale,
+            "zero_point": self.zero_point,
+            "low": self.low,
+            "high": self.high,
+            "note": self.note,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationReport:
+    """What was quantized, and from how many samples its ranges are.
+
+    Parameters
+    ----------
+    activations
+        Each value, once for each kind of codes.
+    n_samples
+        Samples that were run.
+    n_pairs
+        Pairs of ``quantize`` and ``dequantize`` that were inserted.
+    notes
+        What concerns the whole model, such as a raised opset.
+    """
+
+    activations: tuple[Activation, ...]
+    n_samples: int
+    n_pairs: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        n_left = sum(bool(each.note) for each in self.activations)
+        left = f", {n_left} left" if n_left else ""
+        return (
+            f"{len(self.activations) - n_left} activations quantized by {self.n_samples} "
+            f"samples{left}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON can hold it."""
+        return {
+            "n_samples": self.n_samples,
+            "n_pairs": self.n_pairs,
+            "notes": list(self.notes),
+            "activations": [each.to_dict() for each in self.activations],
+        }
+
+    def __rich__(self) -> Table:
+        """Return the activations as a table."""
+        table = named_table("activation", "shape", "codes")
+        for heading in ("least", "greatest", "scale", "zero point"):
+            table.add_column(heading, justify="right")
+        for each in self.activations:
+            table.add_row(
+                escaped(each.name),
+                "x".join("?" if size is None else str(size) for size in each.shape),
+                escaped(each.note) if each.note else each.dtype,
+                f"{each.low:.4g}",
+                f"{each.high:.4g}",
+                f"{each.scale:.4g}",
+                str(each.zero_point),
+            )
+        return table
+
+
+def quantize_activations(
+    package: Package,
+    codes_of: CodesOf,
+    samples: Samples,
+    *,
+    calibration: CalibrationConfig | None = None,
+    function: str | None = None,
+    taps_at_once: int = -1,
+    progress: Progress | None = None,
+) -> ActivationReport:
+    """Quantize the activations of an open package, in its model in memory.
+
+    Parameters
+    ----------
+    package
+        The package. A function below iOS17 is raised to it, the first that has the ops.
+    codes_of
+        Gives the codes that the inputs and outputs of an op become, by its name and type.
+    samples
+        What the model is run on: inputs by name, or by ``None`` if there is just one.
+    calibration
+        How ranges are found; by default they hold all that was seen.
+    function
+        The function of a package with several; by default the one that Core ML would take. In a
+        pipeline, it is every model's only one.
+    taps_at_once
+        How many values are looked at in a run; -1 for all. With fewer, there are more runs, and the
+        same results.
+    progress
+        Called with samples done, samples in all (0 if that is not known) and what is at hand.
+
+    Returns
+    -------
+    ActivationReport
+        What was quantized.
+
+    Raises
+    ------
+    InputError
+        If there is no sample, or the model can't take one.
+    UnsupportedOpError
+        If the interpreter does not cover an op of the model.
+    UnsupportedError
+        If a function can't be raised.
+    """
+    from milpress import interpreter
+
+    if isinstance(taps_at_once, bool) or (taps_at_once != -1 and taps_at_once < 1):
+        msg = f"the values looked at in a run must be at least 1, or -1 for all, got {taps_at_once}"
+        raise ConfigError(msg)
+    calibration = calibration or CalibrationConfig()
+    notes = _raised(package, function)
+    jobs = [_Job(site, codes_of, calibration) for site in _sites(package, function)]
+    program = interpreter.load(package, function if _is_single(package) else None)
+    observers = {name: observer for job in jobs for name, observer in job.observers.items()}
+    n_samples = _observe(program, samples, observers, taps_at_once, progress)
+    made = mil.read(package.model)
+    before = len(made.pairs)
+    activations: list[Activation] = []
+    for job in jobs:
+        pairs = job.insert()
+        prefix = job.site.prefix
+        made.pairs.update({f"{prefix}{k}": f"{prefix}{v}" for k, v in pairs.items()})
+        activations.extend(job.activations)
+    n_pairs = len(made.pairs) - before
+    if n_pairs:
+        settings: dict[str, Any] = {"calibration": calibration.calibration, "samples": n_samples}
+        if calibration.calibration == "percentile":
+            settings["percentile"] = calibration.percentile
+        made.settings.append(settings)
+        mil.record(package.model, made)
+    return ActivationReport(
+        activations=tuple(activations), n_samples=n_samples, n_pairs=n_pairs, notes=tuple(notes)
+    )
+
+
+def _is_single(package: Package) -> bool:
+    return package.model.WhichOneof("choice") == "mlProgram"
+
+
+def _chosen(package: Package, function: str | None) -> dict[tuple[str, ...], str]:
+    """Return which function of each model is run."""
+    found = {}
+    for program in package.programs:
+        names = program.functions
+        name = function if _is_single(package) else None
+        if name is None:
+            name = program.model.description.defaultFunctionName or (
+                "main" if "main" in names or len(names) != 1 else next(iter(names))
+            )
+        if name not in names:
+            msg = f"{package.path}: function must be one of {', '.join(names)}, got {name!r}"
+            raise ConfigError(msg)
+        found[program.place] = name
+    return found
+
+
+def _raised(package: Package, function: str | None) -> list[str]:
+    notes: dict[str, None] = {}
+    chosen = _chosen(package, function)
+    for program in package.programs:
+        raised = program.functions[chosen[program.place]]
+        current = opset.by_name(raised.opset)
+        if current < FIRST_OPSET:
+            opset.raise_to(program.model, raised, FIRST_OPSET, package)
+            notes[f"raised from {current.target} to {FIRST_OPSET.target}"] = None
+        package.model.specificationVersion = max(
+            package.model.specificationVersion, program.model.specificationVersion
+        )
+    return list(notes)
+
+
+def _sites(package: Package, function: str | None) -> list[Site]:
+    chosen = _chosen(package, function)
+    return [
+        site
+        for site in sites(package)
+        if site.function_name == chosen[site.program.place]
+        and site.block is site.function.block_specializations[site.function.opset]
+    ]
+
+
+class _Job:
+    """A graph whose activations are to be quantized, and what looks at them."""
+
+    def __init__(self, site: Site, codes_of: CodesOf, calibration: CalibrationConfig) -> None:
+        def setting_of(node: Node) -> QuantizeConfig | None:
+            return codes_of(node.op_name, node.op.type)
+
+        self.site = site
+        self.activations: list[Activation] = []
+        self._calibration = calibration
+        self._placement: Placement[QuantizeConfig] = mil.place(site.graph, setting_of)
+        self._prefix = "".join(f"{part}/" for part in site.program.place)
+        shared: dict[int, Observer] = {}
+        self._observers: dict[Value, Observer] = {
+            value: shared.setdefault(group, calibration.observer())
+            for value, group in self._placement.sharing().items()
+        }
+        self._known: dict[tuple[Value, QuantizeConfig], Parameters | None] = {}
+
+    @property
+    def observers(self) -> dict[str, Observer]:
+        """What looks at the values of each name, as a run names them."""
+        # In nested blocks a name may stand for several values, which then have one range.
+        found: dict[str, Observer] = {}
+        for value in self._observers:
+            name = f"{self._prefix}{value.name}"
+            self._observers[value] = found.setdefault(name, self._observers[value])
+        return found
+
+    def insert(self) -> dict[str, str]:
+        """Put the pairs into the graph."""
+        return mil.insert(self.site.graph, self._placement, self._parameters)
+
+    def _parameters(self, value: Value, codes: QuantizeConfig) -> Parameters | None:
+        key = value, codes
+        if key not in self._known:
+            self._known[key] = self._found(value, codes)
+        return self._known[key]
+
+    def _found(self, value: Value, codes: QuantizeConfig) -> Parameters | None:
+        kind = self._placement.types[value]
+        limit = float(np.finfo(kind.dtype.storage).max)
+        found = self._observers[value].range(self._calibration, codes)
+        name = f"{self.site.prefix}{value.name}"
+        if found is None:
+            note = "no sample gave it a finite value"
+            self.activations.append(
+                Activation(
+                    name=name,
+                    shape=kind.shape,
+                    dtype=codes.dtype,
+                    scale=math.nan,
+                    zero_point=0,
+                    low=math.nan,
+                    high=math.nan,
+                    note=note,
+                )
+            )
+            return None
+        found = Range(max(found.low, -limit), min(found.high, limit))
+        made = parameters_of(found, codes, kind.dtype.storage)
+        self.activations.append(
+            Activation(
+                name=name,
+                shape=kind.shape,
+                dtype=made.dtype,
+                scale=float(made.scale),
+                zero_point=made.zero_point or 0,
+                low=found.low,
+                high=found.high,
+            )
+        )
+        return made
+
+
+def parameters_of(found: Range, codes: QuantizeConfig, dtype: np.dtype[Any]) -> Parameters:
+    """Return scale and zero point that let codes of a kind stand for a range.
+
+    A range in which all is zero has the scale 1. Where the zero point is that of the middle code,
+    the other type of 8 bits is taken, which has none.
+    """
+    made = quantize(np.array([found.low, found.high], dtype), codes)
+    scale = made.scale.reshape(-1)[0]
+    zero_point = 0 if made.offset is None else int(made.offset.reshape(-1)[0])
+    if not scale > 0:
+        scale, zero_point = dtype.type(1), 0
+    kind = _SHIFTED.get((codes.dtype, zero_point))
+    if kind is not None:
+        return Parameters(scale, None, kind)
+    return Parameters(scale, zero_point or None, codes.dtype)
+
+
+def _observe(
+    program: Any,
+    samples: Samples,
+    observers: Mapping[str, Observer],
+    taps_at_once: int,
+    progress: Progress | None,
+) -> int:
+    """Run the samples and let observers look; return how many there were."""
+
+    def look(name: str, value: Any) -> None:
+        observers[name].add(value.numpy())
+
+    total = len(samples) if isinstance(samples, Sequence) else 0
+    names = [name for name in program.values if name in observers]
+    size = len(names) if taps_at_once == -1 else taps_at_once
+    n_samples = 0
+    for sample in samples:
+        if progress is not None:
+            progress(n_samples, total, f"sample {n_samples + 1}")
+        inputs = named(sample, [feature.name for feature in program.inputs])
+        for start in range(0, len(names), max(size, 1)):
+            state = program.make_state() if program.is_stateful else None
+            taps = names[start : start + size]
+            program.run(inputs, taps=taps, observe=look, state=state)
+        n_samples += 1
+    if not n_samples:
+        msg = "the samples must be at least one, got none"
+        raise InputError(msg)
+    if progress is not None:
+        progress(n_samples, total, "")
+    return n_samples
+
+
+def named(sample: Mapping[Any, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return a sample by names, if its one input was given under ``None``.
+
+    Raises
+    ------
+    InputError
+        If the model has several inputs.
+    """
+    if None not in sample:
+        return dict(sample)
+    if len(sample) > 1 or len(names) > 1:
+        msg = (
+            "When the model has multiple inputs, please provide the name for each data in "
+            f"`sample_data`: {', '.join(names)}"
+        )
+        raise InputError(msg)
+    return {names[0]: sample[None]}
+
+
+def check_codes(codes: QuantizeConfig) -> None:
+    """Refuse codes that activations can't have.
+
+    Raises
+    ------
+    ConfigError
+        If they are not of 8 bits, or not of one scale.
+    """
+    if codes.bits != 8:
+        msg = f"activations must become int8 or uint8, got {codes.dtype}"
+        raise ConfigError(msg)
+    if codes.range != "minmax" or not isinstance(codes.granularity, PerTensor):
+        msg = "activations must have one scale, and the range that calibration finds"
+        raise ConfigError(msg)

@@ -1,0 +1,135 @@
+"""Quantizing activations of Core ML models under coremltools' names, on any machine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from milpress.activations import CodesOf, quantize_activations
+from milpress.calibration import Calibration, CalibrationConfig
+from milpress.compression import Progress, save_package
+from milpress.coreml.config import OpLinearQuantizerConfig, OptimizationConfig, adopted
+from milpress.coreml.model import opened, returned, temporary_package
+from milpress.errors import ConfigError
+from milpress.formats import PerTensor, QuantizeConfig
+
+if TYPE_CHECKING:
+    import os
+
+    from milpress.formats.quantized import IntDType
+
+_logger = logging.getLogger(__name__)
+
+
+def linear_quantize_activations(
+    mlmodel: Any,
+    config: Any,
+    sample_data: Any,
+    calibration_op_group_size: int = -1,
+    *,
+    calibration: Calibration = "minmax",
+    percentile: float = 99.99,
+    function: str | None = None,
+    destination: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Any:
+    """Quantize what the model computes to 8 bits, by pairs of ``quantize`` and ``dequantize``.
+
+    The model is run on samples, by the interpreter on any machine, to find the range of each value.
+    `linear_quantize_weights` on the result gives a model with weights and activations of 8 bits.
+
+    Parameters
+    ----------
+    mlmodel
+        A coremltools ``MLModel``, or the path of an ``.mlpackage``. It is not changed.
+    config
+        An `OptimizationConfig` of `OpLinearQuantizerConfig` entries, milpress' or coremltools' own,
+        for ops by name, by type, or all; ``mode`` and ``dtype`` count.
+    sample_data
+        Inputs by name, one dictionary for each sample; the name may be ``None`` for a model with
+        one input. Any iterable will do; it is gone through once.
+    calibration_op_group_size
+        How many values are looked at in a run; -1 for all. The results are the same.
+    calibration
+        How ranges are found: ``"minmax"`` holds all that was seen; ``"percentile"`` leaves out the
+        outermost on both sides; ``"mse"`` has the least squared error; ``"entropy"`` the least
+        divergence of the distribution.
+    percentile
+        With ``calibration="percentile"``: how many values in a hundred the range holds.
+    function
+        The function of a package with several; by default the one that Core ML would take. Others
+        stay as they are.
+    destination
+        Where to write the package; ``None`` for a temporary one that lives with the result.
+    progress
+        Called with samples done, samples in all (0 if that is not known) and what is at hand.
+
+    Returns
+    -------
+    MLModel
+        The model. Its ``activation_report`` says what became of each value.
+
+    Raises
+    ------
+    ConfigError
+        If the config is of another class, or a setting is not what it must be.
+    InputError
+        If there is no sample, or the model can't take one.
+    UnsupportedOpError
+        If the interpreter does not cover an op of the model.
+    PackageError
+        If the model is damaged, or not made of ML programs.
+    """
+    ours = adopted(config)
+    ours.check_types(OpLinearQuantizerConfig, pass_name="linear_quantize_activations")
+    settings = CalibrationConfig(calibration=calibration, percentile=percentile)
+    package = opened(mlmodel)
+    report = quantize_activations(
+        package,
+        codes_by(ours),
+        sample_data,
+        calibration=settings,
+        function=function,
+        taps_at_once=calibration_op_group_size,
+        progress=progress,
+    )
+    if destination is not None:
+        save_package(package, Path(destination))
+        model = returned(Path(destination), mlmodel, temporary=False)
+    else:
+        with temporary_package() as path:
+            save_package(package, path)
+            model = returned(path, mlmodel, temporary=True)
+    for each in report.activations:
+        if each.note:
+            _logger.warning("%s: %s; it is not quantized", each.name, each.note)
+    model.activation_report = report
+    return model
+
+
+def codes_by(config: OptimizationConfig) -> CodesOf:
+    """Return what a config asks for the activations of each op.
+
+    Raises
+    ------
+    ConfigError
+        If it asks for codes of 4 bits.
+    """
+    for op_config in config.op_configs():
+        if isinstance(op_config, OpLinearQuantizerConfig) and op_config.nbits != 8:
+            msg = f"activations must become int8 or uint8, got dtype {op_config.dtype}"
+            raise ConfigError(msg)
+
+    def codes_of(name: str, op_type: str) -> QuantizeConfig | None:
+        op_config = config.config_of_op(name, op_type)
+        if not isinstance(op_config, OpLinearQuantizerConfig):
+            return None
+        return QuantizeConfig(
+            dtype=cast("IntDType", op_config.dtype),
+            granularity=PerTensor(),
+            offset=op_config.mode == "LINEAR",
+        )
+
+    return codes_of
