@@ -72,8 +72,9 @@ def main() -> int:
     sources = [path for f in folders for path in sorted((ROOT / "csrc" / f).glob("*.cpp"))]
     sources = [path for path in sources if path.name != "runtime_none.cpp"] + [embedded]
     compiler = [sys.executable, "-m", "ziglang", "c++", "-target", TARGET]
-    flags = ["-std=c++20", "-O1", "-fblocks", "-fvisibility=hidden", "-ffp-contract=off"]
-    flags += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra", "-Werror"]
+    flags = ["-std=c++20", "-O2", "-fno-sanitize=undefined", "-fblocks"]
+    flags += ["-fvisibility=hidden", "-ffp-contract=off"]
+    flags += ["-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
     flags += ["-Wno-unknown-attributes", "-Wno-nullability-completeness", f"-I{ROOT / 'csrc'}"]
     for folder in (
         arguments.metal_cpp,
