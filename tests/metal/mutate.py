@@ -70,6 +70,8 @@ BUGS = (
     Bug("one piece too many", "metal/quantize.metal", "piece >= p.n_rows * p.n_pieces", "piece > p.n_rows * p.n_pieces"),
     Bug("last weight of a piece left out", "metal/quantize.metal", "j < end; j += kSimdWidth", "j + 1 < end; j += kSimdWidth"),
     Bug("last chunk left out", "metal/quantize.metal", "min(chunk + kChunk, piece_end)", "min(chunk + kChunk - 1, piece_end)"),
+    Bug("last chunk left out of least squares", "metal/quantize.metal", "min(chunk + kChunk, piece_end)", "min(chunk + kChunk - 1, piece_end)", 1),
+    Bug("last chunk left out of the final error", "metal/quantize.metal", "min(chunk + kChunk, piece_end)", "min(chunk + kChunk - 1, piece_end)", 2),
     Bug("last entry left out", "metal/kmeans.metal", "entry < p.n_entries", "entry + 1 < p.n_entries"),
     Bug("threadgroup memory too small", "metal/sparsify.metal", "kMaxSimdgroups = 32", "kMaxSimdgroups = 16"),
     Bug("threadgroup memory not cleared", "metal/sparsify.metal", "atomic_store_explicit(&bins[digit], 0, memory_order_relaxed);", ""),
