@@ -64,7 +64,7 @@ BUGS = (
     # Ends and indices
     Bug("one thread too many in lut_assign", "metal/lut_assign.metal", "i >= p.n_rows", "i > p.n_rows"),
     Bug("one thread too many in encode_rows", "metal/quantize.metal", "if (i >= p.n_rows * p.n_cols)", "if (i > p.n_rows * p.n_cols)"),
-    Bug("one thread too many in pack", "metal/pack.metal", "first >= p.n_codes", "first > p.n_codes"),
+    Bug("eight codes where fewer are left", "metal/pack.metal", "min(8u, p.n_codes - first)", "8u"),
     Bug("one thread too many in count_halves", "metal/kmeans.metal", "i >= p.n_weights ||", "i > p.n_weights ||"),
     Bug("one row too many in fit_rows", "metal/quantize.metal", "if (row >= p.n_rows)", "if (row > p.n_rows)"),
     Bug("one piece too many", "metal/quantize.metal", "piece >= p.n_rows * p.n_pieces", "piece > p.n_rows * p.n_pieces"),

@@ -98,7 +98,7 @@ void with_schedules(const Body& body) {
   const char* const limit = std::getenv("MILPRESS_EMULATOR_THREADS");
   const unsigned most = limit == nullptr ? 1024 : static_cast<unsigned>(std::atoi(limit));
   const std::vector<unsigned> all{1024, 64, 96};
-  for (const unsigned threads : is_quick() ? std::vector<unsigned>{64} : all) {
+  for (const unsigned threads : is_quick() ? std::vector<unsigned>{1024} : all) {
     settings = {17 + threads, std::min(threads, most)};
     CAPTURE(threads);
     body();
