@@ -98,7 +98,7 @@ void with_schedules(const Body& body) {
   const char* const limit = std::getenv("MILPRESS_EMULATOR_THREADS");
   const unsigned most = limit == nullptr ? 1024 : static_cast<unsigned>(std::atoi(limit));
   const std::vector<unsigned> all{1024, 64, 96};
-  for (const unsigned threads : is_quick() ? std::vector<unsigned>{64} : all) {
+  for (const unsigned threads : is_quick() ? std::vector<unsigned>{1024} : all) {
     settings = {17 + threads, std::min(threads, most)};
     CAPTURE(threads);
     body();
@@ -288,6 +288,16 @@ TEST_CASE_TEMPLATE("quantize_mse adds up long rows in the pieces of its oracle",
   }
   check_quantize<T, std::int8_t>(make<T>(Data::kNormal, 2 * 4100), 2, {-8, 7}, true, true);
   check_quantize<T, std::int8_t>(make<T>(Data::kNormal, 135'000), 1, {-8, 7}, false, true);
+  // At the ends of what is added up together: one weight that decides the range.
+  for (const std::size_t place : {0, 31, 2047, 2048, 4095, 4099}) {
+    CAPTURE(place);
+    std::vector<T> weights = make<T>(Data::kNormal, 4100);
+    for (const float outlier : {6.0F, 12.0F, 25.0F}) {
+      weights[place] = from_float<T>(outlier);
+      check_quantize<T, std::int8_t>(weights, 1, {-8, 7}, false, true);
+      check_quantize<T, std::uint8_t>(weights, 1, {0, 15}, true, true);
+    }
+  }
 }
 
 TEST_CASE_TEMPLATE("quantize rounds halfway between codes to even", T, Half, float) {

@@ -122,8 +122,11 @@ struct Machine {
   void* main_sanitizer = nullptr;
   char start_token = 0;
   char end_token = 0;
-  char barrier_token = 0;
-  std::vector<char> simd_tokens;
+  // Two each, taken in turn: a thread that goes on from one barrier must not see what others did
+  // before the next.
+  std::array<char, 2> barrier_tokens{};
+  std::vector<unsigned> n_barriers;  // by thread
+  std::vector<std::array<char, 2>> simd_tokens;
 
   unsigned first_of_simdgroup(unsigned thread) const { return thread / kSimdWidth * kSimdWidth; }
   unsigned end_of_simdgroup(unsigned thread) const {
@@ -216,6 +219,7 @@ void Machine::run_group() {
   n_at_barrier = 0;
   std::fill(n_in_exchange.begin(), n_in_exchange.end(), 0);
   std::fill(turn.begin(), turn.end(), 0);
+  std::fill(n_barriers.begin(), n_barriers.end(), 0);
   runnable.clear();
   for (unsigned i = 0; i < n_threads; ++i) {
     start(i);
@@ -305,7 +309,8 @@ void run(const Kernel& kernel, const Buffers& buffers, Size n_groups, Size group
   m.n_in_exchange.assign(n_simdgroups, 0);
   m.lanes.resize(n_simdgroups);
   m.turn.assign(n_threads, 0);
-  m.simd_tokens.assign(n_simdgroups, 0);
+  m.n_barriers.assign(n_threads, 0);
+  m.simd_tokens.resize(n_simdgroups);
   while (m.fibers.size() < n_threads) {
     m.fibers.push_back(std::make_unique<Fiber>());
   }
@@ -331,8 +336,9 @@ void run(const Kernel& kernel, const Buffers& buffers, Size n_groups, Size group
 
 void threadgroup_barrier(bool publishes, int line) {
   Machine& m = machine;
+  char* const token = &m.barrier_tokens[m.n_barriers[m.current]++ % 2];
   if (publishes) {
-    Order::release(&m.barrier_token);
+    Order::release(token);
   }
   wait_at(Wait::kBarrier, "threadgroup_barrier", line);
   if (++m.n_at_barrier == m.n_threads) {
@@ -341,7 +347,7 @@ void threadgroup_barrier(bool publishes, int line) {
   }
   m.switch_to_main();
   if (publishes) {
-    Order::acquire(&m.barrier_token);
+    Order::acquire(token);
   }
 }
 
@@ -368,13 +374,23 @@ Lanes exchange(std::uint64_t word, const char* operation, int line) {
 }
 
 void simdgroup_barrier(bool publishes, int line) {
-  char* const token = &machine.simd_tokens[machine.current / kSimdWidth];
+  Machine& m = machine;
+  // It shares the turns of exchanges, of which it is one.
+  char* const token = &m.simd_tokens[m.current / kSimdWidth][m.turn[m.current] % 2];
   if (publishes) {
     Order::release(token);
   }
   exchange(0, "simdgroup_barrier", line);
   if (publishes) {
     Order::acquire(token);
+  }
+}
+
+void yield() {
+  Machine& m = machine;
+  if (m.random() % 4 == 0) {
+    m.runnable.push_back(m.current);
+    m.switch_to_main();
   }
 }
 

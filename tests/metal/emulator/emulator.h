@@ -147,6 +147,9 @@ void simdgroup_barrier(bool publishes, int line);
 /// What each lane of the simdgroup gave. Publishes nothing.
 Lanes exchange(std::uint64_t word, const char* operation, int line);
 
+/// Lets other threads go first, now and then: between the atomic operations of a thread.
+void yield();
+
 /// The calling thread's lane.
 unsigned lane();
 
