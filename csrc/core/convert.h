@@ -6,11 +6,12 @@
 
 namespace milpress {
 
-/// Writes `n` weights to `out` as floats, exactly (a signalling NaN becomes quiet).
+/// Writes `to_float` of `n` weights to `out`, with the processor's own conversions where it has
+/// them, bit for bit the same where not.
 void widen(const Half* weights, std::size_t n, float* out);
 void widen(const float* weights, std::size_t n, float* out);
 
-/// Writes `n` values to `out`, each rounded to the nearest weight, ties to even.
+/// Writes `to_half` of `n` values to `out`, likewise.
 void narrow(const float* values, std::size_t n, Half* out);
 void narrow(const float* values, std::size_t n, float* out);
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <cmath>
 #include <compare>
 #include <cstring>
 #include <numeric>
@@ -315,11 +316,17 @@ MILPRESS_VECTORIZE void add_squares(const T* weights, std::size_t n_channels, st
 }
 
 struct Block {
-  std::uint64_t norm;  // the bits of its square, which order as norms do, NaN last
+  std::uint64_t norm;
   std::size_t index;
 
   auto operator<=>(const Block&) const = default;
 };
+
+// The bits of the square, which order as norms do, NaN last. All NaNs are one: whose payload a sum
+// of them has depends on the processor.
+std::uint64_t norm_of(double square) {
+  return std::isnan(square) ? ~std::uint64_t{0} : std::bit_cast<std::uint64_t>(square);
+}
 
 }  // namespace
 
@@ -351,8 +358,7 @@ void keep_blocks(std::span<const T> weights, ChannelShape shape, std::size_t blo
     for (std::size_t row = first; row < last; ++row) {
       add_squares(weights.data() + row_begin(row), n_in_row(row), n_inner, sums.data());
       for (std::size_t i = 0; i < n_inner; ++i) {
-        // Without the sign that NaN may have.
-        blocks[row * n_inner + i] = {std::bit_cast<std::uint64_t>(sums[i]) << 1, row * n_inner + i};
+        blocks[row * n_inner + i] = {norm_of(sums[i]), row * n_inner + i};
       }
     }
   });

@@ -93,50 +93,86 @@ TEST_CASE("a float of any bits becomes the half that exact rounding gives") {
   for (const float value : {infinity, -infinity, std::nanf(""), -std::nanf(""), 0.0F, -0.0F}) {
     CHECK(same(to_float(to_half(value)), value));
   }
-  // A payload that lies in bits a half doesn't have must not turn NaN into infinity.
-  CHECK(std::isnan(to_float(to_half(std::bit_cast<float>(0x7f800001U)))));
 }
 
-TEST_CASE(
-    "the processor's conversions agree with the plain ones on every half and its neighbours") {
-  std::vector<Half> halves(65536);
-  std::vector<float> wide(halves.size()), wide_plain(halves.size()), values;
-  for (unsigned bits = 0; bits < 65536; ++bits) {
-    halves[bits] = Half{static_cast<std::uint16_t>(bits)};
-  }
-  widen(halves.data(), halves.size(), wide.data());
-  widen_plain(halves.data(), halves.size(), wide_plain.data());
-  CHECK(std::equal(wide.begin(), wide.end(), wide_plain.begin(), same));
-  for (const float value : wide_plain) {
-    const std::uint32_t bits = std::bit_cast<std::uint32_t>(value);
-    for (const std::uint32_t step : {0U, 1U, 0xfffU, 0x1000U, 0x1001U}) {
-      values.push_back(std::bit_cast<float>(bits + step));
+TEST_CASE("a NaN keeps sign and payload both ways, and becomes quiet") {
+  for (unsigned payload = 1; payload < 1024; ++payload) {
+    for (const unsigned sign : {0U, 0x8000U}) {
+      const auto half = Half{static_cast<std::uint16_t>(sign | 0x7c00U | payload)};
+      const std::uint32_t wide = std::bit_cast<std::uint32_t>(to_float(half));
+      REQUIRE(wide == (sign << 16 | 0x7fc00000U | payload << 13));
+      REQUIRE(to_half(std::bit_cast<float>(wide | 0x1fffU)).bits == (half.bits | 0x200U));
     }
   }
-  std::vector<Half> thin(values.size()), thin_plain(values.size());
-  narrow(values.data(), values.size(), thin.data());
-  narrow_plain(values.data(), values.size(), thin_plain.data());
-  CHECK(std::equal(thin.begin(), thin.end(), thin_plain.begin(),
-                   [](Half a, Half b) { return same(to_float(a), to_float(b)); }));
+  // A payload in bits that a half doesn't have must not turn NaN into infinity.
+  CHECK(to_half(std::bit_cast<float>(0xff800001U)).bits == 0xfe00U);
 }
 
-TEST_CASE("the processor's conversions agree with the plain ones at every length and alignment") {
-  std::vector<Half> halves(48);
-  std::vector<float> values(48);
-  for (std::size_t i = 0; i < halves.size(); ++i) {
-    halves[i] = Half{static_cast<std::uint16_t>(i * 2731 % 0x7c00 + (i % 2) * 0x8000)};
-    values[i] = std::ldexp(1.0F + static_cast<float>(i) / 48, static_cast<int>(i) - 26);
+// All halves, and the floats at and beside every half and every tie between two.
+struct Conversions {
+  std::vector<Half> halves;
+  std::vector<float> values;
+
+  Conversions() {
+    for (unsigned bits = 0; bits < 65536; ++bits) {
+      halves.push_back(Half{static_cast<std::uint16_t>(bits)});
+      const auto at = std::bit_cast<std::uint32_t>(to_float_plain(halves.back()));
+      for (const std::uint32_t step : {0U, 1U, 0xfffU, 0x1000U, 0x1001U, 0x1fffU}) {
+        values.push_back(std::bit_cast<float>(at + step));
+      }
+    }
+    std::mt19937 random(4);
+    for (int i = 0; i < 300'000; ++i) {
+      values.push_back(std::bit_cast<float>(static_cast<std::uint32_t>(random())));
+    }
   }
-  for (std::size_t begin = 0; begin < 8; ++begin) {
-    for (std::size_t n = 0; n <= 40; ++n) {
-      std::vector<float> wide(n), wide_plain(n);
-      widen(halves.data() + begin, n, wide.data());
-      widen_plain(halves.data() + begin, n, wide_plain.data());
-      REQUIRE(wide == wide_plain);
-      std::vector<Half> thin(n), thin_plain(n);
-      narrow(values.data() + begin, n, thin.data());
-      narrow_plain(values.data() + begin, n, thin_plain.data());
-      REQUIRE(thin == thin_plain);
+};
+
+bool same_bits(float a, float b) {
+  return std::bit_cast<std::uint32_t>(a) == std::bit_cast<std::uint32_t>(b);
+}
+
+TEST_CASE("the processor's conversions give the bits of the plain ones for all halves and ties") {
+  const Conversions data;
+  std::vector<float> wide(data.halves.size()), wide_plain(data.halves.size());
+  widen(data.halves.data(), wide.size(), wide.data());
+  widen_plain(data.halves.data(), wide.size(), wide_plain.data());
+  CHECK(std::equal(wide.begin(), wide.end(), wide_plain.begin(), same_bits));
+  std::transform(data.halves.begin(), data.halves.end(), wide.begin(),
+                 [](Half half) { return to_float(half); });
+  CHECK(std::equal(wide.begin(), wide.end(), wide_plain.begin(), same_bits));
+
+  std::vector<Half> thin(data.values.size()), thin_plain(data.values.size());
+  narrow(data.values.data(), thin.size(), thin.data());
+  narrow_plain(data.values.data(), thin.size(), thin_plain.data());
+  CHECK(thin == thin_plain);
+  std::transform(data.values.begin(), data.values.end(), thin.begin(),
+                 [](float value) { return to_half(value); });
+  CHECK(thin == thin_plain);
+}
+
+TEST_CASE("the processor's conversions give the bits of the plain ones at any length and place") {
+  const Conversions data;
+  std::mt19937 random(5);
+  for (int round = 0; round < 20; ++round) {
+    std::vector<Half> halves(48);
+    std::vector<float> values(48);
+    for (std::size_t i = 0; i < halves.size(); ++i) {
+      halves[i] = data.halves[random() % data.halves.size()];
+      values[i] = data.values[random() % data.values.size()];
+    }
+    for (std::size_t begin = 0; begin < 8; ++begin) {
+      for (std::size_t n = 0; n <= 40; ++n) {
+        // One element more than is written, to see that it stays.
+        std::vector<float> wide(n + 1, 3), wide_plain(n + 1, 3);
+        widen(halves.data() + begin, n, wide.data());
+        widen_plain(halves.data() + begin, n, wide_plain.data());
+        REQUIRE(std::equal(wide.begin(), wide.end(), wide_plain.begin(), same_bits));
+        std::vector<Half> thin(n + 1, Half{3}), thin_plain(n + 1, Half{3});
+        narrow(values.data() + begin, n, thin.data());
+        narrow_plain(values.data() + begin, n, thin_plain.data());
+        REQUIRE(thin == thin_plain);
+      }
     }
   }
 }

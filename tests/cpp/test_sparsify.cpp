@@ -325,6 +325,15 @@ TEST_CASE_TEMPLATE("blocks go by their norm as long as the zeros are not too man
   check_blocks(tied_weights<T>(600'000), {1, 2, 300'000}, 2, 300'000);
 }
 
+TEST_CASE("blocks with a NaN go in their order, whatever payloads they have") {
+  const std::vector<Half> weights{Half{0x7fff}, Half{0x3c00}, Half{0xfe01}, Half{0x7e00}};
+  std::vector<std::uint8_t> mask(1);
+  keep_blocks<Half>(weights, {1, 4, 1}, 1, 2, mask);
+  CHECK(mask[0] == 0b1100);
+  keep_blocks<Half>(weights, {1, 4, 1}, 1, 3, mask);
+  CHECK(mask[0] == 0b1000);
+}
+
 TEST_CASE("norms are told apart far beyond the range of a float, and a NaN's sign doesn't matter") {
   std::vector<float> weights{2e-40F, 1e-40F, 3e38F, 2e38F, -NAN, NAN};
   std::vector<std::uint8_t> mask(1);
