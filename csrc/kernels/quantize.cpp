@@ -552,13 +552,14 @@ MILPRESS_VECTORIZE void find_limits(const T* weights, std::size_t n_rows, std::s
 template <typename T>
 MILPRESS_VECTORIZE bool find_plain_scales(const float* limits, std::size_t n, CodeRange range,
                                           float* scales) {
+  constexpr float kSmallest = smallest_normal<T>();
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
   const auto n_steps = static_cast<float>(range.code_max - range.code_min);
   std::uint32_t n_plain = 0;
   for (std::size_t i = 0; i < n; ++i) {
     const float scale = round_to<T>(round_to<T>(limits[i] + limits[i]) / n_steps);
     scales[i] = scale;
-    n_plain += static_cast<std::uint32_t>((scale >= smallest_normal<T>()) &
-                                          (scale < std::numeric_limits<float>::infinity()));
+    n_plain += static_cast<std::uint32_t>((scale >= kSmallest) & (scale < kInfinity));
   }
   return n_plain == n;
 }
