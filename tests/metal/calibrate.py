@@ -1,8 +1,8 @@
-"""Feed the shim sources that Apple's compiler is known to accept, and see that it accepts them too.
+"""Feed the shim sources that Apple's compiler is known to accept, and see that it accepts them.
 
-They are headers of kernels out of the packages mlx-metal and torch. The listed ones pass; others use
-what ours do not, and the shim does not have: constructors of vectors, complex numbers, bfloat
-vectors, function constants.
+They are headers of kernels out of the packages mlx-metal and torch. Those listed pass; others use
+what ours do not, and the shim does not have: constructors of vectors, complex numbers, vectors of
+bfloat, function constants.
 """
 
 from __future__ import annotations
