@@ -19,7 +19,8 @@ namespace milpress {
 ///
 /// `importance` has the shape of `weights`, finite and not negative, or no rows at all for equal
 /// importance; a row whose importance is all zero counts as equal. Weights that are not finite are
-/// ignored. The result does not depend on the core count.
+/// ignored. The result does not depend on the core count; where several tables are optimal, the
+/// rows before may decide which one a row gets.
 template <typename T>
 void kmeans1d(MatrixView<const T> weights, MatrixView<const float> importance, MatrixView<T> luts);
 
