@@ -211,7 +211,7 @@ def quantize_activations(
 
 
 def _is_single(package: Package) -> bool:
-    return package.model.WhichOneof("choice") == "mlProgram"
+    return bool(package.model.WhichOneof("choice") == "mlProgram")
 
 
 def _chosen(package: Package, function: str | None) -> dict[tuple[str, ...], str]:
@@ -297,7 +297,7 @@ class _Job:
 
     def _found(self, value: Value, codes: QuantizeConfig) -> Parameters | None:
         kind = self._placement.types[value]
-        limit = float(np.finfo(kind.dtype.storage).max)
+        limit = float(np.finfo(kind.dtype.name).max)
         found = self._observers[value].range(self._calibration, codes)
         name = f"{self.site.prefix}{value.name}"
         if found is None:

@@ -183,9 +183,11 @@ def _without_pairs(original: Package, compressed: Package) -> int:
     n_pairs = 0
     for package, mine, other in zip((original, compressed), records, records[::-1], strict=True):
         pairs = {name: codes for name, codes in mine.items() if name not in other}
-        found = [
-            name for site in sites(package) for name, _ in activations.strip(site, pairs)
-        ] if pairs else []
+        found = (
+            [name for site in sites(package) for name, _ in activations.strip(site, pairs)]
+            if pairs
+            else []
+        )
         missing = sorted(pairs.keys() - set(found))
         if missing:
             _fail(f"{missing[0]}: the model must have this dequantize, as recorded, got none")

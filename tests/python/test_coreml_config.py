@@ -663,13 +663,13 @@ def test_keys_that_nothing_answers_to_are_told():
 def test_a_config_of_the_wrong_class_is_an_error(config):
     with pytest.raises(ConfigError) as caught:
         config.check_types(
-            ours.OpMagnitudePrunerConfig, ours.OpPalettizerConfig, pass_name="prune_weights"
+            ours.OpMagnitudePrunerConfig, ours.OpPalettizerConfig, function="prune_weights"
         )
     assert str(caught.value) == (
         "prune_weights only accept OpMagnitudePrunerConfig, OpPalettizerConfig type config. "
         "Got OpLinearQuantizerConfig."
     )
-    config.check_types(ours.OpLinearQuantizerConfig, ours.OpPalettizerConfig, pass_name="any")
+    config.check_types(ours.OpLinearQuantizerConfig, ours.OpPalettizerConfig, function="any")
 
 
 def test_structural_pruning_is_for_the_weights_of_conv_and_linear():

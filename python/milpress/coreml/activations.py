@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -83,7 +82,7 @@ def linear_quantize_activations(
         If the model is damaged, or not made of ML programs.
     """
     ours = adopted(config)
-    ours.check_types(OpLinearQuantizerConfig, pass_name="linear_quantize_activations")
+    ours.check_types(OpLinearQuantizerConfig, function="linear_quantize_activations")
     settings = CalibrationConfig(calibration=calibration, percentile=percentile)
     package = opened(mlmodel)
     report = quantize_activations(

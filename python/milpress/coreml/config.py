@@ -649,12 +649,12 @@ class OptimizationConfig:
             if key not in names and not any(_patterns.matches(key, name) for name in names)
         ]
 
-    def check_types(self, *allowed: type[OpCompressorConfig], pass_name: str) -> None:
+    def check_types(self, *allowed: type[OpCompressorConfig], function: str) -> None:
         """Raise `ConfigError` if a config is of none of the classes that a function can use."""
         for config in self.op_configs():
             if not isinstance(config, allowed):
                 types = ", ".join(kind.__name__ for kind in allowed)
-                msg = f"{pass_name} only accept {types} type config. Got {type(config).__name__}."
+                msg = f"{function} only accept {types} type config. Got {type(config).__name__}."
                 raise ConfigError(msg)
 
     @classmethod

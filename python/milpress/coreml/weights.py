@@ -210,7 +210,7 @@ def _wishes(
     seed: int = 0,
 ) -> ConfigWishes:
     ours = adopted(config)
-    ours.check_types(*allowed, pass_name=function_name)
+    ours.check_types(*allowed, function=function_name)
     return ConfigWishes(ours, joint=joint_compression, seed=seed)
 
 

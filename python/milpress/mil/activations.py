@@ -1,5 +1,4 @@
-"""Quantized activations in a program: pairs of ``quantize`` and ``dequantize``, put where
-coremltools puts them.
+"""Quantized activations: pairs of ``quantize`` and ``dequantize`` where coremltools puts them.
 
 What was inserted is recorded in the package's user metadata, so that `strip` can take it out
 again and a verification can compare what is left with the source.
@@ -48,9 +47,7 @@ class Value(NamedTuple):
         return hash((id(self.scope), self.name))
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Value) and self.scope is other.scope and self.name == other.name
-        )
+        return isinstance(other, Value) and self.scope is other.scope and self.name == other.name
 
 
 class Parameters(NamedTuple):
@@ -194,7 +191,7 @@ def place(graph: Graph, setting_of: Callable[[Node], Setting | None]) -> Placeme
             value = home(last.scope, last.name)
             placement.after[value] = (last, setting)
             placement.types[value] = _float_type(value)
-    placement.groups = _joined(graph, consumers)
+    placement.groups = _joined(graph)
     return placement
 
 
@@ -228,7 +225,7 @@ def _last_of_step(
     if kind is None or not kind.dtype.is_float:
         return None
     plain, n_quantized = takers(core)
-    if not plain and not n_quantized or is_quantized(plain, n_quantized):
+    if (not plain and not n_quantized) or is_quantized(plain, n_quantized):
         return None
     if not plain or plain[0].op.type not in _FUSED or plain[0].scope is not core.scope:
         return core
@@ -238,7 +235,7 @@ def _last_of_step(
     return None if is_quantized(*after) else plain[0]
 
 
-def _joined(graph: Graph, consumers: _Consumers) -> dict[Value, int]:
+def _joined(graph: Graph) -> dict[Value, int]:
     """Return the group of each value that a ``concat`` takes or makes."""
     groups: dict[Value, int] = {}
     for node in graph.nodes:
@@ -548,7 +545,8 @@ def _checked(
     ):
         _fail(f"{name}: codes and zero point must be int8 or uint8, one and the same")
     known = None if point is None else int(point)
-    return node, Parameters(stored.reshape(())[()], known, dtype)
+    only: np.floating[Any] = stored.reshape(-1)[0]
+    return node, Parameters(only, known, dtype)
 
 
 def _array(stored: Any) -> np.ndarray[Any, Any]:
