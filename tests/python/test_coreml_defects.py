@@ -193,8 +193,8 @@ def test_integer_constants_keep_their_values(step, settings, low, high):
         (op,) = made._mil_program.functions["main"].find_ops(op_type="gather")
         results.append(np.asarray(op.x.val))
     np.testing.assert_array_equal(results[0], table)
-    extreme = 1 if step is PALETTIZE else -128
-    assert (results[1][table == extreme] == 0).all()
+    if step is PRUNE:  # the magnitude of -128 overflows to -128, the least of all
+        assert (results[1][table == -128] == 0).all()
 
 
 def test_integer_constants_are_no_error_of_quantization():
