@@ -22,7 +22,6 @@ with warnings.catch_warnings():
     import coremltools.optimize as theirs
     from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
     from coremltools.converters.mil.mil import types
-    from coremltools.optimize.coreml import _quantization_passes as passes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -285,13 +284,9 @@ def test_workers_can_be_asked_for_again_and_again():
         "group_size": 32,
         "num_kmeans_workers": 2,
     }
+    # coremltools' second call ends with "Pool not running" when an instance of its pass has gone.
+    # It is not run here: its workers are forks, which may wait forever for threads of this process.
     model = linear(weight(64, 64))
-    apply(theirs, model, PALETTIZE, **settings)
-    passes.palettize_weights().__del__()  # as when any instance of the pass goes
-    with pytest.raises(ValueError, match="Pool not running"):
-        apply(theirs, model, PALETTIZE, **settings)
-    passes.palettize_weights._compress_pool.terminate()
-    passes.palettize_weights._compress_pool.join()
     packages = [apply(ours, model, PALETTIZE, **settings) for _ in range(2)]
     np.testing.assert_array_equal(*(dense_weight(made) for made in packages))
 
