@@ -24,6 +24,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import coremltools as ct
     import coremltools.optimize.coreml as cto
+    from coremltools.converters.mil.mil.passes.defs import optimize_quantization
     from coremltools.optimize.coreml.experimental import _model_debugger
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -63,7 +64,10 @@ def samples(n: int) -> list[dict[str, np.ndarray]]:
 
 
 def run_by_interpreter(monkeypatch, program) -> None:
-    """Let coremltools see what our interpreter computes, as it can't predict here."""
+    """Let coremltools see what our interpreter computes, as it can't predict here.
+
+    The pass by which it goes on to make one scale of an addition 1 is left out: it changes values.
+    """
 
     def predicted(self, inputs, names, compute_units=None):
         known = [name for name in names if name in program.values]
@@ -73,6 +77,8 @@ def run_by_interpreter(monkeypatch, program) -> None:
     monkeypatch.setattr(
         _model_debugger.ModelDebugger, "predict_intermediate_outputs", predicted, raising=True
     )
+    rescaling = optimize_quantization.distributive_quantized_binary_op_scale_normalization
+    monkeypatch.setattr(rescaling, "apply", lambda self, prog: None)
 
 
 def quantized(path) -> tuple[dict[str, float], dict[str, list[bool]]]:
@@ -119,15 +125,14 @@ def test_values_are_quantized_where_coremltools_does_by_the_same_scales(
     reshaped = {"input_cast_fp16"}
     assert len(mine) >= 7
     assert mine.keys() - reshaped == reference.keys() - reshaped
-    # What a concat takes and makes shares a scale; coremltools' own is beyond what was seen.
-    joined = {"left_1_cast_fp16", "var_42_cast_fp16", "input_3_cast_fp16"}
-    assert len({mine[name] for name in joined}) == 1
-    for name in mine.keys() - reshaped - joined:
+    for name in mine.keys() - reshaped:
         # Both round the scale to float16.
         assert mine[name] == pytest.approx(reference[name], rel=2**-10)
-    assert {name: my_inputs[name] for name in inputs if name in my_inputs} == {
-        name: took for name, took in inputs.items() if name in my_inputs
-    }
+    joined = {"left_1_cast_fp16", "var_42_cast_fp16", "input_3_cast_fp16"}
+    assert len({mine[name] for name in joined}) == 1  # what a concat takes and makes
+    assert inputs.keys() >= my_inputs.keys() - reshaped
+    for name in my_inputs.keys() - reshaped:
+        assert my_inputs[name] == inputs[name]
 
 
 def trained(images: torch.Tensor, labels: torch.Tensor) -> nn.Module:
