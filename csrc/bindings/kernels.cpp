@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <optional>
 
-#include "bindings/arrays.h"
+#include "bindings/calls.h"
 #include "bindings/register.h"
 #include "core/parallel.h"
 #include "kernels/fidelity.h"
@@ -18,20 +18,11 @@
 namespace milpress {
 namespace {
 
-using Bytes = Array<std::uint8_t>;
-
 template <typename T>
 Array<T> kmeans1d(const Array<T>& weights, std::size_t n_entries,
                   const std::optional<Array<float>>& importance) {
-  const auto in = rows(weights);
-  const auto weight_of = importance ? rows(*importance) : MatrixView<const float>{};
-  auto luts = empty<T>(in.n_rows, n_entries);
-  const auto out = mutable_rows(luts);
-  {
-    const py::gil_scoped_release unlocked;
-    milpress::kmeans1d(in, weight_of, out);
-  }
-  return luts;
+  return luts_by(weights, n_entries, importance,
+                 [](auto... views) { milpress::kmeans1d(views...); });
 }
 
 template <typename T>
@@ -52,15 +43,7 @@ py::tuple kmeans_vector(const Array<T>& weights, std::size_t n_entries, std::siz
 
 template <typename T>
 Bytes lut_assign(const Array<T>& weights, const Array<T>& luts) {
-  const auto in = rows(weights);
-  const auto entries = rows(luts);
-  auto codes = empty<std::uint8_t>(in.n_rows, in.n_cols);
-  const auto out = mutable_rows(codes);
-  {
-    const py::gil_scoped_release unlocked;
-    milpress::lut_assign(in, entries, out);
-  }
-  return codes;
+  return codes_by(weights, luts, [](auto... views) { milpress::lut_assign(views...); });
 }
 
 template <typename T>
@@ -76,31 +59,16 @@ Array<T> lut_to_dense(const Bytes& codes, const Array<T>& luts) {
   return weights;
 }
 
-template <bool kSearch, typename T, typename Code>
-py::tuple quantize_to(const Array<T>& weights, CodeRange range, bool fit_offset) {
-  const auto in = rows(weights);
-  auto codes = empty<Code>(in.n_rows, in.n_cols);
-  auto scales = empty<T>(in.n_rows);
-  auto offsets = empty<Code>(fit_offset ? in.n_rows : 0);
-  const auto out = mutable_rows(codes);
-  const auto scale_of = mutable_view(scales);
-  const auto offset_of = mutable_view(offsets);
-  {
-    const py::gil_scoped_release unlocked;
-    if constexpr (kSearch) {
-      milpress::quantize_mse(in, range, scale_of, offset_of, out);
-    } else {
-      milpress::quantize(in, range, scale_of, offset_of, out);
-    }
-  }
-  return py::make_tuple(codes, scales, fit_offset ? py::object(offsets) : py::none());
+template <typename T>
+py::tuple quantize(const Array<T>& weights, int code_min, int code_max, bool fit_offset) {
+  return quantized_by(weights, code_min, code_max, fit_offset,
+                      [](auto... views) { milpress::quantize(views...); });
 }
 
-template <bool kSearch, typename T>
-py::tuple quantize(const Array<T>& weights, int code_min, int code_max, bool fit_offset) {
-  const CodeRange range{code_min, code_max};
-  return code_min < 0 ? quantize_to<kSearch, T, std::int8_t>(weights, range, fit_offset)
-                      : quantize_to<kSearch, T, std::uint8_t>(weights, range, fit_offset);
+template <typename T>
+py::tuple quantize_mse(const Array<T>& weights, int code_min, int code_max, bool fit_offset) {
+  return quantized_by(weights, code_min, code_max, fit_offset,
+                      [](auto... views) { milpress::quantize_mse(views...); });
 }
 
 template <typename T, typename Code>
@@ -120,65 +88,34 @@ Array<T> dequantize(const Array<Code>& codes, const Array<T>& scales,
 
 template <typename T>
 Bytes keep_largest(const Array<T>& weights, std::size_t n_zeros) {
-  const auto in = view(weights);
-  auto bitmask = empty<std::uint8_t>((in.size() + 7) / 8);
-  const auto out = mutable_view(bitmask);
-  {
-    const py::gil_scoped_release unlocked;
-    milpress::keep_largest(in, n_zeros, out);
-  }
-  return bitmask;
+  return bitmask_by(weights, [&](auto in, auto out) { milpress::keep_largest(in, n_zeros, out); });
 }
 
 template <typename T>
 Bytes keep_above(const Array<T>& weights, float threshold) {
-  const auto in = view(weights);
-  auto bitmask = empty<std::uint8_t>((in.size() + 7) / 8);
-  const auto out = mutable_view(bitmask);
-  {
-    const py::gil_scoped_release unlocked;
-    milpress::keep_above(in, from_float<T>(threshold), out);
-  }
-  return bitmask;
+  return bitmask_by(
+      weights, [&](auto in, auto out) { milpress::keep_above(in, from_float<T>(threshold), out); });
 }
 
 template <typename T>
 Bytes keep_n_m(const Array<T>& weights, std::size_t outer, std::size_t n_channels,
                std::size_t inner, std::size_t n, std::size_t m) {
-  const auto in = view(weights);
-  auto bitmask = empty<std::uint8_t>((in.size() + 7) / 8);
-  const auto out = mutable_view(bitmask);
-  {
-    const py::gil_scoped_release unlocked;
+  return bitmask_by(weights, [&](auto in, auto out) {
     milpress::keep_n_m(in, {outer, n_channels, inner}, n, m, out);
-  }
-  return bitmask;
+  });
 }
 
 template <typename T>
 Bytes keep_blocks(const Array<T>& weights, std::size_t outer, std::size_t n_channels,
                   std::size_t inner, std::size_t block_size, std::size_t n_zeros) {
-  const auto in = view(weights);
-  auto bitmask = empty<std::uint8_t>((in.size() + 7) / 8);
-  const auto out = mutable_view(bitmask);
-  {
-    const py::gil_scoped_release unlocked;
+  return bitmask_by(weights, [&](auto in, auto out) {
     milpress::keep_blocks(in, {outer, n_channels, inner}, block_size, n_zeros, out);
-  }
-  return bitmask;
+  });
 }
 
 template <typename T>
 Array<T> compact(const Array<T>& weights, const Bytes& bitmask) {
-  const auto in = view(weights);
-  const auto mask = view(bitmask);
-  auto nonzeros = empty<T>(count_kept(mask));
-  const auto out = mutable_view(nonzeros);
-  {
-    const py::gil_scoped_release unlocked;
-    milpress::compact(in, mask, out);
-  }
-  return nonzeros;
+  return nonzeros_by(weights, bitmask, [](auto... views) { milpress::compact(views...); });
 }
 
 template <typename T>
@@ -306,10 +243,10 @@ void register_for(py::module_& m) {
         "Index of the nearest entry of the row's ascending table; ties go low.");
   m.def("lut_to_dense", &lut_to_dense<T>, py::arg("codes").noconvert(), py::arg("luts").noconvert(),
         "The entry of the row's table that each code names.");
-  m.def("quantize", &quantize<false, T>, py::arg("weights").noconvert(), py::arg("code_min"),
+  m.def("quantize", &quantize<T>, py::arg("weights").noconvert(), py::arg("code_min"),
         py::arg("code_max"), py::arg("fit_offset"),
         "(codes, scales, offsets or None), one scale and offset a row.");
-  m.def("quantize_mse", &quantize<true, T>, py::arg("weights").noconvert(), py::arg("code_min"),
+  m.def("quantize_mse", &quantize_mse<T>, py::arg("weights").noconvert(), py::arg("code_min"),
         py::arg("code_max"), py::arg("fit_offset"),
         "The same with the range of each row that has the least squared error.");
   m.def("keep_largest", &keep_largest<T>, py::arg("weights").noconvert(), py::arg("n_zeros"),

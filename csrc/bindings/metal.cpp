@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <optional>
 
-#include "bindings/arrays.h"
+#include "bindings/calls.h"
 #include "bindings/register.h"
 #include "kernels/sparsify.h"
 #include "metal/kernels.h"
@@ -12,108 +12,51 @@
 namespace milpress {
 namespace {
 
-using Bytes = Array<std::uint8_t>;
-
 template <typename T>
 Array<T> kmeans1d(const Array<T>& weights, std::size_t n_entries,
                   const std::optional<Array<float>>& importance) {
-  const auto in = rows(weights);
-  const auto weight_of = importance ? rows(*importance) : MatrixView<const float>{};
-  auto luts = empty<T>(in.n_rows, n_entries);
-  const auto out = mutable_rows(luts);
-  {
-    const py::gil_scoped_release unlocked;
-    metal::kmeans1d(in, weight_of, out);
-  }
-  return luts;
+  return luts_by(weights, n_entries, importance, [](auto... views) { metal::kmeans1d(views...); });
 }
 
 template <typename T>
 Bytes lut_assign(const Array<T>& weights, const Array<T>& luts) {
-  const auto in = rows(weights);
-  const auto entries = rows(luts);
-  auto codes = empty<std::uint8_t>(in.n_rows, in.n_cols);
-  const auto out = mutable_rows(codes);
-  {
-    const py::gil_scoped_release unlocked;
-    metal::lut_assign(in, entries, out);
-  }
-  return codes;
+  return codes_by(weights, luts, [](auto... views) { metal::lut_assign(views...); });
 }
 
-template <bool kSearch, typename T, typename Code>
-py::tuple quantize_to(const Array<T>& weights, CodeRange range, bool fit_offset) {
-  const auto in = rows(weights);
-  auto codes = empty<Code>(in.n_rows, in.n_cols);
-  auto scales = empty<T>(in.n_rows);
-  auto offsets = empty<Code>(fit_offset ? in.n_rows : 0);
-  const auto out = mutable_rows(codes);
-  const auto scale_of = mutable_view(scales);
-  const auto offset_of = mutable_view(offsets);
-  {
-    const py::gil_scoped_release unlocked;
-    if constexpr (kSearch) {
-      metal::quantize_mse(in, range, scale_of, offset_of, out);
-    } else {
-      metal::quantize(in, range, scale_of, offset_of, out);
-    }
-  }
-  return py::make_tuple(codes, scales, fit_offset ? py::object(offsets) : py::none());
-}
-
-template <bool kSearch, typename T>
+template <typename T>
 py::tuple quantize(const Array<T>& weights, int code_min, int code_max, bool fit_offset) {
-  const CodeRange range{code_min, code_max};
-  return code_min < 0 ? quantize_to<kSearch, T, std::int8_t>(weights, range, fit_offset)
-                      : quantize_to<kSearch, T, std::uint8_t>(weights, range, fit_offset);
+  return quantized_by(weights, code_min, code_max, fit_offset,
+                      [](auto... views) { metal::quantize(views...); });
 }
 
-// Lets `write` fill a bitmask for the weights.
-template <typename T, typename Write>
-Bytes bitmask_of(const Array<T>& weights, const Write& write) {
-  const auto in = view(weights);
-  auto bitmask = empty<std::uint8_t>((in.size() + 7) / 8);
-  const auto out = mutable_view(bitmask);
-  {
-    const py::gil_scoped_release unlocked;
-    write(in, out);
-  }
-  return bitmask;
+template <typename T>
+py::tuple quantize_mse(const Array<T>& weights, int code_min, int code_max, bool fit_offset) {
+  return quantized_by(weights, code_min, code_max, fit_offset,
+                      [](auto... views) { metal::quantize_mse(views...); });
 }
 
 template <typename T>
 Bytes keep_largest(const Array<T>& weights, std::size_t n_zeros) {
-  return bitmask_of(weights, [&](std::span<const T> in, std::span<std::uint8_t> out) {
-    metal::keep_largest(in, n_zeros, out);
-  });
+  return bitmask_by(weights, [&](auto in, auto out) { metal::keep_largest(in, n_zeros, out); });
 }
 
 template <typename T>
 Bytes keep_above(const Array<T>& weights, float threshold) {
-  return bitmask_of(weights, [&](std::span<const T> in, std::span<std::uint8_t> out) {
-    metal::keep_above(in, from_float<T>(threshold), out);
-  });
+  return bitmask_by(
+      weights, [&](auto in, auto out) { metal::keep_above(in, from_float<T>(threshold), out); });
 }
 
 template <typename T>
 Bytes keep_n_m(const Array<T>& weights, std::size_t outer, std::size_t n_channels,
                std::size_t inner, std::size_t n, std::size_t m) {
-  return bitmask_of(weights, [&](std::span<const T> in, std::span<std::uint8_t> out) {
+  return bitmask_by(weights, [&](auto in, auto out) {
     metal::keep_n_m(in, {outer, n_channels, inner}, n, m, out);
   });
 }
 
 template <typename T>
 Array<T> compact(const Array<T>& weights, const Bytes& bitmask) {
-  const auto in = view(weights);
-  const auto mask = view(bitmask);
-  auto nonzeros = empty<T>(count_kept(mask));
-  const auto out = mutable_view(nonzeros);
-  {
-    const py::gil_scoped_release unlocked;
-    metal::compact(in, mask, out);
-  }
-  return nonzeros;
+  return nonzeros_by(weights, bitmask, [](auto... views) { metal::compact(views...); });
 }
 
 template <typename T>
@@ -122,11 +65,10 @@ void register_for(py::module_& m) {
         py::arg("importance").noconvert().none(true), "kmeans1d on the GPU.");
   m.def("metal_lut_assign", &lut_assign<T>, py::arg("weights").noconvert(),
         py::arg("luts").noconvert(), "lut_assign on the GPU.");
-  m.def("metal_quantize", &quantize<false, T>, py::arg("weights").noconvert(), py::arg("code_min"),
+  m.def("metal_quantize", &quantize<T>, py::arg("weights").noconvert(), py::arg("code_min"),
         py::arg("code_max"), py::arg("fit_offset"), "quantize on the GPU.");
-  m.def("metal_quantize_mse", &quantize<true, T>, py::arg("weights").noconvert(),
-        py::arg("code_min"), py::arg("code_max"), py::arg("fit_offset"),
-        "quantize_mse on the GPU.");
+  m.def("metal_quantize_mse", &quantize_mse<T>, py::arg("weights").noconvert(), py::arg("code_min"),
+        py::arg("code_max"), py::arg("fit_offset"), "quantize_mse on the GPU.");
   m.def("metal_keep_largest", &keep_largest<T>, py::arg("weights").noconvert(), py::arg("n_zeros"),
         "keep_largest on the GPU.");
   m.def("metal_keep_above", &keep_above<T>, py::arg("weights").noconvert(), py::arg("threshold"),

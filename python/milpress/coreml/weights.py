@@ -69,7 +69,8 @@ def palettize_weights(
         Threads to use; ``None`` for MILPRESS_NUM_THREADS or the number of cores.
     device
         Where the kernels run: ``"cpu"``; ``"metal"`` for the GPU of a Mac, with the CPU's results;
-        ``"auto"``, for now the CPU. What the GPU could not do is in the report's notes.
+        ``"auto"`` takes the CPU until a GPU has been measured to be faster. What the GPU could not
+        do is in the report's notes.
 
     Returns
     -------
