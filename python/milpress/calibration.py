@@ -155,16 +155,16 @@ class Observer:
         if seen is None or config.calibration == "minmax" or not self._counts.size:
             return seen
         # The outermost bins reach no further than what was seen.
-        whole = (np.arange(self._counts.size + 1.0) + self._first) * 2.0**self._exponent
-        edges = np.asarray(whole.clip(*seen), np.float64)
+        places = np.arange(self._counts.size + 1, dtype=np.float64) + self._first
+        edges = (places * 2.0**self._exponent).clip(*seen).astype(np.float64)
         if config.calibration == "percentile":
             return self._percentile(edges, config.percentile)
         filled = np.flatnonzero(self._counts)
         centers = ((edges[:-1] + edges[1:]) / 2)[filled]
         counts = self._counts[filled].astype(np.float64)
         cost = _squared_error if config.calibration == "mse" else _divergence
-        widest = Range(min(seen.low, 0.0), max(seen.high, 0.0))
-        return _least(widest, codes, lambda tried: cost(centers, counts, tried, codes))
+        whole = Range(min(seen.low, 0.0), max(seen.high, 0.0))
+        return _least(whole, codes, lambda tried: cost(centers, counts, tried, codes))
 
     def _percentile(self, edges: NDArray[np.float64], percentile: float) -> Range:
         """Return the narrowest range of whole bins that leaves out no more than is allowed."""
