@@ -380,8 +380,8 @@ def _recipe(
     step = _activation_step(**activations)
     if len(given) > 1 or not (given or step):
         msg = (
-            f"one of {', '.join(chosen)} must be given, or --quantize-activations, got "
-            f"{' and '.join(given) or 'none'}"
+            f"one of {', '.join(chosen)} must be given, got {' and '.join(given) or 'none'}; "
+            "--quantize-activations goes with one or alone"
         )
         raise ConfigError(msg)
     _check_companions(given[0] if given else "--quantize-activations", palettize, quantize)
