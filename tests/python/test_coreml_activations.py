@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -414,7 +415,6 @@ def test_quantizing_twice_changes_nothing(net, tmp_path):
 
 def edited(path: Path, out: Path, change: Any) -> Path:
     """Write a package whose model was changed."""
-    import shutil
 
     shutil.copytree(path, out)
     package = Package(out)
@@ -710,3 +710,55 @@ def test_8_bits_for_weights_and_activations_keep_the_accuracy(digits, tmp_path, 
     before, after = accuracy(source, images, labels), accuracy(w8a8, images, labels)
     assert before > 0.95
     assert after >= before - 0.01
+
+
+def test_one_function_of_several_is_quantized_and_the_others_stay(net, tmp_path):
+    description = ct.utils.MultiFunctionDescriptor()
+    for name, kind in (("first", "cnn"), ("second", "mlp")):
+        description.add_function(str(net(kind, "iOS18")), "main", name)
+    description.default_function_name = "first"
+    source, out = tmp_path / "source.mlpackage", tmp_path / "out.mlpackage"
+    ct.utils.save_multifunction(description, str(source))
+    for function, kind, other in (("second", "mlp", "first"), (None, "cnn", "second")):
+        linear_quantize_activations(
+            source,
+            OpLinearQuantizerConfig(),
+            samples_of(net(kind, "iOS18")),
+            function=function,
+            destination=out,
+        )
+        ours.verify(source, out)
+        before, after = (Package(path).model.mlProgram.functions for path in (source, out))
+        kinds = {
+            name: [op.type for op in made.block_specializations[made.opset].operations]
+            for name, made in after.items()
+        }
+        assert "quantize" in kinds[function or "first"]
+        same = before[other].block_specializations["CoreML8"].operations
+        assert kinds[other] == [op.type for op in same]
+
+        shutil.rmtree(out)
+
+
+def test_every_model_of_a_pipeline_is_quantized(net, tmp_path):
+    path = net("grown", "iOS18")
+    first = model_of(path)
+    second = tmp_path / "second.mlpackage"
+
+    @program("iOS18", np.float16, y=(1, 16))
+    def prog(y: Any) -> Any:
+        return mb.relu(x=mb.linear(x=y, weight=weight(8, 16), name="head"), name="z")
+
+    save(prog, second, "iOS18")
+    source, out = tmp_path / "source.mlpackage", tmp_path / "out.mlpackage"
+    ct.utils.make_pipeline(first, model_of(second)).save(str(source))
+    samples = samples_of(source)
+    report = linear_quantize_activations(
+        source, OpLinearQuantizerConfig(), samples, destination=out
+    ).activation_report
+    places = {each.name.rpartition("/")[0] for each in report.activations}
+    assert len(places) == 2
+    ours.verify(source, out)
+    dense, coded = interpreter.load(source)(**samples[0]), interpreter.load(out)(**samples[0])
+    # Some 40 dB for a step of 2 / 254 of the range, for each of at most eight values on the way.
+    assert decibels(dense["z"], coded["z"]) > 25
