@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from milpress.calibration import CalibrationConfig, Observer, Range
 from milpress.errors import ConfigError, InputError
 from milpress.formats import QuantizeConfig, quantize
 from milpress.mil import activations as mil
@@ -19,6 +18,7 @@ from milpress.mil.activations import Parameters, Placement, Value
 from milpress.mil.package import Package
 from milpress.mil.program import Node
 from milpress.mil.weights import Site, sites
+from milpress.ranges import CalibrationConfig, Observer, Range
 from milpress.report import escaped, named_table
 from milpress.samples import Data, RandomSamples, Samples
 

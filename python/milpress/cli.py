@@ -178,7 +178,7 @@ def compress(
             source,
             destination,
             asked,
-            calibration_data=calibration_data,
+            sample_data=calibration_data,
             on_unsupported="error" if strict else "leave",
             verify=verify,
             progress=progress,
@@ -408,8 +408,8 @@ def _recipe(
 
 
 def _activation_step(dtype: Any, calibration: Any) -> ActivationStep | None:
-    from milpress.calibration import CalibrationConfig
     from milpress.formats import PerTensor, QuantizeConfig
+    from milpress.ranges import CalibrationConfig
     from milpress.recipe import ActivationStep
 
     if dtype is None:

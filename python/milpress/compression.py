@@ -39,7 +39,7 @@ def compress(
     destination: str | os.PathLike[str],
     recipe: Recipe | str | os.PathLike[str],
     *,
-    calibration_data: Data | None = None,
+    sample_data: Data | None = None,
     on_unsupported: OnUnsupported = "leave",
     verify: bool = True,
     progress: Progress | None = None,
@@ -60,7 +60,7 @@ def compress(
         Paths of the ``.mlpackage`` to read and of the one to write.
     recipe
         What to do to which weights, or the path of its YAML file.
-    calibration_data
+    sample_data
         Samples to run the model on, for a recipe that quantizes activations: an ``.npz`` file, a
         folder of them, dictionaries of arrays, or `RandomSamples`.
     on_unsupported
@@ -106,10 +106,10 @@ def compress(
         raise ConfigError(msg)
     if not isinstance(recipe, Recipe):
         recipe = Recipe.from_yaml(recipe)
-    if (recipe.activations is None) != (calibration_data is None):
+    if (recipe.activations is None) != (sample_data is None):
         msg = (
-            "calibration_data must be given to quantize activations, and for nothing else, got "
-            f"{'none' if calibration_data is None else 'some'}"
+            "sample_data must be given to quantize activations, and for nothing else, got "
+            f"{'none' if sample_data is None else 'some'}"
         )
         raise ConfigError(msg)
     return compress_package(
@@ -124,7 +124,7 @@ def compress(
         device=device,
         force=force,
         dry_run=dry_run,
-        before=_activations(recipe, calibration_data, progress),
+        before=_activations(recipe, sample_data, progress),
     )
 
 

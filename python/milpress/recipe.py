@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 
 from milpress import _patterns, _yaml
-from milpress.calibration import CalibrationConfig
 from milpress.errors import ConfigError
 from milpress.formats import (
     Blocks,
@@ -27,6 +26,7 @@ from milpress.formats import (
     Uniform,
     Unique,
 )
+from milpress.ranges import CalibrationConfig
 
 # coremltools compresses weights of more than 2,048 elements.
 DEFAULT_MIN_SIZE = 2049

@@ -630,7 +630,7 @@ def test_a_model_with_nothing_to_quantize_is_an_error(build, tmp_path):
             source,
             tmp_path / "out.mlpackage",
             recipe,
-            calibration_data=ours.RandomSamples(1),
+            sample_data=ours.RandomSamples(1),
         )
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from milpress.activations import CodesOf, quantize_activations
-from milpress.calibration import Calibration, CalibrationConfig
 from milpress.compression import Progress, save_package
 from milpress.coreml.config import OpLinearQuantizerConfig, OptimizationConfig, adopted
 from milpress.coreml.model import opened, returned, temporary_package
 from milpress.formats import PerTensor, QuantizeConfig
+from milpress.ranges import CalibrationConfig, CalibrationKind
 from milpress.recipe import check_codes
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def linear_quantize_activations(
     sample_data: Any,
     calibration_op_group_size: int = -1,
     *,
-    calibration: Calibration = "minmax",
+    calibration: CalibrationKind = "minmax",
     percentile: float = 99.99,
     function: str | None = None,
     destination: str | os.PathLike[str] | None = None,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from milpress.errors import ConfigError
 from milpress.formats import QuantizeConfig
 
-Calibration: TypeAlias = Literal["minmax", "percentile", "mse", "entropy"]
+CalibrationKind: TypeAlias = Literal["minmax", "percentile", "mse", "entropy"]
 
 # Bins of a histogram. With 8-bit codes a bin is at most a sixteenth of a step.
 _MAX_BINS = 8192
@@ -45,12 +45,14 @@ class CalibrationConfig:
         With ``"percentile"``: how many values in a hundred the range holds.
     """
 
-    calibration: Calibration = "minmax"
+    calibration: CalibrationKind = "minmax"
     percentile: float = 99.99
 
     def __post_init__(self) -> None:
-        if self.calibration not in get_args(Calibration):
-            msg = f"calibration must be one of {get_args(Calibration)}, got {self.calibration!r}"
+        if self.calibration not in get_args(CalibrationKind):
+            msg = (
+                f"calibration must be one of {get_args(CalibrationKind)}, got {self.calibration!r}"
+            )
             raise ConfigError(msg)
         if (
             isinstance(self.percentile, bool)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from milpress.calibration import CalibrationConfig, Observer, Range
 from milpress.errors import ConfigError
 from milpress.formats import PerTensor, QuantizeConfig, quantize
+from milpress.ranges import CalibrationConfig, Observer, Range
 
 CODES = [
     QuantizeConfig(dtype=dtype, granularity=PerTensor(), offset=offset)
