@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from milpress import _core
 from milpress._parallel import in_order
@@ -26,6 +26,10 @@ from milpress.recipe import Recipe, describe, treatment_dict
 from milpress.report import Report, WeightReport
 from milpress.verification import Verification, compare_packages
 
+if TYPE_CHECKING:
+    from milpress.activations import ActivationReport
+    from milpress.samples import Data
+
 Progress: TypeAlias = Callable[[int, int, str], None]
 OnUnsupported: TypeAlias = Literal["leave", "error"]
 
@@ -35,6 +39,7 @@ def compress(
     destination: str | os.PathLike[str],
     recipe: Recipe | str | os.PathLike[str],
     *,
+    sample_data: Data | None = None,
     on_unsupported: OnUnsupported = "leave",
     verify: bool = True,
     progress: Progress | None = None,
@@ -55,6 +60,9 @@ def compress(
         Paths of the ``.mlpackage`` to read and of the one to write.
     recipe
         What to do to which weights, or the path of its YAML file.
+    sample_data
+        Samples to run the model on, for a recipe that quantizes activations: an ``.npz`` file, a
+        folder of them, dictionaries of arrays, or `RandomSamples`.
     on_unsupported
         What to do with a weight that does not suit its treatment: ``"leave"`` it as it is, and say
         so in the report, or raise an ``"error"``.
@@ -99,6 +107,12 @@ def compress(
         raise ConfigError(msg)
     if not isinstance(recipe, Recipe):
         recipe = Recipe.from_yaml(recipe)
+    if (recipe.activations is None) != (sample_data is None):
+        msg = (
+            "sample_data must be given to quantize activations, and for nothing else, got "
+            f"{'none' if sample_data is None else 'some'}"
+        )
+        raise ConfigError(msg)
     return compress_package(
         Package(source),
         destination,
@@ -111,7 +125,24 @@ def compress(
         device=device,
         force=force,
         dry_run=dry_run,
+        before=_activations(recipe, sample_data, progress),
     )
+
+
+def _activations(
+    recipe: Recipe, data: Data | None, progress: Progress | None
+) -> Callable[[Package], ActivationReport] | None:
+    step = recipe.activations
+    if step is None or data is None:
+        return None
+    from milpress.activations import quantize_activations
+
+    def work(package: Package) -> ActivationReport:
+        return quantize_activations(
+            package, step.codes_of, data, calibration=step.calibration, progress=progress
+        )
+
+    return work
 
 
 def compress_package(
@@ -128,10 +159,12 @@ def compress_package(
     force: bool = False,
     dry_run: bool = False,
     may_be_idle: bool = False,
+    before: Callable[[Package], ActivationReport] | None = None,
 ) -> Report:
     """Do what `compress` does, with an open package and any way to say what is wished.
 
-    With ``may_be_idle``, compressing nothing is no error: the result is a copy.
+    With ``may_be_idle``, compressing nothing is no error: the result is a copy. ``before`` is done
+    to the package's activations first.
     """
     started = time.perf_counter()
     with thread_limit(threads), using(device) as kernels:
@@ -139,6 +172,10 @@ def compress_package(
             check_destination(package.path, Path(destination), force=force)
         names = weight_files(package)
         notes = _raise_opsets(package, target)
+        activations = None if before is None else before(package)
+        if activations is not None:
+            notes.extend(activations.notes)
+            may_be_idle = may_be_idle or activations.n_pairs > 0
         planned = plan_package(package, wishes, strict=strict)
         job = _Job(package, planned, strict, wishes.may_grow, may_be_idle, progress)
         if dry_run:
@@ -155,7 +192,8 @@ def compress_package(
                 reports = job.run(staged)
                 verification, size = _complete(package, staged, verify=verify)
     notes.extend(kernels.notes)
-    return _report(package, destination, reports, notes, size, verification, started)
+    report = _report(package, destination, reports, notes, size, verification, started)
+    return replace(report, activations=activations)
 
 
 def decompress(

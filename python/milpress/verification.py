@@ -184,7 +184,7 @@ def _without_pairs(original: Package, compressed: Package) -> int:
     for package, mine, other in zip((original, compressed), records, records[::-1], strict=True):
         pairs = {name: codes for name, codes in mine.items() if name not in other}
         found = (
-            [name for site in sites(package) for name, _ in activations.strip(site, pairs)]
+            [name for site in sites(package) for name, _ in activations.strip(site, pairs, package)]
             if pairs
             else []
         )
