@@ -206,6 +206,20 @@ py::tuple compare_palette(const Array<T>& source, const Bytes& codes, const Arra
 }
 
 template <typename T>
+py::tuple compare_vectors(const Array<T>& source, std::size_t dim, const Bytes& codes,
+                          const Array<T>& luts) {
+  const auto in = rows(source);
+  const auto code_of = rows(codes);
+  const auto entries = rows(luts);
+  Fidelity fidelity;
+  {
+    const py::gil_scoped_release unlocked;
+    fidelity = milpress::compare_vectors(in, dim, code_of, entries);
+  }
+  return as_tuple(fidelity);
+}
+
+template <typename T>
 py::tuple compare_sparse(const Array<T>& source, const Bytes& bitmask, const Array<T>& nonzeros) {
   const auto in = view(source);
   const auto mask = view(bitmask);
@@ -270,6 +284,9 @@ void register_for(py::module_& m) {
   m.def("compare_palette", &compare_palette<T>, py::arg("source").noconvert(),
         py::arg("codes").noconvert(), py::arg("luts").noconvert(),
         "(signal, noise, weights not at their nearest entry) of a palettized weight.");
+  m.def("compare_vectors", &compare_vectors<T>, py::arg("source").noconvert(), py::arg("dim"),
+        py::arg("codes").noconvert(), py::arg("luts").noconvert(),
+        "(signal, noise, vectors not at their nearest entry) of a weight palettized by vectors.");
   m.def(
       "compare_sparse", &compare_sparse<T>, py::arg("source").noconvert(),
       py::arg("bitmask").noconvert(), py::arg("nonzeros").noconvert(),

@@ -84,6 +84,9 @@ def compare_quantized(
 def compare_palette(
     source: NDArray[_Float], codes: _Bytes, luts: NDArray[_Float]
 ) -> tuple[float, float, int]: ...
+def compare_vectors(
+    source: NDArray[_Float], dim: int, codes: _Bytes, luts: NDArray[_Float]
+) -> tuple[float, float, int]: ...
 def compare_sparse(
     source: NDArray[_Float], bitmask: _Bytes, nonzeros: NDArray[_Float]
 ) -> tuple[float, float, int, int, int, float, float]: ...

@@ -496,6 +496,12 @@ def _judge(
     """Return signal, noise, and in words which promise is broken, if one is."""
     if isinstance(value, Masked):
         return _judge_masked(source, value, promise, steps)
+    if isinstance(value, Palette) and promise == "nearest" and value.vector_size > 1:
+        signal, noise, n_outside = _core.compare_vectors(
+            value.vector_rows(source), value.vector_size, *value.rows()
+        )
+        wrong = f"{n_outside} indices don't name the nearest vector of their table"
+        return signal, noise, wrong if n_outside else ""
     if isinstance(value, Palette) and promise == "nearest":
         codes, luts = value.rows()
         if (np.diff(luts.astype(np.float32), axis=1) < 0).any():

@@ -165,11 +165,15 @@ class Palette:
 
     def rows(self) -> tuple[NDArray[np.uint8], Floats]:
         """Return indices and tables as the rows that kernels take, one a group."""
-        n_entries, vector_size = self.lut.shape[-2:]
-        if vector_size != 1:
-            msg = f"rows are for tables of single values, got vectors of {vector_size}"
-            raise ConfigError(msg)
-        return to_rows(self.codes, self.group_shape), self.entries.reshape(-1, n_entries)
+        codes = to_rows(self.codes, self.group_shape)
+        return codes, self.entries.reshape(len(codes), -1)
+
+    def vector_rows(self, weight: Floats) -> Floats:
+        """Return a weight's vectors in the order of the indices of `rows`."""
+        axis = 0 if self.vector_axis is None else self.vector_axis
+        _, vectors = split_vectors(weight, self.vector_size, axis, self.group_shape)
+        rows: Floats = vectors.reshape(len(vectors), -1)
+        return rows
 
     def dense(self) -> Floats:
         """Return the weight, each index replaced by its entry."""

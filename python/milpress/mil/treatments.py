@@ -37,9 +37,10 @@ class Record(NamedTuple):
 def promise_of(steps: Sequence[Step]) -> Promise:
     """Return what steps, done to a dense weight, promise of every element.
 
-    Single values that are palettized have the nearest entry, unclipped quantized ones are within
-    half a step, pruned ones are zero and the others equal; pruning may come first. Elsewhere
-    nothing is promised, and the signal-to-noise ratio says what was lost.
+    Palettized values, or vectors without scales, have the nearest entry, unclipped quantized ones
+    are within half a step, pruned ones are zero and the others equal; pruning may come first,
+    though not of vectors. Elsewhere nothing is promised, and the signal-to-noise ratio says what
+    was lost.
     """
     coding = [step for step in steps if "prune" not in step]
     if not coding:
@@ -48,8 +49,10 @@ def promise_of(steps: Sequence[Step]) -> Promise:
         return "none"
     palettize = coding[0].get("palettize")
     if palettize is not None:
-        singly = palettize.get("vector_size", 1) == 1 and palettize.get("table") != "custom"
-        return "nearest" if singly else "none"
+        is_free = palettize.get("table") == "custom"
+        if palettize.get("vector_size", 1) > 1:
+            is_free |= len(steps) > 1 or palettize.get("channel_scale", False)
+        return "none" if is_free else "nearest"
     return "none" if "range" in coding[0]["quantize"] else "half_step"
 
 
