@@ -76,8 +76,9 @@ Array<T> lut_to_dense(const Bytes& codes, const Array<T>& luts) {
   return weights;
 }
 
-template <bool kSearch, typename T, typename Code>
-py::tuple quantize_to(const Array<T>& weights, CodeRange range, bool fit_offset) {
+// Allocates what `work(range, scales, offsets, codes)` writes, and returns it.
+template <typename T, typename Code, typename Work>
+py::tuple quantized(const Array<T>& weights, CodeRange range, bool fit_offset, const Work& work) {
   const auto in = rows(weights);
   auto codes = empty<Code>(in.n_rows, in.n_cols);
   auto scales = empty<T>(in.n_rows);
@@ -87,20 +88,43 @@ py::tuple quantize_to(const Array<T>& weights, CodeRange range, bool fit_offset)
   const auto offset_of = mutable_view(offsets);
   {
     const py::gil_scoped_release unlocked;
-    if constexpr (kSearch) {
-      milpress::quantize_mse(in, range, scale_of, offset_of, out);
-    } else {
-      milpress::quantize(in, range, scale_of, offset_of, out);
-    }
+    work(in, range, scale_of, offset_of, out);
   }
   return py::make_tuple(codes, scales, fit_offset ? py::object(offsets) : py::none());
 }
 
-template <bool kSearch, typename T>
-py::tuple quantize(const Array<T>& weights, int code_min, int code_max, bool fit_offset) {
+template <typename T, typename Work>
+py::tuple quantized_by(const Array<T>& weights, int code_min, int code_max, bool fit_offset,
+                       const Work& work) {
   const CodeRange range{code_min, code_max};
-  return code_min < 0 ? quantize_to<kSearch, T, std::int8_t>(weights, range, fit_offset)
-                      : quantize_to<kSearch, T, std::uint8_t>(weights, range, fit_offset);
+  return code_min < 0 ? quantized<T, std::int8_t>(weights, range, fit_offset, work)
+                      : quantized<T, std::uint8_t>(weights, range, fit_offset, work);
+}
+
+template <typename T>
+py::tuple quantize(const Array<T>& weights, int code_min, int code_max, bool fit_offset) {
+  return quantized_by(weights, code_min, code_max, fit_offset,
+                      [](auto in, CodeRange range, auto scales, auto offsets, auto codes) {
+                        milpress::quantize(in, range, scales, offsets, codes);
+                      });
+}
+
+template <typename T>
+py::tuple quantize_mse(const Array<T>& weights, int code_min, int code_max, bool fit_offset) {
+  return quantized_by(weights, code_min, code_max, fit_offset,
+                      [](auto in, CodeRange range, auto scales, auto offsets, auto codes) {
+                        milpress::quantize_mse(in, range, scales, offsets, codes);
+                      });
+}
+
+template <typename T>
+py::tuple quantize_mse_weighted(const Array<T>& weights, const Array<float>& importance,
+                                int code_min, int code_max, bool fit_offset) {
+  const auto share = rows(importance);
+  return quantized_by(weights, code_min, code_max, fit_offset,
+                      [share](auto in, CodeRange range, auto scales, auto offsets, auto codes) {
+                        milpress::quantize_mse_weighted(in, share, range, scales, offsets, codes);
+                      });
 }
 
 template <typename T, typename Code>
@@ -306,12 +330,15 @@ void register_for(py::module_& m) {
         "Index of the nearest entry of the row's ascending table; ties go low.");
   m.def("lut_to_dense", &lut_to_dense<T>, py::arg("codes").noconvert(), py::arg("luts").noconvert(),
         "The entry of the row's table that each code names.");
-  m.def("quantize", &quantize<false, T>, py::arg("weights").noconvert(), py::arg("code_min"),
+  m.def("quantize", &quantize<T>, py::arg("weights").noconvert(), py::arg("code_min"),
         py::arg("code_max"), py::arg("fit_offset"),
         "(codes, scales, offsets or None), one scale and offset a row.");
-  m.def("quantize_mse", &quantize<true, T>, py::arg("weights").noconvert(), py::arg("code_min"),
+  m.def("quantize_mse", &quantize_mse<T>, py::arg("weights").noconvert(), py::arg("code_min"),
         py::arg("code_max"), py::arg("fit_offset"),
         "The same with the range of each row that has the least squared error.");
+  m.def("quantize_mse_weighted", &quantize_mse_weighted<T>, py::arg("weights").noconvert(),
+        py::arg("importance").noconvert(), py::arg("code_min"), py::arg("code_max"),
+        py::arg("fit_offset"), "The same with each squared error multiplied by its importance.");
   m.def("keep_largest", &keep_largest<T>, py::arg("weights").noconvert(), py::arg("n_zeros"),
         "Bitmask of the weights left when the n_zeros smallest go; the earlier of equals first.");
   m.def("keep_above", &keep_above<T>, py::arg("weights").noconvert(), py::arg("threshold"),
