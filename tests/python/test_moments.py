@@ -441,3 +441,38 @@ def test_the_command_line_and_coreml_functions_calibrate_alike(build, tmp_path):
         milpress.coreml.OptimizationConfig(milpress.coreml.OpLinearQuantizerConfig(range="mse")),
         sample_data=known,
     )
+
+
+@pytest.mark.parametrize("kind", ["nested", "recurrent", "lookup", "awkward"])
+def test_models_of_other_shapes_are_calibrated_corrected_and_verified(kind, build, tmp_path):
+    out = tmp_path / "out.mlpackage"
+    report = milpress.compress(
+        build(kind),
+        out,
+        Recipe.of(PalettizeConfig(bits=4), min_size=100),
+        sample_data=RandomSamples(3),
+        bias_correction=True,
+    )
+    assert report.verified
+    notes = {each.name: each.note for each in report.with_status("compressed")}
+    uncalibrated = {name for name, note in notes.items() if "not calibrated" in note}
+    assert (uncalibrated == notes.keys()) == (kind == "recurrent")
+    assert load(out) is not None
+
+
+def test_models_of_a_pipeline_are_calibrated_by_what_reaches_them(shared_pipeline, tmp_path):
+    source, out = shared_pipeline, tmp_path / "out.mlpackage"
+    found = {each.layer: each for each in calibrate(source, RandomSamples(2)).layers}
+    layers = ("first", "second", "third")
+    matmuls = {"model0/fourth", "model1/z"}
+    assert set(found) == {f"model{i}/{name}" for i in (0, 1) for name in layers} | matmuls
+    assert not np.array_equal(found["model0/first"].second, found["model1/first"].second)
+    milpress.compress(
+        source,
+        out,
+        Recipe.of(PalettizeConfig(bits=4)),
+        sample_data=RandomSamples(2),
+        bias_correction=True,
+    )
+    # Of each model first, second and third have, or get, a bias; the fourth is a matmul.
+    assert milpress.verify(source, out).n_corrected == 6
