@@ -129,13 +129,6 @@ def compress(
             "entropy."
         ),
     ] = "minmax",
-    calibration_data: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR_or_.npz",
-            help="Samples to calibrate on: an .npz file with an array for each input, or a folder.",
-        ),
-    ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML file that says it all.")] = None,
     upgrade_to: Annotated[
         str | None, typer.Option(help="Raise the opset first: iOS16, iOS17, iOS18 or iOS26.")
@@ -143,6 +136,22 @@ def compress(
     weight_threshold: Annotated[
         int | None, typer.Option(help="Leave weights of at most so many elements [2048].")
     ] = None,
+    calibration_data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Samples (as of evaluate) that say which errors count. With --quantize, clips too."
+        ),
+    ] = None,
+    calibration_cache: Annotated[
+        Path | None, typer.Option(help="Keep what the samples said in this .npz file.")
+    ] = None,
+    calibration_mask: Annotated[
+        str | None, typer.Option(help="The input that is 0 at padding [attention_mask].")
+    ] = None,
+    bias_correction: Annotated[
+        bool,
+        typer.Option("--bias-correction", help="Take the layers' mean errors off their biases."),
+    ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail if a weight does not suit its treatment.")
     ] = False,
@@ -167,6 +176,7 @@ def compress(
             "per_channel": per_channel,
             "per_tensor": per_tensor,
             "offset": offset,
+            "clip": calibration_data is not None,
         },
         prune,
         {"dtype": quantize_activations, "calibration": calibration},
@@ -178,7 +188,6 @@ def compress(
             source,
             destination,
             asked,
-            sample_data=calibration_data,
             on_unsupported="error" if strict else "leave",
             verify=verify,
             progress=progress,
@@ -186,6 +195,10 @@ def compress(
             device=cast("DeviceName", device),
             force=force,
             dry_run=dry_run,
+            sample_data=calibration_data,
+            calibration_cache=calibration_cache,
+            calibration_mask=calibration_mask,
+            bias_correction=bias_correction,
         )
     )
     _print_report(report, as_json=as_json, wrote=not dry_run)
@@ -446,6 +459,7 @@ def _quantize_config(
     per_channel: bool,
     per_tensor: bool,
     offset: bool,
+    clip: bool,
 ) -> Any:
     from milpress.formats import PerBlock, PerChannel, PerTensor, QuantizeConfig
 
@@ -466,7 +480,9 @@ def _quantize_config(
         if per_tensor
         else PerChannel()
     )
-    return QuantizeConfig(dtype=dtype, granularity=granularity, offset=offset)
+    return QuantizeConfig(
+        dtype=dtype, granularity=granularity, offset=offset, range="mse" if clip else "minmax"
+    )
 
 
 def _with_progress(work: Callable[[Any], _Made]) -> _Made:
