@@ -71,6 +71,16 @@ py::tuple quantize_mse(const Array<T>& weights, int code_min, int code_max, bool
                       [](auto... views) { milpress::quantize_mse(views...); });
 }
 
+template <typename T>
+py::tuple quantize_mse_weighted(const Array<T>& weights, const Array<float>& importance,
+                                int code_min, int code_max, bool fit_offset) {
+  const auto share = rows(importance);
+  return quantized_by(weights, code_min, code_max, fit_offset,
+                      [share](auto in, CodeRange range, auto scales, auto offsets, auto codes) {
+                        milpress::quantize_mse_weighted(in, share, range, scales, offsets, codes);
+                      });
+}
+
 template <typename T, typename Code>
 Array<T> dequantize(const Array<Code>& codes, const Array<T>& scales,
                     const std::optional<Array<Code>>& offsets) {
@@ -206,6 +216,20 @@ py::tuple compare_palette(const Array<T>& source, const Bytes& codes, const Arra
 }
 
 template <typename T>
+py::tuple compare_vectors(const Array<T>& source, std::size_t dim, const Bytes& codes,
+                          const Array<T>& luts) {
+  const auto in = rows(source);
+  const auto code_of = rows(codes);
+  const auto entries = rows(luts);
+  Fidelity fidelity;
+  {
+    const py::gil_scoped_release unlocked;
+    fidelity = milpress::compare_vectors(in, dim, code_of, entries);
+  }
+  return as_tuple(fidelity);
+}
+
+template <typename T>
 py::tuple compare_sparse(const Array<T>& source, const Bytes& bitmask, const Array<T>& nonzeros) {
   const auto in = view(source);
   const auto mask = view(bitmask);
@@ -249,6 +273,9 @@ void register_for(py::module_& m) {
   m.def("quantize_mse", &quantize_mse<T>, py::arg("weights").noconvert(), py::arg("code_min"),
         py::arg("code_max"), py::arg("fit_offset"),
         "The same with the range of each row that has the least squared error.");
+  m.def("quantize_mse_weighted", &quantize_mse_weighted<T>, py::arg("weights").noconvert(),
+        py::arg("importance").noconvert(), py::arg("code_min"), py::arg("code_max"),
+        py::arg("fit_offset"), "The same with each squared error multiplied by its importance.");
   m.def("keep_largest", &keep_largest<T>, py::arg("weights").noconvert(), py::arg("n_zeros"),
         "Bitmask of the weights left when the n_zeros smallest go; the earlier of equals first.");
   m.def("keep_above", &keep_above<T>, py::arg("weights").noconvert(), py::arg("threshold"),
@@ -270,6 +297,9 @@ void register_for(py::module_& m) {
   m.def("compare_palette", &compare_palette<T>, py::arg("source").noconvert(),
         py::arg("codes").noconvert(), py::arg("luts").noconvert(),
         "(signal, noise, weights not at their nearest entry) of a palettized weight.");
+  m.def("compare_vectors", &compare_vectors<T>, py::arg("source").noconvert(), py::arg("dim"),
+        py::arg("codes").noconvert(), py::arg("luts").noconvert(),
+        "(signal, noise, vectors not at their nearest entry) of a weight palettized by vectors.");
   m.def(
       "compare_sparse", &compare_sparse<T>, py::arg("source").noconvert(),
       py::arg("bitmask").noconvert(), py::arg("nonzeros").noconvert(),

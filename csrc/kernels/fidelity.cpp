@@ -14,6 +14,7 @@
 #include "core/order.h"
 #include "core/parallel.h"
 #include "core/vectorize.h"
+#include "kernels/kmeans_vector.h"
 #include "kernels/lut_assign.h"
 #include "kernels/pack.h"
 #include "kernels/quantize.h"
@@ -263,6 +264,72 @@ Fidelity compare_palette(MatrixView<const T> source, MatrixView<const std::uint8
 
 namespace {
 
+template <typename T>
+double squared_distance(std::span<const T> vector, std::span<const T> lut, std::size_t code) {
+  double sum = 0;
+  for (std::size_t d = 0; d < vector.size(); ++d) {
+    const double entry = to_float(lut[code * vector.size() + d]);
+    const double difference = static_cast<double>(to_float(vector[d])) - entry;
+    sum += difference * difference;
+  }
+  return sum;
+}
+
+// Vectors of a row to which the entry of `nearest` is nearer than that of `codes`.
+template <typename T>
+std::size_t count_not_nearest(std::span<const T> row, std::size_t dim, std::span<const T> lut,
+                              std::span<const std::uint8_t> codes,
+                              std::span<const std::uint8_t> nearest) {
+  if (std::equal(codes.begin(), codes.end(), nearest.begin())) {
+    return 0;
+  }
+  double greatest = 0;
+  for (const T weight : row) {
+    greatest = std::max(greatest, std::abs(static_cast<double>(to_float(weight))));
+  }
+  const auto n_sums = static_cast<double>(dim);
+  const double vanishing = n_sums * 0x1p-126 * 4 * greatest * greatest;
+  const double rounding = 1 + (n_sums + 3) * 0x1p-23;
+  std::size_t count = 0;
+  for (std::size_t i = 0; i < codes.size(); ++i) {
+    if (codes[i] != nearest[i]) {
+      const std::span<const T> vector = row.subspan(i * dim, dim);
+      const double mine = squared_distance(vector, lut, codes[i]);
+      const double best = squared_distance(vector, lut, nearest[i]);
+      count += mine <= best * rounding + vanishing ? 0U : 1U;
+    }
+  }
+  return count;
+}
+
+}  // namespace
+
+template <typename T>
+Fidelity compare_vectors(MatrixView<const T> source, std::size_t dim,
+                         MatrixView<const std::uint8_t> codes, MatrixView<const T> luts) {
+  std::vector<std::uint8_t> nearest(codes.size());
+  const MatrixView<std::uint8_t> nearest_rows{nearest.data(), codes.n_rows, codes.n_cols};
+  vector_assign<T>(source, dim, luts, nearest_rows);  // checks the shapes
+  check(codes.size() == 0 || greatest_code(codes.flat()) < luts.n_cols / dim,
+        "codes must be below ", luts.n_cols / dim);
+  std::vector<T> decoded(source.size());
+  std::size_t n_outside = 0;
+  for (std::size_t row = 0; row < source.n_rows; ++row) {
+    const std::span<const std::uint8_t> names = codes.row(row);
+    for (std::size_t i = 0; i < names.size(); ++i) {
+      std::copy_n(luts.row(row).data() + names[i] * dim, dim,
+                  decoded.data() + row * source.n_cols + i * dim);
+    }
+    const MatrixView<const std::uint8_t> found{nearest.data(), codes.n_rows, codes.n_cols};
+    n_outside += count_not_nearest(source.row(row), dim, luts.row(row), names, found.row(row));
+  }
+  Fidelity fidelity = compare<T>(source.flat(), decoded);
+  fidelity.n_outside = n_outside;
+  return fidelity;
+}
+
+namespace {
+
 // The greatest magnitude dropped and the least kept, as bits, which order as magnitudes do.
 template <typename T>
 struct Split {
@@ -398,6 +465,8 @@ SparseFidelity compare_sparse(std::span<const T> source, std::span<const std::ui
                                       std::span<const T>, std::span<const std::uint8_t>);   \
   template Fidelity compare_palette(MatrixView<const T>, MatrixView<const std::uint8_t>,    \
                                     MatrixView<const T>);                                   \
+  template Fidelity compare_vectors(MatrixView<const T>, std::size_t,                       \
+                                    MatrixView<const std::uint8_t>, MatrixView<const T>);   \
   template SparseFidelity compare_sparse(std::span<const T>, std::span<const std::uint8_t>, \
                                          std::span<const T>);
 

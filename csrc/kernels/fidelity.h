@@ -33,6 +33,13 @@ template <typename T>
 Fidelity compare_palette(MatrixView<const T> source, MatrixView<const std::uint8_t> codes,
                          MatrixView<const T> luts);
 
+/// Compares vectors of `dim` weights with the entries of their row's table that `codes` name;
+/// `n_outside` counts the vectors to which another entry is nearer, by more than the rounding of
+/// sums of `dim` squares in float, and of squares that vanish beside the row's greatest weight.
+template <typename T>
+Fidelity compare_vectors(MatrixView<const T> source, std::size_t dim,
+                         MatrixView<const std::uint8_t> codes, MatrixView<const T> luts);
+
 /// What a pruned weight kept and dropped.
 struct SparseFidelity {
   Fidelity fidelity;        // n_outside: stored weights that differ from their source in any bit

@@ -582,11 +582,12 @@ Entries cluster(const Vectors& vectors, std::size_t n_entries, std::uint64_t see
 
 // The power of two by which the greatest magnitude comes near 1, so that no square overflows and no
 // product vanishes.
-float factor_for(std::span<const float> values) {
+template <typename T>
+float factor_for(std::span<const T> values) {
   constexpr int kMaxExponent = 126;
   float limit = 0;
-  for (const float value : values) {
-    limit = std::max(limit, std::abs(value));
+  for (const T value : values) {
+    limit = std::max(limit, std::abs(to_float(value)));
   }
   return limit == 0 ? 1.0F
                     : std::ldexp(1.0F, std::clamp(-std::ilogb(limit), -kMaxExponent, kMaxExponent));
@@ -677,7 +678,7 @@ void fit_row(const Row<T>& row, std::span<T> lut, std::span<std::uint8_t> codes)
   const std::size_t n_entries = lut.size() / dim;
   Vectors vectors = row.vectors_that_count();
   const Distinct distinct = distinct_vectors(vectors, n_entries);
-  const float factor = factor_for(vectors.values);
+  const float factor = factor_for<float>(vectors.values);
   if (distinct.size() <= n_entries) {
     std::size_t j = 0;
     for (const std::vector<float>& entry : distinct) {
@@ -691,7 +692,7 @@ void fit_row(const Row<T>& row, std::span<T> lut, std::span<std::uint8_t> codes)
     }
   } else {
     multiply(vectors.values, factor);
-    multiply(vectors.shares, factor_for(vectors.shares));
+    multiply(vectors.shares, factor_for<float>(vectors.shares));
     const Entries entries =
         settle<T>(vectors, cluster(vectors, n_entries, row.settings.seed), factor);
     std::transform(entries.begin(), entries.end(), lut.begin(),
@@ -700,24 +701,39 @@ void fit_row(const Row<T>& row, std::span<T> lut, std::span<std::uint8_t> codes)
   assign<T>(row.weights, dim, lut, factor, codes);
 }
 
-}  // namespace
-
 template <typename T>
-void kmeans_vector(MatrixView<const T> weights, MatrixView<const float> importance,
-                   VectorSettings settings, MatrixView<T> luts, MatrixView<std::uint8_t> codes) {
-  const std::size_t dim = settings.dim;
+void check_shapes(MatrixView<const T> weights, std::size_t dim, std::size_t n_luts,
+                  std::size_t n_in_lut, MatrixView<std::uint8_t> codes) {
   check(dim > 0 && weights.n_cols % dim == 0, "dim must divide the ", weights.n_cols,
         " weights of a row, got ", dim);
-  check(luts.n_rows == weights.n_rows, "luts must have ", weights.n_rows,
-        " rows like weights, got ", luts.n_rows);
-  check(luts.n_rows == 0 ||
-            (luts.n_cols % dim == 0 && luts.n_cols >= dim && luts.n_cols / dim <= kMaxEntries),
-        "luts must have 1 to ", kMaxEntries, " entries of ", dim, " a row, got ", luts.n_cols,
+  check(n_luts == weights.n_rows, "luts must have ", weights.n_rows, " rows like weights, got ",
+        n_luts);
+  check(n_luts == 0 || (n_in_lut % dim == 0 && n_in_lut >= dim && n_in_lut / dim <= kMaxEntries),
+        "luts must have 1 to ", kMaxEntries, " entries of ", dim, " a row, got ", n_in_lut,
         " elements");
   const std::size_t n_vectors = weights.n_cols / dim;
   check(codes.n_rows == weights.n_rows && codes.n_cols == n_vectors,
         "codes must have one element a vector, ", weights.n_rows, " x ", n_vectors, ", got ",
         codes.n_rows, " x ", codes.n_cols);
+}
+
+}  // namespace
+
+template <typename T>
+void vector_assign(MatrixView<const T> weights, std::size_t dim, MatrixView<const T> luts,
+                   MatrixView<std::uint8_t> codes) {
+  check_shapes(weights, dim, luts.n_rows, luts.n_cols, codes);
+  for (std::size_t row = 0; row < weights.n_rows; ++row) {
+    const std::span<const T> in = weights.row(row);
+    assign<T>(in, dim, luts.row(row), factor_for(in), codes.row(row));
+  }
+}
+
+template <typename T>
+void kmeans_vector(MatrixView<const T> weights, MatrixView<const float> importance,
+                   VectorSettings settings, MatrixView<T> luts, MatrixView<std::uint8_t> codes) {
+  check_shapes(weights, settings.dim, luts.n_rows, luts.n_cols, codes);
+  const std::size_t n_vectors = codes.n_cols;
   check(importance.n_rows == 0 ||
             (importance.n_rows == weights.n_rows && importance.n_cols == n_vectors),
         "importance must have one element a vector, ", weights.n_rows, " x ", n_vectors, ", got ",
@@ -745,6 +761,10 @@ void kmeans_vector(MatrixView<const T> weights, MatrixView<const float> importan
   });
 }
 
+template void vector_assign(MatrixView<const Half>, std::size_t, MatrixView<const Half>,
+                            MatrixView<std::uint8_t>);
+template void vector_assign(MatrixView<const float>, std::size_t, MatrixView<const float>,
+                            MatrixView<std::uint8_t>);
 template void kmeans_vector(MatrixView<const Half>, MatrixView<const float>, VectorSettings,
                             MatrixView<Half>, MatrixView<std::uint8_t>);
 template void kmeans_vector(MatrixView<const float>, MatrixView<const float>, VectorSettings,

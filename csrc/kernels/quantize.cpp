@@ -253,9 +253,10 @@ template <typename Sum>
 
 // Adds the squared error of each step, of weights and scales multiplied by `factor`. Steps, not
 // weights, are taken side by side: a row may be short.
-template <typename T>
-MILPRESS_VECTORIZE void add_errors(const Chunk& chunk, std::size_t n, const Steps& steps,
-                                   CodeRange range, float factor, Sums& errors) {
+template <typename T, bool kWeighted>
+MILPRESS_VECTORIZE void add_errors(const Chunk& chunk, const Chunk& importance, std::size_t n,
+                                   const Steps& steps, CodeRange range, float factor,
+                                   Sums& errors) {
   std::array<float, kMaxSteps> scales;
   std::array<float, kMaxSteps> inverses;
   std::array<float, kMaxSteps> least;
@@ -273,7 +274,7 @@ MILPRESS_VECTORIZE void add_errors(const Chunk& chunk, std::size_t n, const Step
     for (std::size_t j = 0; j < n_lanes; ++j) {
       const float code = steps_from_zero(chunk[i], inverses[j], least[j], greatest[j]);
       const float error = chunk[i] - round_quotient<T>(scales[j] * code);
-      sums[j] += error * error;
+      sums[j] += kWeighted ? importance[i] * (error * error) : error * error;
     }
   }
   std::transform(sums.begin(), sums.end(), errors.begin(), errors.begin(), std::plus<double>());
@@ -281,9 +282,10 @@ MILPRESS_VECTORIZE void add_errors(const Chunk& chunk, std::size_t n, const Step
 
 // Adds what least squares needs to fit a scale to the codes of `step`: the products of weights with
 // codes less offset, and the squares of those.
-MILPRESS_VECTORIZE
-void add_moments(const Chunk& chunk, std::size_t n, const Step& step, CodeRange range, float factor,
-                 Sums& moments) {
+template <bool kWeighted>
+MILPRESS_VECTORIZE void add_moments(const Chunk& chunk, const Chunk& importance, std::size_t n,
+                                    const Step& step, CodeRange range, float factor,
+                                    Sums& moments) {
   const auto least = static_cast<float>(range.code_min - step.offset);
   const auto greatest = static_cast<float>(range.code_max - step.offset);
   const float inverse = 1.0F / (step.scale * factor);
@@ -292,17 +294,19 @@ void add_moments(const Chunk& chunk, std::size_t n, const Step& step, CodeRange 
   for (std::size_t i = 0; i < n; i += kLanes) {
     for (std::size_t lane = 0; lane < kLanes; ++lane) {
       const float code = steps_from_zero(chunk[i + lane], inverse, least, greatest);
-      products[lane] += chunk[i + lane] * code;
-      squares[lane] += code * code;
+      const float share = kWeighted ? importance[i + lane] * code : code;
+      products[lane] += chunk[i + lane] * share;
+      squares[lane] += code * share;
     }
   }
   moments[0] += sum_lanes(products);
   moments[1] += sum_lanes(squares);
 }
 
-template <typename T, bool kRoundQuotient>
-[[gnu::always_inline]] inline double restored_error(const Chunk& chunk, std::size_t n,
-                                                    const Step& step, CodeRange range) {
+template <typename T, bool kRoundQuotient, bool kWeighted>
+[[gnu::always_inline]] inline double restored_error(const Chunk& chunk, const Chunk& importance,
+                                                    std::size_t n, const Step& step,
+                                                    CodeRange range) {
   const auto offset = static_cast<float>(step.offset);
   const auto code_min = static_cast<float>(range.code_min);
   const auto code_max = static_cast<float>(range.code_max);
@@ -317,21 +321,22 @@ template <typename T, bool kRoundQuotient>
       // halves', and those above the largest half were sorted out.
       const double error =
           static_cast<double>(weight) - round_quotient<T>(step.scale * (code - offset));
-      sums[lane] += error * error;
+      sums[lane] += kWeighted ? importance[i + lane] * (error * error) : error * error;
     }
   }
   return sum_lanes(sums);
 }
 
 // Adds the squared error of each step in double, of codes as the kernel writes them.
-template <typename T>
-MILPRESS_VECTORIZE void add_restored_errors(const Chunk& chunk, std::size_t n, const Steps& steps,
-                                            CodeRange range, Sums& errors) {
+template <typename T, bool kWeighted>
+MILPRESS_VECTORIZE void add_restored_errors(const Chunk& chunk, const Chunk& importance,
+                                            std::size_t n, const Steps& steps, CodeRange range,
+                                            Sums& errors) {
   for (std::size_t j = 0; j < steps.count; ++j) {
     const Step& step = steps.items[j];
     errors[j] += step.quotient_in_weight_precision
-                     ? restored_error<T, true>(chunk, n, step, range)
-                     : restored_error<T, false>(chunk, n, step, range);
+                     ? restored_error<T, true, kWeighted>(chunk, importance, n, step, range)
+                     : restored_error<T, false, kWeighted>(chunk, importance, n, step, range);
   }
 }
 
@@ -342,12 +347,15 @@ void multiply(float* values, std::size_t n, float factor) {
   }
 }
 
-template <typename T>
+// `kWeighted` says whether there is an importance.
+template <typename T, bool kWeighted>
 class RangeSearch {
  public:
   // `extremes` are those of the row, finite and not both zero.
-  RangeSearch(std::span<const T> row, Extremes extremes, CodeRange range, bool fitted_offset)
+  RangeSearch(std::span<const T> row, std::span<const float> importance, Extremes extremes,
+              CodeRange range, bool fitted_offset)
       : row_(row),
+        importance_(importance),
         extremes_(extremes),
         limit_(std::max(std::abs(extremes.low), std::abs(extremes.high))),
         range_(range),
@@ -368,9 +376,10 @@ class RangeSearch {
       step.scale = least_squares(step);
       add_if_usable(finalists, step);
     }
-    const Sums errors = sum_row(1.0F, [&](const Chunk& chunk, std::size_t n, Sums& sums) {
-      add_restored_errors<T>(chunk, n, finalists, range_, sums);
-    });
+    const Sums errors =
+        sum_row(1.0F, [&](const Chunk& chunk, const Chunk& share, std::size_t n, Sums& sums) {
+          add_restored_errors<T, kWeighted>(chunk, share, n, finalists, range_, sums);
+        });
     return finalists.items[least_of(errors, finalists.count)];
   }
 
@@ -382,13 +391,14 @@ class RangeSearch {
                                     errors.begin());
   }
 
-  // Adds up what `add(chunk, n, sums)` adds for every chunk of the row times `factor`, in pieces
-  // that depend on the row's length only.
+  // Adds up what `add(chunk, importance, n, sums)` adds for every chunk of the row times `factor`,
+  // in pieces that depend on the row's length only.
   template <typename Add>
   Sums sum_row(float factor, const Add& add) const {
     const auto sum_piece = [&](std::size_t begin, std::size_t end) {
       Sums sums{};
       Chunk chunk;
+      Chunk share;
       for (; begin < end; begin += std::min(kChunk, end - begin)) {
         const std::size_t n = std::min(kChunk, end - begin);
         widen(row_.data() + begin, n, chunk.data());
@@ -396,7 +406,11 @@ class RangeSearch {
           multiply(chunk.data(), n, factor);
         }
         std::fill(chunk.begin() + n, chunk.begin() + whole_lanes(n), 0.0F);
-        add(chunk, n, sums);
+        if constexpr (kWeighted) {
+          std::copy_n(importance_.begin() + begin, n, share.begin());
+          std::fill(share.begin() + n, share.begin() + whole_lanes(n), 0.0F);
+        }
+        add(chunk, share, n, sums);
       }
       return sums;
     };
@@ -431,9 +445,10 @@ class RangeSearch {
   }
 
   std::size_t best_of(const Steps& steps) const {
-    const Sums errors = sum_row(factor_, [&](const Chunk& chunk, std::size_t n, Sums& sums) {
-      add_errors<T>(chunk, n, steps, range_, factor_, sums);
-    });
+    const Sums errors =
+        sum_row(factor_, [&](const Chunk& chunk, const Chunk& share, std::size_t n, Sums& sums) {
+          add_errors<T, kWeighted>(chunk, share, n, steps, range_, factor_, sums);
+        });
     return least_of(errors, steps.count);
   }
 
@@ -491,13 +506,15 @@ class RangeSearch {
 
   // The scale of least error for the codes of `step`, 0 if they are all the code of zero.
   float least_squares(const Step& step) const {
-    const Sums moments = sum_row(factor_, [&](const Chunk& chunk, std::size_t n, Sums& sums) {
-      add_moments(chunk, n, step, range_, factor_, sums);
-    });
+    const Sums moments =
+        sum_row(factor_, [&](const Chunk& chunk, const Chunk& share, std::size_t n, Sums& sums) {
+          add_moments<kWeighted>(chunk, share, n, step, range_, factor_, sums);
+        });
     return moments[1] > 0 ? step_of(moments[0] / moments[1] / factor_, 0).scale : 0.0F;
   }
 
   std::span<const T> row_;
+  std::span<const float> importance_;
   Extremes extremes_;
   float limit_;
   CodeRange range_;
@@ -605,6 +622,7 @@ MILPRESS_VECTORIZE void narrow_codes(const std::int32_t* codes, std::size_t n, i
 template <typename T, typename Code>
 struct Quantizer {
   MatrixView<const T> weights;
+  MatrixView<const float> importance;  // empty where all weights count alike
   CodeRange range;
   bool searches;  // for the range of least squared error
   std::span<T> scales;
@@ -621,7 +639,12 @@ struct Quantizer {
     const bool finite = std::isfinite(extremes.low) && std::isfinite(extremes.high);
     Step step = step_for<T>(finite ? widened(extremes, fitted) : extremes, range, fitted);
     if (searches && finite && (extremes.low != 0 || extremes.high != 0)) {
-      step = RangeSearch<T>(weights.row(row), extremes, range, fitted).best(step);
+      if (importance.size() > 0) {
+        const std::span<const float> share = importance.row(row);
+        step = RangeSearch<T, true>(weights.row(row), share, extremes, range, fitted).best(step);
+      } else {
+        step = RangeSearch<T, false>(weights.row(row), {}, extremes, range, fitted).best(step);
+      }
     }
     return step;
   }
@@ -769,13 +792,22 @@ void quantize_rows(const Quantizer<T, Code>& quantizer) {
 template <typename T, typename Code>
 void quantize(MatrixView<const T> weights, CodeRange range, std::span<T> scales,
               std::span<Code> offsets, MatrixView<Code> codes) {
-  quantize_rows(Quantizer<T, Code>{weights, range, false, scales, offsets, codes});
+  quantize_rows(Quantizer<T, Code>{weights, {}, range, false, scales, offsets, codes});
 }
 
 template <typename T, typename Code>
 void quantize_mse(MatrixView<const T> weights, CodeRange range, std::span<T> scales,
                   std::span<Code> offsets, MatrixView<Code> codes) {
-  quantize_rows(Quantizer<T, Code>{weights, range, true, scales, offsets, codes});
+  quantize_rows(Quantizer<T, Code>{weights, {}, range, true, scales, offsets, codes});
+}
+
+template <typename T, typename Code>
+void quantize_mse_weighted(MatrixView<const T> weights, MatrixView<const float> importance,
+                           CodeRange range, std::span<T> scales, std::span<Code> offsets,
+                           MatrixView<Code> codes) {
+  check(importance.n_rows == weights.n_rows && importance.n_cols == weights.n_cols,
+        "importance must have the shape of weights");
+  quantize_rows(Quantizer<T, Code>{weights, importance, range, true, scales, offsets, codes});
 }
 
 namespace {
@@ -814,12 +846,14 @@ void dequantize(MatrixView<const Code> codes, std::span<const T> scales,
   });
 }
 
-#define MILPRESS_INSTANTIATE(T, Code)                                                         \
-  template void quantize(MatrixView<const T>, CodeRange, std::span<T>, std::span<Code>,       \
-                         MatrixView<Code>);                                                   \
-  template void quantize_mse(MatrixView<const T>, CodeRange, std::span<T>, std::span<Code>,   \
-                             MatrixView<Code>);                                               \
-  template void dequantize(MatrixView<const Code>, std::span<const T>, std::span<const Code>, \
+#define MILPRESS_INSTANTIATE(T, Code)                                                          \
+  template void quantize(MatrixView<const T>, CodeRange, std::span<T>, std::span<Code>,        \
+                         MatrixView<Code>);                                                    \
+  template void quantize_mse(MatrixView<const T>, CodeRange, std::span<T>, std::span<Code>,    \
+                             MatrixView<Code>);                                                \
+  template void quantize_mse_weighted(MatrixView<const T>, MatrixView<const float>, CodeRange, \
+                                      std::span<T>, std::span<Code>, MatrixView<Code>);        \
+  template void dequantize(MatrixView<const Code>, std::span<const T>, std::span<const Code>,  \
                            MatrixView<T>);
 
 MILPRESS_INSTANTIATE(Half, std::int8_t)

@@ -45,6 +45,13 @@ template <typename T, typename Code>
 void quantize_mse(MatrixView<const T> weights, CodeRange range, std::span<T> scales,
                   std::span<Code> offsets, MatrixView<Code> codes);
 
+/// Does what `quantize_mse` does, where the squared error of each weight is multiplied by its
+/// `importance`: finite, not negative, of the shape of `weights`.
+template <typename T, typename Code>
+void quantize_mse_weighted(MatrixView<const T> weights, MatrixView<const float> importance,
+                           CodeRange range, std::span<T> scales, std::span<Code> offsets,
+                           MatrixView<Code> codes);
+
 /// Writes `scale * (code - offset)` to `weights`, rounded to `T` once. One scale a row; one offset
 /// a row, or none for zero.
 template <typename T, typename Code>

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from milpress.errors import CompressionError
     from milpress.evaluation import Evaluation, evaluate
     from milpress.inspection import inspect
+    from milpress.moments import Calibration, calibrate
     from milpress.placement import Device, devices
     from milpress.recipe import Recipe
     from milpress.report import Inspection, Report
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Calibration",
     "CompressionError",
     "Device",
     "Evaluation",
@@ -29,6 +31,7 @@ __all__ = [
     "Recipe",
     "Report",
     "Verification",
+    "calibrate",
     "compress",
     "coreml",
     "decompress",
@@ -45,6 +48,7 @@ __all__ = [
 
 # Loaded on first use, so that `import milpress` is quick.
 _HOMES = {
+    "Calibration": "milpress.moments",
     "CompressionError": "milpress.errors",
     "Device": "milpress.placement",
     "Evaluation": "milpress.evaluation",
@@ -53,6 +57,7 @@ _HOMES = {
     "Recipe": "milpress.recipe",
     "Report": "milpress.report",
     "Verification": "milpress.verification",
+    "calibrate": "milpress.moments",
     "compress": "milpress.compression",
     "decompress": "milpress.compression",
     "devices": "milpress.placement",

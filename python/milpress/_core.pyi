@@ -51,6 +51,13 @@ def quantize(
 def quantize_mse(
     weights: NDArray[_Float], code_min: int, code_max: int, fit_offset: bool
 ) -> tuple[NDArray[np.int8] | _Bytes, NDArray[_Float], NDArray[np.int8] | _Bytes | None]: ...
+def quantize_mse_weighted(
+    weights: NDArray[_Float],
+    importance: NDArray[np.float32],
+    code_min: int,
+    code_max: int,
+    fit_offset: bool,
+) -> tuple[NDArray[np.int8] | _Bytes, NDArray[_Float], NDArray[np.int8] | _Bytes | None]: ...
 def dequantize(
     codes: NDArray[_Code], scales: NDArray[_Float], offsets: NDArray[_Code] | None
 ) -> NDArray[_Float]: ...
@@ -83,6 +90,9 @@ def compare_quantized(
 ) -> tuple[float, float, int]: ...
 def compare_palette(
     source: NDArray[_Float], codes: _Bytes, luts: NDArray[_Float]
+) -> tuple[float, float, int]: ...
+def compare_vectors(
+    source: NDArray[_Float], dim: int, codes: _Bytes, luts: NDArray[_Float]
 ) -> tuple[float, float, int]: ...
 def compare_sparse(
     source: NDArray[_Float], bitmask: _Bytes, nonzeros: NDArray[_Float]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,8 @@ from milpress.mil import constexpr, values
 from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package
 from milpress.mil.program import Node
-from milpress.mil.weights import Weight, blob_values, weight_files
+from milpress.mil.treatments import bias_digest
+from milpress.mil.weights import Weight, blob_places, blob_values, weight_files
 from milpress.placement import Kernels, kernels_for
 
 
@@ -75,12 +76,18 @@ class Counter:
         return offset
 
 
+# What is to be added to the biases of layers, by their names, for an error of their weight.
+Corrections: TypeAlias = Mapping[str, NDArray[np.float64]]
+Correct: TypeAlias = Callable[[NDArray[np.float64]], Corrections]
+
+
 class Done(NamedTuple):
     """What `Rewriter.compress` did: bytes stored, treatments applied, and why others were not."""
 
     n_bytes: int
     treatments: tuple[Treatment, ...]
     notes: tuple[str, ...]
+    corrections: Corrections
 
 
 class Treated(NamedTuple):
@@ -90,6 +97,7 @@ class Treated(NamedTuple):
     suffix: str
     treatments: tuple[Treatment, ...]
     notes: tuple[str, ...]
+    corrections: Corrections
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +105,8 @@ class Order:
     """A weight and what is to be done to it.
 
     ``key`` is that of all weights that share the result, ``None`` if none does; all but the first
-    of them are repeated. ``n_bytes`` are stored now.
+    of them are repeated. ``n_bytes`` are stored now. What ``importance`` and ``correct`` return
+    must be the same for weights that share a blob.
     """
 
     weight: Weight
@@ -106,12 +115,19 @@ class Order:
     key: Any
     is_repeated: bool
     n_bytes: int
+    importance: Callable[[], NDArray[np.float32] | None] | None = None
+    correct: Correct | None = None
 
 
 class _Written(NamedTuple):
     ops: list[Any]
     suffix: str
     done: Done
+
+
+def is_own(bias: Node) -> bool:
+    """Whether a constant is used once, so that it can change in place."""
+    return len(bias.uses) == 1 and not bias.is_block_output
 
 
 class Rewriter:
@@ -165,16 +181,18 @@ class Rewriter:
 
     def _treated(self, order: Order) -> Treated:
         decoder = Decoder(order.weight.graph, self._package)
-        return _treated(order.weight, order.treatments, decoder, self._kernels)
+        return _treated(order, decoder, self._kernels)
 
-    def order(self, weight: Weight, treatments: Sequence[Treatment], *, early: bool) -> Order:
-        """Return what is to be done to a weight."""
+    def order(
+        self, weight: Weight, treatments: Sequence[Treatment], *, early: bool, **advice: Any
+    ) -> Order:
+        """Return what is to be done to a weight; ``advice`` is what samples say of it."""
         stored = Decoder(weight.graph, self._package).stored_values(weight.node)
         key = self._key(weight, stored, treatments, early)
         is_repeated = key is not None and key in self._ordered
         self._ordered.add(key)
         n_bytes = sum(values.n_stored_bytes(value) for value in stored)
-        return Order(weight, tuple(treatments), early, key, is_repeated, n_bytes)
+        return Order(weight, tuple(treatments), early, key, is_repeated, n_bytes, **advice)
 
     def compress(
         self, order: Order, made: Treated | UnsupportedError | None, *, may_grow: bool
@@ -199,13 +217,13 @@ class Rewriter:
         if isinstance(made, UnsupportedError):
             raise made
         # Nothing was made of a repeated weight; here the one ordered before it was left as it was.
-        value, suffix, applied, notes = made or self._treated(order)
+        value, suffix, applied, notes, corrections = made or self._treated(order)
         n_bytes = constexpr.payload_bytes(value, early=early)
         if n_bytes >= order.n_bytes and not may_grow:
             msg = f"would get larger: {order.n_bytes} bytes as it is, {n_bytes} compressed"
             raise UnsupportedError(msg)
         inner = self.store(weight, value, suffix=suffix, early=early)
-        done = Done(n_bytes, applied, notes)
+        done = Done(n_bytes, applied, notes, corrections)
         if order.key is not None:
             self._compressed[order.key] = _Written([*inner, node.op], suffix, done)
         return done
@@ -241,19 +259,51 @@ class Rewriter:
         _rename_uses(node, name)
         return inner
 
+    def bias_of(self, weight: Weight, layer: Node) -> Node | None:
+        """Return the constant that is a layer's bias, if it is one."""
+        found = weight.graph.producer(layer, "bias")
+        return found[0] if found is not None and found[0].op.type == "const" else None
+
+    def correct(self, weight: Weight, layer: Node, correction: NDArray[np.float64]) -> str:
+        """Add to the bias of a layer; return the digest of the new one, empty if it can't have one.
+
+        A bias of its own is changed in place. Where it has none, or others use it too, it gets one.
+        """
+        bias = self.bias_of(weight, layer)
+        is_given = "bias" in layer.op.inputs and bool(layer.op.inputs["bias"].arguments)
+        if bias is None and is_given:
+            return ""
+        decoder = Decoder(weight.graph, self._package)
+        if bias is None:
+            before = values.Tensor(weight.dtype, np.zeros(correction.shape, weight.dtype.storage))
+        else:
+            before = decoder.dense(bias)
+        if before.dtype.name not in ("float16", "float32"):
+            return ""
+        with np.errstate(over="ignore"):
+            after = (before.values + correction).astype(before.values.dtype)
+        if after.shape != correction.shape or not np.isfinite(after).all():
+            return ""
+        tensor = values.Tensor(before.dtype, after)
+        if bias is not None and is_own(bias):
+            constexpr.emit_const(tensor, bias, file_name=self._default_file, sink=self._sink)
+        else:
+            name = weight.graph.unique_name(f"{layer.name}_bias")
+            op = constexpr.new_const(tensor, name, file_name=self._default_file, sink=self._sink)
+            weight.graph.insert_before(layer, [op])
+            del layer.op.inputs["bias"].arguments[:]
+            layer.op.inputs["bias"].arguments.add(name=name)
+        return bias_digest(after)
+
     def _key(
         self, weight: Weight, stored: list[Any], treatments: Sequence[Treatment], early: bool
     ) -> Any:
         """Return what tells weights apart whose results can't be shared; None if none can be."""
-        places = [
-            (value.blobFileValue.fileName, value.blobFileValue.offset)
-            for value in stored
-            if values.is_blob(value)
-        ]
+        places = blob_places(stored)
         if not places:
             return None
         kind = (weight.node.op.type, weight.shape, weight.channel_axes)
-        return (tuple(places), kind, tuple(treatments), early)
+        return (places, kind, tuple(treatments), early)
 
     def decompress(self, weight: Weight, decoder: Decoder) -> int:
         """Turn the ``constexpr`` op of a weight into a ``const``; return the size stored."""
@@ -307,10 +357,10 @@ def _rename_uses(node: Node, name: str) -> None:
         use.binding.name = name
 
 
-def _treated(
-    weight: Weight, treatments: Sequence[Treatment], decoder: Decoder, kernels: Kernels
-) -> Treated:
+def _treated(order: Order, decoder: Decoder, kernels: Kernels) -> Treated:
     """Apply treatments one after the other, those that suit."""
+    weight = order.weight
+    importance = None if order.importance is None else order.importance()
     output, inputs = weight.channel_axes or (0, 1)
     made: Any = None
     if weight.is_compressed:
@@ -321,11 +371,16 @@ def _treated(
     suffix = ""
     applied: list[Treatment] = []
     notes: list[str] = []
-    for treatment in treatments:
+    for treatment in order.treatments:
         source = decoder.dense(weight.node).values if made is None else made
         try:
             after = compress(
-                source, treatment, channel_axis=output, input_axis=inputs, device=kernels
+                source,
+                treatment,
+                channel_axis=output,
+                input_axis=inputs,
+                importance=importance,
+                device=kernels,
             )
         except UnsupportedError as error:
             notes.append(str(error))
@@ -336,4 +391,8 @@ def _treated(
     if not applied:
         msg = "; ".join(notes)
         raise UnsupportedError(msg)
-    return Treated(made, suffix, tuple(applied), tuple(notes))
+    corrections: Corrections = {}
+    if order.correct is not None:
+        dense = decoder.dense(weight.node).values.astype(np.float64)
+        corrections = order.correct(dense - made.dense())
+    return Treated(made, suffix, tuple(applied), tuple(notes), corrections)

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from milpress.calibration import CalibrationConfig, Observer, Range
 from milpress.errors import ConfigError, InputError
-from milpress.formats import PerTensor, QuantizeConfig, quantize
+from milpress.formats import QuantizeConfig, quantize
 from milpress.mil import activations as mil
 from milpress.mil import opset
 from milpress.mil.activations import Parameters, Placement, Value
 from milpress.mil.package import Package
 from milpress.mil.program import Node
 from milpress.mil.weights import Site, sites
+from milpress.ranges import CalibrationConfig, Observer, Range
 from milpress.report import escaped, named_table
+from milpress.samples import Data, RandomSamples, Samples
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-Samples: TypeAlias = Iterable[Mapping[Any, Any]]
 Progress: TypeAlias = Callable[[int, int, str], None]
 # Gives the codes of the activations of an op, by its name and type; None to leave it.
 CodesOf: TypeAlias = Callable[[str, str], QuantizeConfig | None]
 
 FIRST_OPSET = opset.by_target("iOS17")
+_GREATEST = {"float16": 65504.0, "float32": float(np.finfo(np.float32).max)}
 # Where zero is the code in the middle, the other type of 8 bits has it at 0.
 _SHIFTED = {("int8", -128): "uint8", ("uint8", 128): "int8"}
 
@@ -137,7 +139,7 @@ class ActivationReport:
 def quantize_activations(
     package: Package,
     codes_of: CodesOf,
-    samples: Samples,
+    samples: Data,
     *,
     calibration: CalibrationConfig | None = None,
     function: str | None = None,
@@ -153,7 +155,8 @@ def quantize_activations(
     codes_of
         Gives the codes that the inputs and outputs of an op become, by its name and type.
     samples
-        What the model is run on: inputs by name, or by ``None`` if there is just one.
+        What the model is run on: whatever `Samples` takes; of dictionaries, one after the other,
+        the name may be ``None`` if there is just one input.
     calibration
         How ranges are found; by default they hold all that was seen.
     function
@@ -297,7 +300,7 @@ class _Job:
 
     def _found(self, value: Value, codes: QuantizeConfig) -> Parameters | None:
         kind = self._placement.types[value]
-        limit = float(np.finfo(kind.dtype.name).max)
+        limit = _GREATEST[kind.dtype.name]
         found = self._observers[value].range(self._calibration, codes)
         name = f"{self.site.prefix}{value.name}"
         if found is None:
@@ -350,7 +353,7 @@ def parameters_of(found: Range, codes: QuantizeConfig, dtype: np.dtype[Any]) -> 
 
 def _observe(
     program: Any,
-    samples: Samples,
+    samples: Data,
     observers: Mapping[str, Observer],
     taps_at_once: int,
     progress: Progress | None,
@@ -360,7 +363,9 @@ def _observe(
     def look(name: str, value: Any) -> None:
         observers[name].add(value.numpy())
 
-    total = len(samples) if isinstance(samples, Sequence) else 0
+    if isinstance(samples, (str, os.PathLike, RandomSamples, Mapping)):
+        samples = Samples(samples, program.inputs)
+    total = len(samples) if isinstance(samples, Sized) else 0
     names = [name for name in program.values if name in observers]
     size = len(names) if taps_at_once == -1 else taps_at_once
     n_samples = 0
@@ -398,19 +403,3 @@ def named(sample: Mapping[Any, Any], names: Sequence[str]) -> dict[str, Any]:
         )
         raise InputError(msg)
     return {names[0]: sample[None]}
-
-
-def check_codes(codes: QuantizeConfig) -> None:
-    """Refuse codes that activations can't have.
-
-    Raises
-    ------
-    ConfigError
-        If they are not of 8 bits, or not of one scale.
-    """
-    if codes.bits != 8:
-        msg = f"activations must become int8 or uint8, got {codes.dtype}"
-        raise ConfigError(msg)
-    if codes.range != "minmax" or not isinstance(codes.granularity, PerTensor):
-        msg = "activations must have one scale, and the range that calibration finds"
-        raise ConfigError(msg)

@@ -16,7 +16,7 @@ from milpress.errors import CompressionError, ConfigError, InputError, Verificat
 
 if TYPE_CHECKING:
     from milpress.placement import DeviceName
-    from milpress.recipe import Recipe
+    from milpress.recipe import ActivationStep, Recipe
     from milpress.report import Report
 
 _Made = TypeVar("_Made")
@@ -118,6 +118,17 @@ def compress(
     prune: Annotated[
         float | None, typer.Option(help="Set this fraction of each weight to zero.")
     ] = None,
+    quantize_activations: Annotated[
+        str | None,
+        typer.Option(help="8-bit codes for what ops take and make: int8 or uint8. From iOS17."),
+    ] = None,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="With --quantize-activations: how ranges are found: minmax, percentile, mse or "
+            "entropy."
+        ),
+    ] = "minmax",
     recipe: Annotated[Path | None, typer.Option(help="A YAML file that says it all.")] = None,
     upgrade_to: Annotated[
         str | None, typer.Option(help="Raise the opset first: iOS16, iOS17, iOS18 or iOS26.")
@@ -125,6 +136,22 @@ def compress(
     weight_threshold: Annotated[
         int | None, typer.Option(help="Leave weights of at most so many elements [2048].")
     ] = None,
+    calibration_data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Samples (as of evaluate) that say which errors count. With --quantize, clips too."
+        ),
+    ] = None,
+    calibration_cache: Annotated[
+        Path | None, typer.Option(help="Keep what the samples said in this .npz file.")
+    ] = None,
+    calibration_mask: Annotated[
+        str | None, typer.Option(help="The input that is 0 at padding [attention_mask].")
+    ] = None,
+    bias_correction: Annotated[
+        bool,
+        typer.Option("--bias-correction", help="Take the layers' mean errors off their biases."),
+    ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail if a weight does not suit its treatment.")
     ] = False,
@@ -149,8 +176,10 @@ def compress(
             "per_channel": per_channel,
             "per_tensor": per_tensor,
             "offset": offset,
+            "clip": calibration_data is not None,
         },
         prune,
+        {"dtype": quantize_activations, "calibration": calibration},
         upgrade_to,
         weight_threshold,
     )
@@ -166,6 +195,10 @@ def compress(
             device=cast("DeviceName", device),
             force=force,
             dry_run=dry_run,
+            sample_data=calibration_data,
+            calibration_cache=calibration_cache,
+            calibration_mask=calibration_mask,
+            bias_correction=bias_correction,
         )
     )
     _print_report(report, as_json=as_json, wrote=not dry_run)
@@ -340,6 +373,7 @@ def _recipe(
     palettize: dict[str, Any],
     quantize: dict[str, Any],
     prune: float | None,
+    activations: dict[str, Any],
     target: str | None,
     weight_threshold: int | None,
 ) -> Recipe:
@@ -356,22 +390,50 @@ def _recipe(
         "--recipe": path,
     }
     given = [option for option, value in chosen.items() if value is not None]
-    if len(given) != 1:
-        msg = f"one of {', '.join(chosen)} must be given, got {' and '.join(given) or 'none'}"
+    step = _activation_step(**activations)
+    if len(given) > 1 or not (given or step):
+        msg = (
+            f"one of {', '.join(chosen)} must be given, got {' and '.join(given) or 'none'}; "
+            "--quantize-activations goes with one or alone"
+        )
         raise ConfigError(msg)
-    _check_companions(given[0], palettize, quantize)
+    _check_companions(given[0] if given else "--quantize-activations", palettize, quantize)
     if path is not None:
         if weight_threshold is not None:
             msg = "--weight-threshold must be said in the recipe (select: min_size), got both"
             raise ConfigError(msg)
+        if step is not None:
+            msg = "--quantize-activations must be said in the recipe, got both"
+            raise ConfigError(msg)
         recipe = Recipe.from_yaml(path)
         return recipe if target is None else replace(recipe, target=target)
-    min_size = DEFAULT_MIN_SIZE if weight_threshold is None else weight_threshold + 1
+    if not given:
+        return Recipe(steps=(), target=target, activations=step)
+    treatment: Any = None
     if given == ["--palettize"]:
-        return Recipe.of(PalettizeConfig(**palettize), target=target, min_size=min_size)
-    if given == ["--prune"]:
-        return Recipe.of(PruneConfig(sparsity=prune), target=target, min_size=min_size)
-    return Recipe.of(_quantize_config(**quantize), target=target, min_size=min_size)
+        treatment = PalettizeConfig(**palettize)
+    elif given == ["--prune"]:
+        treatment = PruneConfig(sparsity=prune)
+    else:
+        treatment = _quantize_config(**quantize)
+    min_size = DEFAULT_MIN_SIZE if weight_threshold is None else weight_threshold + 1
+    return replace(Recipe.of(treatment, target=target, min_size=min_size), activations=step)
+
+
+def _activation_step(dtype: Any, calibration: Any) -> ActivationStep | None:
+    from milpress.formats import PerTensor, QuantizeConfig
+    from milpress.ranges import CalibrationConfig
+    from milpress.recipe import ActivationStep
+
+    if dtype is None:
+        if calibration != "minmax":
+            msg = f"--calibration must go with --quantize-activations, got {calibration} without"
+            raise ConfigError(msg)
+        return None
+    return ActivationStep(
+        codes=QuantizeConfig(dtype=dtype, granularity=PerTensor()),
+        calibration=CalibrationConfig(calibration=calibration),
+    )
 
 
 def _check_companions(chosen: str, palettize: dict[str, Any], quantize: dict[str, Any]) -> None:
@@ -397,6 +459,7 @@ def _quantize_config(
     per_channel: bool,
     per_tensor: bool,
     offset: bool,
+    clip: bool,
 ) -> Any:
     from milpress.formats import PerBlock, PerChannel, PerTensor, QuantizeConfig
 
@@ -417,7 +480,9 @@ def _quantize_config(
         if per_tensor
         else PerChannel()
     )
-    return QuantizeConfig(dtype=dtype, granularity=granularity, offset=offset)
+    return QuantizeConfig(
+        dtype=dtype, granularity=granularity, offset=offset, range="mse" if clip else "minmax"
+    )
 
 
 def _with_progress(work: Callable[[Any], _Made]) -> _Made:
@@ -444,6 +509,8 @@ def _print_report(report: Report, *, as_json: bool, wrote: bool) -> None:
         _print_json(report.to_dict())
         return
     _print(None, report, report.summary)
+    if report.activations is not None:
+        _print(None, report.activations, report.activations.summary)
     for note in report.notes:
         _print_text(note)
     n_other = len(report.weights) - len(report.asked)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from milpress import _core
 from milpress._parallel import in_order
 from milpress._plan import Plan, RecipeWishes, Wishes, plan_package
-from milpress._rewrite import Counter, Order, Rewriter, Sink, Treated
+from milpress._rewrite import Counter, Order, Rewriter, Sink, Treated, is_own
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.formats import Custom, PalettizeConfig
 from milpress.mil import opset, treatments, values
@@ -21,10 +25,15 @@ from milpress.mil.constexpr import Decoder, is_part
 from milpress.mil.package import Package, Staged, check_destination, n_package_bytes
 from milpress.mil.program import Node
 from milpress.mil.weights import Site, Weight, sites, weight_files, weights
+from milpress.moments import Calibration, Statistics, calibrate
 from milpress.placement import DeviceName, using
 from milpress.recipe import Recipe, describe, treatment_dict
 from milpress.report import Report, WeightReport
+from milpress.samples import Data
 from milpress.verification import Verification, compare_packages
+
+if TYPE_CHECKING:
+    from milpress.activations import ActivationReport
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 OnUnsupported: TypeAlias = Literal["leave", "error"]
@@ -42,6 +51,10 @@ def compress(
     device: DeviceName = "cpu",
     force: bool = False,
     dry_run: bool = False,
+    sample_data: Data | Calibration | None = None,
+    calibration_cache: str | os.PathLike[str] | None = None,
+    calibration_mask: str | None = None,
+    bias_correction: bool = False,
 ) -> Report:
     """Compress the weights of a package into another package.
 
@@ -72,6 +85,15 @@ def compress(
         Whether an existing package at the destination is replaced.
     dry_run
         Whether to compute the report only and write nothing.
+    sample_data
+        Samples that say what each weight is multiplied by, as `milpress.calibrate` takes them, or
+        what that returned. Errors count accordingly in k-means tables and clipped ranges. A recipe
+        that quantizes activations needs samples, whose ranges it takes.
+    calibration_cache, calibration_mask
+        As ``cache`` and ``mask`` of `milpress.calibrate`.
+    bias_correction
+        Whether the mean error that ``sample_data`` show for the outputs of each compressed
+        convolution and linear layer is taken off its bias.
 
     Returns
     -------
@@ -99,6 +121,15 @@ def compress(
         raise ConfigError(msg)
     if not isinstance(recipe, Recipe):
         recipe = Recipe.from_yaml(recipe)
+    samples = SampleSettings.of(
+        sample_data,
+        cache=calibration_cache,
+        mask=calibration_mask,
+        bias_correction=bias_correction,
+    )
+    if recipe.activations is not None and samples is None:
+        msg = "sample_data must be given to quantize activations, got none"
+        raise ConfigError(msg)
     return compress_package(
         Package(source),
         destination,
@@ -111,7 +142,56 @@ def compress(
         device=device,
         force=force,
         dry_run=dry_run,
+        before=None if samples is None else _activations(recipe, samples.data, progress),
+        samples=samples if recipe.steps else None,
     )
+
+
+def _activations(
+    recipe: Recipe, data: Data | Calibration, progress: Progress | None
+) -> Callable[[Package], ActivationReport] | None:
+    step = recipe.activations
+    if step is None:
+        return None
+    if isinstance(data, Calibration):
+        msg = "sample_data must be samples where activations are quantized, got their moments"
+        raise ConfigError(msg)
+    from milpress.activations import quantize_activations
+
+    def work(package: Package) -> ActivationReport:
+        return quantize_activations(
+            package, step.codes_of, data, calibration=step.calibration, progress=progress
+        )
+
+    return work
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSettings:
+    """Samples to calibrate with, and what for."""
+
+    data: Data | Calibration
+    cache: str | os.PathLike[str] | None = None
+    mask: str | None = None
+    bias_correction: bool = False
+
+    @classmethod
+    def of(cls, data: Data | Calibration | None, **settings: Any) -> SampleSettings | None:
+        """Return the settings; ``None`` without samples.
+
+        Raises
+        ------
+        ConfigError
+            If something is set that takes samples.
+        """
+        if data is not None:
+            # Weights and activations each go through them.
+            return cls(data=list(data) if isinstance(data, Iterator) else data, **settings)
+        given = [name for name, value in settings.items() if value]
+        if given:
+            msg = f"{' and '.join(given)} must come with samples, got none"
+            raise ConfigError(msg)
+        return None
 
 
 def compress_package(
@@ -128,19 +208,39 @@ def compress_package(
     force: bool = False,
     dry_run: bool = False,
     may_be_idle: bool = False,
+    before: Callable[[Package], ActivationReport] | None = None,
+    samples: SampleSettings | None = None,
 ) -> Report:
     """Do what `compress` does, with an open package and any way to say what is wished.
 
-    With ``may_be_idle``, compressing nothing is no error: the result is a copy.
+    With ``may_be_idle``, compressing nothing is no error: the result is a copy. ``before`` is done
+    to the package's activations first.
     """
     started = time.perf_counter()
     with thread_limit(threads), using(device) as kernels:
         if not dry_run:
             check_destination(package.path, Path(destination), force=force)
         names = weight_files(package)
+        calibration = None
+        if samples is not None:
+            calibration = calibrate(
+                package.reopened(),
+                samples.data,
+                mask=samples.mask,
+                cache=samples.cache,
+                progress=progress,
+            )
         notes = _raise_opsets(package, target)
+        activations = None if before is None else before(package)
+        if activations is not None:
+            notes.extend(activations.notes)
+            may_be_idle = may_be_idle or activations.n_pairs > 0
         planned = plan_package(package, wishes, strict=strict)
         job = _Job(package, planned, strict, wishes.may_grow, may_be_idle, progress)
+        if calibration is not None and samples is not None:
+            statistics = Statistics(calibration, package)
+            job.calibrate(statistics, bias_correction=samples.bias_correction)
+            notes.append(f"calibrated with {calibration.n_samples} samples")
         if dry_run:
             counter = Counter()
             reports = job.run(counter)
@@ -155,7 +255,8 @@ def compress_package(
                 reports = job.run(staged)
                 verification, size = _complete(package, staged, verify=verify)
     notes.extend(kernels.notes)
-    return _report(package, destination, reports, notes, size, verification, started)
+    report = _report(package, destination, reports, notes, size, verification, started)
+    return replace(report, activations=activations)
 
 
 def decompress(
@@ -308,6 +409,14 @@ class _Job:
         self._may_be_idle = may_be_idle
         self._progress = progress or (lambda *_: None)
         self._records = treatments.read(package.model)
+        self._statistics: Statistics | None = None
+        self._corrects = False
+        self._layers: list[tuple[Weight, Node, NDArray[np.float64]]] = []
+
+    def calibrate(self, statistics: Statistics, *, bias_correction: bool) -> None:
+        """Let errors count as statistics say, and correct biases."""
+        self._statistics = statistics
+        self._corrects = bias_correction
 
     def run(self, sink: Sink) -> list[WeightReport]:
         """Write to a sink, and record in the model what was done and is promised of it."""
@@ -325,15 +434,17 @@ class _Job:
         ) as made:
             for site, plans in self._planned:
                 parts = self._parts_to_replace(plans.values())
+                biases = self._biases_to_correct(plans, rewriter)
                 for node in site.graph.nodes:
                     plan = plans.get(node)
                     if plan is not None:
                         self._progress(done, total, plan.weight.name)
                         order = orders.get(node)
-                        reports.append(self._write(plan, rewriter, parts, order, made))
+                        reports.append(self._write(plan, rewriter, parts, biases, order, made))
                         done += reports[-1].bytes_before
-                    elif node not in parts:
+                    elif node not in parts and node not in biases:
                         rewriter.copy(node)
+                self._correct_biases(biases, rewriter)
                 site.graph.apply()
         if not any(report.status == "compressed" for report in reports):
             self._check_idle(reports)
@@ -350,7 +461,9 @@ class _Job:
             for node in site.graph.nodes:
                 plan = plans.get(node)
                 if plan is not None and plan.treatments:
-                    orders[node] = rewriter.order(plan.weight, plan.treatments, early=early)
+                    orders[node] = rewriter.order(
+                        plan.weight, plan.treatments, early=early, **self._advice(plan.weight)
+                    )
         return orders
 
     def _parts_to_replace(self, plans: Iterable[Plan]) -> dict[Node, None]:
@@ -362,11 +475,43 @@ class _Job:
             for part in Decoder(plan.weight.graph, self._package).parts(plan.weight.node)
         }
 
+    def _biases_to_correct(
+        self, plans: Mapping[Node, Plan], rewriter: Rewriter
+    ) -> dict[Node, None]:
+        """Return the constants that are written once all weights of a graph are."""
+        if not self._corrects:
+            return {}
+        found = (
+            rewriter.bias_of(plan.weight, use.node)
+            for plan in plans.values()
+            if plan.treatments
+            for use in plan.weight.node.uses
+            if use.parameter == "weight"
+        )
+        return {
+            bias: None
+            for bias in found
+            if bias is not None and not (bias in plans and plans[bias].treatments)
+        }
+
+    def _correct_biases(self, biases: dict[Node, None], rewriter: Rewriter) -> None:
+        for weight, layer, correction in self._layers:
+            bias = rewriter.bias_of(weight, layer)
+            digest = rewriter.correct(weight, layer, correction)
+            if digest:
+                self._records.biases[f"{weight.prefix}{layer.name}"] = digest
+                if bias is not None and is_own(bias):
+                    biases.pop(bias, None)
+        for bias in biases:
+            rewriter.copy(bias)
+        self._layers.clear()
+
     def _write(
         self,
         plan: Plan,
         rewriter: Rewriter,
-        parts: dict[Node, None],
+        parts: Collection[Node],
+        later: Collection[Node],
         order: Order | None,
         made: Iterator[Treated | UnsupportedError | None],
     ) -> WeightReport:
@@ -374,11 +519,18 @@ class _Job:
         name = weight.name  # that of the source; compressing changes it
         before = after = weight_bytes(weight, self._package)
         if order is not None:
+            notes = self._note(weight)
             try:
                 done = rewriter.compress(order, next(made), may_grow=self._may_grow)
                 if done.notes and self._strict:
                     raise UnsupportedError("; ".join(done.notes))
-                plan, after = plan.carried_out(done.treatments, done.notes), done.n_bytes
+                notes = (*done.notes, *notes)
+                plan, after = plan.carried_out(done.treatments, notes), done.n_bytes
+                self._layers.extend(
+                    (weight, use.node, done.corrections[f"{weight.prefix}{use.node.name}"])
+                    for use in weight.node.uses
+                    if f"{weight.prefix}{use.node.name}" in done.corrections
+                )
                 steps = [treatment_dict(treatment) for treatment in plan.treatments]
                 self._records.add(name, weight.name, steps)
             except UnsupportedError as error:
@@ -389,9 +541,23 @@ class _Job:
                 for part in Decoder(weight.graph, self._package).parts(weight.node):
                     if part in parts:
                         rewriter.copy(part)
-        if not plan.treatments:
+        if not plan.treatments and weight.node not in later:
             rewriter.copy(weight.node)
         return _weight_report(plan, name, before, after)
+
+    def _advice(self, weight: Weight) -> dict[str, Any]:
+        """Return what samples say of a weight, for its order."""
+        statistics = self._statistics
+        if statistics is None:
+            return {}
+        advice: dict[str, Any] = {"importance": functools.partial(statistics.importance, weight)}
+        if self._corrects:
+            advice["correct"] = functools.partial(statistics.correct, weight)
+        return advice
+
+    def _note(self, weight: Weight) -> tuple[str, ...]:
+        unknown = self._statistics is not None and not self._statistics.knows(weight)
+        return ("not calibrated",) if unknown else ()
 
     def _check_idle(self, reports: list[WeightReport]) -> None:
         if self._may_be_idle:

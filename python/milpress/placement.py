@@ -139,6 +139,18 @@ class Kernels:
             _core.quantize_mse, _core.metal_quantize_mse, weights, code_min, code_max, fit_offset
         )
 
+    def quantize_mse_weighted(
+        self,
+        weights: NDArray[Any],
+        importance: NDArray[np.float32],
+        code_min: int,
+        code_max: int,
+        fit_offset: bool,
+    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
+        """Call the kernel of that name."""
+        kernel = _core.quantize_mse_weighted
+        return self._run(kernel, None, weights, importance, code_min, code_max, fit_offset)
+
     def keep_largest(self, weights: NDArray[Any], n_zeros: int) -> NDArray[np.uint8]:
         """Call the kernel of that name."""
         return self._run(_core.keep_largest, _core.metal_keep_largest, weights, n_zeros)

@@ -26,6 +26,7 @@ from milpress.formats import (
     Uniform,
     Unique,
 )
+from milpress.ranges import CalibrationConfig
 
 # coremltools compresses weights of more than 2,048 elements.
 DEFAULT_MIN_SIZE = 2049
@@ -41,6 +42,10 @@ _KINDS: dict[str, type[Any]] = {
     "quantize": QuantizeConfig,
     "prune": PruneConfig,
 }
+
+_ACTIVATIONS = "quantize_activations"
+_CODES = QuantizeConfig(granularity=PerTensor())
+_CALIBRATION = CalibrationConfig()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +112,53 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationStep:
+    """Codes of 8 bits for what ops take and make, and the ops this is for.
+
+    Parameters
+    ----------
+    codes
+        The codes: int8 or uint8 with one scale.
+    calibration
+        How ranges are found from samples.
+    select
+        The ops, by name and type; sizes don't count.
+    keep
+        Ops that are left in spite of it.
+    """
+
+    codes: QuantizeConfig = _CODES
+    calibration: CalibrationConfig = _CALIBRATION
+    select: Select = Select()
+    keep: tuple[Select, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_codes(self.codes)
+
+    def codes_of(self, name: str, op_type: str) -> QuantizeConfig | None:
+        """Return the codes of the activations of an op; ``None`` to leave it."""
+        if any(select.matches(name, (op_type,)) for select in self.keep):
+            return None
+        return self.codes if self.select.matches(name, (op_type,)) else None
+
+
+def check_codes(codes: QuantizeConfig) -> None:
+    """Refuse codes that activations can't have.
+
+    Raises
+    ------
+    ConfigError
+        If they are not of 8 bits, or have more than one scale.
+    """
+    if codes.bits != 8:
+        msg = f"activations must become int8 or uint8, got {codes.dtype}"
+        raise ConfigError(msg)
+    if codes.range != "minmax" or not isinstance(codes.granularity, PerTensor):
+        msg = "activations must have one scale, and the range that calibration finds"
+        raise ConfigError(msg)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
     """What to do to a model.
 
@@ -118,6 +170,9 @@ class Recipe:
     target
         Deployment target to raise the model to, such as ``"iOS18"``; ``None`` leaves it, except
         that an iOS15 model becomes iOS16, the first that can hold compressed weights.
+    activations
+        Activations to quantize first, while weights are as they were; an earlier model than iOS17
+        becomes iOS17.
 
     Examples
     --------
@@ -128,9 +183,10 @@ class Recipe:
 
     steps: tuple[Step, ...]
     target: str | None = None
+    activations: ActivationStep | None = None
 
     def __post_init__(self) -> None:
-        if not self.steps:
+        if not self.steps and self.activations is None:
             msg = "a recipe must have steps, got none"
             raise ConfigError(msg)
 
@@ -177,10 +233,22 @@ class Recipe:
         if target is not None and not isinstance(target, str):
             msg = f"target must be text, got {target!r}"
             raise ConfigError(msg)
-        steps = form.take_list("steps")
+        items = form.take_list("steps")
         form.finish()
+        steps = [
+            _activation_step(item, f"steps[{i}]")
+            if isinstance(item, dict) and _ACTIVATIONS in item
+            else _step(item, f"steps[{i}]")
+            for i, item in enumerate(items)
+        ]
+        activations = [step for step in steps if isinstance(step, ActivationStep)]
+        if len(activations) > 1:
+            msg = f"one step at most must be {_ACTIVATIONS}, got {len(activations)}"
+            raise ConfigError(msg)
         return cls(
-            steps=tuple(_step(item, f"steps[{i}]") for i, item in enumerate(steps)), target=target
+            steps=tuple(step for step in steps if isinstance(step, Step)),
+            target=target,
+            activations=activations[0] if activations else None,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -188,7 +256,8 @@ class Recipe:
         data: dict[str, Any] = {"version": 1}
         if self.target is not None:
             data["target"] = self.target
-        data["steps"] = [_step_dict(step) for step in self.steps]
+        first = [] if self.activations is None else [_activation_dict(self.activations)]
+        data["steps"] = first + [_step_dict(step) for step in self.steps]
         return data
 
     def to_yaml(self) -> str:
@@ -238,6 +307,59 @@ def _step(data: Any, place: str) -> Step:
         select=select,
         rules=tuple(_rule(rule, f"{place}.rules[{i}]") for i, rule in enumerate(rules)),
     )
+
+
+def _activation_step(data: Any, place: str) -> ActivationStep:
+    form = _Form(data, place)
+    where = f"{place}.{_ACTIVATIONS}"
+    settings = _Form(form.take(_ACTIVATIONS, {}), where)
+    codes: dict[str, Any] = {
+        key: settings.take(key, default) for key, default in (("dtype", "int8"), ("offset", False))
+    }
+    calibration: dict[str, Any] = {
+        field.name: settings.take(field.name, field.default) for field in fields(CalibrationConfig)
+    }
+    settings.finish()
+    select = _op_select(_Form(form.take("select", {}), f"{place}.select"), f"{place}.select")
+    keep = []
+    for i, rule in enumerate(form.take_list("rules")):
+        inner = _Form(rule, f"{place}.rules[{i}]")
+        if inner.take("keep", False) is not True:
+            msg = f"{place}.rules[{i}] must have keep: true, got {rule!r}"
+            raise ConfigError(msg)
+        keep.append(_op_select(inner, f"{place}.rules[{i}]"))
+    form.finish()
+    return ActivationStep(
+        codes=QuantizeConfig(granularity=PerTensor(), **codes),
+        calibration=CalibrationConfig(**calibration),
+        select=select,
+        keep=tuple(keep),
+    )
+
+
+def _op_select(form: _Form, place: str) -> Select:
+    select = _select(form, place)
+    if select.min_size != DEFAULT_MIN_SIZE:
+        msg = f"{place} must select ops by name and op_types, got min_size"
+        raise ConfigError(msg)
+    return select
+
+
+def _activation_dict(step: ActivationStep) -> dict[str, Any]:
+    settings: dict[str, Any] = {"dtype": step.codes.dtype}
+    if step.codes.offset:
+        settings["offset"] = True
+    for field in fields(CalibrationConfig):
+        value = getattr(step.calibration, field.name)
+        if value != field.default:
+            settings[field.name] = value
+    data: dict[str, Any] = {_ACTIVATIONS: settings}
+    select = _select_dict(step.select)
+    if select:
+        data["select"] = select
+    if step.keep:
+        data["rules"] = [_select_dict(each) | {"keep": True} for each in step.keep]
+    return data
 
 
 def _rule(data: Any, place: str) -> Rule:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from milpress.activations import ActivationReport
+
 Status = Literal["compressed", "left", "not asked"]
 
 
@@ -95,6 +97,8 @@ class Report:
         Wall time.
     signal, noise
         Sums of squares over all compressed weights, of the source and of the error.
+    activations
+        What became of activations, if they were to be quantized.
     """
 
     source: str
@@ -107,6 +111,7 @@ class Report:
     seconds: float = 0.0
     signal: float | None = None
     noise: float | None = None
+    activations: ActivationReport | None = None
 
     def with_status(self, status: Status) -> tuple[WeightReport, ...]:
         """Return the weights of that status."""
@@ -163,7 +168,7 @@ class Report:
             "seconds": self.seconds,
             "notes": list(self.notes),
             "weights": [weight.to_dict() for weight in self.weights],
-        }
+        } | ({} if self.activations is None else {"activations": self.activations.to_dict()})
 
     def __rich__(self) -> Table:
         """Return the weights that were asked for as a table."""

@@ -21,7 +21,7 @@ from milpress.mil import activations, opset, treatments, values
 from milpress.mil.constexpr import Decoder, is_constexpr
 from milpress.mil.package import Package, system_errors
 from milpress.mil.program import Graph, Node, Scope
-from milpress.mil.treatments import Promise, Records, Step, promise_of
+from milpress.mil.treatments import Promise, Records, Step, bias_digest, promise_of
 from milpress.mil.weights import Site, sites, weight_files
 from milpress.report import decibels, escaped, human_snr, named_table
 
@@ -68,12 +68,15 @@ class Verification:
         The weights that are stored otherwise, in the order of the graph.
     n_unchanged
         Stored values that are the same, byte for byte.
+    n_corrected
+        Biases that were to be corrected, and are as recorded.
     n_quantized
         Quantized activations: pairs of ops that one package has beyond the other, as recorded.
     """
 
     weights: tuple[WeightCheck, ...]
     n_unchanged: int
+    n_corrected: int = 0
     n_quantized: int = 0
 
     @property
@@ -96,8 +99,9 @@ class Verification:
         """One line."""
         snr = "" if self.snr_db is None else f", SNR {human_snr(self.snr_db)} dB"
         pairs = f"; {self.n_quantized} quantized activations" if self.n_quantized else ""
+        biases = f"; {self.n_corrected} biases corrected" if self.n_corrected else ""
         return (
-            f"verified: {len(self.weights)} weights decoded{snr}{pairs}; "
+            f"verified: {len(self.weights)} weights decoded{snr}{pairs}{biases}; "
             f"{self.n_unchanged} stored values and the graph unchanged"
         )
 
@@ -106,6 +110,7 @@ class Verification:
         return {
             "version": 1,
             "n_unchanged": self.n_unchanged,
+            "n_corrected": self.n_corrected,
             "n_quantized": self.n_quantized,
             "weights": [
                 {
@@ -159,19 +164,28 @@ def compare_packages(original: Package, compressed: Package) -> Verification:
     n_pairs = _without_pairs(original, compressed)
     _compare_rest(original, compressed)
     checks: list[WeightCheck] = []
-    n_unchanged = 0
+    n_unchanged = n_corrected = 0
     pairs = _paired(list(sites(original)), list(sites(compressed)), "blocks of functions")
     for left, right in pairs:
         comparison = _Comparison(left, right, original, compressed, records, before)
         checks.extend(comparison.run())
         n_unchanged += comparison.n_unchanged
+        n_corrected += comparison.n_corrected
     checked = {check.name for check in checks}
     for source, record in records.by_source.items():
         known = before.by_source.get(source)
         named = source if known is None else known.result
         if record != known and named not in checked:
             _fail(f"{named}: the weight must be compressed as recorded, got it unchanged")
-    return Verification(weights=tuple(checks), n_unchanged=n_unchanged, n_quantized=n_pairs)
+    n_recorded = len(records.biases.items() - before.biases.items())
+    if n_corrected != n_recorded:
+        _fail(f"{n_recorded} layers must have a corrected bias as recorded, got {n_corrected}")
+    return Verification(
+        weights=tuple(checks),
+        n_unchanged=n_unchanged,
+        n_corrected=n_corrected,
+        n_quantized=n_pairs,
+    )
 
 
 def _without_pairs(original: Package, compressed: Package) -> int:
@@ -184,7 +198,7 @@ def _without_pairs(original: Package, compressed: Package) -> int:
     for package, mine, other in zip((original, compressed), records, records[::-1], strict=True):
         pairs = {name: codes for name, codes in mine.items() if name not in other}
         found = (
-            [name for site in sites(package) for name, _ in activations.strip(site, pairs)]
+            [name for site in sites(package) for name, _ in activations.strip(site, pairs, package)]
             if pairs
             else []
         )
@@ -297,7 +311,9 @@ class _Comparison:
         self._before = before
         self._matches: dict[Node, Node] = {}
         self._sources: dict[Node, Node] = {}
+        self._biases: set[Node] = set()
         self.n_unchanged = 0
+        self.n_corrected = 0
 
     def run(self) -> list[WeightCheck]:
         left, right = self._graphs
@@ -307,7 +323,8 @@ class _Comparison:
         for one, other in _paired(computing[0], computing[1], "ops"):
             self.n_unchanged += self._match_ops(one, other)
         self._match_unused(left, right)
-        pairs = [(node, self._matches[node]) for node in left.nodes if node in self._matches]
+        to_check = self._matches.keys() - self._biases
+        pairs = [(node, self._matches[node]) for node in left.nodes if node in to_check]
         checks = in_order(lambda pair: self._check_stored(*pair), pairs)
         with contextlib.closing(checks):
             found = list(checks)
@@ -350,14 +367,19 @@ class _Comparison:
         n_values = 0
         where = f"{self._prefix}{one.name}"
         kept = [self._kept_parts(node) for node in (one, other)]
-        if kept[0] != kept[1] or set(one.op.inputs) != set(other.op.inputs):
+        keys = [set(node.op.inputs) for node in (one, other)]
+        digest = self._records.biases.get(where)
+        if digest is not None and digest != self._before.biases.get(where):
+            self._check_bias(one, other, digest)
+            keys = [key - {"bias"} for key in keys]
+        if kept[0] != kept[1] or keys[0] != keys[1]:
             _fail(f"{where}: the op {one.op.type} must be unchanged, got another")
         for key in sorted(set(one.op.attributes) | set(other.op.attributes)):
             if key not in one.op.attributes or key not in other.op.attributes:
                 _fail(f"{where}: the attribute {key} must be unchanged")
             self._same_value(one.op.attributes[key], other.op.attributes[key], where)
             n_values += 1
-        for key in sorted(one.op.inputs):
+        for key in sorted(keys[0]):
             bindings = _paired(
                 list(one.op.inputs[key].arguments),
                 list(other.op.inputs[key].arguments),
@@ -375,6 +397,29 @@ class _Comparison:
                 else:
                     _fail(f"{where}: {key} must be given in the same way")
         return n_values
+
+    def _check_bias(self, one: Node, other: Node, digest: str) -> None:
+        """Check that a layer's bias is as recorded, and that no other op uses it."""
+        where = f"{self._prefix}{one.name}"
+        before, after = (
+            graph.producer(node, "bias")
+            for graph, node in zip(self._graphs, (one, other), strict=True)
+        )
+        if after is None or after[0].op.type != "const":
+            _fail(f"{where}: the corrected bias must be a constant, got another")
+        node = after[0]
+        tensor = self._decoders[1].dense(node)
+        if bias_digest(tensor.values) != digest:
+            _fail(f"{where}: the corrected bias must be as recorded, got another")
+        if before is not None and before[0].type != node.type:
+            _fail(f"{where}: the corrected bias must be {before[0].type}, got {node.type}")
+        if len(node.uses) != 1 or node.is_block_output:
+            _fail(f"{where}: the corrected bias must be used once, got {len(node.uses)} uses")
+        self._biases.add(node)
+        if before is not None and before[0].name == node.name:
+            self._biases.add(before[0])
+            self._matches[before[0]] = node
+        self.n_corrected += 1
 
     def _kept_parts(self, node: Node) -> list[Any]:
         outputs = [item.SerializeToString(deterministic=True) for item in node.op.outputs]
@@ -400,6 +445,7 @@ class _Comparison:
         reached = {id(node) for node in self._matches.values()}
         for node in list(self._matches.values()):
             reached.update(id(part) for part in self._parts(node, 1))
+        reached.update(id(node) for node in self._biases)
         by_name = {
             node.name: node for node in right.nodes if node.is_stored and id(node) not in reached
         }
@@ -496,6 +542,12 @@ def _judge(
     """Return signal, noise, and in words which promise is broken, if one is."""
     if isinstance(value, Masked):
         return _judge_masked(source, value, promise, steps)
+    if isinstance(value, Palette) and promise == "nearest" and value.vector_size > 1:
+        signal, noise, n_outside = _core.compare_vectors(
+            value.vector_rows(source), value.vector_size, *value.rows()
+        )
+        wrong = f"{n_outside} indices don't name the nearest vector of their table"
+        return signal, noise, wrong if n_outside else ""
     if isinstance(value, Palette) and promise == "nearest":
         codes, luts = value.rows()
         if (np.diff(luts.astype(np.float32), axis=1) < 0).any():

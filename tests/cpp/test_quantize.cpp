@@ -506,6 +506,10 @@ TEST_CASE("shapes and ranges that don't fit are refused") {
   CHECK_THROWS_AS(quantize(in, {-200, 7}, Scales(scales), none, out), std::invalid_argument);
   CHECK_THROWS_AS(quantize(in, {7, -7}, Scales(scales), none, out), std::invalid_argument);
   CHECK_THROWS_AS(quantize_mse(in, {7, -7}, Scales(scales), none, out), std::invalid_argument);
+  const std::vector<float> share(8);
+  CHECK_THROWS_AS(
+      quantize_mse_weighted(in, {share.data(), 4, 2}, {-7, 7}, Scales(scales), none, out),
+      std::invalid_argument);
   CHECK_THROWS_AS(quantize(in, {3, 3}, Scales(scales), none, out), std::invalid_argument);
   CHECK_THROWS_AS(quantize(in, {0, 128}, Scales(scales), none, out), std::invalid_argument);
   CHECK_THROWS_AS(quantize(in, {-7, 7}, Scales(scales).first(1), none, out), std::invalid_argument);

@@ -117,6 +117,21 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     return make
 
 
+@pytest.fixture(scope="session")
+def shared_pipeline(build: Build, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models alike, the second of which takes what the first gives."""
+    path = tmp_path_factory.mktemp("pipeline") / "source.mlpackage"
+    models = [ct.models.MLModel(str(build("shared", dtype="fp32")), skip_model_load=True)] * 2
+    spec = models[1].get_spec()
+    middle = spec.description.output[0].name
+    ct.utils.rename_feature(spec, "x", "between", rename_outputs=False)
+    ct.utils.rename_feature(spec, middle, "z", rename_inputs=False)
+    ct.utils.rename_feature(spec, "between", middle, rename_outputs=False)
+    second = ct.models.MLModel(spec, weights_dir=models[1].weights_dir, skip_model_load=True)
+    ct.utils.make_pipeline(models[0], second).save(str(path))
+    return path
+
+
 def _program(target: str, dtype: type, **shapes: tuple[int, ...]) -> Callable[..., Any]:
     element = types.fp16 if dtype is np.float16 else types.fp32
     specs = [mb.TensorSpec(shape=shape, dtype=element) for shape in shapes.values()]

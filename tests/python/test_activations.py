@@ -14,11 +14,11 @@ from torch import nn
 
 import milpress
 from milpress import coreml, interpreter
-from milpress.calibration import CalibrationConfig, Observer
 from milpress.formats import QuantizeConfig
 from milpress.mil import values
 from milpress.mil.package import Package
 from milpress.mil.weights import sites
+from milpress.ranges import CalibrationConfig, Observer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

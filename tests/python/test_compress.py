@@ -456,6 +456,29 @@ def test_verify_finds_tampering(crepe_tiny, tmp_path, treatment, change, message
         milpress.verify(crepe_tiny, bad)
 
 
+@pytest.mark.parametrize("settings", [{}, {"group_size": 8}, {"group_size": 8, "channel_axis": 1}])
+@pytest.mark.parametrize("parameter", ["indices", "lut"])
+def test_verify_finds_vectors_at_other_than_a_nearest_entry(build, tmp_path, settings, parameter):
+    source, out = build("shared"), tmp_path / "out.mlpackage"
+    treatment = f.PalettizeConfig(bits=4, vector_size=2, **settings)
+    milpress.compress(source, out, milpress.Recipe.of(treatment, name="both"))
+    (check,) = milpress.verify(source, out).weights
+    assert check.promise == "nearest"
+
+    def change(package: Package) -> None:
+        (site,) = sites(package)
+        node = next(n for n in site.graph.nodes if n.op.type == "constexpr_lut_to_dense")
+        where = node.op.inputs[parameter].arguments[0].value.blobFileValue
+        path = package.weight_path(where.fileName)
+        data = bytearray(path.read_bytes())
+        data[where.offset + 65] ^= 0x15
+        path.write_bytes(data)
+
+    bad = tampered(out, tmp_path / "bad.mlpackage", change)
+    with pytest.raises(VerificationError, match="don't name the nearest vector of their table"):
+        milpress.verify(source, bad)
+
+
 def test_verify_reports_the_error_of_packages_without_a_record(crepe_tiny, tmp_path):
     out = tmp_path / "out.mlpackage"
     milpress.compress(crepe_tiny, out, milpress.Recipe.of(f.PalettizeConfig(bits=6)))

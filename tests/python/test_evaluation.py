@@ -19,6 +19,8 @@ from milpress.interpreter import Feature, load
 from milpress.recipe import Recipe
 from milpress.samples import RandomSamples, Samples
 
+pytestmark = pytest.mark.filterwarnings("ignore")
+
 
 def tones(n: int) -> np.ndarray:
     """Return noisy tones as CREPE wants them."""
@@ -173,21 +175,6 @@ def functions(build, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def pipeline(build, tmp_path_factory) -> Path:
-    """Two models alike, the second of which takes what the first gives."""
-    path = tmp_path_factory.mktemp("pipeline") / "source.mlpackage"
-    models = [ct.models.MLModel(str(build("shared", dtype="fp32")), skip_model_load=True)] * 2
-    spec = models[1].get_spec()
-    middle = spec.description.output[0].name
-    ct.utils.rename_feature(spec, "x", "between", rename_outputs=False)
-    ct.utils.rename_feature(spec, middle, "z", rename_inputs=False)
-    ct.utils.rename_feature(spec, "between", middle, rename_outputs=False)
-    second = ct.models.MLModel(spec, weights_dir=models[1].weights_dir, skip_model_load=True)
-    ct.utils.make_pipeline(models[0], second).save(str(path))
-    return path
-
-
 def test_one_function_of_several_is_compared(functions, tmp_path):
     path = tmp_path / "compressed.mlpackage"
     milpress.compress(functions, path, Recipe.of(PalettizeConfig(bits=2), name="glob:shared/*"))
@@ -196,10 +183,12 @@ def test_one_function_of_several_is_compared(functions, tmp_path):
         assert (found.snr_db == math.inf) == is_exact
 
 
-def test_values_of_all_models_of_a_pipeline_are_compared(pipeline, tmp_path):
+def test_values_of_all_models_of_a_pipeline_are_compared(shared_pipeline, tmp_path):
     path = tmp_path / "compressed.mlpackage"
-    milpress.compress(pipeline, path, Recipe.of(PalettizeConfig(bits=2), name="glob:model1/both"))
-    found = milpress.evaluate(pipeline, path, RandomSamples(1), per_op=True)
+    milpress.compress(
+        shared_pipeline, path, Recipe.of(PalettizeConfig(bits=2), name="glob:model1/both")
+    )
+    found = milpress.evaluate(shared_pipeline, path, RandomSamples(1), per_op=True)
     planted = {op.name for op in found.ops if op.own_snr_db < math.inf}
     assert planted == {"model1/first", "model1/second"}
 

@@ -11,7 +11,7 @@ import pytest
 pytestmark = pytest.mark.filterwarnings("ignore")
 GUIDE = Path(__file__).parents[2] / "docs" / "guide"
 # What a page must have printed for its code to have done its work.
-PRINTED = {"running": "dB"}
+PRINTED = {"measured": "calibrated: 16 samples", "running": "dB"}
 
 
 @pytest.mark.parametrize("page", sorted(GUIDE.glob("*.md")), ids=lambda page: page.stem)

@@ -59,6 +59,25 @@ def test_few_distinct_vectors_are_the_table_and_the_last_is_repeated(vectors, n_
             assert (lut[len(distinct) :] == distinct[-1]).all()
 
 
+@given(vectors=tied(), n_entries=st.integers(1, 20), data=st.data())
+def test_vectors_at_other_than_a_nearest_entry_are_counted(vectors, n_entries, data):
+    n_groups, _, dim = vectors.shape
+    luts, codes = cluster(vectors, n_entries)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    moved = rng.integers(0, n_entries, codes.shape).astype(np.uint8)
+    codes = np.where(rng.random(codes.shape) < 0.2, moved, codes)
+    distances = squared_distances(vectors, luts)
+    chosen = np.take_along_axis(distances, codes[..., None].astype(np.intp), -1)[..., 0]
+    rounding = 1 + (dim + 3) * 2.0**-23  # of float32, which the kernel allows
+    signal, noise, n_outside = _core.compare_vectors(
+        vectors.reshape(n_groups, -1), dim, codes, luts.reshape(n_groups, -1)
+    )
+    assert n_outside == (chosen > distances.min(axis=-1) * rounding).sum()
+    # Sums of float16 are in float32 within a chunk of 1,024.
+    assert signal == pytest.approx((vectors.astype(np.float64) ** 2).sum(), rel=1e-5)
+    assert noise == pytest.approx(chosen.sum(), rel=1e-5)
+
+
 # A vector halfway between two entries, which sorting gives to the one that it wasn't fitted to.
 halfway = np.float16(
     "-0.75 -0.5 1.25 2.625 -3.875 -3 1.75 2.625 -2.375 -1.875 2 -1.125 -2.125 1.75 -2.25 -1.25 0.5 "

@@ -93,3 +93,30 @@ def test_a_searched_range_needs_the_exact_dtype_and_two_dimensions():
         _core.quantize_mse(weight[0], -7, 7, False)
     with pytest.raises(ValueError, match="code range must ascend within a byte, got 7 to 3"):
         _core.quantize_mse(weight, 7, 3, True)
+
+
+@given(data=st.data(), weight=finite(), code_range=ranges, fit_offset=st.booleans())
+def test_a_range_searched_with_importance_is_never_worse_by_it_than_the_whole(
+    data, weight, code_range, fit_offset
+):
+    eighths = st.integers(0, 64).map(lambda n: n / 8)
+    share = data.draw(npst.arrays(np.float32, weight.shape, elements=eighths))
+    whole = dense(*_core.quantize(weight, *code_range, fit_offset), code_range)
+    made = _core.quantize_mse_weighted(weight, share, *code_range, fit_offset)
+    errors = [
+        (share.astype(np.float64) * (weight.astype(np.float64) - each) ** 2).sum(1)
+        for each in (dense(*made, code_range), whole)
+    ]
+    # Sums of n doubles in two orders.
+    assert (errors[0] <= errors[1] * (1 + weight.shape[1] * 2.0**-52)).all()
+
+
+@given(weight=finite(), code_range=ranges, fit_offset=st.booleans())
+def test_equal_importance_is_no_importance(weight, code_range, fit_offset):
+    ones = np.ones(weight.shape, np.float32)
+    weighted = _core.quantize_mse_weighted(weight, ones, *code_range, fit_offset)
+    plain = _core.quantize_mse(weight, *code_range, fit_offset)
+    for one, other in zip(weighted, plain, strict=True):
+        assert np.array_equal(one, other)
+    with pytest.raises(ValueError, match="importance must have the shape"):
+        _core.quantize_mse_weighted(weight, np.vstack([ones, ones]), *code_range, fit_offset)

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from milpress.activations import CodesOf, quantize_activations
-from milpress.calibration import Calibration, CalibrationConfig
 from milpress.compression import Progress, save_package
 from milpress.coreml.config import OpLinearQuantizerConfig, OptimizationConfig, adopted
 from milpress.coreml.model import opened, returned, temporary_package
-from milpress.errors import ConfigError
 from milpress.formats import PerTensor, QuantizeConfig
+from milpress.ranges import CalibrationConfig, CalibrationKind
+from milpress.recipe import check_codes
 
 if TYPE_CHECKING:
     import os
@@ -28,7 +28,7 @@ def linear_quantize_activations(
     sample_data: Any,
     calibration_op_group_size: int = -1,
     *,
-    calibration: Calibration = "minmax",
+    calibration: CalibrationKind = "minmax",
     percentile: float = 99.99,
     function: str | None = None,
     destination: str | os.PathLike[str] | None = None,
@@ -48,7 +48,8 @@ def linear_quantize_activations(
         for ops by name, by type, or all; ``mode`` and ``dtype`` count.
     sample_data
         Inputs by name, one dictionary for each sample; the name may be ``None`` for a model with
-        one input. Any iterable will do; it is gone through once.
+        one input. Any iterable will do; it is gone through once. Or a path, as of `milpress.run`:
+        an ``.npz`` file, or a folder of ``.npz`` or ``.npy`` files.
     calibration_op_group_size
         How many values are looked at in a run; -1 for all. The results are the same.
     calibration
@@ -117,18 +118,18 @@ def codes_by(config: OptimizationConfig) -> CodesOf:
         If it asks for codes of 4 bits.
     """
     for op_config in config.op_configs():
-        if isinstance(op_config, OpLinearQuantizerConfig) and op_config.nbits != 8:
-            msg = f"activations must become int8 or uint8, got dtype {op_config.dtype}"
-            raise ConfigError(msg)
+        check_codes(_codes(op_config))
 
     def codes_of(name: str, op_type: str) -> QuantizeConfig | None:
         op_config = config.config_of_op(name, op_type)
-        if not isinstance(op_config, OpLinearQuantizerConfig):
-            return None
-        return QuantizeConfig(
-            dtype=cast("IntDType", op_config.dtype),
-            granularity=PerTensor(),
-            offset=op_config.mode == "LINEAR",
-        )
+        return None if op_config is None else _codes(op_config)
 
     return codes_of
+
+
+def _codes(config: Any) -> QuantizeConfig:
+    return QuantizeConfig(
+        dtype=cast("IntDType", config.dtype),
+        granularity=PerTensor(),
+        offset=config.mode == "LINEAR",
+    )

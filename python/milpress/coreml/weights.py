@@ -11,6 +11,7 @@ from typing import Any
 from milpress.compression import (
     OnUnsupported,
     Progress,
+    SampleSettings,
     compress_package,
     decompress_package,
 )
@@ -27,8 +28,10 @@ from milpress.errors import ConfigError
 from milpress.mil import opset
 from milpress.mil.package import Package
 from milpress.mil.weights import sites, weights
+from milpress.moments import Calibration
 from milpress.placement import DeviceName
 from milpress.report import Report, WeightReport
+from milpress.samples import Data
 
 _logger = logging.getLogger(__name__)
 Destination = str | os.PathLike[str] | None
@@ -45,6 +48,10 @@ def palettize_weights(
     seed: int = 0,
     threads: int | None = None,
     device: DeviceName = "cpu",
+    sample_data: Data | Calibration | None = None,
+    calibration_cache: str | os.PathLike[str] | None = None,
+    calibration_mask: str | None = None,
+    bias_correction: bool = False,
 ) -> Any:
     """Replace weights by indices into lookup tables.
 
@@ -71,6 +78,8 @@ def palettize_weights(
         Where the kernels run: ``"cpu"``; ``"metal"`` for the GPU of a Mac, with the CPU's results;
         ``"auto"`` takes the CPU until a GPU has been measured to be faster. What the GPU could not
         do is in the report's notes.
+    sample_data, calibration_cache, calibration_mask, bias_correction
+        Beyond coremltools: as of `milpress.compress`. Samples are run by the interpreter.
 
     Returns
     -------
@@ -88,7 +97,13 @@ def palettize_weights(
         If the model is damaged, or not made of ML programs.
     """
     wishes = _wishes("palettize_weights", config, (OpPalettizerConfig,), joint_compression, seed)
-    settings = {"progress": progress, "threads": threads, "device": device}
+    samples = SampleSettings.of(
+        sample_data,
+        cache=calibration_cache,
+        mask=calibration_mask,
+        bias_correction=bias_correction,
+    )
+    settings = {"progress": progress, "threads": threads, "device": device, "samples": samples}
     return _compressed(mlmodel, wishes, destination, on_unsupported, settings)
 
 
@@ -102,6 +117,10 @@ def linear_quantize_weights(
     progress: Progress | None = None,
     threads: int | None = None,
     device: DeviceName = "cpu",
+    sample_data: Data | Calibration | None = None,
+    calibration_cache: str | os.PathLike[str] | None = None,
+    calibration_mask: str | None = None,
+    bias_correction: bool = False,
 ) -> Any:
     """Replace weights by integer codes with scales.
 
@@ -115,6 +134,8 @@ def linear_quantize_weights(
         Whether weights that are pruned, and the tables of palettized ones, are quantized too.
     destination, on_unsupported, progress, threads, device
         As of `palettize_weights`.
+    sample_data, calibration_cache, calibration_mask, bias_correction
+        As of `palettize_weights`. Errors count by the samples where a config has ``range="mse"``.
 
     Returns
     -------
@@ -128,7 +149,13 @@ def linear_quantize_weights(
     """
     allowed = (OpLinearQuantizerConfig,)
     wishes = _wishes("linear_quantize_weights", config, allowed, joint_compression)
-    settings = {"progress": progress, "threads": threads, "device": device}
+    samples = SampleSettings.of(
+        sample_data,
+        cache=calibration_cache,
+        mask=calibration_mask,
+        bias_correction=bias_correction,
+    )
+    settings = {"progress": progress, "threads": threads, "device": device, "samples": samples}
     return _compressed(mlmodel, wishes, destination, on_unsupported, settings)
 
 

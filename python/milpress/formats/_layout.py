@@ -80,6 +80,24 @@ def check_finite(weight: Floats) -> None:
         raise UnsupportedError(msg)
 
 
+def checked_importance(importance: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """Return what the errors of a weight's elements are multiplied by.
+
+    Raises
+    ------
+    ConfigError
+        If it has another shape than the weight, or elements that are negative or not finite.
+    """
+    array = np.ascontiguousarray(importance, np.float32)
+    if array.shape != shape:
+        msg = f"importance must have the shape of the weight, {shape}, got {array.shape}"
+        raise ConfigError(msg)
+    if not (np.isfinite(array).all() and (array >= 0).all()):
+        msg = "importance must be finite and not negative, got other values"
+        raise ConfigError(msg)
+    return array
+
+
 def block_grid(shape: tuple[int, ...], block_shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the number of blocks along each axis.
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from milpress import _core
 from milpress.errors import UnsupportedError
-from milpress.formats._layout import Floats, frozen
+from milpress.formats._layout import Floats, checked_importance, frozen
 from milpress.formats.palette import (
     Palette,
     PalettizeConfig,
@@ -79,6 +79,7 @@ def compress(
     *,
     channel_axis: int = 0,
     input_axis: int = 1,
+    importance: Any = None,
     device: Placement = None,
 ) -> Compressed:
     """Apply a treatment to a weight, or to what earlier treatments made of it.
@@ -95,6 +96,9 @@ def compress(
         What to do.
     channel_axis, input_axis
         Axes of the output and input channels.
+    importance
+        Weight of each element in the squared error, of the same shape, where k-means or a clipped
+        range makes that least for a weight that is dense or pruned; ``None`` for equal weight.
     device
         Where the kernels run: ``"cpu"``, ``"metal"`` or ``"auto"``; ``None`` for that of the
         workflow around, else the CPU. The result is the same.
@@ -107,24 +111,34 @@ def compress(
         If the weight does not suit it, or has been treated so already.
     """
     with using(device):
-        return _compressed(weight, treatment, channel_axis, input_axis)
+        return _compressed(weight, treatment, channel_axis, input_axis, importance)
 
 
 def _compressed(
-    weight: Floats | Compressed, treatment: Treatment, channel_axis: int, input_axis: int
+    weight: Floats | Compressed,
+    treatment: Treatment,
+    channel_axis: int,
+    input_axis: int,
+    importance: Any,
 ) -> Compressed:
     if isinstance(weight, Masked):
         return _on_masked(weight, treatment)
     if isinstance(weight, Sparse):
-        return _on_sparse(weight, treatment, channel_axis, input_axis)
+        return _on_sparse(weight, treatment, channel_axis, input_axis, importance)
     if isinstance(weight, Palette):
         return _on_palette(weight, treatment)
     if isinstance(weight, Quantized):
         return _on_quantized(weight, treatment, channel_axis)
     if isinstance(treatment, PalettizeConfig):
-        return palettize(weight, treatment, channel_axis=channel_axis)
+        return palettize(weight, treatment, channel_axis=channel_axis, importance=importance)
     if isinstance(treatment, QuantizeConfig):
-        return quantize(weight, treatment, channel_axis=channel_axis, input_axis=input_axis)
+        return quantize(
+            weight,
+            treatment,
+            channel_axis=channel_axis,
+            input_axis=input_axis,
+            importance=importance,
+        )
     return sparsify(weight, treatment)
 
 
@@ -140,20 +154,28 @@ def _on_masked(value: Masked, treatment: Treatment) -> Masked:
     raise _refused(treatment, "a pruned weight with codes")
 
 
-def _on_sparse(value: Sparse, treatment: Treatment, channel_axis: int, input_axis: int) -> Masked:
+def _on_sparse(
+    value: Sparse, treatment: Treatment, channel_axis: int, input_axis: int, importance: Any
+) -> Masked:
     if value.nonzeros.size < _MIN_ELEMENTS:
         msg = f"only {value.nonzeros.size} values are not zero, too few to be worth codes"
         raise UnsupportedError(msg)
     dense, mask = value.dense(), value.mask()
+    share = mask.astype(np.float32)
+    if importance is not None:
+        share *= checked_importance(importance, dense.shape)
     if isinstance(treatment, PalettizeConfig):
-        palette = palettize(
-            dense, treatment, channel_axis=channel_axis, importance=mask.astype(np.float32)
-        )
+        palette = palettize(dense, treatment, channel_axis=channel_axis, importance=share)
         return masked(palette, mask)
     if isinstance(treatment, QuantizeConfig):
-        return masked(
-            quantize(dense, treatment, channel_axis=channel_axis, input_axis=input_axis), mask
+        quantized = quantize(
+            dense,
+            treatment,
+            channel_axis=channel_axis,
+            input_axis=input_axis,
+            importance=None if importance is None else share,
         )
+        return masked(quantized, mask)
     raise _refused(treatment, "a pruned weight")
 
 

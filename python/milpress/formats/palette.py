@@ -16,6 +16,7 @@ from milpress.formats._layout import (
     Floats,
     as_weight,
     block_grid,
+    checked_importance,
     from_rows,
     frozen,
     normalized_axis,
@@ -165,11 +166,15 @@ class Palette:
 
     def rows(self) -> tuple[NDArray[np.uint8], Floats]:
         """Return indices and tables as the rows that kernels take, one a group."""
-        n_entries, vector_size = self.lut.shape[-2:]
-        if vector_size != 1:
-            msg = f"rows are for tables of single values, got vectors of {vector_size}"
-            raise ConfigError(msg)
-        return to_rows(self.codes, self.group_shape), self.entries.reshape(-1, n_entries)
+        codes = to_rows(self.codes, self.group_shape)
+        return codes, self.entries.reshape(len(codes), -1)
+
+    def vector_rows(self, weight: Floats) -> Floats:
+        """Return a weight's vectors in the order of the indices of `rows`."""
+        axis = 0 if self.vector_axis is None else self.vector_axis
+        _, vectors = split_vectors(weight, self.vector_size, axis, self.group_shape)
+        rows: Floats = vectors.reshape(len(vectors), -1)
+        return rows
 
     def dense(self) -> Floats:
         """Return the weight, each index replaced by its entry."""
@@ -234,7 +239,7 @@ def palettize(
             )
             return fold(palette, scale, output, like=array)
         axis = _axis(config, output, array.ndim)
-        share = None if importance is None else _checked_importance(importance, array.shape)
+        share = None if importance is None else checked_importance(importance, array.shape)
         return _fitted(array, config, axis, _group_shape(array.shape, config, axis), share)
 
 
@@ -258,7 +263,7 @@ def palettize_scaled(
     array = as_weight(weight)
     output = normalized_axis(channel_axis, array.ndim)
     axis = _axis(config, output, array.ndim)
-    share = None if importance is None else _checked_importance(importance, array.shape)
+    share = None if importance is None else checked_importance(importance, array.shape)
     scale = _channel_scale(array, output)
     # An error counts in units of the weight, not of the scaled weight.
     relative = (scale / scale.max()).astype(np.float32)
@@ -497,14 +502,3 @@ def reassigned(palette: Palette, array: Floats) -> Palette:
         lut=palette.lut,
         bits=palette.bits,
     )
-
-
-def _checked_importance(importance: Any, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    array = np.asarray(importance, np.float32)
-    if array.shape != shape:
-        msg = f"importance must have the shape of the weight, {shape}, got {array.shape}"
-        raise ConfigError(msg)
-    if not (np.isfinite(array).all() and (array >= 0).all()):
-        msg = "importance must be finite and not negative, got other values"
-        raise ConfigError(msg)
-    return array

@@ -15,6 +15,7 @@ from milpress.formats._layout import (
     as_float,
     block_grid,
     check_finite,
+    checked_importance,
     from_rows,
     frozen,
     normalized_axis,
@@ -181,6 +182,7 @@ def quantize(
     *,
     channel_axis: int = 0,
     input_axis: int = 1,
+    importance: Any = None,
     device: Placement = None,
 ) -> Quantized:
     """Replace a weight by integer codes with a scale for each block.
@@ -197,6 +199,9 @@ def quantize(
         How; by default int8 with a scale for each output channel.
     channel_axis, input_axis
         Axes of the output and input channels.
+    importance
+        Weight of each element in the squared error that ``range="mse"`` makes least, of the same
+        shape; ``None`` for equal weight. The whole range of a block does not depend on it.
     device
         Where the kernels run: ``"cpu"``, ``"metal"`` or ``"auto"``; ``None`` for that of the
         workflow around, else the CPU. The result is the same.
@@ -204,7 +209,7 @@ def quantize(
     Raises
     ------
     ConfigError
-        If a block does not divide the weight.
+        If a block does not divide the weight, or the importance does not suit it.
     UnsupportedError
         If the weight is of another type, or not finite.
 
@@ -224,8 +229,15 @@ def quantize(
     grid = block_grid(array.shape, block_shape)
     rows = to_rows(array, block_shape)
     kernels = kernels_for(device)
-    kernel = kernels.quantize if config.range == "minmax" else kernels.quantize_mse
-    codes, scales, offsets = kernel(rows, *config.code_range, config.offset)
+    share = None if importance is None else checked_importance(importance, array.shape)
+    settings = (*config.code_range, config.offset)
+    if config.range == "minmax":
+        made = kernels.quantize(rows, *settings)
+    elif share is None:
+        made = kernels.quantize_mse(rows, *settings)
+    else:
+        made = kernels.quantize_mse_weighted(rows, to_rows(share, block_shape), *settings)
+    codes, scales, offsets = made
     if not np.isfinite(scales).all():
         check_finite(array)
     if offsets is None and not config.signed:

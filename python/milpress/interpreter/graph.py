@@ -188,9 +188,14 @@ class Function:
         return self.watchable[name][0] if name in self.watchable else ()
 
     @property
+    def steps(self) -> Iterator[Step]:
+        """All steps, those of nested blocks behind the op that has them."""
+        return _all_steps(self.block)
+
+    @property
     def op_types(self) -> dict[str, str]:
         """Type of the op that computes each watchable value; inputs are not among them."""
-        kinds = {slot: step.kind for step in _all_steps(self.block) for slot, _ in step.writes}
+        kinds = {slot: step.kind for step in self.steps for slot, _ in step.writes}
         lasts = {name: slots[-1] for name, (slots, _) in self.watchable.items()}
         return {name: kinds[last] for name, last in lasts.items() if last in kinds}
 

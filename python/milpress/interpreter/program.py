@@ -27,6 +27,7 @@ from milpress.interpreter.constants import Budget, held_as
 from milpress.interpreter.features import Feature
 from milpress.interpreter.graph import Frame, Function, Observe, Replace, bind
 from milpress.interpreter.module import ProgramModule
+from milpress.interpreter.moments import Layer, layers
 from milpress.interpreter.states import State
 from milpress.mil.package import Package
 from milpress.mil.values import TensorType
@@ -233,6 +234,13 @@ class Program:
     def functions(self) -> dict[str, str]:
         """Name of the function that is run of each model, by what its values' names begin with."""
         return {model.prefix: model.function_name for model in self._part.models}
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The ops that multiply what is computed by a stored weight."""
+        return tuple(
+            layer for model in self._part.models for layer in layers(model.prefix, model.function)
+        )
 
     @property
     def is_stateful(self) -> bool:

@@ -1,4 +1,4 @@
-"""Quantized activations: pairs of ``quantize`` and ``dequantize`` where coremltools puts them.
+"""Quantized activations in a program: pairs of ops, put where coremltools puts them.
 
 What was inserted is recorded in the package's user metadata, so that `strip` can take it out
 again and a verification can compare what is left with the source.
@@ -18,7 +18,7 @@ from milpress.errors import PackageError, VerificationError
 from milpress.mil import dtypes, values
 from milpress.mil.program import Graph, Node, Scope
 from milpress.mil.schema import messages
-from milpress.mil.values import TensorType
+from milpress.mil.values import TensorType, WeightSource
 from milpress.mil.weights import Site
 
 KEY = "com.milpress.activations"
@@ -455,11 +455,13 @@ def forget(model: Any) -> None:
     model.description.metadata.userDefined.pop(KEY, None)
 
 
-def strip(site: Site, pairs: Mapping[str, str]) -> list[tuple[str, Parameters]]:
+def strip(
+    site: Site, pairs: Mapping[str, str], source: WeightSource
+) -> list[tuple[str, Parameters]]:
     """Take recorded pairs out of a graph again, in place.
 
-    Returns the pairs of this graph, in order, with their parameters. The graph is of no use
-    afterwards.
+    Returns the pairs of this graph, in order, with their parameters; ``source`` gives its weight
+    files. The graph is of no use afterwards.
 
     Raises
     ------
@@ -471,11 +473,16 @@ def strip(site: Site, pairs: Mapping[str, str]) -> list[tuple[str, Parameters]]:
     graph = site.graph
     named = {f"{site.prefix}{node.name}": node for node in graph.nodes}
     mine = {name: codes for name, codes in pairs.items() if name in named or codes in named}
-    quantizes = {codes: _checked(codes, "quantize", named, graph) for codes in mine.values()}
+    quantizes = {
+        codes: _checked(codes, "quantize", named, graph, source) for codes in mine.values()
+    }
     found: list[tuple[str, Parameters]] = []
     removed: dict[Node, None] = {}
     for name, codes in mine.items():
-        dense, (quantize, given) = _checked(name, "dequantize", named, graph), quantizes[codes]
+        dense, (quantize, given) = (
+            _checked(name, "dequantize", named, graph, source),
+            quantizes[codes],
+        )
         if dense[1]._replace(dtype="") != given._replace(dtype=""):
             _fail(f"{name}: it must have the scale and zero point of {codes}, got others")
         if f"{site.prefix}{_source(dense[0])}" != codes:
@@ -521,13 +528,13 @@ def _type_of_source(node: Node) -> TensorType | None:
 
 
 def _checked(
-    name: str, kind: str, named: Mapping[str, Node], graph: Graph
+    name: str, kind: str, named: Mapping[str, Node], graph: Graph, source: WeightSource
 ) -> tuple[Node, Parameters]:
     node = named.get(name)
     if node is None or node.op.type != kind or not node.op.inputs["input"].arguments:
         _fail(f"{name}: the model must have this {kind}, as recorded, got none")
     scale, zero_point = graph.constant(node, "scale"), graph.constant(node, "zero_point")
-    stored = None if scale is None else _array(scale)
+    stored = None if scale is None else values.read(scale, source).values
     dense = _type_of_source(node) if kind == "quantize" else node.type
     if (
         stored is None
@@ -537,7 +544,7 @@ def _checked(
         or not 0 < float(stored) < math.inf
     ):
         _fail(f"{name}: the scale must be one positive number of the type of the values")
-    point = None if zero_point is None else _array(zero_point)
+    point = None if zero_point is None else values.read(zero_point, source).values
     codes = node.type if kind == "quantize" else _type_of_source(node)
     dtype = "" if codes is None else codes.dtype.name
     if dtype not in ("int8", "uint8") or (
@@ -545,20 +552,7 @@ def _checked(
     ):
         _fail(f"{name}: codes and zero point must be int8 or uint8, one and the same")
     known = None if point is None else int(point)
-    only: np.floating[Any] = stored.reshape(-1)[0]
-    return node, Parameters(only, known, dtype)
-
-
-def _array(stored: Any) -> np.ndarray[Any, Any]:
-    """Return a small value that is stored in the model itself."""
-    return values.read(stored, _Nowhere()).values
-
-
-class _Nowhere:
-    retyped: dict[tuple[str, int], Any] = {}  # noqa: RUF012
-
-    def reader(self, file_name: str) -> Any:
-        _fail(f"{file_name}: parameters of activations must be in the model, got a weight file")
+    return node, Parameters(stored.reshape(-1)[0], known, dtype)
 
 
 def _fail(message: str) -> NoReturn:

@@ -114,12 +114,16 @@ def emit(
 
 def emit_const(tensor: Tensor, node: Node, *, file_name: str | None, sink: WeightSink) -> None:
     """Turn an op into the ``const`` op of a tensor, in place; its name stays."""
-    name = node.name
+    node.op.CopyFrom(new_const(tensor, node.name, file_name=file_name, sink=sink))
+
+
+def new_const(tensor: Tensor, name: str, *, file_name: str | None, sink: WeightSink) -> Any:
+    """Return the ``const`` op of a tensor."""
     op = messages().Operation(type="const")
     op.attributes["name"].CopyFrom(values.string(name))
     values.write(op.attributes["val"], tensor, file_name=file_name, early=False, sink=sink)
     op.outputs.add(name=name).type.CopyFrom(op.attributes["val"].type)
-    node.op.CopyFrom(op)
+    return op
 
 
 def payload_bytes(value: Compressed, *, early: bool) -> int:

@@ -5,14 +5,20 @@ words, the weights it was done to, each by its name in the source and the name o
 
     {"version": 1, "treatments": [
         {"steps": [{"palettize": {...}}], "weights": {"w": "w_palettized"}}]}
+
+Where biases were corrected, ``"biases"`` holds a digest of each by the name of its layer.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
 
 from milpress.errors import PackageError
 
@@ -37,9 +43,10 @@ class Record(NamedTuple):
 def promise_of(steps: Sequence[Step]) -> Promise:
     """Return what steps, done to a dense weight, promise of every element.
 
-    Single values that are palettized have the nearest entry, unclipped quantized ones are within
-    half a step, pruned ones are zero and the others equal; pruning may come first. Elsewhere
-    nothing is promised, and the signal-to-noise ratio says what was lost.
+    Palettized values, or vectors without scales, have the nearest entry, unclipped quantized ones
+    are within half a step, pruned ones are zero and the others equal; pruning may come first,
+    though not of vectors. Elsewhere nothing is promised, and the signal-to-noise ratio says what
+    was lost.
     """
     coding = [step for step in steps if "prune" not in step]
     if not coding:
@@ -48,16 +55,22 @@ def promise_of(steps: Sequence[Step]) -> Promise:
         return "none"
     palettize = coding[0].get("palettize")
     if palettize is not None:
-        singly = palettize.get("vector_size", 1) == 1 and palettize.get("table") != "custom"
-        return "nearest" if singly else "none"
+        is_free = palettize.get("table") == "custom"
+        if palettize.get("vector_size", 1) > 1:
+            is_free |= len(steps) > 1 or palettize.get("channel_scale", False)
+        return "none" if is_free else "nearest"
     return "none" if "range" in coding[0]["quantize"] else "half_step"
 
 
 @dataclass(slots=True)
 class Records:
-    """The record of each treated weight, by its name in the source."""
+    """The record of each treated weight, by its name in the source.
+
+    ``biases`` holds digests of biases that were corrected, by the names of their layers.
+    """
 
     by_source: dict[str, Record] = field(default_factory=dict)
+    biases: dict[str, str] = field(default_factory=dict)
 
     def find(self, name: str) -> tuple[str, Record] | None:
         """Return the source's name and the record of a weight, by either of its names."""
@@ -73,6 +86,11 @@ class Records:
         found = self.find(name)
         source, before = (name, ()) if found is None else (found[0], found[1].steps)
         self.by_source[source] = Record((*before, *done), result)
+
+
+def bias_digest(bias: NDArray[Any]) -> str:
+    """Return what the record of a corrected bias keeps of it."""
+    return hashlib.sha256(np.ascontiguousarray(bias).tobytes()).hexdigest()[:32]
 
 
 def read(model: Any) -> Records:
@@ -97,6 +115,8 @@ def read(model: Any) -> Records:
             promise_of(steps)
             for source, result in group["weights"].items():
                 found.by_source[str(source)] = Record(steps, str(result))
+        for layer, digest in data.get("biases", {}).items():
+            found.biases[str(layer)] = str(digest)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         msg = f"the user metadata {KEY} must be a record of version 1, got another text: {error}"
         raise PackageError(msg) from error
@@ -108,12 +128,14 @@ def record(model: Any, records: Records) -> None:
     groups: dict[str, dict[str, str]] = {}
     for source, entry in records.by_source.items():
         groups.setdefault(json.dumps(entry.steps, sort_keys=True), {})[source] = entry.result
-    data = {
+    data: dict[str, Any] = {
         "version": 1,
         "treatments": [
             {"steps": json.loads(steps), "weights": names} for steps, names in groups.items()
         ],
     }
+    if records.biases:
+        data["biases"] = records.biases
     model.description.metadata.userDefined[KEY] = json.dumps(data, separators=(",", ":"))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -159,6 +159,15 @@ def blob_values(op: Any) -> Iterator[Any]:
         for binding in argument.arguments:
             if binding.WhichOneof("choice") == "value" and values.is_blob(binding.value):
                 yield binding.value
+
+
+def blob_places(stored: Sequence[Any]) -> tuple[tuple[str, int], ...]:
+    """Return where in which weight files some values are stored."""
+    return tuple(
+        (value.blobFileValue.fileName, value.blobFileValue.offset)
+        for value in stored
+        if values.is_blob(value)
+    )
 
 
 def weight_files(package: Package) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ _AVG_POOL = (functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d
 _MAX_POOL = (functional.max_pool1d, functional.max_pool2d, functional.max_pool3d)
 
 
-def _pairs(
+def window_pairs(
     pad_type: str,
     pad: Sequence[int] | None,
     sizes: Sequence[int],
@@ -56,7 +56,7 @@ def _padded(x: Tensor, pairs: Sequence[tuple[int, int]], value: float = 0.0) -> 
     return functional.pad(x, last_first, value=value) if any(last_first) else x
 
 
-def _extents(sizes: Sequence[int], dilations: Sequence[int]) -> list[int]:
+def window_extents(sizes: Sequence[int], dilations: Sequence[int]) -> list[int]:
     return [(size - 1) * step + 1 for size, step in zip(sizes, dilations, strict=True)]
 
 
@@ -74,13 +74,39 @@ def conv(
     rank = x.dim() - 2
     strides = strides or [1] * rank
     dilations = dilations or [1] * rank
-    extents = _extents(weight.shape[2:], dilations)
-    pairs = _pairs(pad_type, pad, x.shape[2:], extents, strides)
+    extents = window_extents(weight.shape[2:], dilations)
+    pairs = window_pairs(pad_type, pad, x.shape[2:], extents, strides)
     if all(before == after for before, after in pairs):
         even = [before for before, _ in pairs]
     else:
         x, even = _padded(x, pairs), [0] * rank
     return _CONV[rank - 1](x, weight, bias, strides, even, dilations, groups)
+
+
+def transposed_pairs(
+    pad_type: str,
+    pad: Sequence[int] | None,
+    sizes: Sequence[int],
+    full_sizes: Sequence[int],
+    strides: Sequence[int],
+    output_shape: Sequence[int] | None,
+) -> list[tuple[int, int]]:
+    """Return how much of the whole output is cut off before and after each spatial axis."""
+    pairs = []
+    for axis, (size, full, stride) in enumerate(zip(sizes, full_sizes, strides, strict=True)):
+        before, after = (0, 0) if pad_type != "custom" or pad is None else pad[2 * axis :][:2]
+        if output_shape is not None:
+            wanted = output_shape[2 + axis]
+        elif pad_type in ("same", "same_lower"):
+            wanted = size * stride
+        else:
+            wanted = full - before - after
+        if pad_type in ("same", "same_lower"):
+            # As the convolution that this one undoes would have padded.
+            amount = max(0, full - wanted)
+            before = amount // 2 if pad_type == "same" else amount - amount // 2
+        pairs.append((before, full - wanted - before))
+    return pairs
 
 
 @operator("conv_transpose")
@@ -102,22 +128,8 @@ def conv_transpose(
         msg = f"pad_type must be one of {', '.join(_PAD_TYPES)}, got {pad_type}"
         raise ValueError(msg)
     y = _CONV_TRANSPOSE[rank - 1](x, weight, None, strides, 0, 0, groups, dilations)
-    cut = []
-    for axis, stride in enumerate(strides):
-        full, size = y.shape[2 + axis], x.shape[2 + axis]
-        before, after = (0, 0) if pad_type != "custom" or pad is None else pad[2 * axis :][:2]
-        if output_shape is not None:
-            wanted = output_shape[2 + axis]
-        elif pad_type in ("same", "same_lower"):
-            wanted = size * stride
-        else:
-            wanted = full - before - after
-        if pad_type in ("same", "same_lower"):
-            # As the convolution that this one undoes would have padded.
-            amount = max(0, full - wanted)
-            before = amount // 2 if pad_type == "same" else amount - amount // 2
-        cut.append((-before, wanted + before - full))
-    y = _padded(y, cut)
+    pairs = transposed_pairs(pad_type, pad, x.shape[2:], y.shape[2:], strides, output_shape)
+    y = _padded(y, [(-before, -after) for before, after in pairs])
     return y if bias is None else y + bias.reshape([-1] + [1] * rank)
 
 
@@ -131,7 +143,7 @@ def _pool_pairs(
 ) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """Return the padding of a pool, and what its last windows reach beyond that."""
     sizes = x.shape[2:]
-    pairs = _pairs(pad_type, pad, sizes, kernel_sizes, strides)
+    pairs = window_pairs(pad_type, pad, sizes, kernel_sizes, strides)
     beyond = [(0, 0)] * len(pairs)
     if ceil_mode:
         for axis, (before, after) in enumerate(pairs):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from milpress.errors import ConfigError
 from milpress.formats import QuantizeConfig
 
-Calibration: TypeAlias = Literal["minmax", "percentile", "mse", "entropy"]
+CalibrationKind: TypeAlias = Literal["minmax", "percentile", "mse", "entropy"]
 
 # Bins of a histogram. With 8-bit codes a bin is at most a sixteenth of a step.
 _MAX_BINS = 8192
@@ -45,12 +45,14 @@ class CalibrationConfig:
         With ``"percentile"``: how many values in a hundred the range holds.
     """
 
-    calibration: Calibration = "minmax"
+    calibration: CalibrationKind = "minmax"
     percentile: float = 99.99
 
     def __post_init__(self) -> None:
-        if self.calibration not in get_args(Calibration):
-            msg = f"calibration must be one of {get_args(Calibration)}, got {self.calibration!r}"
+        if self.calibration not in get_args(CalibrationKind):
+            msg = (
+                f"calibration must be one of {get_args(CalibrationKind)}, got {self.calibration!r}"
+            )
             raise ConfigError(msg)
         if (
             isinstance(self.percentile, bool)
@@ -155,16 +157,16 @@ class Observer:
         if seen is None or config.calibration == "minmax" or not self._counts.size:
             return seen
         # The outermost bins reach no further than what was seen.
-        whole = (np.arange(self._counts.size + 1.0) + self._first) * 2.0**self._exponent
-        edges = np.asarray(whole.clip(*seen), np.float64)
+        places = np.arange(self._counts.size + 1, dtype=np.float64) + self._first
+        edges = (places * 2.0**self._exponent).clip(*seen).astype(np.float64)
         if config.calibration == "percentile":
             return self._percentile(edges, config.percentile)
         filled = np.flatnonzero(self._counts)
         centers = ((edges[:-1] + edges[1:]) / 2)[filled]
         counts = self._counts[filled].astype(np.float64)
         cost = _squared_error if config.calibration == "mse" else _divergence
-        widest = Range(min(seen.low, 0.0), max(seen.high, 0.0))
-        return _least(widest, codes, lambda tried: cost(centers, counts, tried, codes))
+        whole = Range(min(seen.low, 0.0), max(seen.high, 0.0))
+        return _least(whole, codes, lambda tried: cost(centers, counts, tried, codes))
 
     def _percentile(self, edges: NDArray[np.float64], percentile: float) -> Range:
         """Return the narrowest range of whole bins that leaves out no more than is allowed."""

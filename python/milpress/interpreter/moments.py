@@ -1,0 +1,227 @@
+"""Layers with stored weights, and what goes into them, summed for each element of the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from milpress.interpreter.constants import Weight
+from milpress.interpreter.graph import Function, Step
+from milpress.interpreter.ops.convolution import transposed_pairs, window_extents, window_pairs
+
+_PARAMETERS = {
+    "linear": {"weight": "x"},
+    "conv": {"weight": "x"},
+    "conv_transpose": {"weight": "x"},
+    "matmul": {"y": "x", "x": "y"},
+}
+
+
+class Sums(NamedTuple):
+    """Sums over all positions at which a layer uses its weight.
+
+    ``first`` and ``second`` are of the values that elements of the weight are multiplied by, and of
+    their squares: of the weight's rank, each element for a block of the weight. ``n`` is how
+    many outputs each output channel has.
+    """
+
+    first: NDArray[np.float64]
+    second: NDArray[np.float64]
+    n: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """An op that multiplies what the program computes by a stored weight.
+
+    Parameters
+    ----------
+    prefix
+        What the names of its model's values begin with.
+    name
+        The value that it computes, without the prefix.
+    weight, shape
+        Name of the weight, without the prefix, and its shape.
+    input
+        The value that it is multiplied by, with the prefix, as `Program.values` names it.
+    kind
+        Type of the op.
+    parameter
+        Which parameter of the op the weight is.
+    settings
+        Of the op.
+    """
+
+    prefix: str
+    name: str
+    weight: str
+    shape: tuple[int, ...]
+    input: str
+    kind: str
+    parameter: str
+    settings: dict[str, Any]
+    _known: dict[tuple[int, ...], list[Tensor]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution."""
+        return int(self.settings.get("groups") or 1)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What the sums depend on besides the input."""
+        kernel = self.shape[2:] if self.kind.startswith("conv") else self._aligned(0)
+        return (self.kind, self.parameter, kernel, self.groups, repr(self.settings))
+
+    def sums(self, x: Tensor, mask: Tensor | None) -> Sums:
+        """Return the sums of one run.
+
+        Parameters
+        ----------
+        x
+            The layer's input.
+        mask
+            Of shape ``(batch, length)``: positions that count. Is applied where the input has these
+            positions and they are not mixed by a kernel.
+        """
+        if self.kind.startswith("conv"):
+            return self._windows(x, mask)
+        axis = -1
+        if self.kind == "matmul" and x.dim() > 1:
+            transposed = bool(
+                self.settings.get(f"transpose_{_PARAMETERS['matmul'][self.parameter]}")
+            )
+            axis = -2 if transposed == (self.parameter == "y") else -1
+        rows = x.movedim(axis, -1)
+        return self._channels(_kept(rows, mask), self._aligned(rows.shape[-1]))
+
+    def _aligned(self, n: int) -> tuple[int, ...]:
+        """Return the shape of sums for each input channel of a matrix."""
+        axis = -1
+        if self.kind == "matmul":
+            transposed = bool(self.settings.get(f"transpose_{self.parameter}"))
+            axis = -1 if transposed == (self.parameter == "y") else -2
+        shape = [1] * len(self.shape)
+        shape[axis] = n
+        return tuple(shape)
+
+    def _channels(self, rows: Tensor, shape: tuple[int, ...]) -> Sums:
+        wide = rows.reshape(-1, rows.shape[-1]).double()
+        first, second = (
+            total.numpy().reshape(shape) for total in (wide.sum(0), (wide * wide).sum(0))
+        )
+        return Sums(first, second, len(wide))
+
+    def _windows(self, x: Tensor, mask: Tensor | None) -> Sums:
+        kernel, n_channels = self.shape[2:], x.shape[1]
+        is_transposed = self.kind == "conv_transpose"
+        blocks = (n_channels, 1) if is_transposed else (self.groups, n_channels // self.groups)
+        sizes = tuple(x.shape[2:])
+        if sizes not in self._known:
+            self._known[sizes] = [torch.from_numpy(reach) for reach in self._reaches(sizes)]
+        reaches = self._known[sizes]
+        is_pointwise = all(
+            size == 1 and len(reach[0]) == reach[0].sum()
+            for size, reach in zip(kernel, reaches, strict=True)
+        )
+        if mask is not None and is_pointwise:
+            rows = x.movedim(1, -1).flatten(1, -2)
+            return self._channels(_kept(rows, mask), (*blocks, *kernel))
+        wide = x.double()
+        totals = []
+        for total in (wide.sum(0), (wide * wide).sum(0)):
+            # Each turn takes away the first spatial axis and adds one of the kernel behind.
+            for reach in reaches:
+                total = torch.tensordot(total, reach, dims=([1], [1]))
+            totals.append(total.numpy().reshape(*blocks, *kernel))
+        return Sums(totals[0], totals[1], x.shape[0] * self._n_outputs(sizes))
+
+    def _geometry(self, sizes: Sequence[int]) -> Iterator[tuple[int, int, int, int, int, int]]:
+        """Yield size, kernel, stride, dilation, padding before and output size of each axis."""
+        rank = len(sizes)
+        settings = self.settings
+        strides = settings.get("strides") or [1] * rank
+        dilations = settings.get("dilations") or [1] * rank
+        extents = window_extents(self.shape[2:], dilations)
+        padding = settings.get("pad_type", "valid"), settings.get("pad")
+        if self.kind == "conv":
+            pairs = window_pairs(*padding, sizes, extents, strides)
+            outputs = [
+                (size + sum(pair) - extent) // stride + 1
+                for size, pair, extent, stride in zip(sizes, pairs, extents, strides, strict=True)
+            ]
+        else:
+            full = [
+                (size - 1) * stride + extent
+                for size, extent, stride in zip(sizes, extents, strides, strict=True)
+            ]
+            output_shape = settings.get("output_shape")
+            pairs = transposed_pairs(*padding, sizes, full, strides, output_shape)
+            outputs = [size - sum(pair) for size, pair in zip(full, pairs, strict=True)]
+        befores = [before for before, _ in pairs]
+        yield from zip(sizes, self.shape[2:], strides, dilations, befores, outputs, strict=True)
+
+    def _n_outputs(self, sizes: Sequence[int]) -> int:
+        return int(np.prod([each[-1] for each in self._geometry(sizes)], dtype=np.int64))
+
+    def _reaches(self, sizes: Sequence[int]) -> Iterator[NDArray[np.float64]]:
+        """Yield, for each axis, how often each place of the kernel meets each input."""
+        for size, n_places, stride, dilation, before, n_outputs in self._geometry(sizes):
+            places = np.arange(n_places)[:, None]
+            reach = np.zeros((n_places, size))
+            if self.kind == "conv":
+                at = np.arange(n_outputs) * stride + places * dilation - before
+                rows, columns = np.nonzero((at >= 0) & (at < size))
+                np.add.at(reach, (rows, at[rows, columns]), 1)
+            else:
+                at = np.arange(size) * stride + places * dilation - before
+                reach += (at >= 0) & (at < n_outputs)
+            yield reach
+
+
+def _kept(rows: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the rows along the last axis that a mask keeps, if it is a mask of these rows."""
+    if mask is not None and rows.shape[:-1] in (mask.shape, (mask.numel(),)):
+        return rows.reshape(-1, rows.shape[-1])[mask.reshape(-1)]
+    return rows
+
+
+def layers(prefix: str, function: Function) -> Iterator[Layer]:
+    """Yield the layers of a function whose weight is stored and whose input is computed."""
+    computed = {slot: name for name, (slots, _) in function.watchable.items() for slot in slots}
+    for step in function.steps:
+        for parameter, other in _PARAMETERS.get(step.kind, {}).items():
+            weight, given = step.reads.get(parameter), step.reads.get(other)
+            if not isinstance(weight, int) or not isinstance(given, int):
+                continue
+            shape = _stored_shape(function.stored[weight])
+            if weight in function.names and given in computed and len(shape) >= 2:
+                yield Layer(
+                    prefix=prefix,
+                    name=computed[step.writes[0][0]],
+                    weight=function.names[weight],
+                    shape=shape,
+                    input=prefix + computed[given],
+                    kind=step.kind,
+                    parameter=parameter,
+                    settings=_settings(step),
+                )
+
+
+def _settings(step: Step) -> dict[str, Any]:
+    return {name: value for name, value in step.settings.items() if not isinstance(value, Tensor)}
+
+
+def _stored_shape(stored: Any) -> tuple[int, ...]:
+    if isinstance(stored, Weight):
+        kind = stored.node.type
+        return () if kind is None else kind.fixed_shape
+    return tuple(stored.shape) if isinstance(stored, Tensor) else ()
