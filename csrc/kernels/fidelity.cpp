@@ -13,6 +13,7 @@
 #include "core/convert.h"
 #include "core/order.h"
 #include "core/parallel.h"
+#include "core/prefetch.h"
 #include "core/vectorize.h"
 #include "kernels/kmeans_vector.h"
 #include "kernels/lut_assign.h"
@@ -132,6 +133,8 @@ Fidelity compare(std::span<const T> source, std::span<const T> decoded) {
     Chunk values;
     for (; begin < end; begin += std::min(kChunk, end - begin)) {
       const std::size_t n = std::min(kChunk, end - begin);
+      prefetch(source, begin + kChunk, kChunk);
+      prefetch(decoded, begin + kChunk, kChunk);
       widen(source.data() + begin, n, weights.data());
       widen(decoded.data() + begin, n, values.data());
       add_errors<T>(weights, values, n, total);
@@ -159,6 +162,8 @@ Fidelity compare_quantized(MatrixView<const T> source, MatrixView<const Code> co
     const std::size_t first = row * n_cols + begin;
     const std::size_t n = n_rows * count;
     const Code* const row_offsets = offsets.empty() ? nullptr : offsets.data() + row;
+    prefetch(source.flat(), first + n, kChunk);
+    prefetch(codes.flat(), first + n, kChunk);
     widen(source.data + first, n, weights.data());
     decode(codes.data + first, n_rows, count, scales.data() + row, row_offsets, values);
     round_in_place(values, n, T{});
@@ -409,6 +414,8 @@ SparsePiece<T> judge_piece(std::span<const T> source, std::span<const std::uint8
     const T* const chunk = source.data() + begin;
     const auto mask = bitmask.subspan(begin / 8, (n + 7) / 8);
     const std::size_t n_kept = count_kept(mask);
+    prefetch(source, begin + kChunk, kChunk);
+    prefetch(nonzeros, n_kept, kChunk);
     expand<T>(mask, nonzeros.first(n_kept), std::span(decoded).first(n));
     nonzeros = nonzeros.subspan(n_kept);
     unpack(mask, 1, std::span(is_kept).first(n));

@@ -8,6 +8,7 @@
 
 #include "core/check.h"
 #include "core/parallel.h"
+#include "core/prefetch.h"
 #include "core/shuffle.h"
 #include "core/vectorize.h"
 
@@ -18,6 +19,7 @@ constexpr std::size_t kMaxEntries = 256;             // a code is one byte
 constexpr std::size_t kMaxCounted = kMaxFewEntries;  // whose midpoints are compared one by one
 constexpr std::size_t kTableMin = 4096;  // weights that pay for a table of all the halves
 constexpr std::size_t kPiece = 262'144;  // weights a thread takes at a time
+constexpr std::size_t kChunk = 1024;     // and how many while the next are fetched
 
 // Largest float that is not nearer to `upper` than to `lower`.
 float midpoint(float lower, float upper) {
@@ -112,14 +114,24 @@ inline void search(const Thresholds<T>& thresholds, std::span<const T> weights,
 }
 
 template <typename T>
-MILPRESS_VECTORIZE void count_or_search(const Thresholds<T>& thresholds, std::span<const T> weights,
-                                        std::span<std::uint8_t> codes) {
+MILPRESS_VECTORIZE void assign_chunk(const Thresholds<T>& thresholds, std::span<const T> weights,
+                                     std::span<std::uint8_t> codes) {
   if (thresholds.count <= 3) {
     count_below<3>(thresholds, weights, codes);
   } else if (thresholds.count < kMaxCounted) {
     count_below<kMaxCounted - 1>(thresholds, weights, codes);
   } else {
     search(thresholds, weights, codes);
+  }
+}
+
+template <typename T>
+void count_or_search(const Thresholds<T>& thresholds, std::span<const T> weights,
+                     std::span<std::uint8_t> codes) {
+  for (std::size_t begin = 0; begin < weights.size(); begin += kChunk) {
+    const std::size_t n = std::min(kChunk, weights.size() - begin);
+    prefetch(weights, begin + kChunk, kChunk);
+    assign_chunk(thresholds, weights.subspan(begin, n), codes.subspan(begin, n));
   }
 }
 
@@ -136,10 +148,10 @@ std::vector<std::uint8_t> code_table(const Thresholds<Half>& thresholds) {
 
 MILPRESS_VECTORIZE void look_up_keys(std::span<const std::uint8_t> table,
                                      std::span<const Half> weights, std::span<std::uint8_t> codes) {
-  constexpr std::size_t kChunk = 1024;
   std::array<std::uint16_t, kChunk> positions;
   for (std::size_t begin = 0; begin < weights.size(); begin += kChunk) {
     const std::size_t n = std::min(kChunk, weights.size() - begin);
+    prefetch(weights, begin + kChunk, kChunk);
     for (std::size_t i = 0; i < n; ++i) {
       positions[i] = static_cast<std::uint16_t>(key_of(weights[begin + i]) + 0x8000);
     }
@@ -239,17 +251,30 @@ void lut_assign(MatrixView<const T> weights, MatrixView<const T> luts,
                  });
 }
 
-MILPRESS_VECTORIZE std::uint8_t greatest_code(std::span<const std::uint8_t> codes) {
+namespace {
+
+MILPRESS_VECTORIZE std::uint8_t greatest_in(const std::uint8_t* codes, std::size_t n) {
   std::uint8_t result = 0;
-  for (const std::uint8_t code : codes) {
-    result = std::max(result, code);
+  for (std::size_t i = 0; i < n; ++i) {
+    result = std::max(result, codes[i]);
+  }
+  return result;
+}
+
+}  // namespace
+
+std::uint8_t greatest_code(std::span<const std::uint8_t> codes) {
+  std::uint8_t result = 0;
+  for (std::size_t begin = 0; begin < codes.size(); begin += kChunk) {
+    prefetch(codes, begin + kChunk, kChunk);
+    result =
+        std::max(result, greatest_in(codes.data() + begin, std::min(kChunk, codes.size() - begin)));
   }
   return result;
 }
 
 bool names_nearest(std::span<const Half> weights, std::span<const Half> lut,
                    std::span<const std::uint8_t> codes) {
-  constexpr std::size_t kChunk = 1024;
   const Thresholds<Half> thresholds(lut);
   std::array<Half, kMaxFewEntries> limits_below{};
   std::array<Half, kMaxFewEntries> limits_above{};
@@ -263,6 +288,7 @@ bool names_nearest(std::span<const Half> weights, std::span<const Half> lut,
   std::array<Half, kChunk> upper;
   for (std::size_t begin = 0; begin < weights.size(); begin += kChunk) {
     const std::size_t n = std::min(kChunk, weights.size() - begin);
+    prefetch(weights, begin + kChunk, kChunk);
     look_up_sixteen(limits_below.data(), codes.data() + begin, n, lower.data());
     look_up_sixteen(limits_above.data(), codes.data() + begin, n, upper.data());
     if (!lies_within(weights.data() + begin, lower.data(), upper.data(), n)) {

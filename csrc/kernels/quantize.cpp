@@ -12,6 +12,7 @@
 #include "core/convert.h"
 #include "core/order.h"
 #include "core/parallel.h"
+#include "core/prefetch.h"
 #include "core/vectorize.h"
 
 namespace milpress {
@@ -695,11 +696,14 @@ struct Quantizer {
     narrow_codes(wide_codes.data(), n, 0, out);
   }
 
-  void encode_piece(const T* piece, std::size_t n, const RowSteps& steps, bool is_plain,
-                    Code* out) const {
-    for (std::size_t begin = 0; begin < n; begin += kChunk) {
-      const std::size_t count = std::min(kChunk, n - begin);
-      encode_rows(piece + begin, 1, count, steps, is_plain, out + begin);
+  // Encodes a part of a row while what lies `ahead` is fetched.
+  void encode_piece(std::size_t first, std::size_t n, const RowSteps& steps, bool is_plain,
+                    std::size_t ahead) const {
+    const std::span<const T> all = weights.flat();
+    for (std::size_t begin = first; begin < first + n; begin += kChunk) {
+      const std::size_t count = std::min(kChunk, first + n - begin);
+      prefetch(all, begin + ahead, kChunk);
+      encode_rows(all.data() + begin, 1, count, steps, is_plain, codes.data + begin);
     }
   }
 
@@ -709,6 +713,7 @@ struct Quantizer {
     RowSteps steps(at_once);
     for (std::size_t first = begin; first < end; first += at_once) {
       const std::size_t count = std::min(at_once, end - first);
+      prefetch(weights.flat(), (first + count) * n_cols, at_once * n_cols);
       const bool all_plain = fit_rows(first, count, steps);
       encode_rows(weights.row(first).data(), count, n_cols, steps, all_plain,
                   codes.row(first).data());
@@ -719,7 +724,7 @@ struct Quantizer {
     RowSteps steps(1);
     for (std::size_t i = begin; i < end; ++i) {
       const bool is_plain = fit_rows(i, 1, steps);
-      encode_piece(weights.row(i).data(), weights.n_cols, steps, is_plain, codes.row(i).data());
+      encode_piece(i * weights.n_cols, weights.n_cols, steps, is_plain, weights.n_cols);
     }
   }
 
@@ -742,9 +747,8 @@ struct Quantizer {
       offsets[i] = static_cast<Code>(step.offset);
     }
     const bool is_plain = is_symmetric() && step.quotient_in_weight_precision;
-    Code* const out = codes.row(i).data();
     parallel_for(row.size(), kGrain, [&](std::size_t begin, std::size_t end) {
-      encode_piece(row.data() + begin, end - begin, steps, is_plain, out + begin);
+      encode_piece(i * row.size() + begin, end - begin, steps, is_plain, kChunk);
     });
   }
 };

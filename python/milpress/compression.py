@@ -422,11 +422,12 @@ class _Job:
         """Write to a sink, and record in the model what was done and is promised of it."""
         rewriter = Rewriter(self._package, sink)
         reports: list[WeightReport] = []
-        total = sum(
-            weight_bytes(plan.weight, self._package)
+        sizes = {
+            node: weight_bytes(plan.weight, self._package)
             for _, plans in self._planned
-            for plan in plans.values()
-        )
+            for node, plan in plans.items()
+        }
+        total = sum(sizes.values())
         done = 0
         orders = self._orders(rewriter)
         with contextlib.closing(
@@ -440,7 +441,10 @@ class _Job:
                     if plan is not None:
                         self._progress(done, total, plan.weight.name)
                         order = orders.get(node)
-                        reports.append(self._write(plan, rewriter, parts, biases, order, made))
+                        written = self._write(
+                            plan, sizes[node], rewriter, parts, biases, order, made
+                        )
+                        reports.append(written)
                         done += reports[-1].bytes_before
                     elif node not in parts and node not in biases:
                         rewriter.copy(node)
@@ -509,6 +513,7 @@ class _Job:
     def _write(
         self,
         plan: Plan,
+        before: int,
         rewriter: Rewriter,
         parts: Collection[Node],
         later: Collection[Node],
@@ -517,7 +522,7 @@ class _Job:
     ) -> WeightReport:
         weight = plan.weight
         name = weight.name  # that of the source; compressing changes it
-        before = after = weight_bytes(weight, self._package)
+        after = before
         if order is not None:
             notes = self._note(weight)
             try:
