@@ -607,6 +607,47 @@ def test_the_command_line_and_a_recipe_do_the_same_as_the_function(net, tmp_path
     assert "quantized activations" in found.stdout
 
 
+def test_the_same_samples_serve_weights_and_activations(net, tmp_path):
+    source = net("cnn")
+    recipe = ours.Recipe.from_dict(
+        {
+            "steps": [
+                {"quantize_activations": {"dtype": "int8"}},
+                {"palettize": {"bits": 2}, "select": {"min_size": 17}},
+            ]
+        }
+    )
+    packages = {}
+    for name, data in (
+        ("listed", samples_of(source)),
+        ("once", iter(samples_of(source))),
+        ("others", samples_of(source, seed=1)),
+    ):
+        out = tmp_path / f"{name}.mlpackage"
+        report = ours.compress(source, out, recipe, sample_data=data)
+        assert report.activations is not None
+        assert report.activations.n_samples == 3
+        assert "calibrated with 3 samples" in report.notes
+        packages[name] = Package(out)
+    weights = {
+        name: package.weight_path("@model_path/weights/weight.bin").read_bytes()
+        for name, package in packages.items()
+    }
+    assert packages["listed"].model_bytes == packages["once"].model_bytes
+    assert weights["listed"] == weights["once"]
+    assert weights["listed"] != weights["others"]
+
+
+def test_moments_alone_do_not_quantize_activations(net, tmp_path):
+    source = net("cnn")
+    recipe = ours.Recipe.from_dict({"steps": [{"quantize_activations": {"dtype": "int8"}}]})
+    moments = ours.calibrate(source, samples_of(source))
+    out = tmp_path / "out.mlpackage"
+    with pytest.raises(ConfigError, match="sample_data must be samples"):
+        ours.compress(source, out, recipe, sample_data=moments)
+    assert not out.exists()
+
+
 def test_options_that_do_not_go_together_are_refused(net, tmp_path):
     source = net("cnn")
     data = calibration_file(source, tmp_path / "data.npz")
