@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from milpress import __version__
+from milpress._terminal import print_json as _print_json
+from milpress._terminal import print_table as _print
+from milpress._terminal import print_text as _print_text
+from milpress._terminal import with_progress as _with_progress
+from milpress.bench_cli import bench, report
 from milpress.errors import CompressionError, ConfigError, InputError, VerificationError
 
 if TYPE_CHECKING:
     from milpress.placement import DeviceName
     from milpress.recipe import ActivationStep, Recipe
     from milpress.report import Report
-
-_Made = TypeVar("_Made")
 
 app = typer.Typer(
     help="Make Core ML models smaller, and prove that they still work.",
@@ -28,6 +29,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.add_typer(bench)
+app.command()(report)
 
 Source = Annotated[Path, typer.Argument(metavar="IN", help="The .mlpackage to read.")]
 Destination = Annotated[Path, typer.Argument(metavar="OUT", help="The .mlpackage to write.")]
@@ -485,25 +489,6 @@ def _quantize_config(
     )
 
 
-def _with_progress(work: Callable[[Any], _Made]) -> _Made:
-    """Run long work under a progress bar, if somebody looks on."""
-    if not sys.stderr.isatty():
-        return work(None)
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from milpress.report import escaped
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def show(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=escaped(name))
-
-        return work(show)
-
-
 def _print_report(report: Report, *, as_json: bool, wrote: bool) -> None:
     if as_json:
         _print_json(report.to_dict())
@@ -522,26 +507,6 @@ def _print_report(report: Report, *, as_json: bool, wrote: bool) -> None:
         _print_text(f"verified and written to {report.destination} in {report.seconds:.2f} s")
     else:
         _print_text(f"not verified; written to {report.destination} in {report.seconds:.2f} s")
-
-
-def _print(heading: str | None, table: Any, summary: str) -> None:
-    from rich.console import Console
-
-    if heading is not None:
-        _print_text(heading)
-    _print_text(summary)
-    width = None if sys.stdout.isatty() else 140
-    Console(width=width).print(table)
-
-
-def _print_text(text: str) -> None:
-    from milpress.report import printable
-
-    typer.echo(printable(text))
-
-
-def _print_json(data: dict[str, Any]) -> None:
-    typer.echo(json.dumps(data, indent=2))
 
 
 def main() -> None:

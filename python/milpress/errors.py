@@ -78,3 +78,11 @@ class ExecutionError(CompressionError, RuntimeError):
 
 class DependencyError(CompressionError, ImportError):
     """A package that is needed and not installed."""
+
+
+class ResultError(CompressionError, ValueError):
+    """A result of a benchmark, or a report, that is of another form or breaks a rule."""
+
+
+class DriverError(CompressionError, RuntimeError):
+    """A driver that can do nothing on this machine, or a device that is not there."""

@@ -1,0 +1,24 @@
+"""Benchmarks on Apple devices, and what can honestly be said without one."""
+
+from __future__ import annotations
+
+from milpress.device.benchmark import Candidate, replay, run
+from milpress.device.comparison import Comparison, compare
+from milpress.device.runner import Plan
+from milpress.device.schema import Result, load, parse, problems, save
+from milpress.device.suite import Suite
+
+__all__ = [
+    "Candidate",
+    "Comparison",
+    "Plan",
+    "Result",
+    "Suite",
+    "compare",
+    "load",
+    "parse",
+    "problems",
+    "replay",
+    "run",
+    "save",
+]

@@ -1,0 +1,178 @@
+"""Results beside each other: as tables, and never of different kinds in one column."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from milpress.device.benchmark import ratio_of
+from milpress.device.schema import Distribution, Entry, Result
+from milpress.device.stats import Ratio
+from milpress.errors import ConfigError
+from milpress.report import escaped, human_bytes, human_snr, named_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# What a time is, by the kind of its run.
+KIND_WORDS = {
+    "measured": "measured",
+    "cpu_reference": "CPU reference, not a device",
+    "estimate": "ESTIMATE, not measured",
+    "replay": "REPLAY",
+    "fake": "FAKE, not measured",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A configuration beside its baseline.
+
+    Parameters
+    ----------
+    entry
+        The configuration.
+    ratio
+        How many times the baseline's latency its own is, and whether the two took turns; ``None``
+        if there is no baseline, or it is the baseline.
+    is_paired
+        Whether the ratio is of rounds that took turns; otherwise it is one of medians.
+    """
+
+    entry: Entry
+    ratio: Ratio | float | None
+    is_paired: bool = False
+
+    @property
+    def latency(self) -> Distribution | None:
+        """Core ML's own latency, or that of the whole call."""
+        return None if self.entry.timing is None else self.entry.timing.best
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What `compare` found: rows in the order of the results, all of one kind."""
+
+    kind: str
+    rows: tuple[Row, ...]
+
+    @property
+    def summary(self) -> str:
+        """One line: what kind of numbers these are."""
+        n_failed = sum(row.entry.status == "failed" for row in self.rows)
+        failed = f", {n_failed} failed" if n_failed else ""
+        return f"{len(self.rows)} configurations{failed}; {KIND_WORDS[self.kind]}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the comparison as JSON can hold it."""
+        return {
+            "version": 1,
+            "kind": self.kind,
+            "rows": [
+                {
+                    "id": row.entry.id,
+                    "status": row.entry.status,
+                    "median_ms": None if row.latency is None else row.latency.median,
+                    "ratio": row.ratio.value if isinstance(row.ratio, Ratio) else row.ratio,
+                    "ratio_ci95": list(row.ratio.interval)
+                    if isinstance(row.ratio, Ratio)
+                    else None,
+                    "paired": row.is_paired,
+                }
+                for row in self.rows
+            ],
+        }
+
+    def __rich__(self) -> Table:
+        """Return the rows as a table."""
+        table = named_table("configuration", "units")
+        for heading in ("size", "SNR dB", "median ms", "95 %", "p90", "p99", "ratio"):
+            table.add_column(heading, justify="right")
+        for row in self.rows:
+            entry, latency = row.entry, row.latency
+            cells = [escaped(entry.model.name), escaped(entry.settings.compute_units)]
+            cells.append(human_bytes(entry.model.package_bytes))
+            cells.append("" if entry.accuracy is None else human_snr(entry.accuracy.snr_db))
+            if entry.failure is not None:
+                what = f"failed in {entry.failure.phase}: {entry.failure.message}"
+                table.add_row(*cells, "failed", escaped(what))
+                continue
+            if latency is None:
+                table.add_row(*cells)
+                continue
+            table.add_row(
+                *cells,
+                f"{latency.median:.3f}",
+                f"{latency.ci95[0]:.3f}-{latency.ci95[1]:.3f}",
+                f"{latency.p90:.3f}",
+                f"{latency.p99:.3f}",
+                shown_ratio(row),
+            )
+        return table
+
+
+def shown_ratio(row: Row) -> str:
+    """Return a ratio as people read it; with its interval if it is of rounds that took turns."""
+    if isinstance(row.ratio, Ratio):
+        low, high = row.ratio.interval
+        return f"{row.ratio.value:.3f} ({low:.3f}-{high:.3f})"
+    return "" if row.ratio is None else f"{row.ratio:.3f} (of medians)"
+
+
+def compare(results: Sequence[Result], *, baseline: str | None = None) -> Comparison:
+    """Put the configurations of results beside each other.
+
+    Parameters
+    ----------
+    results
+        The results, of one kind and from one sort of device.
+    baseline
+        The model that others are compared with, in each unit; by default the first one's.
+
+    Raises
+    ------
+    ConfigError
+        If the results are of different kinds, or there is no such model.
+    """
+    kinds = sorted({result.provenance.kind for result in results})
+    if len(kinds) != 1:
+        msg = f"results must be of one kind to stand in one table, got {' and '.join(kinds)}"
+        raise ConfigError(msg)
+    entries = [entry for result in results for entry in result.entries]
+    names = list(dict.fromkeys(entry.model.name for entry in entries))
+    if baseline is not None and baseline not in names:
+        msg = f"the baseline must be one of {', '.join(names)}, got {baseline!r}"
+        raise ConfigError(msg)
+    baseline = baseline or (names[0] if names else "")
+    rows: list[Row] = []
+    for result in results:
+        rows += [_row(entry, result, entries, baseline) for entry in result.entries]
+    return Comparison(kind=kinds[0], rows=tuple(rows))
+
+
+def _row(entry: Entry, result: Result, entries: Sequence[Entry], baseline: str) -> Row:
+    def is_reference(other: Entry) -> bool:
+        return (
+            other.model.name == baseline
+            and other.settings.compute_units == entry.settings.compute_units
+            and other.status == "ok"
+        )
+
+    if entry.status != "ok":
+        return Row(entry=entry, ratio=None)
+    within = next((each for each in result.entries if is_reference(each)), None)
+    if within is entry:
+        return Row(entry=entry, ratio=None)
+    if within is not None and within.id in entry.settings.interleaved_with:
+        ratio = ratio_of(within, entry)
+        if ratio is not None:
+            return Row(entry=entry, ratio=ratio, is_paired=True)
+    other = within or next((each for each in entries if is_reference(each)), None)
+    if other is None or other.timing is None or entry.timing is None:
+        return Row(entry=entry, ratio=None)
+    for name in ("core", "e2e"):
+        one, two = getattr(other.timing, name), getattr(entry.timing, name)
+        if one is not None and two is not None:
+            return Row(entry=entry, ratio=two.median / one.median)
+    return Row(entry=entry, ratio=None)

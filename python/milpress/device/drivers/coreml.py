@@ -1,0 +1,313 @@
+"""A driver that measures Core ML on the Mac it runs on.
+
+Every call of coremltools is in `CoreML`, so that tests can hold them to its signatures. Traps that
+are handled here:
+
+- Core ML's own time of a prediction leaves out conversion from and to Python. Both are told.
+- ``CompiledMLModel`` loads an ``.mlmodelc``; ``MLModel`` would compile the package at each load.
+- ``CompiledMLModel`` has no durations; the object that it wraps has.
+- ``predict`` converts float16 inputs in the dictionary it is given, so it gets a copy.
+- ``predict`` holds Python's lock, so threads can't predict at once; a list of samples can.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from milpress.device import inputs as files
+from milpress.device.drivers._mac import Mac
+from milpress.errors import DriverError
+
+_DEVICES = {
+    "MLCPUComputeDevice": "cpu",
+    "MLGPUComputeDevice": "gpu",
+    "MLNeuralEngineComputeDevice": "neural_engine",
+}
+# What stores a weight and is not run.
+_CONSTANTS = ("const", "constexpr_")
+
+
+class CoreML:
+    """The calls of coremltools that reach Core ML."""
+
+    is_real = True
+
+    @property
+    def version(self) -> str:
+        """Of coremltools."""
+        import coremltools as ct
+
+        return str(ct.__version__)
+
+    def compile(self, package: str, destination: str) -> str:
+        """Make an ``.mlmodelc`` of an ``.mlpackage``."""
+        from coremltools.models.utils import compile_model
+
+        return str(compile_model(package, destination_path=destination))
+
+    def load(self, path: str, units: str, function: str | None) -> Any:
+        """Load an ``.mlmodelc``."""
+        import coremltools as ct
+        from coremltools.models import CompiledMLModel
+
+        return CompiledMLModel(path, compute_units=ct.ComputeUnit[units], function_name=function)
+
+    def predict(self, model: Any, data: Any, state: Any = None) -> Any:
+        """Predict one sample, or a list of them at once."""
+        return model.predict(data, state=state)
+
+    def make_state(self, model: Any) -> Any:
+        """Return a new state."""
+        return model.make_state()
+
+    def load_duration(self, model: Any) -> int | None:
+        """Nanoseconds of the load, by Core ML."""
+        duration: int | None = model._proxy.get_load_duration_in_nano_seconds()
+        return duration
+
+    def predict_duration(self, model: Any) -> int | None:
+        """Nanoseconds of the last prediction, by Core ML."""
+        duration: int | None = model._proxy.get_last_predict_duration_in_nano_seconds()
+        return duration
+
+    def plan(self, path: str, units: str) -> Any:
+        """Return the plan for an ``.mlmodelc``."""
+        import coremltools as ct
+        from coremltools.models.compute_plan import MLComputePlan
+
+        return MLComputePlan.load_from_path(path=path, compute_units=ct.ComputeUnit[units])
+
+    def devices(self) -> list[Any]:
+        """Return what Core ML may use."""
+        from coremltools.models import MLModel
+
+        return list(MLModel.get_available_compute_devices())
+
+
+class CoreMLDriver:
+    """Measures an ``.mlpackage`` on this Mac.
+
+    Parameters
+    ----------
+    function
+        Which function of a package with several.
+    core_ml, mac
+        What is asked; others than the real ones make all numbers fake.
+
+    Raises
+    ------
+    DriverError
+        If this is no Mac.
+    """
+
+    def __init__(
+        self, function: str | None = None, *, core_ml: CoreML | None = None, mac: Mac | None = None
+    ) -> None:
+        self._core_ml = core_ml or CoreML()
+        self._mac = mac or Mac()
+        self._function = function
+        self._model: Any = None
+        self._path = ""
+        self._units = ""
+        self._samples: list[files.Arrays] = []
+        self._images: dict[str, str] = {}
+        self._is_stateful = False
+        self._n = 0
+        check_is_mac(self._mac)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the Mac, and that what follows is measured."""
+        device = self._mac.describe()
+        try:
+            device |= devices_of(self._core_ml.devices())
+        except RuntimeError:
+            # macOS before 14 does not tell. Nothing is then called a Neural Engine's.
+            device |= devices_of([])
+        return {
+            "kind": "measured" if self._core_ml.is_real else "fake",
+            "device": device,
+            "tool": {"coremltools": self._core_ml.version},
+        }
+
+    def compile(self, package: str, units: str, folder: str) -> dict[str, Any]:
+        """Compile a package to a path at which nothing has ever been loaded."""
+        del units
+        self._look_at(package)
+        destination = str(Path(folder) / f"{Path(package).stem}.mlmodelc")
+        started = time.perf_counter()
+        path = self._core_ml.compile(package, destination)
+        return {"ms": _ms(time.perf_counter() - started), "path": path}
+
+    def load(self, path: str, units: str) -> dict[str, Any]:
+        """Load, and return Core ML's own time of it."""
+        self._path, self._units = path, units
+        self._model = self._core_ml.load(path, units, self._function)
+        duration = self._core_ml.load_duration(self._model)
+        return {"ms": None if duration is None else duration / 1e6}
+
+    def feed(self, inputs: str) -> dict[str, Any]:
+        """Read the samples."""
+        self._samples = files.read(inputs)
+        return {}
+
+    def predict(self, n: int) -> dict[str, Any]:
+        """Predict the samples in turn."""
+        core: list[float | None] = []
+        e2e = []
+        taken = itertools.islice(itertools.cycle(self._samples), self._n, self._n + n)
+        # Made before the clock starts, as an app would have them.
+        for data in [self._features(sample) for sample in taken]:
+            state = self._state()
+            started = time.perf_counter()
+            self._core_ml.predict(self._model, data, state)
+            e2e.append(_ms(time.perf_counter() - started))
+            duration = self._core_ml.predict_duration(self._model)
+            core.append(None if duration is None else duration / 1e6)
+        self._n = (self._n + n) % len(self._samples)
+        return {"core_ms": None if None in core else core, "e2e_ms": e2e}
+
+    def outputs(self, path: str) -> dict[str, Any]:
+        """Write the outputs for every sample."""
+        files.write(
+            Path(path),
+            (
+                self._core_ml.predict(self._model, self._features(sample), self._state())
+                for sample in self._samples
+            ),
+        )
+        return {}
+
+    def memory(self) -> dict[str, Any]:
+        """Return the footprint of this process."""
+        found = self._mac.footprint()
+        if found is None:
+            return {}
+        return {"bytes": found[0], "peak": found[1], "method": "task_info phys_footprint"}
+
+    def thermal(self) -> dict[str, Any]:
+        """Return the state of the Mac."""
+        return {"state": self._mac.thermal_state()}
+
+    def placement(self) -> dict[str, Any]:
+        """Return the plan, op by op."""
+        plan = self._core_ml.plan(self._path, self._units)
+        return {"source": "MLComputePlan", "ops": placed(plan, self._function)}
+
+    def throughput(self, batch: int) -> dict[str, Any]:
+        """Hand over a list of samples, which Core ML may run at once."""
+        if self._is_stateful:
+            return {"ms": None}
+        taken = itertools.islice(itertools.cycle(self._samples), batch)
+        data = [self._features(sample) for sample in taken]
+        self._core_ml.predict(self._model, data)
+        duration = self._core_ml.predict_duration(self._model)
+        return {"ms": None if duration is None else duration / 1e6}
+
+    def energy(self, seconds: float) -> dict[str, Any]:
+        """Predict for a while, and sample power meanwhile."""
+        sampling = self._mac.start_power(seconds)
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            self.predict(1)
+        found = self._mac.power(sampling)
+        return found | {"method": "powermetrics"} if found else {}
+
+    def _look_at(self, package: str) -> None:
+        """Find out which inputs are images, and whether there are states."""
+        features = files.features(package, self._function)
+        self._images = {each.name: each.layout for each in features if each.kind == "image"}
+        description = files.description(package, self._function)
+        self._is_stateful = bool(description.state)
+
+    def _state(self) -> Any:
+        return self._core_ml.make_state(self._model) if self._is_stateful else None
+
+    def _features(self, sample: files.Arrays) -> dict[str, Any]:
+        return {
+            name: image(array, self._images[name]) if name in self._images else array
+            for name, array in sample.items()
+        }
+
+
+def check_is_mac(mac: Mac) -> None:
+    """Raise if this is no Mac.
+
+    Raises
+    ------
+    DriverError
+        If this is no Mac.
+    """
+    if not mac.is_here:
+        msg = (
+            "the driver coreml must run on a Mac, as Core ML is there alone, got another system; "
+            "the driver interpreter runs anywhere, as a reference and not for speed"
+        )
+        raise DriverError(msg)
+
+
+def devices_of(found: list[Any]) -> dict[str, Any]:
+    """Return what of a device's description follows from what Core ML may use."""
+    # By name: the classes are another's where Core ML is not the real one.
+    names = [_DEVICES.get(type(each).__name__, type(each).__name__) for each in found]
+    cores = None
+    for each, name in zip(found, names, strict=True):
+        if name == "neural_engine":
+            cores = int(each.total_core_count)
+    return {"compute_devices": sorted(set(names)), "neural_engine_cores": cores}
+
+
+def placed(plan: Any, function: str | None) -> list[dict[str, Any]]:
+    """Return where each op of a plan is to run, those in nested blocks included."""
+    program = plan.model_structure.program
+    if program is None:
+        return []
+    functions = program.functions
+    chosen = functions.get(function or "main") or next(iter(functions.values()))
+    return [_op(plan, op) for op in _operations(chosen.block)]
+
+
+def _operations(block: Any) -> Any:
+    for op in block.operations:
+        yield op
+        for inner in op.blocks or ():
+            yield from _operations(inner)
+
+
+def _op(plan: Any, op: Any) -> dict[str, Any]:
+    # Types are prefixed by their opset, as in ios16.conv.
+    kind = str(op.operator_name).rsplit(".", 1)[-1]
+    usage = plan.get_compute_device_usage_for_mlprogram_operation(op)
+    cost = plan.get_estimated_cost_for_mlprogram_operation(op)
+    preferred, supported = "none", []
+    if usage is not None and not kind.startswith(_CONSTANTS):
+        preferred = _DEVICES.get(type(usage.preferred_compute_device).__name__, "none")
+        supported = [
+            _DEVICES[type(each).__name__]
+            for each in usage.supported_compute_devices
+            if type(each).__name__ in _DEVICES
+        ]
+    return {
+        "name": str(op.outputs[0].name) if op.outputs else kind,
+        "op_type": kind,
+        "preferred": preferred,
+        "supported": supported,
+        "cost": None if cost is None else float(cost.weight),
+    }
+
+
+def image(array: Any, layout: str) -> Any:
+    """Return pixels as the image that coremltools takes."""
+    from PIL import Image  # type: ignore[import-not-found, unused-ignore]
+
+    if layout == "gray float16":
+        return Image.fromarray(np.asarray(array, np.float32), "F")
+    return Image.fromarray(np.asarray(array).round().clip(0, 255).astype(np.uint8))
+
+
+def _ms(seconds: float) -> float:
+    return 1e3 * seconds

@@ -1,0 +1,234 @@
+"""A driver that measures Core ML on an iPhone or iPad at this Mac's cable.
+
+coremltools builds an app, puts it on the device and talks to it by copying files, which takes
+seconds and is not part of the times: the app takes those itself. Traps that are handled here:
+
+- A second load of the same model and units is answered with 0 ns, as it was none.
+- States can't be used.
+- coremltools looks for ``devicectl`` in the path; Xcode has it elsewhere.
+- A compute plan is computed on the device, from the structure that this Mac reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from milpress.device import inputs as files
+from milpress.device.drivers._mac import Mac
+from milpress.device.drivers.coreml import check_is_mac, placed
+from milpress.errors import DriverError
+
+
+class RemoteCoreML:
+    """The calls of coremltools that reach a device at the cable."""
+
+    is_real = True
+
+    @property
+    def version(self) -> str:
+        """Of coremltools."""
+        import coremltools as ct
+
+        return str(ct.__version__)
+
+    def connected(self) -> list[Any]:
+        """Return the iPhones and iPads that are there."""
+        from coremltools.models.ml_program.experimental.remote_device import Device, DeviceType
+
+        return [
+            device
+            for kind in (DeviceType.IPHONE, DeviceType.IPAD)
+            for device in Device.get_connected_devices(kind)
+        ]
+
+    async def prepare(self, device: Any, team: str, bundle: str | None, folder: Path) -> Any:
+        """Build, install and start the app."""
+        from coremltools.models.ml_program.experimental.remote_device import AppSigningCredentials
+
+        credentials = AppSigningCredentials(development_team=team, bundle_identifier=bundle)
+        return await device.prepare_for_model_debugging(
+            credentials=credentials, working_directory=folder
+        )
+
+    def model(
+        self, package: str, weights: str, units: str, function: str | None, device: Any
+    ) -> Any:
+        """Return the model, not yet loaded."""
+        import coremltools as ct
+        from coremltools.models.ml_program.experimental.async_wrapper import MLModelAsyncWrapper
+
+        return MLModelAsyncWrapper.from_spec_or_path(
+            package,
+            weights_dir=weights,
+            compute_units=ct.ComputeUnit[units],
+            function_name=function,
+            device=device,
+        )
+
+
+class IPhoneDriver:
+    """Measures an ``.mlpackage`` on the device at the cable.
+
+    Parameters
+    ----------
+    team
+        The development team that signs the app.
+    bundle
+        What the app is called, if the team's profile wants a name.
+    function
+        Which function of a package with several.
+    device_name
+        Which device, if there are several.
+    core_ml, mac
+        What is asked; others than the real ones make all numbers fake.
+
+    Raises
+    ------
+    DriverError
+        If this is no Mac, or there is no such device.
+    """
+
+    def __init__(
+        self,
+        team: str = "",
+        bundle: str | None = None,
+        function: str | None = None,
+        device_name: str | None = None,
+        *,
+        core_ml: RemoteCoreML | None = None,
+        mac: Mac | None = None,
+    ) -> None:
+        check_is_mac(mac or Mac())
+        self._core_ml = core_ml or RemoteCoreML()
+        self._team, self._bundle, self._function = team, bundle, function
+        self._loop = asyncio.new_event_loop()
+        _find_devicectl()
+        self._device = self._chosen(device_name)
+        self._prepared: Any = None
+        self._model: Any = None
+        self._samples: list[files.Arrays] = []
+        self._n = 0
+
+    def describe(self) -> dict[str, Any]:
+        """Return the device, and that what follows is measured."""
+        return {
+            "kind": "measured" if self._core_ml.is_real else "fake",
+            "device": {
+                "model": str(self._device.name),
+                "chip": "unknown",
+                "os": f"iOS {self._device.os_version}",
+                "os_build": str(self._device.os_build_number),
+                # Every device that coremltools can reach has one; it does not say how many cores.
+                "compute_devices": ["cpu", "gpu", "neural_engine"],
+            },
+            "tool": {"coremltools": self._core_ml.version},
+        }
+
+    def compile(self, package: str, units: str, folder: str) -> dict[str, Any]:
+        """Set up the app; coremltools compiles the package itself when it loads it."""
+        del units, folder
+        if files.description(package, self._function).state:
+            msg = "a model on a device at the cable must have no state, got one"
+            raise DriverError(msg)
+        if self._prepared is None:
+            # Kept, so that the app is built once and not for each configuration.
+            home = Path.home() / "Library" / "Caches" / "milpress" / "modelrunner"
+            home.mkdir(parents=True, exist_ok=True)
+            self._prepared = self._wait(
+                self._core_ml.prepare(self._device, self._team, self._bundle, home)
+            )
+        return {"ms": None, "path": package}
+
+    def load(self, path: str, units: str) -> dict[str, Any]:
+        """Load on the device, and return its own time of it."""
+        if self._prepared is None:
+            # Another process has the app; a second one would end it.
+            return {"ms": None}
+        weights = str(Path(path) / "Data" / "com.apple.CoreML" / "weights")
+        self._model = self._core_ml.model(path, weights, units, self._function, self._prepared)
+        self._wait(self._model.load())
+        duration = self._model.load_duration_in_nano_seconds
+        return {"ms": None if not duration else duration / 1e6}
+
+    def feed(self, inputs: str) -> dict[str, Any]:
+        """Read the samples."""
+        self._samples = files.read(inputs)
+        return {}
+
+    def predict(self, n: int) -> dict[str, Any]:
+        """Predict the samples in turn; the whole call has the copying of files in it."""
+        core: list[float | None] = []
+        e2e = []
+        for sample in itertools.islice(itertools.cycle(self._samples), self._n, self._n + n):
+            started = time.perf_counter()
+            self._wait(self._model.predict(dict(sample)))
+            e2e.append(1e3 * (time.perf_counter() - started))
+            duration = self._model.last_predict_duration_in_nano_seconds
+            core.append(None if duration is None else duration / 1e6)
+        self._n = (self._n + n) % len(self._samples)
+        return {"core_ms": None if None in core else core, "e2e_ms": e2e}
+
+    def outputs(self, path: str) -> dict[str, Any]:
+        """Write the outputs for every sample."""
+        files.write(
+            Path(path), (self._wait(self._model.predict(dict(each))) for each in self._samples)
+        )
+        return {}
+
+    def memory(self) -> dict[str, Any]:
+        """Return nothing: the device does not tell."""
+        return {}
+
+    def thermal(self) -> dict[str, Any]:
+        """Return that the device does not tell."""
+        return {"state": None}
+
+    def placement(self) -> dict[str, Any]:
+        """Return the device's plan, op by op."""
+        plan = self._wait(self._model.retrieve_compute_plan())
+        return {"source": "MLComputePlan", "ops": placed(plan, self._function)}
+
+    def throughput(self, batch: int) -> dict[str, Any]:
+        """Return nothing: the app predicts one sample at a time."""
+        del batch
+        return {"ms": None}
+
+    def energy(self, seconds: float) -> dict[str, Any]:
+        """Return nothing: the device does not tell."""
+        del seconds
+        return {}
+
+    def _chosen(self, name: str | None) -> Any:
+        found = self._core_ml.connected()
+        if name is not None:
+            found = [device for device in found if device.name == name]
+        if len(found) != 1:
+            names = ", ".join(str(device.name) for device in found) or "none"
+            msg = f"one iPhone or iPad must be connected (or be named), got {names}"
+            raise DriverError(msg)
+        return found[0]
+
+    def _wait(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return self._loop.run_until_complete(work)
+
+
+def _find_devicectl() -> None:
+    if shutil.which("devicectl") or not shutil.which("xcrun"):
+        return
+    done = subprocess.run(
+        ["xcrun", "--find", "devicectl"],  # noqa: S607
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 0:
+        folder = Path(done.stdout.strip()).parent
+        os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{folder}"

@@ -1,0 +1,639 @@
+"""Results of benchmarks: values, their JSON, and what must hold of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, Union, get_args, get_origin
+
+from milpress.device import stats
+from milpress.errors import PackageNotFoundError, ResultError
+from milpress.mil.package import system_errors
+
+SCHEMA = "milpress-bench/1"
+MAX_RESULT_BYTES = 256 << 20
+
+Kind: TypeAlias = Literal["measured", "cpu_reference", "estimate", "replay", "fake"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Status: TypeAlias = Literal["ok", "failed"]
+Verdict: TypeAlias = Literal["consistent_with_jit", "consistent_with_aot", "unknown"]
+# A ratio in dB, which may be infinite; JSON has it as "inf" or "-inf" then.
+Decibels = typing.NewType("Decibels", float)
+
+APPLE_UNITS = ("CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL")
+INTERPRETER_UNITS = "INTERPRETER"
+FAKE_UNITS_PREFIX = "FAKE:"
+PROCESSORS = ("neural_engine", "gpu", "cpu", "none")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distribution:
+    """Latencies in milliseconds: every sample, and what follows from them.
+
+    Parameters
+    ----------
+    samples
+        In the order in which they were taken.
+    rounds, round_sizes
+        Index of each round that was kept, and how many of the samples are its.
+    median, p90, p99, minimum, maximum
+        Of the samples.
+    ci95
+        A 95 % interval of the median.
+    """
+
+    samples: tuple[float, ...]
+    rounds: tuple[int, ...]
+    round_sizes: tuple[int, ...]
+    median: float
+    p90: float
+    p99: float
+    minimum: float
+    maximum: float
+    ci95: tuple[float, float]
+
+    @classmethod
+    def of(cls, samples: Mapping[int, Sequence[float]]) -> Distribution:
+        """Return what samples by the index of their round amount to."""
+        flat = [sample for each in samples.values() for sample in each]
+        interval = stats.median_interval(list(samples.values()))
+        return cls(
+            samples=tuple(flat),
+            rounds=tuple(samples),
+            round_sizes=tuple(len(each) for each in samples.values()),
+            median=stats.median(flat),
+            p90=stats.percentile(flat, 90),
+            p99=stats.percentile(flat, 99),
+            minimum=min(flat),
+            maximum=max(flat),
+            ci95=(interval.low, interval.high),
+        )
+
+    @property
+    def by_round(self) -> dict[int, tuple[float, ...]]:
+        """The samples by the index of their round."""
+        found, begin = {}, 0
+        for index, size in zip(self.rounds, self.round_sizes, strict=True):
+            found[index] = self.samples[begin : begin + size]
+            begin += size
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What a replay replays: the kind, hash and name of the file."""
+
+    kind: Kind
+    sha256: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where the numbers of a run come from.
+
+    Parameters
+    ----------
+    kind
+        ``"measured"`` on an Apple device by Core ML; ``"cpu_reference"`` on any machine by other
+        means; ``"estimate"``; ``"replay"`` of a file; ``"fake"``, in tests.
+    driver
+        What ran the models.
+    origin
+        Of a replay.
+    """
+
+    kind: Kind
+    driver: str
+    origin: Origin | None = None
+
+    @property
+    def effective(self) -> Kind:
+        """The kind, of a replay that of what it replays."""
+        return self.origin.kind if self.kind == "replay" and self.origin else self.kind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """The Apple device that models ran on.
+
+    Parameters
+    ----------
+    model, chip
+        Such as ``"Mac14,2"`` and ``"Apple M2"``.
+    os, os_build
+        Such as ``"macOS 15.1"`` and ``"24B83"``.
+    neural_engine_cores
+        As Core ML says; ``None`` if it does not.
+    compute_devices
+        What Core ML says it may use: of ``"cpu"``, ``"gpu"`` and ``"neural_engine"``.
+    is_virtual, low_power, on_battery
+        What spoils figures, if the system says so.
+    """
+
+    model: str
+    chip: str
+    os: str
+    os_build: str
+    neural_engine_cores: int | None = None
+    compute_devices: tuple[str, ...] = ()
+    is_virtual: bool | None = None
+    low_power: bool | None = None
+    on_battery: bool | None = None
+
+    @property
+    def has_neural_engine(self) -> bool:
+        """Whether Core ML may use a Neural Engine there."""
+        return "neural_engine" in self.compute_devices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """The machine that the harness itself ran on."""
+
+    system: str
+    machine: str
+    n_cores: int
+    python: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """Versions of what took part; ``None`` of what did not."""
+
+    milpress: str
+    coremltools: str | None = None
+    torch: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A package, as its bytes say.
+
+    Parameters
+    ----------
+    name, path
+        What it is called, and where it was.
+    sha256
+        Of its files.
+    package_bytes, weight_bytes, dense_weight_bytes
+        Size of all files, of the weights as stored, and of the weights if all were dense.
+    specification_version
+        Of the model.
+    stored_as
+        How many weights are stored in each way.
+    treatment
+        What was done to it, in words; empty if that is not known.
+    """
+
+    name: str
+    path: str
+    sha256: str
+    package_bytes: int
+    weight_bytes: int
+    dense_weight_bytes: int
+    specification_version: int
+    stored_as: dict[str, int]
+    treatment: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How a configuration was run.
+
+    Parameters
+    ----------
+    compute_units
+        Core ML's name of what it may use; ``"INTERPRETER"``; or ``"FAKE:..."``.
+    warmup, samples_per_round
+        Predictions that were discarded first, and taken in a turn.
+    input_seed, input_sha256
+        Where random inputs started from, ``None`` if they were given; and their hash.
+    interleaved_with
+        The entries that took turns with this one.
+    function
+        Which function of a package with several.
+    """
+
+    compute_units: str
+    warmup: int
+    samples_per_round: int
+    input_seed: int | None
+    input_sha256: str
+    interleaved_with: tuple[str, ...] = ()
+    function: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Times in milliseconds; ``None`` where there is none.
+
+    Parameters
+    ----------
+    kind
+        Where they come from.
+    package_compile
+        ``.mlpackage`` to ``.mlmodelc``.
+    load_first, load_cached
+        First load at a new path, and later ones of new processes.
+    predict_first
+        The first prediction, which is none of the others.
+    core
+        Core ML's own time of a prediction, without conversion from and to Python.
+    e2e
+        The whole call from Python.
+    """
+
+    kind: Kind
+    package_compile: float | None = None
+    load_first: float | None = None
+    load_cached: tuple[float, ...] = ()
+    predict_first: float | None = None
+    core: Distribution | None = None
+    e2e: Distribution | None = None
+
+    @property
+    def best(self) -> Distribution | None:
+        """Core ML's own time if there is one, else the whole call's."""
+        return self.core or self.e2e
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Throughput:
+    """Predictions handed over at once: how many, and how many were done in a second."""
+
+    kind: Kind
+    batch: int
+    per_second: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpPlacement:
+    """Where an op is planned to run, where it might, and its share of the cost by Core ML."""
+
+    name: str
+    op_type: str
+    preferred: str
+    supported: tuple[str, ...] = ()
+    cost: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Core ML's plan, which is what it anticipates, not what was observed."""
+
+    kind: Kind
+    source: str
+    ops: tuple[OpPlacement, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many ops are planned for each processor, constants apart as ``"none"``."""
+        return {name: sum(op.preferred == name for op in self.ops) for name in PROCESSORS}
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """Share of the cost of each processor."""
+        return {
+            name: sum(op.cost or 0.0 for op in self.ops if op.preferred == name)
+            for name in PROCESSORS
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What the process that held the model took, in bytes."""
+
+    kind: Kind
+    method: str
+    baseline: int
+    after_load: int
+    peak: int | None = None
+
+    @property
+    def model(self) -> int:
+        """What loading added."""
+        return max(0, self.after_load - self.baseline)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thermal:
+    """State of the device around the rounds, and how many were thrown away for it."""
+
+    kind: Kind
+    before: str
+    after: str
+    rejected_rounds: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Energy:
+    """Mean power while predicting, in milliwatts, as the system estimates it."""
+
+    kind: Kind
+    method: str
+    cpu_mw: float | None = None
+    gpu_mw: float | None = None
+    neural_engine_mw: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parity:
+    """How far the outputs of a unit are from the interpreter's of the same package."""
+
+    kind: Kind
+    reference: str
+    snr_db: Decibels
+    max_error: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """How far the outputs of a model are from the first model's, both run by the interpreter."""
+
+    kind: Kind
+    engine: str
+    baseline: str
+    n_samples: int
+    is_random: bool
+    snr_db: Decibels
+    top1: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decompression:
+    """What the figures suggest of when weights are decoded. It is never more than consistent."""
+
+    kind: Kind
+    verdict: Verdict
+    evidence: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A latency that nobody measured, in fields that no measured one has."""
+
+    kind: Kind
+    estimate_ms: float
+    method: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a configuration has no figures: in which phase, of what kind, and what was said."""
+
+    phase: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A configuration: a model, how it was run, and what was found."""
+
+    id: str
+    status: Status
+    model: Model
+    settings: Settings
+    failure: Failure | None = None
+    timing: Timing | None = None
+    throughput: Throughput | None = None
+    placement: Placement | None = None
+    memory: Memory | None = None
+    thermal: Thermal | None = None
+    energy: Energy | None = None
+    parity: Parity | None = None
+    accuracy: Accuracy | None = None
+    decompression: Decompression | None = None
+    estimate: Estimate | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """A run of the benchmark."""
+
+    run_id: str
+    created: str
+    tool: Tool
+    provenance: Provenance
+    host: Host
+    entries: tuple[Entry, ...]
+    device: Device | None = None
+    warnings: tuple[str, ...] = ()
+    schema: str = SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the run as JSON can hold it."""
+        found: dict[str, Any] = _plain(self)
+        return found
+
+
+def problems(result: Result) -> list[str]:
+    """Return what must hold of a run and does not; see `milpress.device.rules`."""
+    from milpress.device import rules
+
+    return rules.problems(result)
+
+
+def parse(data: Any, place: str = "the result") -> Result:
+    """Return the run that JSON holds, if all that must hold of it does.
+
+    Raises
+    ------
+    ResultError
+        If it is of another form, or breaks a rule; every breach is named.
+    """
+    if isinstance(data, Mapping) and data.get("schema") != SCHEMA:
+        msg = f"{place}: schema must be {SCHEMA!r}, got {data.get('schema')!r}"
+        raise ResultError(msg)
+    result: Result = _structured(data, Result, place)
+    found = problems(result)
+    if found:
+        raise ResultError(f"{place}: " + "; ".join(found))
+    return result
+
+
+def read_json(path: str | os.PathLike[str]) -> tuple[Any, str]:
+    """Return what a JSON file holds, and its hash.
+
+    Raises
+    ------
+    PackageNotFoundError
+        If nothing is there.
+    ResultError
+        If it is no JSON, or too large.
+    """
+    path = Path(path)
+    if not path.is_file():
+        msg = f"{path}: a result must be there, got nothing"
+        raise PackageNotFoundError(msg)
+    with system_errors(path), path.open("rb") as file:
+        data = file.read(MAX_RESULT_BYTES + 1)
+    if len(data) > MAX_RESULT_BYTES:
+        msg = f"{path}: a result must have at most {MAX_RESULT_BYTES} bytes, got more"
+        raise ResultError(msg)
+    try:
+        return json.loads(data, parse_constant=_no_constant), hashlib.sha256(data).hexdigest()
+    except (ValueError, RecursionError) as error:
+        msg = f"{path}: a result must be JSON, got: {error}"
+        raise ResultError(msg) from error
+
+
+def load(path: str | os.PathLike[str]) -> Result:
+    """Return the run that a file holds.
+
+    Raises
+    ------
+    ResultError
+        If it is no valid result.
+    PackageNotFoundError
+        If nothing is there.
+    """
+    return parse(read_json(path)[0], str(path))
+
+
+def save(result: Result, path: str | os.PathLike[str]) -> None:
+    """Write a run, which must be valid.
+
+    Raises
+    ------
+    ResultError
+        If it breaks a rule; nothing is written then.
+    """
+    path = Path(path)
+    text = json.dumps(parse(result.to_dict(), str(path)).to_dict(), indent=1, allow_nan=False)
+    with system_errors(path):
+        temporary = path.with_name(f".{path.name}.milpress")
+        temporary.write_text(f"{text}\n", encoding="utf-8")
+        temporary.replace(path)
+
+
+def _no_constant(name: str) -> Any:
+    msg = f"a number must be finite, got {name}"
+    raise ValueError(msg)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, float) and math.isinf(value):
+        return "inf" if value > 0 else "-inf"
+    return value
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
+def _structured(data: Any, kind: Any, place: str) -> Any:
+    """Return a value of a type from JSON, and refuse whatever is not just that."""
+    if dataclasses.is_dataclass(kind):
+        return _record(data, typing.cast("type[Any]", kind), place)
+    origin = get_origin(kind)
+    if origin in (Union, types.UnionType):
+        if data is None:
+            return None
+        (kind,) = (each for each in get_args(kind) if each is not type(None))
+        return _structured(data, kind, place)
+    if origin is Literal:
+        if data not in get_args(kind):
+            raise _wrong(place, f"one of {', '.join(get_args(kind))}", data)
+        return data
+    if origin is tuple:
+        return _sequence(data, get_args(kind), place)
+    if origin is dict:
+        if not isinstance(data, dict):
+            raise _wrong(place, "an object", data)
+        return {key: _structured(item, get_args(kind)[1], place) for key, item in data.items()}
+    return _scalar(data, kind, place)
+
+
+def _record(data: Any, kind: type[Any], place: str) -> Any:
+    if not isinstance(data, dict):
+        raise _wrong(place, "an object", data)
+    known = {item.name: item for item in fields(kind)}
+    unknown = sorted(data.keys() - known.keys())
+    if unknown:
+        raise _wrong(place, f"an object with {', '.join(known)}", f"also {', '.join(unknown)}")
+    missing = [
+        name
+        for name, item in known.items()
+        if name not in data and item.default is dataclasses.MISSING
+    ]
+    if missing:
+        raise _wrong(place, f"an object with {', '.join(missing)}", "none")
+    hints = _hints(kind)
+    return kind(**{key: _structured(data[key], hints[key], f"{place}: {key}") for key in data})
+
+
+def _sequence(data: Any, kinds: tuple[Any, ...], place: str) -> tuple[Any, ...]:
+    if not isinstance(data, list):
+        raise _wrong(place, "a list", data)
+    if kinds[-1] is ...:
+        return tuple(_structured(item, kinds[0], f"{place}[{i}]") for i, item in enumerate(data))
+    if len(data) != len(kinds):
+        raise _wrong(place, f"a list of {len(kinds)}", f"{len(data)}")
+    return tuple(
+        _structured(item, kind, f"{place}[{i}]")
+        for i, (item, kind) in enumerate(zip(data, kinds, strict=True))
+    )
+
+
+def _scalar(data: Any, kind: Any, place: str) -> Any:
+    if kind is Decibels and data in ("inf", "-inf"):
+        return float(data)
+    if kind in (float, Decibels):
+        if isinstance(data, bool) or not isinstance(data, (int, float)) or not _is_finite(data):
+            raise _wrong(place, "a finite number", data)
+        return float(data)
+    # Not isinstance: a bool is no integer here.
+    if type(data) is not kind:
+        names = {int: "an integer", str: "text", bool: "true or false"}
+        raise _wrong(place, names[kind], data)
+    return data
+
+
+def _is_finite(number: float) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
+
+
+def _wrong(place: str, wanted: str, got: Any) -> ResultError:
+    shown = got if isinstance(got, str) and got.startswith(("also", "none")) else repr(got)
+    return ResultError(f"{place} must be {wanted}, got {shown[:200]}")
+
+
+def check_origin(result: Result, origin: str | os.PathLike[str], place: str) -> None:
+    """Check that a replay is one of a file.
+
+    Raises
+    ------
+    ResultError
+        If it is none, or one of another file or kind.
+    """
+    data, digest = read_json(origin)
+    recorded = parse(data, str(origin))
+    named = result.provenance.origin
+    if named is None or (named.sha256, named.kind) != (digest, recorded.provenance.kind):
+        got = "none" if named is None else f"{named.kind} {named.sha256}"
+        wanted = f"{recorded.provenance.kind} {digest}"
+        msg = f"{place}: the origin must be {wanted} as {origin}, got {got}"
+        raise ResultError(msg)

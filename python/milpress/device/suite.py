@@ -1,0 +1,264 @@
+"""A grid of treatments of one model: made, run in every unit, and put together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from milpress import _yaml
+from milpress.device import benchmark, schema
+from milpress.device.benchmark import Candidate
+from milpress.device.runner import Plan, Progress
+from milpress.device.schema import Failure, Result
+from milpress.errors import CompressionError, ConfigError, DestinationError
+from milpress.mil.package import Package, system_errors
+from milpress.recipe import Recipe, Step
+
+if TYPE_CHECKING:
+    from milpress.samples import Data
+
+VERSION = 1
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One treatment of the grid.
+
+    Parameters
+    ----------
+    name
+        Of its package and report.
+    recipe
+        What is done to the weights; ``None`` for nothing.
+    activations
+        Whether activations are quantized to 8 bits too.
+    """
+
+    name: str
+    recipe: Recipe | None = None
+    activations: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suite:
+    """A grid: variants, and the units that each is run in."""
+
+    units: tuple[str, ...]
+    variants: tuple[Variant, ...]
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str] | None = None) -> Suite:
+        """Return the grid of a file, or the one that comes with milpress.
+
+        Raises
+        ------
+        ConfigError
+            If it is no grid.
+        """
+        place = "the suite"
+        if path is None:
+            found = resources.files("milpress.device") / "suite.yaml"
+            with found.open(encoding="utf-8") as file:
+                data = _yaml.load(file, place)
+        else:
+            place = str(path)
+            data = _yaml.load(path, "a suite")
+        return cls.from_dict(data, place)
+
+    @classmethod
+    def from_dict(cls, data: Any, place: str = "the suite") -> Suite:
+        """Return the grid that a dictionary stands for.
+
+        Raises
+        ------
+        ConfigError
+            If it is none.
+        """
+        keys = {"version", "target", "units", "variants"}
+        if not isinstance(data, dict) or data.get("version") != VERSION or set(data) - keys:
+            msg = (
+                f"{place} must be a mapping of {', '.join(sorted(keys))}, with version {VERSION}, "
+                f"got {str(data)[:100]!r}"
+            )
+            raise ConfigError(msg)
+        units = data.get("units", list(schema.APPLE_UNITS))
+        if not isinstance(units, list) or set(map(str, units)) - set(schema.APPLE_UNITS):
+            msg = f"{place}: units must be a list of {', '.join(schema.APPLE_UNITS)}, got {units!r}"
+            raise ConfigError(msg)
+        variants = data.get("variants")
+        if not isinstance(variants, list) or not variants:
+            msg = f"{place}: variants must be a list, got {variants!r}"
+            raise ConfigError(msg)
+        made = tuple(
+            _variant(each, data.get("target"), f"{place}: variants[{i}]")
+            for i, each in enumerate(variants)
+        )
+        names = [each.name for each in made]
+        if len(set(names)) < len(names):
+            msg = f"{place}: the name of a variant must be its own, got {', '.join(names)}"
+            raise ConfigError(msg)
+        return cls(units=tuple(units), variants=made)
+
+
+def _variant(data: Any, target: Any, place: str) -> Variant:
+    keys = {"name", "steps", "activations"}
+    if not isinstance(data, dict) or set(data) - keys or not isinstance(data.get("name"), str):
+        msg = f"{place} must be a mapping of {', '.join(sorted(keys))}, got {data!r}"
+        raise ConfigError(msg)
+    name = data["name"]
+    if not name or Path(name).name != name or name.startswith("."):
+        msg = f"{place}: a name must be that of a file, got {name!r}"
+        raise ConfigError(msg)
+    if data.get("activations") not in (None, "int8"):
+        msg = f"{place}: activations must be int8, got {data['activations']!r}"
+        raise ConfigError(msg)
+    recipe = None
+    if data.get("steps"):
+        recipe = Recipe.from_dict({"version": 1, "target": target, "steps": data["steps"]})
+    return Variant(name=name, recipe=recipe, activations=data.get("activations") is not None)
+
+
+def run(
+    model: str | os.PathLike[str],
+    folder: str | os.PathLike[str],
+    *,
+    suite: Suite | None = None,
+    driver: str = "coreml",
+    units: Sequence[str] = (),
+    data: Data | None = None,
+    seed: int = 0,
+    plan: Plan | None = None,
+    options: dict[str, Any] | None = None,
+    open_session: benchmark.OpenSession | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Make every variant of a model, run it in every unit, and write all that was found.
+
+    The folder gets ``models/``, ``reports/`` (what was done to each weight) and ``results.json``.
+    A variant that can't be made is in the result, with the reason.
+
+    Parameters
+    ----------
+    model
+        The ``.mlpackage``.
+    folder
+        Where everything is written; it must not exist, or be empty.
+    suite
+        The grid; by default the one that comes with milpress.
+    driver, units, data, seed, plan, options, open_session, progress
+        As `milpress.device.run` takes them.
+
+    Raises
+    ------
+    DestinationError
+        If the folder is not empty.
+    DriverError
+        If the driver can do nothing on this machine; nothing is written then.
+    """
+    suite = suite or Suite.from_yaml()
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        msg = f"{folder}: the folder must be empty or not there, got something in it"
+        raise DestinationError(msg)
+    Package(model)
+    session = open_session or benchmark.sessions_of(driver, options or {})
+    benchmark.check_driver(session, driver)
+    with system_errors(folder):
+        for name in ("models", "reports"):
+            (folder / name).mkdir(parents=True)
+    note = progress or (lambda *_: None)
+    candidates: list[Candidate] = []
+    failed: list[tuple[str, str]] = []
+    for i, variant in enumerate(suite.variants):
+        note(i, len(suite.variants), f"making {variant.name}")
+        path = folder / "models" / f"{variant.name}.mlpackage"
+        try:
+            treatment = _make(Path(model), path, folder / "reports", variant, data, seed)
+        except CompressionError as error:
+            failed.append((variant.name, str(error)))
+            continue
+        candidates.append(Candidate(package=path, name=variant.name, treatment=treatment))
+    if not candidates:
+        msg = f"a variant must be possible, got none: {'; '.join(why for _, why in failed)}"
+        raise ConfigError(msg)
+    chosen = tuple(units) or (() if driver == "interpreter" else suite.units)
+    result = benchmark.run(
+        candidates,
+        driver=driver,
+        units=chosen,
+        data=data,
+        seed=seed,
+        plan=plan,
+        options=options,
+        open_session=session,
+        progress=progress,
+    )
+    original = benchmark.model_of(Candidate(package=Path(model), name=""))
+    names = {entry.settings.compute_units: None for entry in result.entries}
+    missing = [
+        benchmark.failed_entry(
+            Candidate(package=Path(model), name=name),
+            dataclasses.replace(original, name=name),
+            each,
+            Failure(phase="compress", reason="error", message=why),
+        )
+        for each in names
+        for name, why in failed
+    ]
+    result = dataclasses.replace(result, entries=(*result.entries, *missing))
+    schema.save(result, folder / RESULTS)
+    return result
+
+
+def _make(
+    source: Path, path: Path, reports: Path, variant: Variant, data: Data | None, seed: int
+) -> str:
+    """Make one variant, write its report, and return the treatment in words."""
+    import shutil
+
+    from milpress.compression import compress
+    from milpress.recipe import describe
+
+    if variant.activations:
+        _quantize_activations(source, path, data, seed)
+        source = path
+    if variant.recipe is None:
+        if not variant.activations:
+            shutil.copytree(source, path)
+        return "int8 activations" if variant.activations else "as it is"
+    final = path
+    if variant.activations:
+        final = path.with_name(f"{path.stem}-weights.mlpackage")
+    report = compress(source, final, variant.recipe)
+    if variant.activations:
+        shutil.rmtree(path)
+        final.rename(path)
+    found = dataclasses.replace(report, destination=str(path)).to_dict()
+    (reports / f"{variant.name}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    words = [
+        describe(step.treatment)
+        for step in variant.recipe.steps
+        if isinstance(step, Step) and step.treatment is not None
+    ]
+    return ", then ".join((["int8 activations"] if variant.activations else []) + words)
+
+
+def _quantize_activations(source: Path, path: Path, data: Data | None, seed: int) -> None:
+    from milpress.activations import quantize_activations
+    from milpress.compression import save_package
+    from milpress.device.inputs import features
+    from milpress.formats import PerTensor, QuantizeConfig
+    from milpress.samples import RandomSamples, Samples
+
+    package = Package(source)
+    samples = Samples(RandomSamples(8, seed) if data is None else data, features(source))
+    codes = QuantizeConfig(dtype="int8", granularity=PerTensor())
+    quantize_activations(package, lambda *_: codes, samples)
+    save_package(package, path)
