@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from milpress._structure import Decibels
 from milpress.device import agreement, drivers, inputs, schema, stats
 from milpress.device.runner import (
     Clock,
@@ -443,7 +444,7 @@ class _Assembly:
         return schema.Parity(
             kind=self.kind,
             reference="interpreter, float32",
-            snr_db=schema.Decibels(found.snr_db),
+            snr_db=Decibels(found.snr_db),
             max_error=found.max_error,
         )
 
@@ -463,7 +464,7 @@ class _Assembly:
             baseline=self.baseline.name,
             n_samples=self.n_samples,
             is_random=self.is_random,
-            snr_db=schema.Decibels(found.snr_db),
+            snr_db=Decibels(found.snr_db),
             top1=found.top1,
         )
 

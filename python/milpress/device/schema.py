@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import math
 import os
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, Union, get_args, get_origin
+from typing import Any, Literal, TypeAlias, get_args
 
+from milpress._structure import Decibels, structured
 from milpress.device import stats
 from milpress.errors import PackageNotFoundError, ResultError
 from milpress.mil.package import system_errors
@@ -26,8 +24,6 @@ Kind: TypeAlias = Literal["measured", "cpu_reference", "estimate", "replay", "fa
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Status: TypeAlias = Literal["ok", "failed"]
 Verdict: TypeAlias = Literal["consistent_with_jit", "consistent_with_aot", "unknown"]
-# A ratio in dB, which may be infinite; JSON has it as "inf" or "-inf" then.
-Decibels = typing.NewType("Decibels", float)
 
 APPLE_UNITS = ("CPU_ONLY", "CPU_AND_GPU", "CPU_AND_NE", "ALL")
 INTERPRETER_UNITS = "INTERPRETER"
@@ -457,7 +453,7 @@ def parse(data: Any, place: str = "the result") -> Result:
     if isinstance(data, Mapping) and data.get("schema") != SCHEMA:
         msg = f"{place}: schema must be {SCHEMA!r}, got {data.get('schema')!r}"
         raise ResultError(msg)
-    result: Result = _structured(data, Result, place)
+    result: Result = structured(data, Result, place)
     found = problems(result)
     if found:
         raise ResultError(f"{place}: " + "; ".join(found))
@@ -534,91 +530,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and math.isinf(value):
         return "inf" if value > 0 else "-inf"
     return value
-
-
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
-
-
-def _structured(data: Any, kind: Any, place: str) -> Any:
-    """Return a value of a type from JSON, and refuse whatever is not just that."""
-    if dataclasses.is_dataclass(kind):
-        return _record(data, typing.cast("type[Any]", kind), place)
-    origin = get_origin(kind)
-    if origin in (Union, types.UnionType):
-        if data is None:
-            return None
-        (kind,) = (each for each in get_args(kind) if each is not type(None))
-        return _structured(data, kind, place)
-    if origin is Literal:
-        if data not in get_args(kind):
-            raise _wrong(place, f"one of {', '.join(get_args(kind))}", data)
-        return data
-    if origin is tuple:
-        return _sequence(data, get_args(kind), place)
-    if origin is dict:
-        if not isinstance(data, dict):
-            raise _wrong(place, "an object", data)
-        return {key: _structured(item, get_args(kind)[1], place) for key, item in data.items()}
-    return _scalar(data, kind, place)
-
-
-def _record(data: Any, kind: type[Any], place: str) -> Any:
-    if not isinstance(data, dict):
-        raise _wrong(place, "an object", data)
-    known = {item.name: item for item in fields(kind)}
-    unknown = sorted(data.keys() - known.keys())
-    if unknown:
-        raise _wrong(place, f"an object with {', '.join(known)}", f"also {', '.join(unknown)}")
-    missing = [
-        name
-        for name, item in known.items()
-        if name not in data and item.default is dataclasses.MISSING
-    ]
-    if missing:
-        raise _wrong(place, f"an object with {', '.join(missing)}", "none")
-    hints = _hints(kind)
-    return kind(**{key: _structured(data[key], hints[key], f"{place}: {key}") for key in data})
-
-
-def _sequence(data: Any, kinds: tuple[Any, ...], place: str) -> tuple[Any, ...]:
-    if not isinstance(data, list):
-        raise _wrong(place, "a list", data)
-    if kinds[-1] is ...:
-        return tuple(_structured(item, kinds[0], f"{place}[{i}]") for i, item in enumerate(data))
-    if len(data) != len(kinds):
-        raise _wrong(place, f"a list of {len(kinds)}", f"{len(data)}")
-    return tuple(
-        _structured(item, kind, f"{place}[{i}]")
-        for i, (item, kind) in enumerate(zip(data, kinds, strict=True))
-    )
-
-
-def _scalar(data: Any, kind: Any, place: str) -> Any:
-    if kind is Decibels and data in ("inf", "-inf"):
-        return float(data)
-    if kind in (float, Decibels):
-        if isinstance(data, bool) or not isinstance(data, (int, float)) or not _is_finite(data):
-            raise _wrong(place, "a finite number", data)
-        return float(data)
-    # Not isinstance: a bool is no integer here.
-    if type(data) is not kind:
-        names = {int: "an integer", str: "text", bool: "true or false"}
-        raise _wrong(place, names[kind], data)
-    return data
-
-
-def _is_finite(number: float) -> bool:
-    try:
-        return math.isfinite(number)
-    except OverflowError:
-        return False
-
-
-def _wrong(place: str, wanted: str, got: Any) -> ResultError:
-    shown = got if isinstance(got, str) and got.startswith(("also", "none")) else repr(got)
-    return ResultError(f"{place} must be {wanted}, got {shown[:200]}")
 
 
 def check_origin(result: Result, origin: str | os.PathLike[str], place: str) -> None:

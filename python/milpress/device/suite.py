@@ -174,17 +174,21 @@ def run(
         for name in ("models", "reports"):
             (folder / name).mkdir(parents=True)
     note = progress or (lambda *_: None)
+    source = Path(model)
     candidates: list[Candidate] = []
     failed: list[tuple[str, str]] = []
     for i, variant in enumerate(suite.variants):
         note(i, len(suite.variants), f"making {variant.name}")
         path = folder / "models" / f"{variant.name}.mlpackage"
         try:
-            treatment = _make(Path(model), path, folder / "reports", variant, data, seed)
+            treatment = _make(source, path, folder / "reports", variant, data, seed)
         except CompressionError as error:
             failed.append((variant.name, str(error)))
             continue
         candidates.append(Candidate(package=path, name=variant.name, treatment=treatment))
+        if variant.recipe is None and not variant.activations:
+            # The others are made of the copy, so that reports and results name one original.
+            source = path
     if not candidates:
         msg = f"a variant must be possible, got none: {'; '.join(why for _, why in failed)}"
         raise ConfigError(msg)
