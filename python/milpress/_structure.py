@@ -99,7 +99,7 @@ def _sequence(data: Any, kinds: tuple[Any, ...], place: str, strict: bool) -> tu
             for i, item in enumerate(data)
         )
     if len(data) != len(kinds):
-        raise _wrong(place, f"a list of {len(kinds)}", f"{len(data)}")
+        raise _wrong(place, f"a list of {len(kinds)}", len(data))
     return tuple(
         structured(item, kind, f"{place}[{i}]", strict=strict)
         for i, (item, kind) in enumerate(zip(data, kinds, strict=True))

@@ -218,6 +218,7 @@ class _Turn:
         self._session: Session | None = None
         self._end = SessionError("the process is gone", "crashed")
         self._path = ""
+        self._has_state = True
 
     @property
     def is_alive(self) -> bool:
@@ -252,7 +253,7 @@ class _Turn:
             except SessionError as error:
                 self._fail(phase.__name__.strip("_"), error)
                 return
-        findings.thermal.append(self._try("thermal").get("state"))
+        findings.thermal.append(self._state())
         self._outputs(job.outputs)
 
     def _starting(self, samples: str) -> Iterator[Callable[[], None]]:
@@ -286,9 +287,9 @@ class _Turn:
         """Take a turn, and tell whether the device was too warm for it to count."""
         findings = self.findings
         try:
-            before = self._ask("thermal").get("state")
+            before = self._state()
             made = self._ask("predict", n=self._plan.samples_per_round)
-            after = self._ask("thermal").get("state")
+            after = self._state()
         except SessionError as error:
             self._fail("predict", error)
             return False
@@ -365,11 +366,22 @@ class _Turn:
         try:
             return self._ask(command, **arguments)
         except SessionError as error:
-            self.findings.warnings.append(f"{command}: {error.message}")
+            warning = f"{command}: {error.message}"
+            if warning not in self.findings.warnings:
+                self.findings.warnings.append(warning)
             if error.is_over:
                 self._end = error
                 self.close()
             return {}
+
+    def _state(self) -> str | None:
+        """Return the thermal state, or that it is not known; who can't tell is not asked again."""
+        if not self._has_state:
+            return None
+        found = self._try("thermal")
+        self._has_state = "state" in found
+        state: str | None = found.get("state")
+        return state
 
     def _outputs(self, path: str) -> None:
         try:

@@ -59,6 +59,8 @@ def median_interval(rounds: Sequence[Sequence[float]]) -> Interval:
         draws = rng.integers(0, len(kept[0]), (_N_RESAMPLES, len(kept[0])))
         return _ends(np.median(kept[0][draws], axis=1))
     draws = rng.integers(0, len(kept), (_N_RESAMPLES, len(kept)))
+    if len({len(each) for each in kept}) == 1:
+        return _ends(np.median(np.array(kept)[draws].reshape(_N_RESAMPLES, -1), axis=1))
     return _ends(np.array([np.median(np.concatenate([kept[i] for i in draw])) for draw in draws]))
 
 
