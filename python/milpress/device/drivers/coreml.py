@@ -30,6 +30,8 @@ _DEVICES = {
 }
 # What stores a weight and is not run.
 _CONSTANTS = ("const", "constexpr_")
+# Of the color spaces in a model's description.
+_GRAY_FLOAT16 = 40
 
 
 class CoreML:
@@ -115,7 +117,7 @@ class CoreMLDriver:
         self._path = ""
         self._units = ""
         self._samples: list[files.Arrays] = []
-        self._images: dict[str, str] = {}
+        self._images: dict[str, bool] = {}
         self._is_stateful = False
         self._n = 0
         check_is_mac(self._mac)
@@ -219,9 +221,12 @@ class CoreMLDriver:
 
     def _look_at(self, package: str) -> None:
         """Find out which inputs are images, and whether there are states."""
-        features = files.features(package, self._function)
-        self._images = {each.name: each.layout for each in features if each.kind == "image"}
         description = files.description(package, self._function)
+        self._images = {
+            each.name: each.type.imageType.colorSpace == _GRAY_FLOAT16
+            for each in description.input
+            if each.type.WhichOneof("choice") == "imageType"
+        }
         self._is_stateful = bool(description.state)
 
     def _state(self) -> Any:
@@ -300,11 +305,11 @@ def _op(plan: Any, op: Any) -> dict[str, Any]:
     }
 
 
-def image(array: Any, layout: str) -> Any:
-    """Return pixels as the image that coremltools takes."""
+def image(array: Any, is_float: bool) -> Any:
+    """Return pixels as the image that coremltools takes; gray ones may be floats."""
     from PIL import Image  # type: ignore[import-not-found, unused-ignore]
 
-    if layout == "gray float16":
+    if is_float:
         return Image.fromarray(np.asarray(array, np.float32), "F")
     return Image.fromarray(np.asarray(array).round().clip(0, 255).astype(np.uint8))
 

@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import time
+import weakref
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -109,9 +110,11 @@ class IPhoneDriver:
         check_is_mac(mac or Mac())
         self._core_ml = core_ml or RemoteCoreML()
         self._team, self._bundle, self._function = team, bundle, function
-        self._loop = asyncio.new_event_loop()
         _find_devicectl()
         self._device = self._chosen(device_name)
+        # One for all calls, as the app's connection lives on it.
+        self._loop = asyncio.new_event_loop()
+        weakref.finalize(self, self._loop.close)
         self._prepared: Any = None
         self._model: Any = None
         self._samples: list[files.Arrays] = []
