@@ -167,7 +167,7 @@ def run_suite(
         *sorted((folder / "reports").glob("*.json")),
         build.LITERATURE,
     ]
-    build.write(sources, folder / "report.html")
+    build.write(sources, folder / "report.html", title=model.stem)
     _print_result(result, folder / "report.html", as_json=as_json)
 
 

@@ -173,6 +173,8 @@ class Package:
     @property
     def metrics(self) -> dict[str, float]:
         """How close its outputs are to the original's."""
+        if self.is_original:
+            return {"snr_db": math.inf, "top1": 1.0, "cosine": 1.0, "kl": 0.0, "max_error": 0.0}
         if self.evaluation is not None:
             return self.evaluation.metrics
         for _, entry in self.runs:
@@ -181,13 +183,13 @@ class Package:
                 if entry.accuracy.top1 is not None:
                     found["top1"] = entry.accuracy.top1
                 return found
-        if self.is_original:
-            return {"snr_db": math.inf, "top1": 1.0, "cosine": 1.0, "kl": 0.0, "max_error": 0.0}
         return {}
 
     @property
     def metrics_source(self) -> str:
         """Where the metrics come from, in words."""
+        if self.is_original:
+            return "the original itself"
         if self.evaluation is not None:
             samples = "random samples" if self.evaluation.is_random else "samples"
             return f"interpreter, {self.evaluation.n_samples} {samples}"
@@ -195,7 +197,7 @@ class Package:
             if entry.accuracy is not None:
                 samples = "random samples" if entry.accuracy.is_random else "samples"
                 return f"interpreter, {entry.accuracy.n_samples} {samples}"
-        return "the original itself" if self.is_original else ""
+        return ""
 
     @property
     def is_random(self) -> bool:

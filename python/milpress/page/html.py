@@ -291,8 +291,8 @@ def _charts(page: Page) -> str:
     if sizes:
         cards.append(
             f'<div class="card{"" if len(groups) == 1 else " wide"}"><header><h3>Size against '
-            'accuracy</h3></header><p class="sub">Up and to the left is better; the dashed line '
-            'joins what nothing else beats in both</p><div id="size-chart"></div></div>'
+            'accuracy</h3></header><p class="sub">Up and left is better; the line joins '
+            'what nothing beats in both</p><div id="size-chart"></div></div>'
         )
     for i, group in enumerate(groups):
         name = words.KIND_NAMES[group.kind]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import itertools
 import time
 from pathlib import Path
@@ -33,9 +34,7 @@ class InterpreterDriver:
 
     def describe(self) -> dict[str, Any]:
         """Return that this is a reference on a processor."""
-        import torch
-
-        tool = {"torch": str(torch.__version__)}
+        tool = {"torch": importlib.metadata.version("torch")}
         return {"kind": "cpu_reference", "device": None, "tool": tool}
 
     def compile(self, package: str, units: str, folder: str) -> dict[str, Any]:

@@ -1,0 +1,388 @@
+"""What a page holds, and what a hostile file can't do to it."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from device_results import entry, failed, model, result
+from test_cli import failed as failed_call
+from test_cli import run
+
+from milpress import errors, page
+from milpress.device import schema
+from milpress.page import words
+from milpress.page.collect import Literature
+
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>[/red]\x1b[2J\u202e|`*\"'&"
+
+
+def compression(name: str = "small", source: str = "tiny", **changes: Any) -> dict[str, Any]:
+    weight = {
+        "name": f"{name}_conv",
+        "op_types": ["conv"],
+        "shape": [64, 48],
+        "status": "compressed",
+        "treatment": "palettize 4 bits",
+        "note": "",
+        "bytes_before": 6144,
+        "bytes_after": 1568,
+        "bits_per_weight": 4.083,
+        "snr_db": 21.5,
+    }
+    left = {
+        **weight,
+        "name": f"{name}_linear",
+        "status": "left",
+        "treatment": "",
+        "note": "too small",
+        "snr_db": None,
+        "bits_per_weight": 16.0,
+    }
+    return {
+        "version": 1,
+        "source": f"models/{source}.mlpackage",
+        "destination": f"models/{name}.mlpackage",
+        "package_bytes_before": 8000,
+        "package_bytes_after": 3000,
+        "bits_per_weight": 4.1,
+        "snr_db": 21.0,
+        "verified": True,
+        "notes": [],
+        "weights": [weight, left],
+        **changes,
+    }
+
+
+def evaluation(name: str = "small", **changes: Any) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "original": "models/tiny.mlpackage",
+        "compressed": f"elsewhere/{name}.mlpackage",
+        "n_samples": 8,
+        "is_random": False,
+        "precision": "float32",
+        "outputs": [
+            {"name": "y", "snr_db": 24.5, "top1": 0.95, "kl": 0.01, "cosine": 0.999},
+            {"name": "z", "snr_db": "inf", "top1": 1.0, "max_error": 0.0},
+        ],
+        "ops": [
+            {"name": "conv_out", "op_type": "conv", "snr_db": 24.0, "own_snr_db": 25.0},
+            {"name": "relu_out", "op_type": "relu", "snr_db": 24.0, "own_snr_db": "inf"},
+        ],
+        "n_uncompared": 0,
+        **changes,
+    }
+
+
+def published(**changes: Any) -> dict[str, Any]:
+    table = {
+        "title": "A table",
+        "source": "a page",
+        "device": "a phone",
+        "method": "a method",
+        "columns": ["model", "ms"],
+        "rows": [["net", "1.5"]],
+    }
+    return {
+        "schema": "milpress-literature/1",
+        "publisher": "Somebody",
+        "tables": [{**table, **changes}],
+    }
+
+
+def write(folder: Path, **contents: Any) -> list[Path]:
+    paths = []
+    for name, content in contents.items():
+        path = folder / f"{name}.json"
+        data = content.to_dict() if isinstance(content, schema.Result) else content
+        path.write_text(json.dumps(data))
+        paths.append(path)
+    return paths
+
+
+def bench(kind: Any = "measured", **changes: Any) -> schema.Result:
+    units = "CPU_AND_NE" if kind == "measured" else "INTERPRETER"
+    entries = (
+        entry(kind, units, "tiny", 1.0),
+        entry(kind, units, "small", 0.5, model=model("small", 250)),
+        failed(kind, units) if kind == "measured" else entry(kind, units, "other"),
+    )
+    return result(kind, *entries, **changes)
+
+
+def test_what_is_known_of_a_package_is_put_together(tmp_path):
+    made = page.collect(write(tmp_path, a=compression(), b=evaluation(), c=bench()))
+    tiny, small, broken = made.packages
+    assert (tiny.name, tiny.is_original, tiny.n_bytes) == ("tiny", True, 1024)
+    assert small.ratio == pytest.approx(8000 / small.n_bytes)
+    assert small.compression is not None
+    assert small.evaluation is not None
+    assert len(small.runs) == 1
+    # The evaluation's, of the output that does worst, and not the benchmark's.
+    assert small.metrics == {
+        "snr_db": 24.5,
+        "top1": 0.95,
+        "cosine": 0.999,
+        "kl": 0.01,
+        "max_error": 0.0,
+    }
+    assert broken.name == "broken"
+    assert made.title == "tiny"
+
+
+def test_packages_with_one_name_in_two_folders_stay_apart(tmp_path):
+    one = compression(destination="a/m.mlpackage")
+    two = compression(destination="b/m.mlpackage")
+    # The second finds the first by its name alone: there is no other.
+    made = page.collect(write(tmp_path, a=one, b=evaluation("m")))
+    assert len(made.packages) == 2
+    made = page.collect(write(tmp_path, a=one, b={**two, "source": "x/tiny.mlpackage"}))
+    assert [each.path for each in made.packages if not each.is_original] == ["a/m.mlpackage"]
+
+
+@pytest.mark.parametrize(
+    ("treatment", "family"),
+    [
+        ("palettize 4 bits", "palette"),
+        ("quantize int8, per channel", "integer"),
+        ("prune 50%", "pruned"),
+        ("prune 50%, then palettize 4 bits", "joint"),
+        ("int8 activations, then quantize int8", "activations"),
+        ("as it is", "original"),
+        ("something", "other"),
+        ("", "other"),
+    ],
+)
+def test_colours_are_of_kinds_of_treatment(treatment, family):
+    from milpress.page.collect import Package
+
+    assert Package(path="m", name="m", treatment=treatment).family == family
+
+
+@pytest.mark.parametrize("kind", schema.KINDS)
+def test_every_kind_has_its_banner_in_both_forms(kind, tmp_path):
+    sources = write(tmp_path, r=result(kind))
+    for name in ("r.html", "r.md"):
+        page.write(sources, tmp_path / name)
+    html, markdown = (tmp_path / "r.html").read_text(), (tmp_path / "r.md").read_text()
+    assert f'<div class="banner {kind}" role="note"><b>{words.KIND_NAMES[kind]}</b>' in html
+    assert f"> **{words.KIND_NAMES[kind]}.**" in markdown
+
+
+def test_groups_hold_one_kind_one_machine_and_one_choice_of_units(tmp_path):
+    sources = write(
+        tmp_path,
+        a=result("measured", entry("measured", "CPU_ONLY"), entry("measured", "ALL")),
+        b=bench("cpu_reference"),
+        c=result("replay", entry("replay", "CPU_ONLY")),
+        d=result("fake"),
+        e=result("estimate"),
+    )
+    groups = words.groups(page.collect(sources))
+    assert sorted((each.kind, each.title, each.stamp) for each in groups) == [
+        ("cpu_reference", "Interpreter", ""),
+        ("fake", "FAKE:CPU_AND_NE", "FAKE"),
+        ("measured", "ALL", ""),
+        ("measured", "CPU_ONLY", ""),
+        ("replay", "CPU_ONLY", "REPLAY"),
+    ]
+    for group in groups:
+        assert {run.entry.timing.kind for run in group.runs if run.entry.timing} == {group.kind}
+
+
+def test_no_neural_engine_is_named_where_there_is_none(tmp_path):
+    from dataclasses import replace
+
+    from device_results import device, placement
+
+    quiet = {"placement": placement("measured", "gpu"), "energy": None}
+    made = result(
+        "measured",
+        entry("measured", "CPU_AND_NE", **quiet),
+        entry("measured", "ALL", **quiet),
+        entry("measured", "CPU_ONLY", **quiet),
+    )
+    without = replace(made, device=device(compute_devices=("cpu",), neural_engine_cores=None))
+    titles = [group.title for group in words.groups(page.collect(write(tmp_path, r=without)))]
+    assert titles == [
+        "CPU_AND_NE (no Neural Engine here)",
+        "ALL (no Neural Engine here)",
+        "CPU_ONLY",
+    ]
+    page.write(write(tmp_path, r=result("cpu_reference")), tmp_path / "r.html")
+    text = re.sub(r"<(script|style).*?</\1>", "", (tmp_path / "r.html").read_text(), flags=re.S)
+    # Once, in the banner that says that nothing is one of a Neural Engine.
+    assert text.count("Neural Engine") == 1
+
+
+class Elements(HTMLParser):
+    """Elements and their attributes, as a browser would see them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+
+def hostile(folder: Path) -> list[Path]:
+    made = compression(
+        EVIL,
+        weights=[
+            {
+                **compression()["weights"][0],
+                "name": EVIL,
+                "treatment": EVIL,
+                "note": EVIL,
+                "op_types": [EVIL],
+                "status": EVIL,
+            }
+        ],
+    )
+    measured = entry(
+        "measured",
+        "CPU_AND_NE",
+        EVIL,
+        model=model(EVIL, path=EVIL, treatment=EVIL),
+        warnings=(EVIL,),
+    )
+    from dataclasses import replace
+
+    from device_results import device
+
+    broken = replace(
+        failed("measured", "ALL", EVIL),
+        failure=schema.Failure(phase=EVIL, reason=EVIL, message=EVIL),
+    )
+    op = schema.OpPlacement(name=EVIL, op_type=EVIL, preferred="cpu", cost=0.5)
+    plan = schema.Placement(kind="measured", source=EVIL, ops=(op,))
+    evidence = schema.Decompression(kind="measured", verdict="unknown", evidence=(EVIL,))
+    run_of = result(
+        "measured",
+        replace(measured, placement=plan, decompression=evidence),
+        broken,
+        warnings=(EVIL,),
+        device=device(model=EVIL, chip=EVIL, os=f"macOS {EVIL}", os_build=EVIL),
+        created=EVIL,
+    )
+    ops = [{"name": EVIL, "op_type": EVIL, "snr_db": 1.0, "own_snr_db": 1.0}]
+    return write(
+        folder,
+        a=made,
+        b=evaluation(EVIL, ops=ops),
+        c=run_of,
+        d=published(
+            title=EVIL,
+            source=EVIL,
+            device=EVIL,
+            method=EVIL,
+            note=EVIL,
+            columns=[EVIL],
+            rows=[[EVIL]],
+        ),
+    )
+
+
+def test_hostile_text_is_no_markup(tmp_path):
+    sources = hostile(tmp_path)
+    page.write(sources, tmp_path / "evil.html", title=EVIL)
+    text = (tmp_path / "evil.html").read_text()
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    elements = Elements(text).found
+    assert not [attributes for tag, attributes in elements if tag == "img"]
+    scripts = [attributes for tag, attributes in elements if tag == "script"]
+    assert len(scripts) == 2
+    assert not [name for _, attributes in elements for name in attributes if name.startswith("on")]
+    page.write(sources, tmp_path / "plain.html", title="plain")
+    # Nothing of the hostile title is an element or an attribute's end.
+    plain = Elements((tmp_path / "plain.html").read_text()).found
+    assert [tag for tag, _ in elements] == [tag for tag, _ in plain]
+
+
+def test_hostile_text_is_no_markdown(tmp_path):
+    page.write(hostile(tmp_path), tmp_path / "evil.md", title=EVIL)
+    text = (tmp_path / "evil.md").read_text()
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert not re.search(r"(?<!\\)[<`]", text)
+    # The only bars that are not escaped are those of tables.
+    for line in text.splitlines():
+        if re.search(r"(?<!\\)\|", line):
+            assert line.startswith("| ")
+            assert line.endswith(" |")
+
+
+def test_a_page_needs_nothing_but_itself(tmp_path):
+    page.write(write(tmp_path, a=compression(), c=bench()), tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    for tag, attributes in Elements(text).found:
+        for name in ("src", "href", "action", "data", "poster", "srcset"):
+            assert not attributes.get(name) or attributes[name] == "data:,", (tag, name)
+        assert "style" not in attributes
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest|import\(", text)
+    assert "default-src 'none'" in text
+
+
+def test_pages_say_the_same_each_time(tmp_path):
+    sources = write(tmp_path, a=compression(), b=evaluation(), c=bench())
+    for name in ("a.html", "b.html"):
+        page.write(sources, tmp_path / name)
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def test_published_tables_are_well_formed_and_name_their_source():
+    made = page.collect([page.LITERATURE])
+    (literature,) = made.contents(Literature)
+    assert literature.publisher == "Apple"
+    for table in literature.tables:
+        assert table.source
+        assert table.device
+        assert table.method
+        assert table.rows
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([], "a report must be of what `milpress compress --json`"),
+        ({"a": 1}, "got another object"),
+        ({"schema": "milpress-bench/2"}, "schema must be 'milpress-bench/1'"),
+        (compression(weights=[{}]), "weights[0] must be an object with name"),
+        (compression(package_bytes_after="3"), "package_bytes_after must be an integer"),
+        (evaluation(outputs=[{"name": "y", "snr_db": "much"}]), "must be a finite number"),
+        (published(rows=[["net"]]), "must have 2 cells"),
+        (published(extra=1), "got also extra"),
+    ],
+)
+def test_another_file_is_one_sentence(content, message, tmp_path):
+    (path,) = write(tmp_path, x=content)
+    line = failed_call("report", path, "-o", tmp_path / "r.html")
+    assert str(path) in line
+    assert message in line
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_a_page_is_html_or_markdown_and_is_not_overwritten(tmp_path):
+    (source,) = write(tmp_path, a=compression())
+    with pytest.raises(errors.ConfigError, match=r"a page must be \.html or \.md, got '\.pdf'"):
+        page.write([source], tmp_path / "r.pdf")
+    with pytest.raises(errors.ConfigError, match="at least 1 result, got none"):
+        page.write([], tmp_path / "r.html")
+    out = tmp_path / "r.html"
+    out.write_text("mine")
+    assert "the destination must be free" in failed_call("report", source, "-o", out)
+    assert out.read_text() == "mine"
+    shown = run("report", source, "-o", out, "--force", "--title", "A title").stdout
+    assert "1 results of 2 packages" in shown
+    assert "<h1>A title</h1>" in out.read_text()
+    assert "PackageNotFound" not in failed_call(
+        "report", tmp_path / "no.json", "-o", out, "--force"
+    )
