@@ -6,7 +6,7 @@ SOURCES := $(shell find csrc metal cmake python -name '*.cpp' -o -name '*.h' -o 
 	-o -name '*.metal' -o -name '*.cmake') \
 	CMakeLists.txt pyproject.toml
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench bench-device clean
 
 demo: $(VENV)/models.stamp
 	$(VENV)/bin/python examples/demo.py
@@ -18,6 +18,10 @@ test: $(VENV)/test.stamp
 # BENCH=--quick takes 2 minutes instead of 10; BENCH=--large adds models of 1 and 2 GB.
 bench: $(VENV)/bench.stamp
 	$(VENV)/bin/python -m benchmarks $(BENCH)
+
+# On a Mac; the folder must be empty. DEVICE="-- --driver interpreter" runs it anywhere, as a reference.
+bench-device: $(VENV)/test.stamp
+	$(VENV)/bin/python -m benchmarks.device build/device $(DEVICE)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from milpress import coreml, errors, formats, interpreter, torch
+    from milpress import coreml, device, errors, formats, interpreter, page, torch
     from milpress.compression import compress, decompress
     from milpress.errors import CompressionError
     from milpress.evaluation import Evaluation, evaluate
@@ -35,12 +35,14 @@ __all__ = [
     "compress",
     "coreml",
     "decompress",
+    "device",
     "devices",
     "errors",
     "evaluate",
     "formats",
     "inspect",
     "interpreter",
+    "page",
     "run",
     "torch",
     "verify",
@@ -73,7 +75,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_HOMES[name]), name)
         globals()[name] = value
         return value
-    if name in ("coreml", "errors", "formats", "interpreter", "torch"):
+    if name in ("coreml", "device", "errors", "formats", "interpreter", "page", "torch"):
         return importlib.import_module(f"milpress.{name}")
     msg = f"module 'milpress' has no attribute {name!r}"
     raise AttributeError(msg)

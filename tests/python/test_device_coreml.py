@@ -434,6 +434,7 @@ def test_power_is_read_in_either_form():
         assert power_of(nothing) == {}
 
 
+@pytest.mark.apple
 @pytest.mark.skipif(sys.platform != "darwin", reason="asks macOS")
 def test_a_mac_tells_of_itself():
     mac = Mac()
@@ -502,6 +503,7 @@ def test_one_phone_must_be_there_or_be_named(names):
         assert found.describe()["device"]["model"] == "Two"
 
 
+@pytest.mark.apple
 @pytest.mark.skipif(sys.platform != "darwin", reason="wants Core ML")
 def test_core_ml_itself_runs_a_model(crepe_tiny):
     result = device.run([crepe_tiny], units=("CPU_ONLY",), plan=PLAN)

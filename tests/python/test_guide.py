@@ -11,7 +11,11 @@ import pytest
 pytestmark = pytest.mark.filterwarnings("ignore")
 GUIDE = Path(__file__).parents[2] / "docs" / "guide"
 # What a page must have printed for its code to have done its work.
-PRINTED = {"measured": "calibrated: 16 samples", "running": "dB"}
+PRINTED = {
+    "measured": "calibrated: 16 samples",
+    "measuring": "1 results of 2 packages",
+    "running": "dB",
+}
 
 
 @pytest.mark.parametrize("page", sorted(GUIDE.glob("*.md")), ids=lambda page: page.stem)

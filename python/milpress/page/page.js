@@ -63,7 +63,7 @@
   };
 
   // ---- a chart of what costs against what is lost, with its Pareto front -----------------------
-  const W = 560, H = 348, LEFT = 56, RIGHT = 22, TOP = 18, BOTTOM = 46;
+  const NARROW = 560, WIDE = 1120, H = 348, LEFT = 56, RIGHT = 22, TOP = 18, BOTTOM = 46;
   const pareto = (points, moreIsBetter) => {
     const worth = (p) => (p.exact ? Infinity : moreIsBetter ? p.y : -p.y);
     const sorted = [...points].sort((a, b) => a.x - b.x || worth(b) - worth(a));
@@ -71,6 +71,7 @@
     return sorted.filter((p) => worth(p) > best && ((best = worth(p)), true));
   };
   const chart = (points, options) => {
+    const W = options.wide ? WIDE : NARROW;
     const metric = data.metrics.find((m) => m.name === state.metric);
     const drawn = points.filter((p) => isShown(p.item) && p.value !== null && p.value !== undefined && p.value !== "nan" && p.value !== "-inf");
     if (!drawn.length) return h("p", { class: "empty" }, points.length ? "Nothing here matches the filter and has this metric." : "No data.");
@@ -98,7 +99,7 @@
       svg.append(s("line", { class: "grid", x1: LEFT, x2: W - RIGHT, y1: Y(t), y2: Y(t) }), s("text", { x: LEFT - 9, y: Y(t) + 4, "text-anchor": "end" }, text));
     }
     if (hasExact) svg.append(s("line", { class: "grid", x1: LEFT, x2: W - RIGHT, y1: TOP + 4, y2: TOP + 4 }), s("text", { x: LEFT - 9, y: TOP + 8, "text-anchor": "end" }, "exact"));
-    const scale = options.scale(xHigh), xt = ticks(xLow / scale.by, xHigh / scale.by, 6);
+    const scale = options.scale(xHigh), xt = ticks(xLow / scale.by, xHigh / scale.by, options.wide ? 10 : 6);
     for (const t of xt.found) svg.append(s("line", { class: "axis", x1: X(t * scale.by), x2: X(t * scale.by), y1: H - BOTTOM, y2: H - BOTTOM + 5 }), s("text", { x: X(t * scale.by), y: H - BOTTOM + 19, "text-anchor": "middle" }, tickText(t, xt.step)));
     svg.append(
       s("line", { class: "axis", x1: LEFT, x2: W - RIGHT, y1: H - BOTTOM, y2: H - BOTTOM }),
@@ -123,11 +124,11 @@
       dots.push(dot);
       svg.append(dot);
     }
-    svg.append(...labels(drawn, front));
+    svg.append(...labels(drawn, front, W));
     return svg;
   };
   // Names of points, those of the front first, each where it hides neither a point nor a name.
-  const labels = (points, front) => {
+  const labels = (points, front, W) => {
     const boxes = points.map((p) => [p.cx - 6, p.cy - 6, p.cx + 6, p.cy + 6]), found = [];
     const others = points.filter((p) => !front.includes(p));
     for (const p of [...front, ...others]) {
@@ -151,7 +152,7 @@
     if (size) {
       const points = data.packages.filter((p) => p.bytes !== null).map((item) => ({ item, x: item.bytes, value: item.metrics[state.metric] }));
       size.replaceChildren(chart(points, {
-        label: "Size against accuracy", axis: "Size of the package", scale: sizeScale,
+        wide: size.parentElement.classList.contains("wide"), label: "Size against accuracy", axis: "Size of the package", scale: sizeScale,
         pairs: (p) => [["size", bytes(p.x)], ["smaller by", p.item.ratio ? `${p.item.ratio.toFixed(2)}x` : ""], ["bits per weight", p.item.bits ? p.item.bits.toFixed(2) : ""], ["accuracy from", p.item.metricsSource]],
         say: (p) => bytes(p.x),
       }));

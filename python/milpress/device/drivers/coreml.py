@@ -21,7 +21,7 @@ import numpy as np
 
 from milpress.device import inputs as files
 from milpress.device.drivers._mac import Mac
-from milpress.errors import DriverError
+from milpress.errors import DependencyError, DriverError
 
 _DEVICES = {
     "MLCPUComputeDevice": "cpu",
@@ -307,7 +307,11 @@ def _op(plan: Any, op: Any) -> dict[str, Any]:
 
 def image(array: Any, is_float: bool) -> Any:
     """Return pixels as the image that coremltools takes; gray ones may be floats."""
-    from PIL import Image  # type: ignore[import-not-found, unused-ignore]
+    try:
+        from PIL import Image  # type: ignore[import-not-found, unused-ignore]
+    except ModuleNotFoundError as error:
+        msg = "a model that takes images must have Pillow to run, got none: pip install pillow"
+        raise DependencyError(msg) from error
 
     if is_float:
         return Image.fromarray(np.asarray(array, np.float32), "F")

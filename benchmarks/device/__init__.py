@@ -1,0 +1,1 @@
+"""The suite on a device, and Apple's published tables beside it."""
