@@ -13,6 +13,7 @@ import pytest
 from device_results import entry, model, result
 from test_cli import failed, run
 
+import milpress
 from milpress import device, errors
 from milpress.device import inputs, schema, suite
 
@@ -64,8 +65,6 @@ def test_accuracy_is_that_of_evaluate(benched):
     found = device.load(benched / "result.json").entries[1].accuracy
     assert found is not None
     paths = (benched / "tiny.mlpackage", benched / "small.mlpackage")
-    import milpress
-
     expected = milpress.evaluate(*paths, RandomSamples(found.n_samples, 0))
     assert found.snr_db == pytest.approx(expected.snr_db, rel=1e-9)
     assert found.top1 == expected.outputs[0].top1
@@ -220,7 +219,7 @@ def test_the_grid_that_comes_along_has_what_is_worth_knowing():
     names = {each.name for each in found.variants}
     assert {"original", "int8", "int4-block-32", "sparse-75", "sparse-50-palette-4"} <= names
     assert {f"palette-{bits}" for bits in (8, 6, 4)} <= names
-    assert [each.name for each in found.variants if each.activations] == ["w8a8"]
+    assert [v.name for v in found.variants if v.recipe and v.recipe.activations] == ["w8a8"]
 
 
 @pytest.mark.parametrize(
@@ -232,7 +231,7 @@ def test_the_grid_that_comes_along_has_what_is_worth_knowing():
         ("units: [CPU_AND_NE]", "units: [NPU]", "units must be a list of CPU_ONLY"),
         ("name: original", "name: ../original", "a name must be that of a file"),
         ("name: original", "name: palette", "the name of a variant must be its own"),
-        ("name: original", "{name: original, activations: int4}", "activations must be int8"),
+        ("name: original", "{name: original, recipe: r.yaml}", "must be a mapping of name, steps"),
     ],
 )
 def test_a_wrong_grid_is_one_sentence(old, new, message, tmp_path):
@@ -279,15 +278,10 @@ variants:
     )
 
 
-def test_activations_are_quantized_before_weights(crepe_tiny, tmp_path):
-    from milpress.recipe import Recipe
-
-    recipe = Recipe.from_dict({"target": "iOS18", "steps": [{"quantize": {"dtype": "int8"}}]})
-    variant = suite.Variant(name="w8a8", recipe=recipe, activations=True)
+def test_a_variant_with_activations_gets_samples(crepe_tiny, tmp_path):
+    (variant,) = [each for each in suite.Suite.from_yaml().variants if each.name == "w8a8"]
     words = suite._make(crepe_tiny, tmp_path / "w8a8.mlpackage", tmp_path, variant, None, 0)
-    assert words == "int8 activations, then quantize int8, per channel"
-    import milpress
-
+    assert words == "8-bit activations, then quantize int8, per channel"
     found = milpress.inspect(tmp_path / "w8a8.mlpackage")
     assert found.op_counts["quantize"] > 0
     assert any("int8" in weight.stored_as for weight in found.weights)

@@ -152,7 +152,7 @@ def test_packages_with_one_name_in_two_folders_stay_apart(tmp_path):
         ("quantize int8, per channel", "integer"),
         ("prune 50%", "pruned"),
         ("prune 50%, then palettize 4 bits", "joint"),
-        ("int8 activations, then quantize int8", "activations"),
+        ("8-bit activations, then quantize int8", "activations"),
         ("as it is", "original"),
         ("something", "other"),
         ("", "other"),

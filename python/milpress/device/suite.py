@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -12,13 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from milpress import _yaml
+from milpress.compression import compress
 from milpress.device import benchmark, schema
 from milpress.device.benchmark import Candidate
 from milpress.device.runner import Plan, Progress
 from milpress.device.schema import Failure, Result
 from milpress.errors import CompressionError, ConfigError, DestinationError
 from milpress.mil.package import Package, system_errors
-from milpress.recipe import Recipe, Step
+from milpress.recipe import Recipe, describe
+from milpress.samples import RandomSamples
 
 if TYPE_CHECKING:
     from milpress.samples import Data
@@ -36,14 +39,11 @@ class Variant:
     name
         Of its package and report.
     recipe
-        What is done to the weights; ``None`` for nothing.
-    activations
-        Whether activations are quantized to 8 bits too.
+        What is done to it; ``None`` for nothing.
     """
 
     name: str
     recipe: Recipe | None = None
-    activations: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +108,7 @@ class Suite:
 
 
 def _variant(data: Any, target: Any, place: str) -> Variant:
-    keys = {"name", "steps", "activations"}
+    keys = {"name", "steps"}
     if not isinstance(data, dict) or set(data) - keys or not isinstance(data.get("name"), str):
         msg = f"{place} must be a mapping of {', '.join(sorted(keys))}, got {data!r}"
         raise ConfigError(msg)
@@ -116,13 +116,10 @@ def _variant(data: Any, target: Any, place: str) -> Variant:
     if not name or Path(name).name != name or name.startswith("."):
         msg = f"{place}: a name must be that of a file, got {name!r}"
         raise ConfigError(msg)
-    if data.get("activations") not in (None, "int8"):
-        msg = f"{place}: activations must be int8, got {data['activations']!r}"
-        raise ConfigError(msg)
-    recipe = None
-    if data.get("steps"):
-        recipe = Recipe.from_dict({"version": 1, "target": target, "steps": data["steps"]})
-    return Variant(name=name, recipe=recipe, activations=data.get("activations") is not None)
+    if not data.get("steps"):
+        return Variant(name=name)
+    recipe = Recipe.from_dict({"version": 1, "target": target, "steps": data["steps"]})
+    return Variant(name=name, recipe=recipe)
 
 
 def run(
@@ -186,7 +183,7 @@ def run(
             failed.append((variant.name, str(error)))
             continue
         candidates.append(Candidate(package=path, name=variant.name, treatment=treatment))
-        if variant.recipe is None and not variant.activations:
+        if variant.recipe is None:
             # The others are made of the copy, so that reports and results name one original.
             source = path
     if not candidates:
@@ -225,44 +222,19 @@ def _make(
     source: Path, path: Path, reports: Path, variant: Variant, data: Data | None, seed: int
 ) -> str:
     """Make one variant, write its report, and return the treatment in words."""
-    import shutil
-
-    from milpress.compression import compress
-    from milpress.recipe import describe
-
-    if variant.activations:
-        _quantize_activations(source, path, data, seed)
-        source = path
     if variant.recipe is None:
-        if not variant.activations:
+        with system_errors(path):
             shutil.copytree(source, path)
-        return "int8 activations" if variant.activations else "as it is"
-    final = path
-    if variant.activations:
-        final = path.with_name(f"{path.stem}-weights.mlpackage")
-    report = compress(source, final, variant.recipe)
-    if variant.activations:
-        shutil.rmtree(path)
-        final.rename(path)
-    found = dataclasses.replace(report, destination=str(path)).to_dict()
-    (reports / f"{variant.name}.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    words = [
-        describe(step.treatment)
-        for step in variant.recipe.steps
-        if isinstance(step, Step) and step.treatment is not None
+        return "as it is"
+    samples = None
+    if variant.recipe.activations is not None:
+        samples = RandomSamples(8, seed) if data is None else data
+    report = compress(source, path, variant.recipe, sample_data=samples)
+    text = json.dumps(report.to_dict(), indent=1)
+    with system_errors(reports):
+        (reports / f"{variant.name}.json").write_text(text, encoding="utf-8")
+    words = [] if variant.recipe.activations is None else ["8-bit activations"]
+    words += [
+        describe(step.treatment) for step in variant.recipe.steps if step.treatment is not None
     ]
-    return ", then ".join((["int8 activations"] if variant.activations else []) + words)
-
-
-def _quantize_activations(source: Path, path: Path, data: Data | None, seed: int) -> None:
-    from milpress.activations import quantize_activations
-    from milpress.compression import save_package
-    from milpress.device.inputs import features
-    from milpress.formats import PerTensor, QuantizeConfig
-    from milpress.samples import RandomSamples, Samples
-
-    package = Package(source)
-    samples = Samples(RandomSamples(8, seed) if data is None else data, features(source))
-    codes = QuantizeConfig(dtype="int8", granularity=PerTensor())
-    quantize_activations(package, lambda *_: codes, samples)
-    save_package(package, path)
+    return ", then ".join(words)
