@@ -32,6 +32,11 @@ def test_a_result_of_every_kind_passes_and_survives_json(kind):
     assert schema.parse(json.loads(json.dumps(made.to_dict()))) == made
 
 
+@pytest.mark.parametrize("name", ["no Neural Engine", "stub", "stub phone", "phone", "limits"])
+def test_what_is_allowed_passes(name):
+    assert schema.problems(ALLOWED[name]) == []
+
+
 def changed(made: Result, **changes: Any) -> Result:
     """Change the first entry."""
     first, *others = made.entries
@@ -63,6 +68,30 @@ NEGATIVE = schema.Distribution.of({0: [-1.0, 2.0]})
 COSTLY = schema.OpPlacement(name="y", op_type="conv", preferred="cpu", cost=1.5)
 ELSEWHERE = schema.OpPlacement(name="y", op_type="conv", preferred="cloud")
 
+QUIET = schema.Energy(kind="measured", method="powermetrics", cpu_mw=0.0)
+FREE = schema.OpPlacement(name="y", op_type="conv", preferred="gpu", cost=0.0)
+WHOLE = replace(FREE, name="z", cost=1.0)
+ALLOWED = {
+    "no Neural Engine": changed(
+        replace(MEASURED, device=NO_ENGINE, entries=MEASURED.entries[:1]),
+        placement=placement("measured", "gpu"),
+        energy=QUIET,
+    ),
+    "stub": timing(
+        provenance(FAKE, driver="coreml"),
+        core=distribution(),
+        package_compile=1.0,
+        load_cached=(1.0,),
+    ),
+    "stub phone": provenance(FAKE, driver="iphone"),
+    "phone": replace(REPLAY, device=device(os="iOS 18.1")),
+    # One sample in a round, no time at all, all of the cost and none of it.
+    "limits": timing(
+        changed(MEASURED, placement=replace(placement("measured"), ops=(FREE, WHOLE))),
+        core=schema.Distribution.of({0: [0.0], 4: [2.0]}),
+        load_first=0.0,
+    ),
+}
 BREACHES = {
     # Who may say that something was measured.
     "measured by the interpreter": (
@@ -288,6 +317,17 @@ BREACHES = {
         timing(MEASURED, core=NEGATIVE),
         "timing.core.samples must be at least 0, got -1.0",
     ),
+    **{
+        f"negative {name}.{field}": (
+            changed(MEASURED, **{name: replace(getattr(MEASURED.entries[0], name), **{field: -1})}),
+            f"{name}.{field} must be at least 0, got -1",
+        )
+        for name, field in (
+            ("throughput", "per_second"),
+            ("memory", "after_load"),
+            ("energy", "neural_engine_mw"),
+        )
+    },
     "a negative estimate": (
         changed(ESTIMATE, estimate=replace(estimate().estimate, estimate_ms=-1.0)),
         "estimate.estimate_ms must be at least 0",

@@ -262,5 +262,5 @@ def _numbers(section: Any) -> Iterator[tuple[str, float]]:
             yield f"{item.name}.samples", min(value.samples, default=0.0)
         elif isinstance(value, tuple):
             yield from ((item.name, each) for each in value if isinstance(each, (int, float)))
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        elif isinstance(value, (int, float)):
             yield item.name, value
