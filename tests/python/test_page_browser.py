@@ -129,7 +129,7 @@ def test_hovering_tells_the_configuration(opened):
 def test_the_metric_can_be_chosen(opened):
     assert texts(opened, "[data-choice=metric] button") == [
         "SNR, dB",
-        "top-1 agreement",
+        "top-1",
         "KL, nats",
     ]
     opened.click("[data-choice=metric] button[data-value=top1]")
@@ -261,10 +261,18 @@ def test_nothing_sticks_out_at_any_width(opened, report, width):
 
 
 def test_it_prints(opened):
-    opened.looks(media="print")
+    # A4 without its margins, at the 96 points to an inch of the Web.
+    opened.looks(media="print", width=688)
+    assert opened.evaluate("document.documentElement.scrollWidth") <= 688
+    columns = "getComputedStyle(document.querySelector('.charts')).gridTemplateColumns"
+    assert len(opened.evaluate(columns).split()) == 2
     hidden = "(s) => getComputedStyle(document.querySelector(s)).display === 'none'"
     for selector in ("#theme", ".toolbar"):
         assert opened.evaluate(f"({hidden})({selector!r})")
+    # Where numbers come from is on paper too.
+    assert opened.evaluate(
+        "[...document.querySelectorAll('.banner, .badge')].every((e) => e.getClientRects().length)"
+    )
     assert opened.pdf().startswith(b"%PDF")
 
 

@@ -166,7 +166,7 @@ class Package:
     @property
     def ratio(self) -> float | None:
         """How many times smaller it became."""
-        if self.n_bytes and self.original_bytes:
+        if self.n_bytes and self.original_bytes and not self.is_original:
             return self.original_bytes / self.n_bytes
         return None
 

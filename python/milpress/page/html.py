@@ -330,7 +330,7 @@ def _packages(page: Page) -> str:
         bits = package.compression.bits_per_weight if package.compression else None
         cells = [
             f'<td class="name"><i class="dotmark {package.family}"></i>{_e(package.name)}</td>',
-            f"<td>{_e(package.treatment)}</td>",
+            f'<td class="what">{_e(package.treatment)}</td>',
             _cell(package.n_bytes, None if package.n_bytes is None else human_bytes),
             _cell(package.ratio, lambda value: f"{value:.2f}x"),
             _cell(bits, lambda value: f"{value:.2f}"),
@@ -388,7 +388,7 @@ def _latencies(page: Page) -> str:
     parts = []
     for group in groups:
         parts.append(
-            f'<div class="toolbar"><h3>{_e(group.title)}</h3><span class="badge {group.kind}">'
+            f'<div class="heading"><h3>{_e(group.title)}</h3><span class="badge {group.kind}">'
             f'{_e(words.KIND_NAMES[group.kind])}</span><span class="muted">{_e(group.where)}; '
             f"{_e(group.axis.partition(',')[0])}</span></div>"
         )
@@ -529,7 +529,8 @@ def _placements(page: Page) -> str:
 observed; the shares are of ops that are run.</p>
 <div class="toolbar">
 <input type="search" id="op-search" placeholder="Find an op" aria-label="Find an op">
-<div class="key">{key}</div></div>
+</div>
+<div class="key">{key}</div>
 <div class="placement">{"".join(rows)}</div>
 </section>"""
 

@@ -19,10 +19,10 @@ KIND_NAMES: dict[Kind, str] = {
 }
 SHORT_METRICS = {
     "snr_db": "SNR, dB",
-    "top1": "top-1 agreement",
+    "top1": "top-1",
     "cosine": "cosine",
     "kl": "KL, nats",
-    "max_error": "greatest error",
+    "max_error": "max error",
 }
 
 
