@@ -150,6 +150,22 @@ def test_attributes_that_the_drivers_read_are_there():
         ]
 
 
+def test_a_measuring_process_holds_no_framework():
+    code = """
+import sys, warnings
+from milpress.device.worker import leave_out
+leave_out("coreml")
+warnings.simplefilter("ignore")
+from coremltools.models import CompiledMLModel, MLModel
+from coremltools.models.compute_plan import MLComputePlan
+from coremltools.models.ml_program.experimental import async_wrapper, remote_device
+from coremltools.models.utils import compile_model
+from milpress.device.drivers import coreml, iphone
+assert not [name for name in ("torch", "sklearn") if sys.modules.get(name)]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.skipif(sys.platform == "darwin", reason="Core ML is there")
 @pytest.mark.parametrize("driver", ["coreml", "iphone"])
 def test_without_a_mac_there_is_one_sentence_and_no_number(driver, crepe_tiny):

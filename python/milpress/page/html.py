@@ -514,11 +514,18 @@ def _placements(page: Page) -> str:
     ]
     if not found:
         return ""
-    rows = []
+    by_units: dict[str, list[str]] = {}
     for result, entry, placement in found:
         units = words.units_words(result, entry)
-        kind = result.provenance.kind
-        rows.append(_placement_row(entry, units, kind, placement))
+        row = _placement_row(entry, units, result.provenance.kind, placement)
+        by_units.setdefault(units, []).append(row)
+    # That of the Neural Engine is what people come for.
+    first = next((units for units in by_units if units.startswith("CPU_AND_NE")), "")
+    groups = "".join(
+        f"<details{' open' if units == first or len(by_units) == 1 else ''}><summary>{_e(units)}, "
+        f'{len(rows)} packages</summary><div class="placement">{"".join(rows)}</div></details>'
+        for units, rows in by_units.items()
+    )
     key = "".join(
         f'<span><i class="{name}"></i>{_e(shown)}</span>'
         for name, shown in _PROCESSOR_NAMES.items()
@@ -531,12 +538,13 @@ observed; the shares are of ops that are run.</p>
 <input type="search" id="op-search" placeholder="Find an op" aria-label="Find an op">
 </div>
 <div class="key">{key}</div>
-<div class="placement">{"".join(rows)}</div>
+{groups}
 </section>"""
 
 
 def _placement_row(entry: Entry, units: str, kind: str, placement: Placement) -> str:
     counts, costs = placement.counts, placement.costs
+    badge = "Plan" if kind == "measured" else f"Plan, {kind}"
     n_run = sum(counts[name] for name in PROCESSORS if name != "none")
     bars = "".join(
         f'<i class="{name}" data-share="{counts[name]}" title="{_e(_PROCESSOR_NAMES[name])}"></i>'
@@ -558,7 +566,7 @@ def _placement_row(entry: Entry, units: str, kind: str, placement: Placement) ->
     ]
     return (
         f'<div class="row"><p><b>{_e(entry.model.name)}</b>, {_e(units)} '
-        f'<span class="badge {_e(kind)}">{_e(kind)}</span> '
+        f'<span class="badge {"literature" if kind == "measured" else _e(kind)}">{_e(badge)}</span> '
         f'<span class="muted">{n_run} ops: {_e(shares)}</span></p>'
         f'<div class="stack">{bars}</div>'
         f"<details><summary>Op by op</summary>{_table(head, ops)}</details></div>"
