@@ -196,8 +196,10 @@ class Runner:
             if not waiting:
                 return
             was_warm = False
-            # All go on until each is precise enough, so that any two share their rounds.
-            for turn in waiting:
+            # All go on until each is precise enough, so that any two share their rounds. Each round
+            # begins with another one, as to be the first after a pause is no advantage.
+            first = i % len(waiting)
+            for turn in (*waiting[first:], *waiting[:first]):
                 self.progress(n_done, n_jobs, f"{turn.job.id}: round {i + 1}")
                 was_warm |= turn.take(i)
             if was_warm:

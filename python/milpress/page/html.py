@@ -544,7 +544,7 @@ observed; the shares are of ops that are run.</p>
 
 def _placement_row(entry: Entry, units: str, kind: str, placement: Placement) -> str:
     counts, costs = placement.counts, placement.costs
-    badge = "Plan" if kind == "measured" else f"Plan, {kind}"
+    style, badge = ("literature", "Plan") if kind == "measured" else (_e(kind), f"Plan, {kind}")
     n_run = sum(counts[name] for name in PROCESSORS if name != "none")
     bars = "".join(
         f'<i class="{name}" data-share="{counts[name]}" title="{_e(_PROCESSOR_NAMES[name])}"></i>'
@@ -566,7 +566,7 @@ def _placement_row(entry: Entry, units: str, kind: str, placement: Placement) ->
     ]
     return (
         f'<div class="row"><p><b>{_e(entry.model.name)}</b>, {_e(units)} '
-        f'<span class="badge {"literature" if kind == "measured" else _e(kind)}">{_e(badge)}</span> '
+        f'<span class="badge {style}">{_e(badge)}</span> '
         f'<span class="muted">{n_run} ops: {_e(shares)}</span></p>'
         f'<div class="stack">{bars}</div>'
         f"<details><summary>Op by op</summary>{_table(head, ops)}</details></div>"
