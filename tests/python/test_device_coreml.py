@@ -499,6 +499,7 @@ def test_a_phone_tells_its_own_times(crepe_tiny, samples, tmp_path, monkeypatch)
     phone: Any = Phone()
     driver = iphone.IPhoneDriver(core_ml=phone, mac=StubMac())
     assert driver.describe()["device"]["os"] == "iOS 18.1"
+    assert driver.describe()["kind"] == "fake"
     path = driver.compile(str(crepe_tiny), "CPU_AND_NE", str(tmp_path))["path"]
     driver.feed(str(samples))
     assert driver.load(path, "CPU_AND_NE") == {"ms": 7.0}

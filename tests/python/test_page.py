@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-from device_results import entry, failed, model, result
+from device_results import device, entry, failed, model, placement, result
 from test_cli import failed as failed_call
 from test_cli import run
 
@@ -195,11 +196,17 @@ def test_groups_hold_one_kind_one_machine_and_one_choice_of_units(tmp_path):
         assert {run.entry.timing.kind for run in group.runs if run.entry.timing} == {group.kind}
 
 
+def test_two_devices_have_two_charts(tmp_path):
+    sources = write(
+        tmp_path,
+        a=bench(),
+        b=result("measured", bench().entries[0], device=device(chip="Apple M4")),
+    )
+    found = words.groups(page.collect(sources))
+    assert [group.where.partition(",")[0] for group in found] == ["Apple M2", "Apple M4"]
+
+
 def test_no_neural_engine_is_named_where_there_is_none(tmp_path):
-    from dataclasses import replace
-
-    from device_results import device, placement
-
     quiet = {"placement": placement("measured", "gpu"), "energy": None}
     made = result(
         "measured",
@@ -253,10 +260,6 @@ def hostile(folder: Path) -> list[Path]:
         model=model(EVIL, path=EVIL, treatment=EVIL),
         warnings=(EVIL,),
     )
-    from dataclasses import replace
-
-    from device_results import device
-
     broken = replace(
         failed("measured", "ALL", EVIL),
         failure=schema.Failure(phase=EVIL, reason=EVIL, message=EVIL),
