@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from device_results import entry, model, result
+from device_results import device as device_of
+from device_results import entry, model, placement, result
 from test_cli import failed, run
 
 import milpress
@@ -167,6 +168,28 @@ def test_kinds_do_not_stand_in_one_table(tmp_path):
         schema.save(result(kind), paths[-1])
     line = failed("bench", "compare", *paths)
     assert "results must be of one kind to stand in one table, got cpu_reference and meas" in line
+
+
+def test_machines_are_named_where_they_differ(tmp_path):
+    without = device_of(compute_devices=("cpu", "gpu"), neural_engine_cores=None)
+    quiet = entry("measured", "CPU_AND_NE", placement=placement("measured", "gpu"), energy=None)
+    one, two = result("measured"), result("measured", quiet, device=without)
+    rows = device.compare([one, two]).rows
+    assert [row.units for row in rows] == [
+        *("CPU_AND_NE", "CPU_ONLY", "ALL"),
+        "CPU_AND_NE (no Neural Engine here)",
+    ]
+    other = result("measured", quiet, device=device_of(chip="Apple M4"))
+    paths = []
+    for name, made in (("one", one), ("other", other)):
+        paths.append(tmp_path / f"{name}.json")
+        schema.save(made, paths[-1])
+    data = json.loads(run("bench", "compare", *paths, "--json").stdout)
+    assert len({row["machine"] for row in data["rows"]}) == 2
+    assert data["rows"][3]["ratio"] is None
+    shown = run("bench", "compare", *paths).stdout
+    assert "machine" in shown
+    assert "Apple M4" in shown
 
 
 def test_an_invalid_result_is_exit_code_1(tmp_path):

@@ -335,8 +335,14 @@ def test_what_is_missing_is_a_warning_and_latency_stays(crepe_tiny):
 
 
 def test_hanging_and_running_out_of_memory_end_only_what_does(crepe_tiny):
-    asked = {"CPU_AND_NE": {"load": "hang"}, "ALL": {"predict": "memory"}}
-    _, hanging, full = grid(crepe_tiny, asked, timeout=10).entries
+    asked = {
+        "CPU_AND_GPU": {"compile": "error"},
+        "CPU_AND_NE": {"load": "hang"},
+        "ALL": {"predict": "memory"},
+    }
+    _, refused, hanging, full = grid(crepe_tiny, asked, timeout=10).entries
+    assert refused.failure is not None
+    assert (refused.failure.phase, refused.failure.reason) == ("compile", "error")
     assert hanging.failure is not None
     assert (hanging.failure.phase, hanging.failure.reason) == ("load", "timed_out")
     assert full.failure is not None

@@ -173,6 +173,8 @@ def test_every_kind_has_its_banner_in_both_forms(kind, tmp_path):
     html, markdown = (tmp_path / "r.html").read_text(), (tmp_path / "r.md").read_text()
     assert f'<div class="banner {kind}" role="note"><b>{words.KIND_NAMES[kind]}</b>' in html
     assert f"> **{words.KIND_NAMES[kind]}.**" in markdown
+    assert ('<section id="estimates">' in html) == (kind == "estimate")
+    assert ("## Estimates, not measured" in markdown) == (kind == "estimate")
 
 
 def test_groups_hold_one_kind_one_machine_and_one_choice_of_units(tmp_path):

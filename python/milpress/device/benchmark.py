@@ -249,7 +249,16 @@ def _units(driver: str, units: Sequence[str]) -> tuple[str, ...]:
 
 
 def sessions_of(driver: str, options: Mapping[str, Any]) -> OpenSession:
-    """Return what makes sessions of a driver, each in a process of its own."""
+    """Return what makes sessions of a driver, each in a process of its own.
+
+    Raises
+    ------
+    ConfigError
+        If there is none of that name.
+    """
+    if driver not in drivers.DRIVERS:
+        msg = f"a driver must be one of {', '.join(drivers.DRIVERS)}, got {driver!r}"
+        raise ConfigError(msg)
     return lambda: ProcessSession(worker_command(driver, **options))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from milpress.device.benchmark import ratio_of
@@ -25,6 +25,29 @@ KIND_WORDS = {
 }
 
 
+def device_words(result: Result) -> str:
+    """Return what a run ran on."""
+    if result.device is not None:
+        device = result.device
+        known = [word for word in (device.chip, device.model) if word != "unknown"]
+        return f"{', '.join(known)}, {device.os} ({device.os_build})"
+    return f"{result.host.system} on {result.host.machine}, {result.host.n_cores} cores"
+
+
+def units_words(result: Result, entry: Entry) -> str:
+    """Return the name of units; of a Neural Engine, only where there is one."""
+    units = entry.settings.compute_units
+    if result.provenance.effective == "cpu_reference":
+        return "Interpreter"
+    if (
+        units in ("CPU_AND_NE", "ALL")
+        and result.device is not None
+        and not result.device.has_neural_engine
+    ):
+        return f"{units} (no Neural Engine here)"
+    return units
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """A configuration beside its baseline.
@@ -33,6 +56,8 @@ class Row:
     ----------
     entry
         The configuration.
+    units, where
+        What it ran in, and on what machine, in words.
     ratio
         How many times the baseline's latency its own is, and whether the two took turns; ``None``
         if there is no baseline, or it is the baseline.
@@ -41,7 +66,9 @@ class Row:
     """
 
     entry: Entry
-    ratio: Ratio | float | None
+    units: str
+    where: str
+    ratio: Ratio | float | None = None
     is_paired: bool = False
 
     @property
@@ -72,6 +99,7 @@ class Comparison:
             "rows": [
                 {
                     "id": row.entry.id,
+                    "machine": row.where,
                     "status": row.entry.status,
                     "median_ms": None if row.latency is None else row.latency.median,
                     "ratio": row.ratio.value if isinstance(row.ratio, Ratio) else row.ratio,
@@ -86,12 +114,14 @@ class Comparison:
 
     def __rich__(self) -> Table:
         """Return the rows as a table."""
-        table = named_table("configuration", "units")
+        several = len({row.where for row in self.rows}) > 1
+        table = named_table("configuration", "units", *(["machine"] if several else []))
         for heading in ("size", "SNR dB", "median ms", "95 %", "p90", "p99", "ratio"):
             table.add_column(heading, justify="right")
         for row in self.rows:
             entry, latency = row.entry, row.latency
-            cells = [escaped(entry.model.name), escaped(entry.settings.compute_units)]
+            cells = [escaped(entry.model.name), escaped(row.units)]
+            cells += [escaped(row.where)] if several else []
             cells.append(human_bytes(entry.model.package_bytes))
             cells.append("" if entry.accuracy is None else human_snr(entry.accuracy.snr_db))
             if entry.failure is not None:
@@ -126,7 +156,7 @@ def compare(results: Sequence[Result], *, baseline: str | None = None) -> Compar
     Parameters
     ----------
     results
-        The results, of one kind and from one sort of device.
+        The results, of one kind.
     baseline
         The model that others are compared with, in each unit; by default the first one's.
 
@@ -159,20 +189,21 @@ def _row(entry: Entry, result: Result, entries: Sequence[Entry], baseline: str) 
             and other.status == "ok"
         )
 
+    row = Row(entry=entry, units=units_words(result, entry), where=device_words(result))
     if entry.status != "ok":
-        return Row(entry=entry, ratio=None)
+        return row
     within = next((each for each in result.entries if is_reference(each)), None)
     if within is entry:
-        return Row(entry=entry, ratio=None)
+        return row
     if within is not None and within.id in entry.settings.interleaved_with:
         ratio = ratio_of(within, entry)
         if ratio is not None:
-            return Row(entry=entry, ratio=ratio, is_paired=True)
+            return replace(row, ratio=ratio, is_paired=True)
     other = within or next((each for each in entries if is_reference(each)), None)
     if other is None or other.timing is None or entry.timing is None:
-        return Row(entry=entry, ratio=None)
+        return row
     for name in ("core", "e2e"):
         one, two = getattr(other.timing, name), getattr(entry.timing, name)
         if one is not None and two is not None:
-            return Row(entry=entry, ratio=two.median / one.median)
-    return Row(entry=entry, ratio=None)
+            return replace(row, ratio=two.median / one.median)
+    return row

@@ -16,6 +16,7 @@ from importlib import resources
 from typing import Any
 
 from milpress import __version__
+from milpress.device.comparison import units_words
 from milpress.device.schema import PROCESSORS, Entry, Placement
 from milpress.page import words
 from milpress.page.collect import (
@@ -71,6 +72,7 @@ def render(page: Page) -> str:
 {_charts(page)}
 {_packages(page)}
 {_latencies(page)}
+{_estimates(page)}
 {_layers(page)}
 {_errors(page)}
 {_placements(page)}
@@ -415,6 +417,24 @@ compare across them. The first prediction and warm-up are left out.{device}</p>
 </section>"""
 
 
+def _estimates(page: Page) -> str:
+    head = [("Configuration", ""), ("Estimate, ms", "n"), ("Method", ""), ("Source", "")]
+    rows = [
+        f'<tr><td class="name">{_e(entry.id)}</td>'
+        f"{_cell(entry.estimate.estimate_ms, '{:.3g}'.format)}"
+        f"<td>{_e(entry.estimate.method)}</td><td>{_e(entry.estimate.source)}</td></tr>"
+        for entry in words.estimates(page)
+        if entry.estimate is not None
+    ]
+    if not rows:
+        return ""
+    return f"""<section id="estimates">
+<h2>Estimates <span class="badge estimate">Not measured</span></h2>
+<p class="note">Nobody measured these. They stand in no chart.</p>
+{_table(head, rows)}
+</section>"""
+
+
 def _latency_row(run: words.Run, is_device: bool) -> str:
     latency, timing, entry = run.latency, run.entry.timing, run.entry
     low, high = latency.ci95
@@ -516,7 +536,7 @@ def _placements(page: Page) -> str:
         return ""
     by_units: dict[str, list[str]] = {}
     for result, entry, placement in found:
-        units = words.units_words(result, entry)
+        units = units_words(result, entry)
         row = _placement_row(entry, units, result.provenance.kind, placement)
         by_units.setdefault(units, []).append(row)
     # That of the Neural Engine is what people come for.

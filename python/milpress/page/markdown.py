@@ -17,6 +17,7 @@ def render(page: Page) -> str:
     parts += [f"> **{_t(b.name)}.** {_t(b.text)}" for b in words.banners(page)]
     parts += _packages(page)
     parts += _latencies(page)
+    parts += _estimates(page)
     parts += _weights(page)
     failed = [entry for entry in words.failures(page) if entry.failure is not None]
     if failed:
@@ -81,6 +82,17 @@ def _latencies(page: Page) -> list[str]:
         head = ["package", f"{group.axis} ms", "95 % interval", "p90", "p99", "samples"]
         parts.append(_table(head, rows))
     return parts
+
+
+def _estimates(page: Page) -> list[str]:
+    rows = [
+        [entry.id, f"{entry.estimate.estimate_ms:.3g}", entry.estimate.method]
+        for entry in words.estimates(page)
+        if entry.estimate is not None
+    ]
+    if not rows:
+        return []
+    return ["## Estimates, not measured", _table(["configuration", "estimate ms", "method"], rows)]
 
 
 def _weights(page: Page) -> list[str]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from milpress.device.comparison import device_words, units_words
 from milpress.device.schema import Distribution, Entry, Kind, Result
 from milpress.page.collect import METRICS, Evaluated, Literature, Package, Page
 from milpress.report import human_snr, printable
@@ -69,15 +70,6 @@ class Group:
         return "REPLAY" if self.kind == "replay" else ""
 
 
-def device_words(result: Result) -> str:
-    """Return what a run ran on."""
-    if result.device is not None:
-        device = result.device
-        known = [word for word in (device.chip, device.model) if word != "unknown"]
-        return f"{', '.join(known)}, {device.os} ({device.os_build})"
-    return f"{result.host.system} on {result.host.machine}, {result.host.n_cores} cores"
-
-
 def banners(page: Page) -> Iterator[Banner]:
     """Yield what a reader must know of where the numbers come from."""
     for result in page.results:
@@ -126,20 +118,6 @@ def _result_banner(result: Result) -> Banner:
         if origin.kind == "fake":
             text += " What was recorded is fake."
     return Banner(kind=kind, name=KIND_NAMES[kind], text=text)
-
-
-def units_words(result: Result, entry: Entry) -> str:
-    """Return the name of units; of a Neural Engine, only where there is one."""
-    units = entry.settings.compute_units
-    if result.provenance.effective == "cpu_reference":
-        return "Interpreter"
-    if (
-        units in ("CPU_AND_NE", "ALL")
-        and result.device is not None
-        and not result.device.has_neural_engine
-    ):
-        return f"{units} (no Neural Engine here)"
-    return units
 
 
 def groups(page: Page) -> list[Group]:
@@ -198,6 +176,11 @@ def metric_words(name: str, value: float | None) -> str:
     if not math.isfinite(value):
         return "infinite"
     return {"top1": f"{value:.1%}", "cosine": f"{value:.6f}"}.get(name, f"{value:.4g}")
+
+
+def estimates(page: Page) -> list[Entry]:
+    """Return the entries with latencies that nobody measured."""
+    return [entry for result in page.results for entry in result.entries if entry.estimate]
 
 
 def failures(page: Page) -> list[Entry]:
