@@ -38,7 +38,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         size = 700 - 200 * i
         contents[f"made_{name}"] = compression(name, package_bytes_after=size + 24)
         contents[f"found_{name}"] = evaluation(
-            name, outputs=[{"name": "y", "snr_db": 40.0 - 10 * i, "top1": 0.9 - 0.1 * i, "kl": 0.1}]
+            name,
+            outputs=[{"name": "y", "snr_db": 40.0 - 10 * i, "top1": 0.9 - 0.1 * i, "kl": 0.1 + i}],
         )
         entries += [
             entry("measured", units, name, 0.8 - 0.2 * i, model=model(name, size))
@@ -138,6 +139,16 @@ def test_the_metric_can_be_chosen(opened):
     )
     assert label == "alpha: 724 B, 90.0 %"
     assert opened.complaints == []
+
+
+@pytest.mark.parametrize("metric", ["snr_db", "top1", "kl"])
+def test_up_is_better_whatever_the_metric(metric, opened):
+    opened.click(f"[data-choice=metric] button[data-value={metric}]")
+    ys = opened.evaluate(
+        """Object.fromEntries([...document.querySelectorAll('#size-chart .dot')].map((dot) => [
+            dot.getAttribute('aria-label').split(':')[0], +dot.getAttribute('cy')]))"""
+    )
+    assert ys["tiny"] < ys["alpha"] < ys["beta"] < ys["gamma"]
 
 
 def test_the_filter_narrows_charts_and_table(opened):

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 # A weight counts as compressed, for what memory suggests, if it takes at most so much of its size.
 _CLEARLY_SMALLER = 0.75
+# Nobody waits for the interpreter to be fast, nor should one that hangs be waited for.
+_REFERENCE_SECONDS = 1800.0
 
 OpenSession = Callable[[], Session]
 
@@ -134,7 +136,7 @@ def run(
             open_session, str(samples), plan, clock or SystemClock(), progress or (lambda *_: None)
         )
         found = runner.run([job for _, job in jobs])
-        references = _References(Path(folder), samples, options.get("function"), plan.timeout)
+        references = _References(Path(folder), samples, options.get("function"))
         if driver == "interpreter":
             for (i, _), findings in zip(jobs, found, strict=True):
                 references.take(candidates[i].package, findings)
@@ -313,8 +315,8 @@ def _jobs(
 class _References:
     """What the interpreter makes of the samples, once for each package, in a process of its own."""
 
-    def __init__(self, folder: Path, samples: Path, function: str | None, timeout: float) -> None:
-        self._folder, self._samples, self._timeout = folder, samples, timeout
+    def __init__(self, folder: Path, samples: Path, function: str | None) -> None:
+        self._folder, self._samples = folder, samples
         self._options = {} if function is None else {"function": function}
         self._known: dict[Path, list[inputs.Arrays] | str] = {}
 
@@ -333,9 +335,9 @@ class _References:
         session = ProcessSession(worker_command("interpreter", **self._options))
         path = self._folder / name
         try:
-            session.ask("feed", self._timeout, inputs=str(self._samples))
-            session.ask("load", self._timeout, path=str(package.absolute()), units="")
-            session.ask("outputs", self._timeout, path=str(path))
+            session.ask("feed", _REFERENCE_SECONDS, inputs=str(self._samples))
+            session.ask("load", _REFERENCE_SECONDS, path=str(package.absolute()), units="")
+            session.ask("outputs", _REFERENCE_SECONDS, path=str(path))
         except SessionError as error:
             return error.message
         finally:

@@ -85,7 +85,9 @@
     xLow = Math.min(...xs) < 0.45 * Math.max(...xs) ? 0 : Math.max(0, xLow);
     const top = TOP + (hasExact ? 24 : 0);
     const X = (v) => LEFT + ((v - xLow) / (xHigh - xLow)) * (W - LEFT - RIGHT);
-    const Y = (v) => H - BOTTOM - ((v - yLow) / (yHigh - yLow)) * (H - BOTTOM - top);
+    // Up is better, also where less is.
+    const height = (v) => (metric.more ? v - yLow : yHigh - v) / (yHigh - yLow);
+    const Y = (v) => H - BOTTOM - height(v) * (H - BOTTOM - top);
     for (const p of drawn) {
       p.exact = p.value === "inf";
       p.y = p.exact ? yHigh : p.value;

@@ -6,7 +6,8 @@ are handled here:
 - Core ML's own time of a prediction leaves out conversion from and to Python. Both are told.
 - ``CompiledMLModel`` loads an ``.mlmodelc``; ``MLModel`` would compile the package at each load.
 - ``CompiledMLModel`` has no durations; the object that it wraps has.
-- ``predict`` converts float16 inputs in the dictionary it is given, so it gets a copy.
+- ``predict`` takes arrays of float32 and int32; it converts float16 itself, in the dictionary that
+  it is given. So conversion is done before.
 - ``predict`` holds Python's lock, so threads can't predict at once; a list of samples can.
 """
 
@@ -234,7 +235,7 @@ class CoreMLDriver:
 
     def _features(self, sample: files.Arrays) -> dict[str, Any]:
         return {
-            name: image(array, self._images[name]) if name in self._images else array
+            name: image(array, self._images[name]) if name in self._images else plain(array)
             for name, array in sample.items()
         }
 
@@ -303,6 +304,12 @@ def _op(plan: Any, op: Any) -> dict[str, Any]:
         "supported": supported,
         "cost": None if cost is None else float(cost.weight),
     }
+
+
+def plain(array: Any) -> Any:
+    """Return numbers as the array that coremltools takes."""
+    array = np.asarray(array)
+    return np.ascontiguousarray(array, np.float32 if array.dtype.kind == "f" else np.int32)
 
 
 def image(array: Any, is_float: bool) -> Any:

@@ -24,7 +24,7 @@ from typing import Any
 
 from milpress.device import inputs as files
 from milpress.device.drivers._mac import Mac
-from milpress.device.drivers.coreml import check_is_mac, placed
+from milpress.device.drivers.coreml import check_is_mac, placed, plain
 from milpress.errors import DriverError
 
 
@@ -172,7 +172,7 @@ class IPhoneDriver:
         e2e = []
         for sample in itertools.islice(itertools.cycle(self._samples), self._n, self._n + n):
             started = time.perf_counter()
-            self._wait(self._model.predict(dict(sample)))
+            self._wait(self._model.predict(_features(sample)))
             e2e.append(1e3 * (time.perf_counter() - started))
             duration = self._model.last_predict_duration_in_nano_seconds
             core.append(None if duration is None else duration / 1e6)
@@ -182,7 +182,7 @@ class IPhoneDriver:
     def outputs(self, path: str) -> dict[str, Any]:
         """Write the outputs for every sample."""
         files.write(
-            Path(path), (self._wait(self._model.predict(dict(each))) for each in self._samples)
+            Path(path), (self._wait(self._model.predict(_features(each))) for each in self._samples)
         )
         return {}
 
@@ -221,6 +221,10 @@ class IPhoneDriver:
 
     def _wait(self, work: Coroutine[Any, Any, Any]) -> Any:
         return self._loop.run_until_complete(work)
+
+
+def _features(sample: files.Arrays) -> dict[str, Any]:
+    return {name: plain(array) for name, array in sample.items()}
 
 
 def _find_devicectl() -> None:
