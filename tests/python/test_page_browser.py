@@ -342,3 +342,18 @@ def test_a_page_of_little_is_whole_too(contents, tab, tmp_path):
     tab.open(tmp_path / "r.html")
     assert tab.complaints == []
     assert len(texts(tab, "footer tbody tr")) == 1
+
+
+def test_many_weights_are_shown_on_demand_and_on_paper(tab, tmp_path):
+    one = compression()["weights"][0]
+    many = compression(weights=[{**one, "name": f"w{i}"} for i in range(100)])
+    count = "document.querySelectorAll('#layers .layer[data-name]').length"
+    page.write(write(tmp_path, a=many), tmp_path / "r.html")
+    for event in (
+        "document.querySelector('.more button').click()",
+        "dispatchEvent(new Event('beforeprint'))",
+    ):
+        tab.open(tmp_path / "r.html")
+        assert tab.evaluate(count) == 60
+        tab.evaluate(event)
+        assert tab.evaluate(count) == 100

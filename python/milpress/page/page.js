@@ -272,6 +272,8 @@
     before.theme = chosen;
     before.closed = $$("details:not([open])");
     before.closed.forEach((each) => { each.open = true; });
+    layerState.all = true;
+    drawLayers();
     chosen = "light";
     paint();
   });
