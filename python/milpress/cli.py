@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 import typer
 
 from milpress import __version__
-from milpress.errors import CompressionError, ConfigError, InputError, VerificationError
+from milpress.errors import CompressionError, ConfigError, InputError, VerificationError, printable
 
 if TYPE_CHECKING:
     from milpress.placement import DeviceName
@@ -535,8 +535,6 @@ def _print(heading: str | None, table: Any, summary: str) -> None:
 
 
 def _print_text(text: str) -> None:
-    from milpress.report import printable
-
     typer.echo(printable(text))
 
 
@@ -549,9 +547,7 @@ def main() -> None:
     try:
         app()
     except CompressionError as error:
-        from milpress.report import printable
-
-        typer.echo(f"error: {printable(str(error))}", err=True)
+        typer.echo(f"error: {error}", err=True)
         raise SystemExit(1 if isinstance(error, VerificationError) else 2) from None
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)

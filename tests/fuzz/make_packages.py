@@ -143,7 +143,9 @@ def main() -> None:
                 ("*layer4*", f.PruneConfig(sparsity=0.5)),
             ],
         )
-        treated(few, "pruned-palettized-iOS18", f.PruneConfig(sparsity=0.5), f.PalettizeConfig(bits=2))
+        treated(
+            few, "pruned-palettized-iOS18", f.PruneConfig(sparsity=0.5), f.PalettizeConfig(bits=2)
+        )
         treated(few, "pruned-quantized-iOS18", f.PruneConfig(sparsity=0.5), f.QuantizeConfig())
         treated(few, "palettized-quantized-iOS18", f.PalettizeConfig(bits=4), f.QuantizeConfig())
         describe = ct.utils.MultiFunctionDescriptor()

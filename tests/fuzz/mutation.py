@@ -1,4 +1,4 @@
-"""Damages the files of a package: in ways that keep most of their structure, and in ways that don't.
+"""Damages the files of a package, in ways that keep most of their structure and in others.
 
 What is drawn depends on the random generator alone, so a seed names a damaged package.
 """
@@ -11,6 +11,8 @@ import random
 import struct
 from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
 from typing import Any, TypeAlias
+
+from google.protobuf.message import DecodeError
 
 from milpress.mil.schema import messages
 
@@ -59,7 +61,7 @@ def _damage_model(files: Files, donors: list[Files], rng: random.Random) -> None
         return
     try:
         model = messages().Model.FromString(files[MODEL])
-    except Exception:  # noqa: BLE001 - scrambled before
+    except DecodeError:  # scrambled before
         return
     donor = messages().Model.FromString(rng.choice(donors)[MODEL])
     for _ in range(20):
@@ -127,8 +129,10 @@ def _damage_message(model: Any, donor: Any, rng: random.Random) -> bool:
     fields = dict(message.ListFields())
     if fields and rng.random() < 0.85:
         field = rng.choice(sorted(fields, key=lambda f: f.number))
-    else:
+    elif message.DESCRIPTOR.fields:
         field = rng.choice(message.DESCRIPTOR.fields)
+    else:
+        return False
     value = getattr(message, field.name)
     try:
         if isinstance(value, MutableMapping):
