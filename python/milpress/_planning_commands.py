@@ -64,8 +64,15 @@ def plan(
     weight_threshold: Annotated[
         int | None, typer.Option(help="Leave weights of at most so many elements [2048].")
     ] = None,
+    calibration_data: Annotated[
+        Path | None,
+        typer.Option(help="Samples, as of evaluate: weigh weights by what they do to outputs."),
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(help="With samples, what is kept small: snr, cosine or kl.")
+    ] = "snr",
     exact: Annotated[
-        bool, typer.Option("--exact", help="Try every treatment on the whole of every weight.")
+        bool, typer.Option("--exact", help="Try everything on everything: no parts, no gradients.")
     ] = False,
     facts: FactFiles = None,
     cache: Annotated[
@@ -95,6 +102,8 @@ def plan(
             max_formats=max_formats,
             target=upgrade_to,
             min_size=DEFAULT_MIN_SIZE if weight_threshold is None else weight_threshold + 1,
+            sample_data=calibration_data,
+            metric=cast("Any", metric),
             exact=exact,
             facts=facts or (),
             use_cache=cache,

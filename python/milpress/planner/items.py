@@ -98,12 +98,14 @@ class Item:
     @property
     def distinct(self) -> list[int]:
         """The candidates whose results can't be shared, one of each, by their places."""
-        found: dict[Any, int] = {}
-        for i, candidate in enumerate(self.candidates):
-            weight = candidate.weight
-            key = (weight.node.op.type, weight.shape, candidate.axes, _places(candidate) or i)
-            found.setdefault(key, i)
-        return list(found.values())
+        return sorted({self.twin(i) for i in range(len(self.candidates))})
+
+    def twin(self, i: int) -> int:
+        """Return the first candidate that a candidate shares its result with, or its own place."""
+        key = _result_key(self.candidates[i])
+        if key is None:
+            return i
+        return next(j for j, other in enumerate(self.candidates) if _result_key(other) == key)
 
     @property
     def size(self) -> int:
@@ -188,6 +190,13 @@ def _stored_key(value: Any) -> Any:
 
 def _places(candidate: Candidate) -> tuple[Any, ...]:
     return tuple(_stored_key(value) for value in candidate.stored() if values.is_blob(value))
+
+
+def _result_key(candidate: Candidate) -> Any:
+    """Return what weights have in common that share what treatments make of them."""
+    weight = candidate.weight
+    places = _places(candidate)
+    return (places, weight.node.op.type, weight.shape, candidate.axes) if places else None
 
 
 def _together(candidates: Iterable[Candidate]) -> list[list[Candidate]]:

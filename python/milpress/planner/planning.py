@@ -41,6 +41,10 @@ from milpress.report import escaped, human_bytes, human_snr, named_table
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from milpress.interpreter.sensitivity import OutputMetric
+    from milpress.planner.calibrated import Calibrated
+    from milpress.samples import Data
+
 Prefer: TypeAlias = Unit
 _MOST_TRIES = 8
 _N_SHOWN = 12
@@ -295,6 +299,8 @@ def plan(
     max_formats: int | None = None,
     target: str | None = None,
     min_size: int = DEFAULT_MIN_SIZE,
+    sample_data: Data | None = None,
+    metric: OutputMetric = "snr",
     exact: bool = False,
     facts: Sequence[str | os.PathLike[str]] = (),
     use_cache: bool = True,
@@ -303,9 +309,13 @@ def plan(
 ) -> Plan:
     """Choose a treatment for each weight such that the error is least within a budget.
 
-    Each weight counts with its relative error, whatever its size: small weights that are hard to
-    compress get more bits, large ones pay for it. Scores are kept in a file beside the package, by
-    the hash of each weight, so that the next plan is quick and an interrupted one goes on.
+    Without samples, each weight counts with its relative error, whatever its size: small weights
+    that are hard to compress get more bits, large ones pay for it. With samples, it counts with the
+    error that it makes in the model's outputs: to first order, from the gradients of one pass, and
+    corrected by running the model with a few of the treatments.
+
+    Scores are kept in a file beside the package, by the hash of what they are of, so that the next
+    plan is quick and an interrupted one goes on.
 
     Parameters
     ----------
@@ -332,8 +342,15 @@ def plan(
         Deployment target to raise the model to, as in a recipe.
     min_size
         Least number of elements of a weight that is planned.
+    sample_data
+        Samples of the model's inputs, see `milpress.samples.Samples`; needs torch. A few dozen
+        suffice.
+    metric
+        With samples, what is kept small: ``"snr"``, the squared error of the outputs over their
+        squares; ``"cosine"``, 1 minus their cosine; ``"kl"``, the divergence of probabilities.
     exact
-        Whether every treatment is tried on the whole of each weight, not on a part of large ones.
+        Whether every treatment is tried on the whole of each weight, not on a part of large ones;
+        with samples, whether the model is run with every treatment of every weight.
     facts
         Files that add to what is known of compute units, see `milpress.lint`.
     use_cache
@@ -341,7 +358,7 @@ def plan(
     threads
         Threads to use; ``None`` for MILPRESS_NUM_THREADS or the number of cores.
     progress
-        Called with elements done, elements in all and the name of the weight at hand.
+        Called with what is done, how much there is in all and the name of the weight at hand.
 
     Returns
     -------
@@ -353,7 +370,14 @@ def plan(
     ConfigError
         If an argument is wrong by itself.
     UnsupportedError
-        If the budget is below the smallest size, or the score above what can be had.
+        If the budget is below the smallest size, or the score above what can be had; with samples,
+        if the model is a pipeline or a weight is not part of what is run.
+    InputError
+        If a sample is not what the model takes.
+    UnsupportedOpError
+        With samples, if the interpreter does not cover an op.
+    DependencyError
+        With samples, if torch is not installed.
     PackageError
         If the source is damaged or of an unsupported kind.
     """
@@ -383,11 +407,36 @@ def plan(
             progress=progress,
         )
     _check_open(items, package)
+    errors = None
+    if sample_data is not None:
+        from milpress.planner.calibrated import calibrate
+
+        with thread_limit(threads):
+            found = calibrate(
+                package,
+                [item for item in items if item.choices],
+                sample_data,
+                metric=metric,
+                exact=exact,
+                kept=kept,
+                progress=progress,
+            )
+        errors = found.errors
+        notes.append(_ran(found))
     if use_cache and not kept.is_writable:
         notes.append(f"scores could not be kept in {cache.path_for(package.path)}")
-    problem = _Problem(package, target, items, measured, min_size)
+    problem = _Problem(package, target, items, measured, min_size, errors)
     chosen = problem.solve(goal, max_formats)
     return replace(problem.plan(chosen, notes, goal), seconds=time.perf_counter() - started)
+
+
+def _ran(found: Calibrated) -> str:
+    if found.off_by is None:
+        return f"the model was run with each of {found.n_run} treatments of weights"
+    return (
+        f"first-order errors were off by a factor of {found.off_by:.2f} before the model was run "
+        f"with {found.n_run} treatments of weights to correct them"
+    )
 
 
 def _check_open(items: Sequence[Item], package: Package) -> None:
