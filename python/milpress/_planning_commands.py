@@ -167,6 +167,7 @@ def planned_recipe(
     target_size: str | None,
     upgrade_to: str | None,
     weight_threshold: int | None,
+    calibration_data: Path | None,
     threads: int | None,
 ) -> Recipe:
     """Return the recipe of least error within a budget."""
@@ -181,6 +182,7 @@ def planned_recipe(
             target_size=None if target_size is None else n_bytes_of(target_size),
             target=upgrade_to,
             min_size=DEFAULT_MIN_SIZE if weight_threshold is None else weight_threshold + 1,
+            sample_data=calibration_data,
             threads=threads,
             progress=progress,
         )

@@ -168,12 +168,19 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Compress the weights of a package into another package."""
-    from dataclasses import replace
-
     from milpress.compression import compress as compress_package
 
     asked = _recipe(
         {"--target-bits": target_bits, "--target-size": target_size},
+        lambda: _planning_commands.planned_recipe(
+            source,
+            target_bits,
+            target_size,
+            upgrade_to,
+            weight_threshold,
+            calibration_data,
+            threads,
+        ),
         recipe,
         {"bits": palettize, "group_size": group_size},
         {
@@ -189,17 +196,6 @@ def compress(
         upgrade_to,
         weight_threshold,
     )
-    if target_bits is not None or target_size is not None:
-        planned = _planning_commands.planned_recipe(
-            source,
-            target_bits,
-            target_size,
-            upgrade_to,
-            weight_threshold,
-            calibration_data,
-            threads,
-        )
-        asked = replace(planned, activations=asked.activations)
     report = with_progress(
         lambda progress: compress_package(
             source,
@@ -389,6 +385,7 @@ def _arrays(options: list[str]) -> dict[str, Any]:
 
 def _recipe(
     budget: dict[str, Any],
+    planned: Callable[[], Recipe],
     path: Path | None,
     palettize: dict[str, Any],
     quantize: dict[str, Any],
@@ -397,7 +394,7 @@ def _recipe(
     target: str | None,
     weight_threshold: int | None,
 ) -> Recipe:
-    """Return the recipe that the options stand for, without steps if these are to be planned."""
+    """Return the recipe that the options stand for; one under a budget is planned."""
     from dataclasses import replace
 
     from milpress.formats import PalettizeConfig, PruneConfig
@@ -428,8 +425,10 @@ def _recipe(
             raise ConfigError(msg)
         recipe = Recipe.from_yaml(path)
         return recipe if target is None else replace(recipe, target=target)
-    if not given or given[0] in budget:
+    if not given:
         return Recipe(steps=(), target=target, activations=step)
+    if given[0] in budget:
+        return replace(planned(), activations=step)
     treatment: Any = None
     if given == ["--palettize"]:
         treatment = PalettizeConfig(**palettize)
