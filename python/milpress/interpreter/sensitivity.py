@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -22,6 +22,41 @@ Note: TypeAlias = Callable[[int, int, str], None]
 _N_DRAWS = 32
 _LEAST_PROBABILITY = 1e-8
 _SUM_TOLERANCE = 1e-3
+
+
+class Gradients(NamedTuple):
+    """How the outputs move with a weight.
+
+    Parameters
+    ----------
+    squares
+        For each element, what the square of its change adds to the error if changes are as good as
+        independent.
+    along
+        For each draw and output channel, how far the outputs move when the channel is multiplied;
+        the error of such changes, which are not independent, is the sum of the squares over draws
+        of what they add up to.
+    """
+
+    squares: NDArray[np.floating[Any]]
+    along: NDArray[np.floating[Any]]
+
+    def error(self, weight: NDArray[Any], change: NDArray[Any], axis: int) -> float:
+        """Return the error that a change of the weight makes, to first order.
+
+        Codes err towards the mean, so that a channel as a whole shrinks: that part of the change
+        is taken apart, and what is left of it counts as independent.
+        """
+        rows, changes, squares = (
+            np.moveaxis(array, axis, 0).reshape(array.shape[axis], -1)
+            for array in (weight, change, self.squares)
+        )
+        lengths = np.einsum("ij,ij->i", rows, rows)
+        shares = np.einsum("ij,ij->i", rows, changes) / np.where(lengths > 0, lengths, 1)
+        rest = changes - shares[:, None] * rows
+        apart = float(np.einsum("ij,ij,ij->", squares, rest, rest))
+        together = self.along @ shares
+        return apart + float(together @ together)
 
 
 class OutputError:
@@ -82,62 +117,62 @@ class OutputError:
         """Whether the program uses a weight of that name."""
         return name in self._module.attributes
 
-    def squared_gradients(
-        self, groups: Sequence[Sequence[str]], note: Note = lambda *_: None
-    ) -> list[NDArray[np.float32]]:
-        """Return what a small change of each element does to the error, to first order.
+    def gradients(
+        self, groups: Sequence[tuple[Sequence[str], int]], note: Note = lambda *_: None
+    ) -> list[Gradients]:
+        """Return what changes of weights do to the outputs, to first order.
 
-        The error that changes ``d`` make is about the sum of the result times ``d * d``, if they
-        are as good as independent: outputs are multiplied by random signs, and the squares of the
-        gradients averaged (Hutchinson's estimator of the diagonal of the Gauss-Newton matrix).
+        The outputs are multiplied by random signs, so that the mean square of the gradient is what
+        the change of one element adds to the error (Hutchinson's estimator of the diagonal of the
+        Gauss-Newton matrix).
 
         Parameters
         ----------
         groups
-            Names of weights, those together that always have the same values.
+            Names of weights, those together that always have the same values, and the axis of
+            their output channels.
         note
-            Called with passes done, passes in all and what is at hand.
+            Called with samples done, samples in all and what is at hand.
         """
-        parameters = [[self._parameter(name) for name in names] for names in groups]
-        sums = [torch.zeros_like(some[0]) for some in parameters]
+        parameters = [[self._parameter(name) for name in names] for names, _ in groups]
+        flat = [parameter for some in parameters for parameter in some]
         n_draws = math.ceil(_N_DRAWS / self.n_samples)
+        sums = [torch.zeros_like(some[0]) for some in parameters]
+        along: list[list[Tensor]] = [[] for _ in groups]
         generator = torch.Generator().manual_seed(0)
-        for some in parameters:
-            for parameter in some:
-                parameter.requires_grad_(True)
+        self._module.requires_grad_(False)
+        for parameter in flat:
+            parameter.requires_grad_(True)
         try:
-            for i, inputs in enumerate(self._inputs):
-                note(i, self.n_samples, "gradients")
-                for _ in range(n_draws):
-                    self._draw(inputs, parameters, sums, generator)
+            for i in range(self.n_samples * n_draws):
+                note(i // n_draws, self.n_samples, "gradients")
+                found = iter(self._gradients(self._inputs[i // n_draws], flat, generator))
+                for k, (some, (_, axis)) in enumerate(zip(parameters, groups, strict=True)):
+                    gradient = torch.stack([next(found) for _ in some]).sum(0)
+                    sums[k].addcmul_(gradient, gradient)
+                    others = [one for one in range(gradient.ndim) if one != axis]
+                    along[k].append((gradient * some[0].detach()).sum(others))
         finally:
             self._module.requires_grad_(False)
-            self._module.zero_grad(set_to_none=True)
-        return [(total / n_draws).numpy() for total in sums]
+        return [
+            Gradients((total / n_draws).numpy(), torch.stack(dots).numpy() / math.sqrt(n_draws))
+            for total, dots in zip(sums, along, strict=True)
+        ]
 
-    def _draw(
-        self,
-        inputs: tuple[Tensor, ...],
-        parameters: Sequence[Sequence[nn.Parameter]],
-        sums: Sequence[Tensor],
-        generator: torch.Generator,
-    ) -> None:
-        points = self._points(self._run(inputs))
+    def _gradients(
+        self, inputs: tuple[Tensor, ...], flat: Sequence[nn.Parameter], generator: torch.Generator
+    ) -> list[Tensor]:
         value = torch.zeros(())
-        for point, share in zip(points, self._shares, strict=True):
+        for point, share in zip(self._points(self._run(inputs)), self._shares, strict=True):
             signs = torch.randint(0, 2, point.shape, generator=generator) * 2.0 - 1
             value = value + math.sqrt(share) * (signs * point).sum()
         if not value.requires_grad:
-            return
-        flat = [parameter for some in parameters for parameter in some]
-        found = iter(torch.autograd.grad(value, flat, allow_unused=True))
-        for some, total in zip(parameters, sums, strict=True):
-            gradients = [
-                gradient for gradient in (next(found) for _ in some) if gradient is not None
-            ]
-            if gradients:
-                together = torch.stack(gradients).sum(0) if len(gradients) > 1 else gradients[0]
-                total.add_(together.square())
+            return [torch.zeros_like(parameter) for parameter in flat]
+        found = torch.autograd.grad(value, flat, allow_unused=True)
+        return [
+            torch.zeros_like(parameter) if gradient is None else gradient
+            for gradient, parameter in zip(found, flat, strict=True)
+        ]
 
     def error(self, weights: Mapping[str, NDArray[Any]]) -> float:
         """Return the error that other values of some weights make."""
