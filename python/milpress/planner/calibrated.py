@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from milpress._parallel import in_order
 from milpress.compression import Progress
+from milpress.errors import UnsupportedError
 from milpress.formats import Treatment, compress
 from milpress.mil.package import Package
 from milpress.mil.weights import weight_files
@@ -24,6 +25,9 @@ from milpress.samples import Data, Samples
 
 if TYPE_CHECKING:
     from milpress.interpreter.sensitivity import Gradients, OutputError, OutputMetric
+
+# Picks the name of a format for each item, given the errors of all of them.
+Choose: TypeAlias = Callable[[Sequence[Mapping[str, float]]], Sequence[str]]
 
 # Change it whenever the same model, samples and treatment may get another error.
 _VERSION = 1
@@ -60,14 +64,16 @@ def calibrate(
     *,
     metric: OutputMetric,
     exact: bool,
+    choose: Choose,
     kept: ScoreCache,
     progress: Progress | None = None,
 ) -> Calibrated:
     """Return the error of the outputs that each format of each item makes by itself.
 
-    To first order, from squared gradients of the outputs, for all items and formats; the model is
-    run with one format of each item, which tells by how much its first-order errors are to be
-    multiplied. With ``exact``, it is run with every format of every item instead.
+    To first order, from squared gradients of the outputs, for all items and formats. The model is
+    then run with the formats that ``choose`` picks by these errors, one at a time, which tells by
+    how much those of an item are to be multiplied; and again with what it picks then. With
+    ``exact``, it is run with every format of every item instead.
 
     Raises
     ------
@@ -84,7 +90,7 @@ def calibrate(
     samples = Samples(data, program.inputs)
     model = _Model(
         OutputError(program, samples, metric),
-        package,
+        {"", *(f"{function}/" for function in program.functions.values())},
         joined(_VERSION, _digest(source), samples.digest(), metric),
         kept,
         progress or (lambda *_: None),
@@ -97,47 +103,76 @@ def calibrate(
             {name: found[id(item), name] for name in item.choices if name != KEEP} for item in items
         ]
         return Calibrated(errors=errors, n_run=len(pairs), off_by=None)
-    return _corrected(model, items)
+    return _corrected(model, items, choose)
 
 
-def _corrected(model: _Model, items: Sequence[Item]) -> Calibrated:
-    """Multiply the first-order errors of each item by what running one of its formats tells."""
+def _corrected(model: _Model, items: Sequence[Item], choose: Choose) -> Calibrated:
+    """Correct first-order errors where a plan made of them would be, as long as runs are left."""
     first = model.first_order(items)
-    pairs = _to_run(items, first)
-    factors: dict[int, float] = {}
+    left = max(1, int(sum(map(len, first)) * _CHECKED) - _GRADIENTS)
+    runs: list[dict[str, float]] = [{} for _ in items]
     places = {id(item): i for i, item in enumerate(items)}
-    for item, name, error in model.run(pairs):
-        expected = first[places[id(item)]][name]
-        if expected > 0 and 0 < error < math.inf:
-            factors[id(item)] = error / expected
-    logs = [math.log(factor) for factor in factors.values()]
-    usual = math.exp(sum(logs) / len(logs)) if logs else 1.0
+    errors = first
+    while left > 0:
+        pairs = [
+            (errors[i][name], i, name)
+            for i, name in enumerate(choose(errors))
+            if name != KEEP and name not in runs[i]
+        ]
+        pairs.sort(key=lambda one: (-one[0], one[1]))
+        chosen = [(items[i], name) for _, i, name in pairs[:left]]
+        if not chosen:
+            break
+        for item, name, error in model.run(chosen):
+            runs[places[id(item)]][name] = error
+        left -= len(chosen)
+        usual = _mean(_factors(first, runs))
+        errors = [
+            {
+                name: error * math.exp(_factor(error, some, ran, usual))
+                for name, error in some.items()
+            }
+            for some, ran in zip(first, runs, strict=True)
+        ]
+    factors = _factors(first, runs)
     return Calibrated(
-        errors=[
-            {name: error * factors.get(id(item), usual) for name, error in some.items()}
-            for item, some in zip(items, first, strict=True)
-        ],
-        n_run=len(pairs),
-        off_by=math.exp(sum(map(abs, logs)) / len(logs)) if logs else 1.0,
+        errors=errors,
+        n_run=sum(map(len, runs)),
+        off_by=math.exp(_mean([abs(one) for one in factors])),
     )
 
 
-def _to_run(items: Sequence[Item], first: Sequence[Mapping[str, float]]) -> list[tuple[Item, str]]:
-    """Return one pair for as many items as may be run, those that make the greatest errors first.
+def _factors(
+    first: Sequence[Mapping[str, float]], runs: Sequence[Mapping[str, float]]
+) -> list[float]:
+    """Return the logarithms of the factors by which first-order errors were too small."""
+    return [log for some, ran in zip(first, runs, strict=True) for _, log in _known(some, ran)]
 
-    Of an item's formats that is taken whose error is the median one: small errors are hard to tell
-    from rounding, for large ones the outputs no longer move in proportion.
+
+def _known(first: Mapping[str, float], ran: Mapping[str, float]) -> list[tuple[float, float]]:
+    """Return logarithms of first-order errors and of what they are to be multiplied by."""
+    return sorted(
+        (math.log(first[name]), math.log(error / first[name]))
+        for name, error in ran.items()
+        if first[name] > 0 and 0 < error < math.inf
+    )
+
+
+def _factor(
+    error: float, first: Mapping[str, float], ran: Mapping[str, float], usual: float
+) -> float:
+    """Return the logarithm of what a first-order error is to be multiplied by.
+
+    That is what was found for the item's errors next to it, in proportion to how near they are.
     """
-    n_pairs = sum(map(len, first))
-    most = max(1, int(n_pairs * _CHECKED) - _GRADIENTS)
-    found = []
-    for item, some in zip(items, first, strict=True):
-        names = sorted(some, key=lambda name: (some[name], name))
-        if names:
-            middle = names[len(names) // 2]
-            found.append((some[middle], item, middle))
-    found.sort(key=lambda one: -one[0])
-    return [(item, name) for _, item, name in found[:most]]
+    known = _known(first, ran)
+    if not known or error <= 0:
+        return usual
+    return float(np.interp(math.log(error), [x for x, _ in known], [y for _, y in known]))
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else 0.0
 
 
 def _digest(package: Package) -> str:
@@ -154,26 +189,32 @@ class _Model:
     """The outputs' error as a function of formats, remembered by the cache."""
 
     def __init__(
-        self, error: OutputError, package: Package, key: str, kept: ScoreCache, note: Progress
+        self, error: OutputError, prefixes: set[str], key: str, kept: ScoreCache, note: Progress
     ) -> None:
         self._error = error
-        self._package = package
+        self._prefixes = prefixes
         self._key = key
         self._kept = kept
         self._note = note
 
     def check(self, items: Sequence[Item]) -> None:
         """Raise `UnsupportedError` if an item is not part of what is run."""
-        from milpress.errors import UnsupportedError
-
         for item in items:
-            for candidate in item.candidates:
-                if not self._error.has(candidate.weight.node.name):
-                    msg = (
-                        f"{candidate.weight.name}: with samples, every weight must be used by the "
-                        "function that is run, got one that is not; name it with keep"
-                    )
-                    raise UnsupportedError(msg)
+            if not any(self._names(item).values()):
+                msg = (
+                    f"{item.name}: with samples, every weight must be used by the function that "
+                    "is run, got one that is not; name it with keep"
+                )
+                raise UnsupportedError(msg)
+
+    def _names(self, item: Item) -> dict[int, list[str]]:
+        """Return the names of an item's weights in what is run, by the place of their twin."""
+        names: dict[int, list[str]] = {i: [] for i in item.distinct}
+        for i, candidate in enumerate(item.candidates):
+            name = candidate.weight.node.name
+            if candidate.weight.prefix in self._prefixes and self._error.has(name):
+                names[item.twin(i)].append(name)
+        return names
 
     def run(self, pairs: Sequence[tuple[Item, str]]) -> Iterator[tuple[Item, str, float]]:
         """Yield the exact error of each pair of an item and a format."""
@@ -182,10 +223,19 @@ class _Model:
             key = self._key_of("exact", item, name)
             known = self._kept.get(key, 1)
             if known is None:
-                known = [self._error.error(_replaced(item, name))]
+                known = [self._error.error(self._replaced(item, name))]
                 self._kept.put({key: known})
             yield item, name, known[0]
         self._note(len(pairs), len(pairs), "")
+
+    def _replaced(self, item: Item, name: str) -> dict[str, NDArray[Any]]:
+        """Return the values that a format gives each weight of an item, by name."""
+        return {
+            one: made
+            for i, some in self._names(item).items()
+            for made in [_treated(item, i, name, item.candidates[i].array())]
+            for one in some
+        }
 
     def first_order(self, items: Sequence[Item]) -> list[dict[str, float]]:
         """Return the first-order error of each format of each item."""
@@ -196,11 +246,16 @@ class _Model:
         ]
         known = [{name: self._kept.get(key, 1) for name, key in some.items()} for some in keys]
         if any(numbers is None for some in known for numbers in some.values()):
-            groups = [group for item in items for group in _groups(item)]
+            by_item = [{i: some for i, some in self._names(item).items() if some} for item in items]
+            groups = [
+                (some, item.candidates[i].axes[0])
+                for item, groups in zip(items, by_item, strict=True)
+                for i, some in groups.items()
+            ]
             gradients = iter(self._error.gradients(groups, self._note))
             work = [
-                (item, some, [next(gradients) for _ in item.distinct])
-                for item, some in zip(items, names, strict=True)
+                (item, some, {i: next(gradients) for i in groups})
+                for item, some, groups in zip(items, names, by_item, strict=True)
             ]
             made = in_order(lambda one: _first_order(*one), work)
             for i, errors in enumerate(made):
@@ -221,37 +276,17 @@ class _Model:
         return joined(kind, self._key, item.name, treatments)
 
 
-def _groups(item: Item) -> list[tuple[list[str], int]]:
-    """Return names of an item's weights, those together that always have the same values.
-
-    With each the axis of the output channels.
-    """
-    names: dict[int, list[str]] = {i: [] for i in item.distinct}
-    for i, candidate in enumerate(item.candidates):
-        names[item.twin(i)].append(candidate.weight.node.name)
-    return [(some, item.candidates[i].axes[0]) for i, some in names.items()]
-
-
 def _first_order(
-    item: Item, names: Sequence[str], gradients: Sequence[Gradients]
+    item: Item, names: Sequence[str], gradients: Mapping[int, Gradients]
 ) -> dict[str, float]:
     found = dict.fromkeys(names, 0.0)
-    for i, gradient in zip(item.distinct, gradients, strict=True):
+    for i, gradient in gradients.items():
         array = item.candidates[i].array()
         weight = array.astype(np.float32)
         for name in names:
             change = _treated(item, i, name, array).astype(np.float32) - weight
             found[name] += gradient.error(weight, change, item.candidates[i].axes[0])
     return found
-
-
-def _replaced(item: Item, name: str) -> dict[str, NDArray[Any]]:
-    """Return the values that a format gives each weight of an item, by its name in the program."""
-    made = {i: _treated(item, i, name, item.candidates[i].array()) for i in item.distinct}
-    return {
-        candidate.weight.node.name: made[item.twin(i)]
-        for i, candidate in enumerate(item.candidates)
-    }
 
 
 def _treated(item: Item, i: int, name: str, array: NDArray[Any]) -> NDArray[Any]:

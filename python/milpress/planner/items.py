@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from milpress.mil import opset, values
 from milpress.mil.constexpr import Decoder
 from milpress.mil.opset import Opset
 from milpress.mil.package import Package
+from milpress.mil.program import Node
 from milpress.mil.weights import Weight, sites, weights
 from milpress.planner.linting import AVOIDED, Facts, Platform
 from milpress.planner.sizes import treated_bytes
@@ -83,12 +84,15 @@ class Item:
         What may be done, by the name of the format.
     reason
         Why nothing may be done; empty if something may.
+    is_last
+        Whether what it is used for reaches the outputs past no other op that has a weight.
     """
 
     candidates: tuple[Candidate, ...]
     n_bytes: int
     choices: dict[str, Choice] = field(default_factory=dict)
     reason: str = ""
+    is_last: bool = False
 
     @property
     def name(self) -> str:
@@ -139,11 +143,13 @@ def items_of(
     if unused:
         msg = f"keep must mean weights that the model has, got {', '.join(unused)}"
         raise ConfigError(msg)
+    weighted = {use.node for candidate, _ in found for use in candidate.weight.node.uses}
     items: list[Item] = []
     for group in _together([candidate for candidate, _ in found]):
         reasons = [reason for candidate, reason in found if candidate in group and reason]
         stored = {_stored_key(value): value for c in group for value in c.stored()}
         item = Item(tuple(group), sum(values.n_stored_bytes(value) for value in stored.values()))
+        item.is_last = any(_is_last(candidate, weighted) for candidate in group)
         if any(_kept(candidate, pattern) for candidate in group for pattern in keep):
             item.reason = "kept, as asked"
         elif reasons:
@@ -171,6 +177,23 @@ def _candidates(package: Package, min_size: int) -> Iterator[tuple[Candidate, st
                     Candidate(weight, current, stateful, decoder),
                     reason if weight.is_compressed or plan.status == "left" else "",
                 )
+
+
+def _is_last(candidate: Candidate, weighted: Container[Node]) -> bool:
+    """Whether an op that uses a weight has none behind it, on any way, that has one too."""
+    for use in candidate.weight.node.uses:
+        seen: set[Node] = set()
+        ahead = [behind.node for behind in use.node.uses]
+        while ahead:
+            node = ahead.pop()
+            if node in weighted:
+                break
+            if node not in seen:
+                seen.add(node)
+                ahead.extend(behind.node for behind in node.uses)
+        else:
+            return True
+    return False
 
 
 def _wish(treatment: Treatment, min_size: int) -> RecipeWishes:

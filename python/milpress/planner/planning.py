@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 
 Prefer: TypeAlias = Unit
 _MOST_TRIES = 8
+# How much more the relative error of a last layer's weight counts: what the outputs are made of is
+# not evened out by layers behind it.
+_LAST_SHARE = 4.0
 _N_SHOWN = 12
 
 
@@ -161,8 +164,8 @@ class Plan:
     bits_per_weight
         Effective bits over these weights, those that stay included.
     snr_db
-        The score: that of the mean relative error of the weights without samples, that of the
-        outputs with samples.
+        The score: that of the mean relative error of the weights without samples, last layers
+        counting four times; that of the outputs with samples.
     scored_by
         ``"weights"`` or ``"outputs"``.
     curve
@@ -309,8 +312,9 @@ def plan(
 ) -> Plan:
     """Choose a treatment for each weight such that the error is least within a budget.
 
-    Without samples, each weight counts with its relative error, whatever its size: small weights
-    that are hard to compress get more bits, large ones pay for it. With samples, it counts with the
+    Without samples, each weight counts with its relative error, whatever its size, four times if
+    no other weight comes behind it: small weights that are hard to compress get more bits, large
+    ones pay for it. With samples, it counts with the
     error that it makes in the model's outputs: to first order, from the gradients of one pass, and
     corrected by running the model with a few of the treatments.
 
@@ -418,6 +422,9 @@ def plan(
                 sample_data,
                 metric=metric,
                 exact=exact,
+                choose=lambda errors: _Problem(
+                    package, target, items, measured, min_size, errors
+                ).names(goal),
                 kept=kept,
                 progress=progress,
             )
@@ -582,7 +589,8 @@ class _Problem:
         self._scores = measured
         self._min_size = min_size
         self._scored_by: Literal["weights", "outputs"] = "weights" if errors is None else "outputs"
-        self._share = 1 / len(self._open) if errors is None else 1.0
+        shares = [_LAST_SHARE if item.is_last else 1.0 for item in self._open]
+        self._shares = [share / sum(shares) for share in shares]
         self._options = [
             [
                 Option(name, choice.n_bytes, self._error(i, name, errors))
@@ -597,7 +605,9 @@ class _Problem:
     def _error(self, i: int, name: str, errors: Sequence[Mapping[str, float]] | None) -> float:
         if name == KEEP:
             return 0.0
-        return self._scores[i][name].relative if errors is None else errors[i][name]
+        if errors is not None:
+            return errors[i][name]
+        return self._shares[i] * self._scores[i][name].relative
 
     def solve(self, goal: Goal, max_formats: int | None) -> tuple[list[list[Option]], list[int]]:
         """Return the options that were left to choose from, and those chosen of each item."""
@@ -605,6 +615,11 @@ class _Problem:
         if max_formats is not None:
             options = self._with_few_formats(goal, max_formats)
         return options, self._chosen(options, goal)
+
+    def names(self, goal: Goal) -> list[str]:
+        """Return the formats of a choice, the size of the rest of the package being guessed."""
+        chosen = self._quickly(self._options, goal)
+        return [some[i].format for some, i in zip(self._options, chosen, strict=True)]
 
     def _chosen(self, options: list[list[Option]], goal: Goal) -> list[int]:
         if goal.kind == "bits":
@@ -660,29 +675,24 @@ class _Problem:
             used = {some[i].format for some, i in zip(options, chosen, strict=True)} - {KEEP}
             if len(used) <= most:
                 return options
-            tries: list[tuple[float, int, str, list[list[Option]]]] = []
+            tries: list[tuple[float, float, str, list[list[Option]]]] = []
             for name in sorted(used):
                 left = [[one for one in some if one.format != name] for some in options]
                 if all(left):
                     with contextlib.suppress(UnsupportedError):
-                        tries.append((*self._quickly(left, goal), name, left))
+                        tries.append((*_cost(left, self._quickly(left, goal), goal), name, left))
             if not tries:
                 msg = f"{self._package.path}: no plan with at most {most} formats was found"
                 raise UnsupportedError(msg)
             _, _, _, options = min(tries, key=lambda one: one[:3])
 
-    def _quickly(self, options: list[list[Option]], goal: Goal) -> tuple[float, int]:
-        """Return error and size of a choice, the size of the rest of the package being guessed."""
-        if goal.kind == "size":
-            rest = n_package_bytes(self._package.path) - sum(item.n_bytes for item in self._items)
-            budget = int(goal.number) - rest - self._fixed_bytes
-            solution = search.solve(options, budget)
-            return solution.error, solution.n_bytes
-        chosen = self._chosen(options, goal)
-        picked = [some[i] for some, i in zip(options, chosen, strict=True)]
-        n_bytes = sum(one.n_bytes for one in picked)
-        error = math.fsum(one.error for one in picked)
-        return (n_bytes, round(error)) if goal.kind == "snr" else (error, n_bytes)
+    def _quickly(self, options: list[list[Option]], goal: Goal) -> list[int]:
+        """Return what is chosen, the size of the rest of the package being guessed."""
+        if goal.kind != "size":
+            return self._chosen(options, goal)
+        rest = n_package_bytes(self._package.path) - sum(item.n_bytes for item in self._items)
+        budget = int(goal.number) - rest - self._fixed_bytes
+        return list(search.solve(options, budget).chosen)
 
     def package_bytes(self, options: list[list[Option]], chosen: Sequence[int]) -> int:
         """Return the size of the package that a choice makes."""
@@ -712,7 +722,7 @@ class _Problem:
         return Recipe(steps=(Step(rules=rules),), target=self._target)
 
     def _snr(self, error: float) -> float:
-        return math.inf if error <= 0 else -10 * math.log10(error * self._share)
+        return math.inf if error <= 0 else -10 * math.log10(error)
 
     def plan(
         self, solved: tuple[list[list[Option]], list[int]], notes: list[str], goal: Goal
@@ -763,6 +773,14 @@ class _Problem:
         if 8 * most / self._size <= bits:
             return ["the budget is more than all weights take with the least error"]
         return ["no choice comes within 1 % of the budget: the weights are few or large"]
+
+
+def _cost(options: list[list[Option]], chosen: Sequence[int], goal: Goal) -> tuple[float, float]:
+    """Return what makes one choice worse than another."""
+    picked = [some[i] for some, i in zip(options, chosen, strict=True)]
+    error = math.fsum(one.error for one in picked)
+    n_bytes = float(sum(one.n_bytes for one in picked))
+    return (n_bytes, error) if goal.kind == "snr" else (error, n_bytes)
 
 
 def _planned(
