@@ -25,6 +25,19 @@ Array<T> kmeans1d(const Array<T>& weights, std::size_t n_entries,
                  [](auto... views) { milpress::kmeans1d(views...); });
 }
 
+py::tuple counted(const Array<Half>& weights) {
+  const auto in = view(weights);
+  WeightedValues found;
+  {
+    const py::gil_scoped_release unlocked;
+    found = milpress::value_counts(in);
+  }
+  const auto array = [](const std::vector<double>& numbers) {
+    return py::array_t<double>(static_cast<py::ssize_t>(numbers.size()), numbers.data());
+  };
+  return py::make_tuple(array(found.values), array(found.weights));
+}
+
 template <typename T>
 py::tuple kmeans_vector(const Array<T>& weights, std::size_t n_entries, std::size_t dim,
                         std::uint64_t seed, const std::optional<Array<float>>& importance) {
@@ -330,6 +343,8 @@ void register_kernels(py::module_& m) {
   register_for<Half>(m);
   register_for<float>(m);
   register_bytes(m);
+  m.def("value_counts", &counted, py::arg("weights").noconvert(),
+        "(distinct finite values in order, how many weights have each), as float64.");
 }
 
 }  // namespace milpress

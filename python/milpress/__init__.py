@@ -6,13 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from milpress import coreml, errors, formats, interpreter, torch
+    from milpress import coreml, errors, formats, interpreter, planner, torch
     from milpress.compression import compress, decompress
     from milpress.errors import CompressionError
     from milpress.evaluation import Evaluation, evaluate
     from milpress.inspection import inspect
     from milpress.moments import Calibration, calibrate
     from milpress.placement import Device, devices
+    from milpress.planner.linting import Lint, lint
+    from milpress.planner.planning import Plan, plan
     from milpress.recipe import Recipe
     from milpress.report import Inspection, Report
     from milpress.running import run
@@ -27,6 +29,8 @@ __all__ = [
     "Device",
     "Evaluation",
     "Inspection",
+    "Lint",
+    "Plan",
     "RandomSamples",
     "Recipe",
     "Report",
@@ -41,6 +45,9 @@ __all__ = [
     "formats",
     "inspect",
     "interpreter",
+    "lint",
+    "plan",
+    "planner",
     "run",
     "torch",
     "verify",
@@ -53,6 +60,8 @@ _HOMES = {
     "Device": "milpress.placement",
     "Evaluation": "milpress.evaluation",
     "Inspection": "milpress.report",
+    "Lint": "milpress.planner",
+    "Plan": "milpress.planner",
     "RandomSamples": "milpress.samples",
     "Recipe": "milpress.recipe",
     "Report": "milpress.report",
@@ -63,6 +72,8 @@ _HOMES = {
     "devices": "milpress.placement",
     "evaluate": "milpress.evaluation",
     "inspect": "milpress.inspection",
+    "lint": "milpress.planner",
+    "plan": "milpress.planner",
     "run": "milpress.running",
     "verify": "milpress.verification",
 }
@@ -73,7 +84,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_HOMES[name]), name)
         globals()[name] = value
         return value
-    if name in ("coreml", "errors", "formats", "interpreter", "torch"):
+    if name in ("coreml", "errors", "formats", "interpreter", "planner", "torch"):
         return importlib.import_module(f"milpress.{name}")
     msg = f"module 'milpress' has no attribute {name!r}"
     raise AttributeError(msg)

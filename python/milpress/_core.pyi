@@ -36,6 +36,9 @@ class BlobWriter:
 def kmeans1d(
     weights: NDArray[_Float], n_entries: int, importance: NDArray[np.float32] | None
 ) -> NDArray[_Float]: ...
+def value_counts(
+    weights: NDArray[np.float16],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
 def kmeans_vector(
     weights: NDArray[_Float],
     n_entries: int,
