@@ -35,8 +35,14 @@ TORCH_CONFIGS = (
     "PostTrainingPalettizerConfig",
     "SKMPalettizerConfig",
     "PostTrainingQuantizerConfig",
+    "MagnitudePrunerConfig",
 )
-TORCH_OPTIMIZERS = ("PostTrainingPalettizer", "SKMPalettizer", "PostTrainingQuantizer")
+TORCH_OPTIMIZERS = (
+    "PostTrainingPalettizer",
+    "SKMPalettizer",
+    "PostTrainingQuantizer",
+    "MagnitudePruner",
+)
 
 
 def rows(part: str) -> dict[str, str]:

@@ -100,6 +100,13 @@ def register(weight: Weight, stored: Stored) -> None:
         weight.module.register_buffer(name, torch.tensor(content))
 
 
+def register_pruning(weight: Weight) -> None:
+    """Say that a weight was pruned, before whatever else its buffers say."""
+    types = [PRUNING, *(kind for kind in _types(weight) if kind != PRUNING)]
+    name = f"{prefix_of(weight.module)}/{weight.parameter_name}/compression_type"
+    weight.module.register_buffer(name, torch.tensor(types))
+
+
 def register_version(model: nn.Module) -> None:
     """Say which version of the protocol the buffers of a model follow."""
     model.register_buffer(f"{PREFIX}/metadata_version", torch.tensor(1))
