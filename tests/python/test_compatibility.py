@@ -36,12 +36,14 @@ TORCH_CONFIGS = (
     "SKMPalettizerConfig",
     "PostTrainingQuantizerConfig",
     "MagnitudePrunerConfig",
+    "DKMPalettizerConfig",
 )
 TORCH_OPTIMIZERS = (
     "PostTrainingPalettizer",
     "SKMPalettizer",
     "PostTrainingQuantizer",
     "MagnitudePruner",
+    "DKMPalettizer",
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from collections.abc import Iterator
@@ -167,9 +168,7 @@ class PruningMethod(Substitution):
 
     def after(self, host: nn.Module, _args: Any, _output: Any) -> None:
         """Leave the product for others to see, without its history, which can't be copied."""
-        owner = host.get_submodule(self.path)
-        for name in self.names:
-            object.__setattr__(owner, name, owner.__dict__[name].detach())
+        self.refresh(host.get_submodule(self.path))
 
     def install(self, weight: Weight, host: nn.Module) -> None:
         """Give a module masks, and let it compute with them."""
@@ -206,6 +205,20 @@ class PruningMethod(Substitution):
         """Show the products of weights and masks."""
         for name in self.names:
             object.__setattr__(owner, name, self.substitute(owner, name).detach())
+
+    @contextlib.contextmanager
+    def lifted(self, owner: nn.Module) -> Iterator[None]:
+        """Give the weights back to their module, zeros and all, for the time of a block."""
+        for name in self.names:
+            object.__delattr__(owner, name)
+            orig = owner.get_parameter(f"{name}_orig")
+            with torch.no_grad():
+                orig.copy_(self.substitute(owner, name))
+            owner.register_parameter(name, orig)
+        yield
+        for name in self.names:
+            del owner._parameters[name]
+        self.refresh(owner)
 
     @torch.no_grad()
     def remove(self, weight: Weight, host: nn.Module) -> None:
@@ -410,6 +423,17 @@ def is_fake_quantized(model: nn.Module) -> bool:
 def is_pruned(model: nn.Module) -> bool:
     """Whether a model is prepared for pruning."""
     return any(hasattr(module, "pruning_method") for module in plain(model).modules())
+
+
+@contextlib.contextmanager
+def masks_lifted(model: nn.Module) -> Iterator[None]:
+    """Give the weights that are pruned back to their modules for the time of a block."""
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            method = getattr(module, "pruning_method", None)
+            if isinstance(method, PruningMethod):
+                stack.enter_context(method.lifted(module))
+        yield
 
 
 def _owners(model: nn.Module, kinds: Kinds) -> Iterator[tuple[list[Weight], nn.Module, str]]:
