@@ -63,6 +63,10 @@ class UnsupportedError(CompressionError, ValueError):
     """A weight or model that can't be compressed as asked."""
 
 
+class LifecycleError(CompressionError, RuntimeError):
+    """A step of a workflow that is called too early, too late or out of order."""
+
+
 class VerificationError(CompressionError, ValueError):
     """A compressed package that does not keep what was promised."""
 

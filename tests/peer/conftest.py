@@ -115,6 +115,8 @@ def fill(module: types.ModuleType, peer: str) -> None:
             for name in getattr(module, "FIXTURES", ()):
                 vars(module).update(fixtures(name))
             exec(compile(tree, str(path), "exec", dont_inherit=True), vars(module))
+            if peer == "milpress":
+                vars(module).update(getattr(module, "REPLACED", {}))
     torch.set_num_threads(1)  # the models are small
     gc.freeze()  # coremltools collects garbage after each conversion: leave the modules out of it
 

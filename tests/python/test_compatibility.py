@@ -35,8 +35,16 @@ TORCH_CONFIGS = (
     "PostTrainingPalettizerConfig",
     "SKMPalettizerConfig",
     "PostTrainingQuantizerConfig",
+    "MagnitudePrunerConfig",
+    "DKMPalettizerConfig",
 )
-TORCH_OPTIMIZERS = ("PostTrainingPalettizer", "SKMPalettizer", "PostTrainingQuantizer")
+TORCH_OPTIMIZERS = (
+    "PostTrainingPalettizer",
+    "SKMPalettizer",
+    "PostTrainingQuantizer",
+    "MagnitudePruner",
+    "DKMPalettizer",
+)
 
 
 def rows(part: str) -> dict[str, str]:

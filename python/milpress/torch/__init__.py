@@ -4,7 +4,13 @@ A user changes one import: ``import milpress as cto``, then
 ``cto.torch.palettization.PostTrainingPalettizer(...)``.
 """
 
-from milpress.torch import base_model_optimizer, optimization_config, palettization, quantization
+from milpress.torch import (
+    base_model_optimizer,
+    optimization_config,
+    palettization,
+    pruning,
+    quantization,
+)
 from milpress.torch.conversion import convert
 
 __all__ = [
@@ -12,5 +18,6 @@ __all__ = [
     "convert",
     "optimization_config",
     "palettization",
+    "pruning",
     "quantization",
 ]

@@ -100,6 +100,13 @@ def register(weight: Weight, stored: Stored) -> None:
         weight.module.register_buffer(name, torch.tensor(content))
 
 
+def register_pruning(weight: Weight) -> None:
+    """Say that a weight was pruned, before whatever else its buffers say."""
+    types = [PRUNING, *(kind for kind in _types(weight) if kind != PRUNING)]
+    name = f"{prefix_of(weight.module)}/{weight.parameter_name}/compression_type"
+    weight.module.register_buffer(name, torch.tensor(types))
+
+
 def register_version(model: nn.Module) -> None:
     """Say which version of the protocol the buffers of a model follow."""
     model.register_buffer(f"{PREFIX}/metadata_version", torch.tensor(1))
@@ -213,7 +220,7 @@ def _palette(
         output = next((i for i, n in enumerate(scale.shape) if n > 1), weight.axes[0])
         searched = fold(palette, scale, output)
     rounded = _rounded(searched.entries, weight)
-    codes = _nearest(array, rounded, axis)
+    codes = nearest(array, rounded, axis)
     stored_lut: Any = lut
     if "quantization_scale" in buffers:
         stored_lut = _quantized(lut, buffers)
@@ -230,7 +237,7 @@ def _rounded(lut: Floats, weight: Weight) -> Floats:
     return rounded
 
 
-def _nearest(array: Floats, lut: Floats, vector_axis: int | None) -> NDArray[np.uint8]:
+def nearest(array: Floats, lut: Floats, vector_axis: int | None) -> NDArray[np.uint8]:
     """Return the index of the entry that each weight, or vector of weights, is nearest to."""
     if vector_axis is None:
         n_groups = lut.shape[: array.ndim]
