@@ -1,4 +1,4 @@
-"""coremltools' own tests of pruned codes in `ct.convert`; conftest.py fills this module with them."""
+"""coremltools' own tests of pruned codes in `ct.convert`; conftest.py fills the module."""
 
 PEER = "coremltools.test.optimize.torch.conversion.joint.test_joint_compression_conversion"
 FIXTURES = ("coremltools.test.optimize.torch.models.mnist",)

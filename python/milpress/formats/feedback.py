@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -203,7 +203,7 @@ def quantize(
     grid = _Linear(weight, treatment, bits, len(factor.power), representable)
     codes, mask, _ = _feed_back(weight, grid, factor, config, pruning, kept)
     middle = 2 ** (bits - 1)
-    scale, offset = (part.reshape(grid.shape) for part in (grid.scales, grid.offsets))
+    scale, offset = grid.found()
     if treatment.signed:
         codes = (codes.astype(np.int16) - middle).astype(np.int8)
         offset = offset - middle
@@ -246,7 +246,9 @@ def palettize(
         Of the weight's shape: elements that are not zero already; ``None`` for all.
     """
     grid = _Tables(weight.shape, tables, len(factor.power))
-    scaled = weight if scale is None else weight / scale.astype(np.float32)
+    scaled = weight
+    if scale is not None:
+        scaled = np.divide(weight, scale, dtype=np.float32)
     codes, mask, _ = _feed_back(scaled, grid, factor, config, pruning, kept)
     value = replace(tables, codes=frozen(codes))
     return value if mask is None else masked(value, mask)
@@ -278,7 +280,7 @@ def prune(
     """
     _, _, dense = _feed_back(weight, None, factor, config, pruning, kept)
     dense = dense if representable is None else representable(dense)
-    return cast("Sparse", sparsify(dense.astype(weight.dtype), PruneConfig(threshold=0.0)))
+    return sparsify(dense.astype(weight.dtype), PruneConfig(threshold=0.0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,20 +330,22 @@ class _Linear:
         self._width = math.prod(weight.shape[1:]) // n_blocks
         self._dtype = weight.dtype
         self._representable = representable
-        rank = weight.ndim
-        self._by_row = (n_groups, n_outputs // n_groups, n_blocks)
-        self.shape: tuple[int, ...] = (n_outputs, n_blocks, *[1] * (rank - 2))
-        self.scales: _F32 = np.empty(self._by_row, np.float32)
-        self.offsets: _F32 = np.empty(self._by_row, np.float32)
-        if isinstance(treatment.granularity, PerTensor):
+        self._shape = (n_outputs, n_blocks, *[1] * (weight.ndim - 2))
+        by_row = (n_groups, n_outputs // n_groups, n_blocks)
+        self._scales: _F32 = np.empty(by_row, np.float32)
+        self._offsets: _F32 = np.empty(by_row, np.float32)
+        self._settled = isinstance(treatment.granularity, PerTensor)
+        if self._settled:
             scale, offset = self._range(weight.reshape(1, -1).astype(np.float32))
-            self.scales[:], self.offsets[:] = scale, offset
-            self._settled = True
-        else:
-            self._settled = False
+            self._scales[:], self._offsets[:] = scale, offset
         self._g = 0
         self._late = False
         self._groups = np.zeros(0, np.uint32)
+
+    def found(self) -> tuple[_F32, _F32]:
+        """Return scales and offsets, of the weight's rank."""
+        scales, offsets = (part.reshape(self._shape) for part in (self._scales, self._offsets))
+        return (scales[:1], offsets[:1]) if self._settled else (scales, offsets)
 
     def prepare(self, g: int, rows: _F32, order: NDArray[np.intp] | None) -> int:
         n_cols = rows.shape[1]
@@ -353,7 +357,7 @@ class _Linear:
         if not self._settled and not self._late:
             for i in range(n_blocks):
                 self._set(i, rows[:, i * self._width : (i + 1) * self._width])
-        return self._width if self._late else n_cols
+        return self._width if self._late else int(n_cols)
 
     def round(
         self, panel: _Panel, kept: NDArray[np.uint8] | None, n_m: tuple[int, int]
@@ -363,8 +367,8 @@ class _Linear:
         return _core.compensate_linear(
             panel.weights,
             panel.factor,
-            self.scales[self._g],
-            self.offsets[self._g],
+            self._scales[self._g],
+            self._offsets[self._g],
             self._groups[panel.begin : panel.end],
             2**self._bits - 1,
             kept,
@@ -373,15 +377,15 @@ class _Linear:
 
     def _set(self, block: int, columns: _F32) -> None:
         found = self._range(np.ascontiguousarray(columns))
-        self.scales[self._g, :, block], self.offsets[self._g, :, block] = found
+        self._scales[self._g, :, block], self._offsets[self._g, :, block] = found
 
     def _range(self, rows: _F32) -> tuple[_F32, _F32]:
         """Return the scale and offset of each row."""
         middle = 2 ** (self._bits - 1)
         if self._treatment.range == "mse":
             _, scale, signed = _core.quantize_mse(rows, -middle, middle - 1, self._treatment.offset)
-            offset = np.zeros(len(rows)) if signed is None else signed
-            return self._held(scale), offset.astype(np.float32) + np.float32(middle)
+            shift = np.zeros(len(rows), np.int8) if signed is None else signed
+            return self._held(scale), shift.astype(np.float32) + np.float32(middle)
         high = np.maximum(rows.max(axis=1), 0)
         low = np.minimum(rows.min(axis=1), 0)
         if not self._treatment.offset:
@@ -427,7 +431,7 @@ class _Tables:
         groups = self._column_groups
         self._groups = (groups if order is None else groups[order]).astype(np.uint32)
         self._g = g
-        return rows.shape[1]
+        return int(rows.shape[1])
 
     def round(
         self, panel: _Panel, kept: NDArray[np.uint8] | None, n_m: tuple[int, int]
@@ -516,12 +520,11 @@ def _without_least(panel: _Panel, kept: NDArray[np.uint8], sparsity: float) -> N
     """Drop the part of a panel that is the cheapest to do without, what is zero first."""
     loss = np.square(panel.weights / np.diagonal(panel.factor))
     loss[kept == 0] = -1
-    n_cols = panel.weights.shape[1]
     n_rows = len(loss)
     # As many over all panels together as of the weight as a whole.
     n_zeros = int(n_rows * panel.end * sparsity) - int(n_rows * panel.begin * sparsity)
     if n_zeros == 0:
         return kept
-    left = kept.reshape(-1).copy()
-    left[np.argpartition(loss.reshape(-1), n_zeros - 1)[:n_zeros]] = 0
-    return left.reshape(n_rows, n_cols)
+    left: NDArray[np.uint8] = kept.copy()
+    left.reshape(-1)[np.argpartition(loss.reshape(-1), n_zeros - 1)[:n_zeros]] = 0
+    return left

@@ -98,5 +98,5 @@ def _identity(weight: Weight, config: Any) -> str:
     digest = hashlib.blake2b(f"{weight.name} {weight.shape} {config!r}".encode())
     if weight.tensor is not None:
         tensor = whole(weight.tensor).contiguous()
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -66,12 +66,12 @@ class Moments:
             part.baddbmm_(rows[:, :, :end].transpose(1, 2), rows[:, :, begin:end])
 
     def _rows(self, given: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
-        layer: Any = self._layer
-        if not isinstance(layer, CONVOLUTIONS):
+        if not isinstance(self._layer, CONVOLUTIONS):
             if mask is not None and given.shape[: mask.ndim] == mask.shape:
                 given = given[mask.to(given.device, torch.bool)]
             yield given.reshape(1, -1, given.shape[-1])
             return
+        layer: Any = self._layer
         rank = len(layer.kernel_size)
         given = given if given.ndim == rank + 2 else given[None]
         padding = layer._reversed_padding_repeated_twice
@@ -85,7 +85,8 @@ class Moments:
             patches = patches.unfold(2 + i, dilation * (size - 1) + 1, stride)[..., ::dilation]
         # (n, groups * channels, *positions, *kernel) to (groups, n * positions, columns)
         n, channels = patches.shape[:2]
-        grouped = patches.unflatten(1, (self._n_groups, channels // self._n_groups))
+        by_group = (n, self._n_groups, channels // self._n_groups, *patches.shape[2:])
+        grouped = patches.reshape(by_group)
         positions = range(3, 3 + rank)
         ordered = grouped.permute(1, 0, *positions, 2, *range(3 + rank, 3 + 2 * rank))
         per_image = max(1, ordered[:, :1].numel())

@@ -507,11 +507,11 @@ class _IntegerAlgorithm(OBSCompressionAlgorithm):
         kept = array != 0 if _metadata.is_pruned(weight) else None
         if config.enable_normal_float:
             tables, scale = _normal_floats(weight, array, config.weight_n_bits, granularity)
-            value = feedback.palettize(
+            palette = feedback.palettize(
                 array, tables, factor, settings, scale=scale, pruning=pruning, kept=kept
             )
             treatment = PalettizeConfig(bits=cast("Bits", config.weight_n_bits), channel_scale=True)
-            return Treated(Stored(value, scale), treatment, words=", normal floats, feedback")
+            return Treated(Stored(palette, scale), treatment, words=", normal floats, feedback")
         block, note = _block(array.shape, config)
         shared: Any = PerChannel() if block is None else PerBlock(block)
         if granularity is QuantizationGranularity.per_tensor:

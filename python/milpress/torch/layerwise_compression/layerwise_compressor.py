@@ -52,6 +52,15 @@ _logger = logging.getLogger(__name__)
 _ENOUGH = 8  # positions of samples for each input of a layer
 
 
+def _to_cacher(value: Any) -> Any:
+    if not isinstance(value, type) or not callable(getattr(value, "cache", None)):
+        return FirstLayerInputCacher.get_class(value)
+    own = (DefaultInputCacher, GPTFirstLayerInputCacher)
+    # coremltools' classes of these names do the same.
+    theirs = value.__module__.startswith("coremltools.")
+    return next((kind for kind in own if theirs and kind.__name__ == value.__name__), value)
+
+
 def _check_layers(_config: Any, _attribute: Any, layers: Any) -> None:
     if layers is None:
         return
@@ -87,7 +96,7 @@ class LayerwiseCompressorConfig(OptimizationConfig):
     )
 
     layers: Any = attrs.field(default=None, validator=_check_layers)
-    input_cacher: Any = attrs.field(default="default", converter=FirstLayerInputCacher.get_class)
+    input_cacher: Any = attrs.field(default="default", converter=_to_cacher)
     calibration_nsamples: int = _fields.integer(128, _fields.at_least(1))
     mask: str | None = attrs.field(default="attention_mask", kw_only=True)
 
@@ -325,6 +334,7 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
     ) -> tuple[list[Callable[[], Any]], list[torch.Tensor | None]]:
         """Return what runs each sample, and which part of it is no padding."""
         n_samples = self._config.calibration_nsamples
+        calls: list[Callable[[], Any]]
         cacher = self._config.input_cacher
         if cacher in (DefaultInputCacher, GPTFirstLayerInputCacher):
             batches = list(islice(dataloader, n_samples))
@@ -464,7 +474,7 @@ def _compressed(layer: _Layer) -> tuple[dict[str, Any], WeightReport]:
     algorithm.compress()
     algorithm.cleanup()
     signal, noise, _ = _core.compare(
-        as_weight(before).reshape(-1), as_weight(whole(layer.weight.tensor)).reshape(-1)
+        as_weight(before).reshape(-1), as_weight(whole(tensor)).reshape(-1)
     )
     row = {"error": math.sqrt(noise / report.size), "#params": report.size}
     treatment = layer.asked.config.algorithm
@@ -541,7 +551,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _exact() -> Iterator[None]:
     """Have GPUs multiply float32 in full precision."""
-    flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [flag.allow_tf32 for flag in flags]
     try:
         for flag in flags:
