@@ -55,6 +55,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", warning)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)  # the tests draw random weights
+
+
 def pytest_make_parametrize_id(val: object) -> str | None:
     if type(val).__name__ == "BackendConfig":
         return f"{val.opset_version.name}-{val.precision}"

@@ -3,6 +3,6 @@
 PEER = "coremltools.test.optimize.torch.conversion.joint.test_joint_compression_conversion"
 FIXTURES = ("coremltools.test.optimize.torch.models.mnist",)
 REWRITTEN = {"from import", "ct.utils._macos_version()"}
-NOT_OURS = ("test_sparsegpt*",)
+NOT_OURS = ()
 DIFFERENCES: dict[str, str] = {}
 NEEDS_MACOS: dict[str, str] = {}

@@ -6,6 +6,7 @@ A user changes one import: ``import milpress as cto``, then
 
 from milpress.torch import (
     base_model_optimizer,
+    layerwise_compression,
     optimization_config,
     palettization,
     pruning,
@@ -16,6 +17,7 @@ from milpress.torch.conversion import convert
 __all__ = [
     "base_model_optimizer",
     "convert",
+    "layerwise_compression",
     "optimization_config",
     "palettization",
     "pruning",

@@ -24,6 +24,7 @@ from milpress.formats import (
     Palette,
     PruneConfig,
     Quantized,
+    Sparse,
     sparsify,
 )
 from milpress.formats._layout import Floats, as_weight, block_grid, from_rows, to_rows
@@ -78,6 +79,8 @@ def register(weight: Weight, stored: Stored) -> None:
     value = stored.value.value if isinstance(stored.value, Masked) else stored.value
     found: dict[str, Any] = {}
     types = _types(weight)
+    if isinstance(stored.value, (Masked, Sparse)) and PRUNING not in types:
+        types = [PRUNING, *types]
     if isinstance(value, Palette):
         types = [*types, PALETTIZATION]
         found["lut"] = value.entries
