@@ -1,11 +1,15 @@
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <type_traits>
 
 #include "bindings/calls.h"
 #include "bindings/register.h"
+#include "core/check.h"
 #include "core/parallel.h"
+#include "kernels/compensate.h"
 #include "kernels/fidelity.h"
 #include "kernels/finite.h"
 #include "kernels/kmeans1d.h"
@@ -23,6 +27,19 @@ Array<T> kmeans1d(const Array<T>& weights, std::size_t n_entries,
                   const std::optional<Array<float>>& importance) {
   return luts_by(weights, n_entries, importance,
                  [](auto... views) { milpress::kmeans1d(views...); });
+}
+
+py::tuple counted(const Array<Half>& weights) {
+  const auto in = view(weights);
+  WeightedValues found;
+  {
+    const py::gil_scoped_release unlocked;
+    found = milpress::value_counts(in);
+  }
+  const auto array = [](const std::vector<double>& numbers) {
+    return py::array_t<double>(static_cast<py::ssize_t>(numbers.size()), numbers.data());
+  };
+  return py::make_tuple(array(found.values), array(found.weights));
 }
 
 template <typename T>
@@ -244,6 +261,55 @@ py::tuple compare_sparse(const Array<T>& source, const Bytes& bitmask, const Arr
                         result.least_kept);
 }
 
+template <typename Grid>
+py::tuple compensate_by(const Array<float>& factor, const Grid& grid, Pruning pruning,
+                        const Array<float>& weights, const std::optional<Bytes>& kept) {
+  constexpr bool kHasCodes = !std::is_same_v<Grid, NoGrid>;
+  const auto shares = rows(factor);
+  const auto in = rows(weights);
+  auto rounded = empty<float>(in.n_rows, in.n_cols);
+  auto errors = empty<float>(in.n_rows, in.n_cols);
+  auto codes = empty<std::uint8_t>(kHasCodes ? in.n_rows : 0, kHasCodes ? in.n_cols : 0);
+  const bool has_mask = kept || pruning.m != 0;
+  auto mask = empty<std::uint8_t>(has_mask ? in.n_rows : 0, has_mask ? in.n_cols : 0);
+  const auto out = mutable_rows(rounded);
+  const auto error_of = mutable_rows(errors);
+  const auto code_of = mutable_rows(codes);
+  const auto mask_of = mutable_rows(mask);
+  std::copy_n(in.data, in.size(), out.data);
+  if (kept) {
+    const auto given = rows(*kept);
+    check(given.size() == mask_of.size(), "kept must have the shape of weights");
+    std::copy_n(given.data, given.size(), mask_of.data);
+  }
+  {
+    const py::gil_scoped_release unlocked;
+    milpress::compensate(shares, grid, pruning, out, mask_of, code_of, error_of);
+  }
+  return py::make_tuple(rounded, codes, errors, mask);
+}
+
+py::tuple compensate_linear(const Array<float>& weights, const Array<float>& factor,
+                            const Array<float>& scales, const Array<float>& offsets,
+                            const Array<std::uint32_t>& groups, int code_max,
+                            const std::optional<Bytes>& kept, std::size_t n, std::size_t m) {
+  const LinearGrid grid{rows(scales), rows(offsets), view(groups), code_max};
+  return compensate_by(factor, grid, {n, m}, weights, kept);
+}
+
+py::tuple compensate_lut(const Array<float>& weights, const Array<float>& factor,
+                         const Array<float>& luts, const Array<std::uint32_t>& lut_of,
+                         const Array<std::uint32_t>& groups, const std::optional<Bytes>& kept,
+                         std::size_t n, std::size_t m) {
+  const TableGrid grid{rows(luts), rows(lut_of), view(groups)};
+  return compensate_by(factor, grid, {n, m}, weights, kept);
+}
+
+py::tuple compensate(const Array<float>& weights, const Array<float>& factor,
+                     const std::optional<Bytes>& kept, std::size_t n, std::size_t m) {
+  return compensate_by(factor, NoGrid{}, {n, m}, weights, kept);
+}
+
 template <typename T, typename Code>
 void register_linear(py::module_& m) {
   m.def("dequantize", &dequantize<T, Code>, py::arg("codes").noconvert(),
@@ -309,6 +375,21 @@ void register_for(py::module_& m) {
   register_linear<T, std::uint8_t>(m);
 }
 
+void register_compensate(py::module_& m) {
+  m.def("compensate_linear", &compensate_linear, py::arg("weights").noconvert(),
+        py::arg("factor").noconvert(), py::arg("scales").noconvert(),
+        py::arg("offsets").noconvert(), py::arg("groups").noconvert(), py::arg("code_max"),
+        py::arg("kept").noconvert().none(true), py::arg("n"), py::arg("m"),
+        "(rounded weights, codes, errors, mask) of a panel, its errors fed back to later columns.");
+  m.def("compensate_lut", &compensate_lut, py::arg("weights").noconvert(),
+        py::arg("factor").noconvert(), py::arg("luts").noconvert(), py::arg("lut_of").noconvert(),
+        py::arg("groups").noconvert(), py::arg("kept").noconvert().none(true), py::arg("n"),
+        py::arg("m"), "The same onto lookup tables.");
+  m.def("compensate", &compensate, py::arg("weights").noconvert(), py::arg("factor").noconvert(),
+        py::arg("kept").noconvert().none(true), py::arg("n"), py::arg("m"),
+        "The same where weights are kept or become zero.");
+}
+
 void register_bytes(py::module_& m) {
   m.def(
       "count_kept", [](const Bytes& bitmask) { return count_kept(view(bitmask)); },
@@ -329,7 +410,10 @@ void register_bytes(py::module_& m) {
 void register_kernels(py::module_& m) {
   register_for<Half>(m);
   register_for<float>(m);
+  register_compensate(m);
   register_bytes(m);
+  m.def("value_counts", &counted, py::arg("weights").noconvert(),
+        "(distinct finite values in order, how many weights have each), as float64.");
 }
 
 }  // namespace milpress

@@ -1030,6 +1030,8 @@ void fit_row(std::span<const T> weights, std::span<const float> importance, std:
 
 }  // namespace
 
+WeightedValues value_counts(std::span<const Half> weights) { return counted_values(weights, {}); }
+
 std::vector<std::size_t> optimal_clusters(const WeightedValues& data, std::size_t k) {
   return Solver().clusters(data, k);
 }

@@ -30,6 +30,10 @@ struct WeightedValues {
   std::vector<double> weights;  // > 0
 };
 
+/// The distinct finite values of `weights` and how many weights have each; both zeros are one
+/// value.
+WeightedValues value_counts(std::span<const Half> weights);
+
 /// The ends of the `k` clusters of least squared error: cluster j is
 /// `[ends[j - 1], ends[j])`, with 0 before the first; the last end is the number of values.
 /// Fewer than `k` values give one cluster each. Exposed for testing.

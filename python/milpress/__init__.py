@@ -6,13 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from milpress import coreml, device, errors, formats, interpreter, page, torch
+    from milpress import coreml, device, errors, formats, interpreter, page, planner, torch
     from milpress.compression import compress, decompress
     from milpress.errors import CompressionError
     from milpress.evaluation import Evaluation, evaluate
     from milpress.inspection import inspect
     from milpress.moments import Calibration, calibrate
     from milpress.placement import Device, devices
+    from milpress.planner.linting import Lint, lint
+    from milpress.planner.planning import Plan, plan
     from milpress.recipe import Recipe
     from milpress.report import Inspection, Report
     from milpress.running import run
@@ -27,6 +29,8 @@ __all__ = [
     "Device",
     "Evaluation",
     "Inspection",
+    "Lint",
+    "Plan",
     "RandomSamples",
     "Recipe",
     "Report",
@@ -42,19 +46,25 @@ __all__ = [
     "formats",
     "inspect",
     "interpreter",
+    "lint",
     "page",
+    "plan",
+    "planner",
     "run",
     "torch",
     "verify",
 ]
 
 # Loaded on first use, so that `import milpress` is quick.
+_MODULES = ("coreml", "device", "errors", "formats", "interpreter", "page", "planner", "torch")
 _HOMES = {
     "Calibration": "milpress.moments",
     "CompressionError": "milpress.errors",
     "Device": "milpress.placement",
     "Evaluation": "milpress.evaluation",
     "Inspection": "milpress.report",
+    "Lint": "milpress.planner",
+    "Plan": "milpress.planner",
     "RandomSamples": "milpress.samples",
     "Recipe": "milpress.recipe",
     "Report": "milpress.report",
@@ -65,6 +75,8 @@ _HOMES = {
     "devices": "milpress.placement",
     "evaluate": "milpress.evaluation",
     "inspect": "milpress.inspection",
+    "lint": "milpress.planner",
+    "plan": "milpress.planner",
     "run": "milpress.running",
     "verify": "milpress.verification",
 }
@@ -75,7 +87,7 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_HOMES[name]), name)
         globals()[name] = value
         return value
-    if name in ("coreml", "device", "errors", "formats", "interpreter", "page", "torch"):
+    if name in _MODULES:
         return importlib.import_module(f"milpress.{name}")
     msg = f"module 'milpress' has no attribute {name!r}"
     raise AttributeError(msg)

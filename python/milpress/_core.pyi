@@ -36,6 +36,9 @@ class BlobWriter:
 def kmeans1d(
     weights: NDArray[_Float], n_entries: int, importance: NDArray[np.float32] | None
 ) -> NDArray[_Float]: ...
+def value_counts(
+    weights: NDArray[np.float16],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]: ...
 def kmeans_vector(
     weights: NDArray[_Float],
     n_entries: int,
@@ -58,6 +61,34 @@ def quantize_mse_weighted(
     code_max: int,
     fit_offset: bool,
 ) -> tuple[NDArray[np.int8] | _Bytes, NDArray[_Float], NDArray[np.int8] | _Bytes | None]: ...
+def compensate_linear(
+    weights: NDArray[np.float32],
+    factor: NDArray[np.float32],
+    scales: NDArray[np.float32],
+    offsets: NDArray[np.float32],
+    groups: NDArray[np.uint32],
+    code_max: int,
+    kept: _Bytes | None,
+    n: int,
+    m: int,
+) -> tuple[NDArray[np.float32], _Bytes, NDArray[np.float32], _Bytes]: ...
+def compensate_lut(
+    weights: NDArray[np.float32],
+    factor: NDArray[np.float32],
+    luts: NDArray[np.float32],
+    lut_of: NDArray[np.uint32],
+    groups: NDArray[np.uint32],
+    kept: _Bytes | None,
+    n: int,
+    m: int,
+) -> tuple[NDArray[np.float32], _Bytes, NDArray[np.float32], _Bytes]: ...
+def compensate(
+    weights: NDArray[np.float32],
+    factor: NDArray[np.float32],
+    kept: _Bytes | None,
+    n: int,
+    m: int,
+) -> tuple[NDArray[np.float32], _Bytes, NDArray[np.float32], _Bytes]: ...
 def dequantize(
     codes: NDArray[_Code], scales: NDArray[_Float], offsets: NDArray[_Code] | None
 ) -> NDArray[_Float]: ...

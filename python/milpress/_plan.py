@@ -138,7 +138,7 @@ def plan_package(
     for site in sites(package):
         current = opset.by_name(site.function.opset)
         plans = (
-            _plan_weight(weight, wishes, current) for weight in weights(site.prefix, site.graph)
+            plan_weight(weight, wishes, current) for weight in weights(site.prefix, site.graph)
         )
         planned.append((site, {plan.weight.node: plan for plan in plans}))
     if strict:
@@ -150,7 +150,14 @@ def plan_package(
     return planned
 
 
-def _plan_weight(weight: Weight, wishes: Wishes, current: Opset) -> Plan:
+def plan_weight(weight: Weight, wishes: Wishes, current: Opset) -> Plan:
+    """Resolve the treatments of one weight in a program of an opset.
+
+    Raises
+    ------
+    CompressionError
+        If the opset can't hold a treatment.
+    """
     wish = wishes.wish(weight)
     reason = ""
     if not wish.treatments:

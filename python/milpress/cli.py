@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
-from milpress import __version__
-from milpress._terminal import print_json as _print_json
-from milpress._terminal import print_table as _print
-from milpress._terminal import print_text as _print_text
-from milpress._terminal import with_progress as _with_progress
-from milpress.bench_cli import bench, report
-from milpress.errors import CompressionError, ConfigError, InputError, VerificationError
+from milpress import __version__, _bench_commands, _planning_commands
+from milpress._planning_commands import TargetBits, TargetSize
+from milpress.errors import CompressionError, ConfigError, InputError, VerificationError, printable
 
 if TYPE_CHECKING:
     from milpress.placement import DeviceName
     from milpress.recipe import ActivationStep, Recipe
     from milpress.report import Report
+
+_Made = TypeVar("_Made")
 
 app = typer.Typer(
     help="Make Core ML models smaller, and prove that they still work.",
@@ -29,9 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-app.add_typer(bench)
-app.command()(report)
 
 Source = Annotated[Path, typer.Argument(metavar="IN", help="The .mlpackage to read.")]
 Destination = Annotated[Path, typer.Argument(metavar="OUT", help="The .mlpackage to write.")]
@@ -83,15 +80,15 @@ def inspect(
         covered = coverage(model)
     if as_json:
         extra = {} if covered is None else {"interpreter": covered.to_dict()}
-        _print_json(found.to_dict() | extra)
+        print_json(found.to_dict() | extra)
         return
     if covered is not None:
-        _print_text(found.summary)
-        _print(found.path, covered, covered.summary)
+        print_text(found.summary)
+        print_found(found.path, covered, covered.summary)
         return
-    _print(found.path, found, found.summary)
+    print_found(found.path, found, found.summary)
     counts = ", ".join(f"{kind} {n}" for kind, n in found.op_counts.items())
-    _print_text(f"ops: {counts}")
+    print_text(f"ops: {counts}")
 
 
 @app.command()
@@ -134,6 +131,8 @@ def compress(
         ),
     ] = "minmax",
     recipe: Annotated[Path | None, typer.Option(help="A YAML file that says it all.")] = None,
+    target_bits: TargetBits = None,
+    target_size: TargetSize = None,
     upgrade_to: Annotated[
         str | None, typer.Option(help="Raise the opset first: iOS16, iOS17, iOS18 or iOS26.")
     ] = None,
@@ -172,6 +171,16 @@ def compress(
     from milpress.compression import compress as compress_package
 
     asked = _recipe(
+        {"--target-bits": target_bits, "--target-size": target_size},
+        lambda: _planning_commands.planned_recipe(
+            source,
+            target_bits,
+            target_size,
+            upgrade_to,
+            weight_threshold,
+            calibration_data,
+            threads,
+        ),
         recipe,
         {"bits": palettize, "group_size": group_size},
         {
@@ -187,7 +196,7 @@ def compress(
         upgrade_to,
         weight_threshold,
     )
-    report = _with_progress(
+    report = with_progress(
         lambda progress: compress_package(
             source,
             destination,
@@ -206,6 +215,8 @@ def compress(
         )
     )
     _print_report(report, as_json=as_json, wrote=not dry_run)
+    if not dry_run:
+        _planning_commands.warn_of_risks(destination)
 
 
 @app.command()
@@ -237,9 +248,9 @@ def verify(
 
     found = verify_packages(original, compressed)
     if as_json:
-        _print_json(found.to_dict())
+        print_json(found.to_dict())
     else:
-        _print(str(compressed), found, found.summary)
+        print_found(str(compressed), found, found.summary)
 
 
 @app.command()
@@ -279,9 +290,9 @@ def run(
         force=force,
     )
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
     else:
-        _print(report.source, report, report.summary)
+        print_found(report.source, report, report.summary)
 
 
 @app.command()
@@ -322,7 +333,7 @@ def evaluate(
     if samples is None or (data is not None and random is not None):
         msg = f"one of --data and --random must be given, got {'both' if data else 'none'}"
         raise ConfigError(msg)
-    found = _with_progress(
+    found = with_progress(
         lambda progress: evaluate_packages(
             original,
             compressed,
@@ -336,9 +347,9 @@ def evaluate(
         )
     )
     if as_json:
-        _print_json(found.to_dict())
+        print_json(found.to_dict())
         return
-    _print(str(compressed), found, found.summary)
+    print_found(str(compressed), found, found.summary)
     if per_op:
         from rich.console import Console
 
@@ -346,9 +357,9 @@ def evaluate(
         Console(width=None if sys.stdout.isatty() else 140).print(
             found.ops_table(most=len(found.ops) - n_exact)
         )
-        _print_text(f"{n_exact} other values have no error of their own")
+        print_text(f"{n_exact} other values have no error of their own")
         if found.n_uncompared:
-            _print_text(f"{found.n_uncompared} values could not be compared")
+            print_text(f"{found.n_uncompared} values could not be compared")
 
 
 def _arrays(options: list[str]) -> dict[str, Any]:
@@ -373,6 +384,8 @@ def _arrays(options: list[str]) -> dict[str, Any]:
 
 
 def _recipe(
+    budget: dict[str, Any],
+    planned: Callable[[], Recipe],
     path: Path | None,
     palettize: dict[str, Any],
     quantize: dict[str, Any],
@@ -381,7 +394,7 @@ def _recipe(
     target: str | None,
     weight_threshold: int | None,
 ) -> Recipe:
-    """Return the recipe that the options stand for."""
+    """Return the recipe that the options stand for; one under a budget is planned."""
     from dataclasses import replace
 
     from milpress.formats import PalettizeConfig, PruneConfig
@@ -392,6 +405,7 @@ def _recipe(
         "--quantize": quantize["dtype"],
         "--prune": prune,
         "--recipe": path,
+        **budget,
     }
     given = [option for option, value in chosen.items() if value is not None]
     step = _activation_step(**activations)
@@ -413,6 +427,8 @@ def _recipe(
         return recipe if target is None else replace(recipe, target=target)
     if not given:
         return Recipe(steps=(), target=target, activations=step)
+    if given[0] in budget:
+        return replace(planned(), activations=step)
     treatment: Any = None
     if given == ["--palettize"]:
         treatment = PalettizeConfig(**palettize)
@@ -489,24 +505,73 @@ def _quantize_config(
     )
 
 
+def with_progress(work: Callable[[Any], _Made]) -> _Made:
+    """Run long work under a progress bar, if somebody looks on."""
+    if not sys.stderr.isatty():
+        return work(None)
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from milpress.report import escaped
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=escaped(name))
+
+        return work(show)
+
+
 def _print_report(report: Report, *, as_json: bool, wrote: bool) -> None:
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
         return
-    _print(None, report, report.summary)
+    print_found(None, report, report.summary)
     if report.activations is not None:
-        _print(None, report.activations, report.activations.summary)
+        print_found(None, report.activations, report.activations.summary)
     for note in report.notes:
-        _print_text(note)
+        print_text(note)
     n_other = len(report.weights) - len(report.asked)
     if n_other:
-        _print_text(f"{n_other} smaller or other stored tensors were not asked for")
+        print_text(f"{n_other} smaller or other stored tensors were not asked for")
     if not wrote:
-        _print_text("dry run: nothing was written")
+        print_text("dry run: nothing was written")
     elif report.verified:
-        _print_text(f"verified and written to {report.destination} in {report.seconds:.2f} s")
+        print_text(f"verified and written to {report.destination} in {report.seconds:.2f} s")
     else:
-        _print_text(f"not verified; written to {report.destination} in {report.seconds:.2f} s")
+        print_text(f"not verified; written to {report.destination} in {report.seconds:.2f} s")
+
+
+def print_found(heading: str | None, table: Any, summary: str) -> None:
+    """Print a heading, a line and a table."""
+    if heading is not None:
+        print_text(heading)
+    print_text(summary)
+    print_table(table)
+
+
+def print_table(table: Any) -> None:
+    """Print a table, as wide as the terminal, or as 140 columns."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 140
+    Console(width=width).print(table)
+
+
+def print_text(text: str) -> None:
+    """Print a line, without what would steer a terminal."""
+    typer.echo(printable(text))
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """Print JSON."""
+    typer.echo(json.dumps(data, indent=2))
+
+
+_bench_commands.register(app)
+_planning_commands.register(app)
 
 
 def main() -> None:
@@ -514,9 +579,7 @@ def main() -> None:
     try:
         app()
     except CompressionError as error:
-        from milpress.report import printable
-
-        typer.echo(f"error: {printable(str(error))}", err=True)
+        typer.echo(f"error: {error}", err=True)
         raise SystemExit(1 if isinstance(error, VerificationError) else 2) from None
     except KeyboardInterrupt:
         typer.echo("interrupted", err=True)

@@ -210,11 +210,12 @@ def compress_package(
     may_be_idle: bool = False,
     before: Callable[[Package], ActivationReport] | None = None,
     samples: SampleSettings | None = None,
+    rewriter: type[Rewriter] = Rewriter,
 ) -> Report:
     """Do what `compress` does, with an open package and any way to say what is wished.
 
     With ``may_be_idle``, compressing nothing is no error: the result is a copy. ``before`` is done
-    to the package's activations first.
+    to the package's activations first. ``rewriter`` is what makes and writes weights.
     """
     started = time.perf_counter()
     with thread_limit(threads), using(device) as kernels:
@@ -230,13 +231,13 @@ def compress_package(
                 cache=samples.cache,
                 progress=progress,
             )
-        notes = _raise_opsets(package, target)
+        notes = raise_opsets(package, target)
         activations = None if before is None else before(package)
         if activations is not None:
             notes.extend(activations.notes)
             may_be_idle = may_be_idle or activations.n_pairs > 0
         planned = plan_package(package, wishes, strict=strict)
-        job = _Job(package, planned, strict, wishes.may_grow, may_be_idle, progress)
+        job = _Job(package, planned, strict, wishes.may_grow, may_be_idle, progress, rewriter)
         if calibration is not None and samples is not None:
             statistics = Statistics(calibration, package)
             job.calibrate(statistics, bias_correction=samples.bias_correction)
@@ -373,7 +374,7 @@ def thread_limit(threads: int | None) -> Iterator[None]:
         _core.set_thread_limit(before)
 
 
-def _raise_opsets(package: Package, target: str | None) -> list[str]:
+def raise_opsets(package: Package, target: str | None) -> list[str]:
     """Raise programs to the target, and iOS15 to the first that can be compressed."""
     asked = None if target is None else opset.by_target(target)
     notes: dict[str, None] = {}
@@ -401,6 +402,7 @@ class _Job:
         may_grow: bool,
         may_be_idle: bool,
         progress: Progress | None,
+        rewriter: type[Rewriter],
     ) -> None:
         self._package = package
         self._planned = planned
@@ -408,6 +410,7 @@ class _Job:
         self._may_grow = may_grow
         self._may_be_idle = may_be_idle
         self._progress = progress or (lambda *_: None)
+        self._rewriter = rewriter
         self._records = treatments.read(package.model)
         self._statistics: Statistics | None = None
         self._corrects = False
@@ -420,7 +423,7 @@ class _Job:
 
     def run(self, sink: Sink) -> list[WeightReport]:
         """Write to a sink, and record in the model what was done and is promised of it."""
-        rewriter = Rewriter(self._package, sink)
+        rewriter = self._rewriter(self._package, sink)
         reports: list[WeightReport] = []
         sizes = {
             node: weight_bytes(plan.weight, self._package)

@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
+import unicodedata
+
+
+def printable(text: str) -> str:
+    r"""Return text from a package without what would steer a terminal.
+
+    Examples
+    --------
+    >>> printable("a\x1b[31mb")
+    'a\\x1b[31mb'
+    """
+    return "".join(
+        character
+        if unicodedata.category(character)[0] not in "CZ" or character == " "
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
 
 class CompressionError(Exception):
-    """Root of every error that milpress raises on purpose."""
+    """Root of every error that milpress raises on purpose.
+
+    Its text is one line, also where it quotes names of a package, which may hold anything.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ConfigError(CompressionError, ValueError):
@@ -37,6 +61,10 @@ class StorageError(CompressionError, OSError):
 
 class UnsupportedError(CompressionError, ValueError):
     """A weight or model that can't be compressed as asked."""
+
+
+class LifecycleError(CompressionError, RuntimeError):
+    """A step of a workflow that is called too early, too late or out of order."""
 
 
 class VerificationError(CompressionError, ValueError):

@@ -77,8 +77,9 @@ def _described(node: Node) -> str:
         if parameter in node.op.attributes:
             stored = node.op.attributes[parameter]
         elif parameter in node.op.inputs:
-            binding = node.op.inputs[parameter].arguments[0]
-            stored = binding.value if binding.WhichOneof("choice") == "value" else None
+            bindings = node.op.inputs[parameter].arguments
+            inline = bindings and bindings[0].WhichOneof("choice") == "value"
+            stored = bindings[0].value if inline else None
         if stored is not None:
             return f"{kind} {values.stored_type(stored).dtype.name}"
     return kind

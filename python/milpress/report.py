@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from milpress.errors import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -340,22 +341,6 @@ def human_bytes(n_bytes: int) -> str:
 def human_snr(snr_db: float) -> str:
     """Return a ratio in dB as people read it."""
     return "exact" if math.isinf(snr_db) and snr_db > 0 else f"{snr_db:.1f}"
-
-
-def printable(text: str) -> str:
-    r"""Return text from a package without what would steer a terminal.
-
-    Examples
-    --------
-    >>> printable("a\x1b[31mb")
-    'a\\x1b[31mb'
-    """
-    return "".join(
-        character
-        if unicodedata.category(character)[0] not in "CZ" or character == " "
-        else character.encode("unicode_escape").decode("ascii")
-        for character in text
-    )
 
 
 def escaped(text: str) -> str:

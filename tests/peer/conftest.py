@@ -55,6 +55,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", warning)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)  # the tests draw random weights
+
+
 def pytest_make_parametrize_id(val: object) -> str | None:
     if type(val).__name__ == "BackendConfig":
         return f"{val.opset_version.name}-{val.precision}"
@@ -115,6 +120,8 @@ def fill(module: types.ModuleType, peer: str) -> None:
             for name in getattr(module, "FIXTURES", ()):
                 vars(module).update(fixtures(name))
             exec(compile(tree, str(path), "exec", dont_inherit=True), vars(module))
+            if peer == "milpress":
+                vars(module).update(getattr(module, "REPLACED", {}))
     torch.set_num_threads(1)  # the models are small
     gc.freeze()  # coremltools collects garbage after each conversion: leave the modules out of it
 

@@ -2,7 +2,6 @@
 
 PEER = "coremltools.test.optimize.torch.test_base_optimizer"
 REWRITTEN = {"from import"}
-NOT_OURS = ("test_report_model_train_state*",)
 DIFFERENCES = {
     "test_inplace_behavior_for_optimizers*": (
         "the uncompressed model is not kept: inplace copies nothing"

@@ -3,6 +3,5 @@
 PEER = "coremltools.test.optimize.torch.conversion.palettization.test_palettization_conversion"
 FIXTURES = ("coremltools.test.optimize.torch.models.mnist",)
 REWRITTEN = {"from import", "ct.utils._macos_version()"}
-NOT_OURS = ("*DKM*", "test_compression_for_dkm*")
 DIFFERENCES: dict[str, str] = {}
 NEEDS_MACOS: dict[str, str] = {}

@@ -7,6 +7,6 @@ REWRITTEN = {
     "ct.utils._macos_version()",
     "pytest.importorskip('coremltools.optimize.coreml._utils')",
 }
-NOT_OURS = ("test_linear_quantizer*", "test_gptq*")
+NOT_OURS = ()
 DIFFERENCES: dict[str, str] = {}
 NEEDS_MACOS: dict[str, str] = {}

@@ -100,7 +100,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(crepe_tiny, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "one of --palettize, --quantize, --prune, --recipe must be given, got none"),
+        ([], "--recipe, --target-bits, --target-size must be given, got none"),
         (["--palettize", 4, "--prune", 0.5], "got --palettize and --prune"),
         (["--palettize", 5], "bits must be one of (1, 2, 3, 4, 6, 8), got 5"),
         (["--quantize", "int4"], "which suits the GPU"),

@@ -35,8 +35,19 @@ TORCH_CONFIGS = (
     "PostTrainingPalettizerConfig",
     "SKMPalettizerConfig",
     "PostTrainingQuantizerConfig",
+    "MagnitudePrunerConfig",
+    "DKMPalettizerConfig",
 )
-TORCH_OPTIMIZERS = ("PostTrainingPalettizer", "SKMPalettizer", "PostTrainingQuantizer")
+TORCH_OPTIMIZERS = (
+    "PostTrainingPalettizer",
+    "SKMPalettizer",
+    "PostTrainingQuantizer",
+    "MagnitudePruner",
+    "DKMPalettizer",
+    "LayerwiseCompressor",
+)
+# Of layers, by algorithm: their names don't follow from that of the optimizer.
+LAYER_CONFIGS = ("LayerwiseCompressorConfig", "ModuleGPTQConfig", "ModuleSparseGPTConfig")
 
 
 def rows(part: str) -> dict[str, str]:
@@ -106,6 +117,11 @@ def torch_offered() -> set[str]:
         names.discard(f"Module{config}")
         fields = attrs.fields(getattr(home, f"Module{config}"))
         names.update(f"Module{config}.{field.name}" for field in fields)
+    for config in LAYER_CONFIGS:
+        kind = getattr(torch_reference.layerwise_compression, config)
+        own = {field.name for field in attrs.fields(kind)} - shared
+        names.update(f"{config}.{field}" for field in own)
+    names.add("LayerwiseCompressorConfig.get_layers")
     for optimizer in TORCH_OPTIMIZERS:
         home = getattr(torch_reference, torch_home(optimizer))
         members = vars(getattr(home, optimizer))

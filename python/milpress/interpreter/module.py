@@ -48,6 +48,17 @@ class ProgramModule(nn.Module):
                 self._states[parameter.slot] = self._free_name(name)
                 self.register_buffer(self._states[parameter.slot], zeros)
 
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Name of the attribute that holds each weight and constant, by its name in the program."""
+        names = self._function.names
+        return {names[slot]: name for slot, name in self._attributes.items() if slot in names}
+
+    def reset_states(self) -> None:
+        """Set all states to zero."""
+        for name in self._states.values():
+            self.get_buffer(name).zero_()
+
     def _register(self, slot: int, value: Any) -> None:
         if isinstance(value, Weight):
             value = value.tensor()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -332,13 +333,8 @@ class Decoder:
         PackageError
             If its parameters don't fit each other.
         """
-        try:
+        with _fitting(node):
             made = self._value(node)
-        except (ValueError, KeyError) as error:
-            if isinstance(error, PackageError):
-                raise
-            msg = f"{node.name}: the parameters of {node.op.type} must fit each other: {error}"
-            raise PackageError(msg) from error
         if made is not None and node.type is not None and made.shape != node.type.shape:
             msg = (
                 f"{node.name}: {node.op.type} must make the declared shape "
@@ -358,15 +354,8 @@ class Decoder:
         if node.op.type == "const":
             return values.read(node.op.attributes["val"], self._source)
         made = self.value(node)
-        if made is not None:
-            return _tensor(made.dense())
-        try:
-            return self._outputs(node)[-1]
-        except (ValueError, KeyError, IndexError) as error:
-            if isinstance(error, PackageError):
-                raise
-            msg = f"{node.name}: the parameters of {node.op.type} must fit each other: {error}"
-            raise PackageError(msg) from error
+        with _fitting(node):
+            return self._outputs(node)[-1] if made is None else _tensor(made.dense())
 
     def _tensor(self, node: Node, parameter: str) -> Tensor | None:
         if parameter in node.op.attributes:
@@ -414,7 +403,7 @@ class Decoder:
         data, scale, zero_point = (
             self._need(node, key) for key in ("quantized_data", "scale", "zero_point")
         )
-        axis = int(self._need(node, "axis").values)
+        axis = _axis(self._need(node, "axis"), data.values.ndim)
         made = _quantized(
             data, _spread(scale, data, axis), _spread(zero_point, data, axis, like=scale)
         )
@@ -428,9 +417,12 @@ class Decoder:
         if "shape" not in node.op.attributes:
             return self._palette_of(node, indices)
         lut = self._need(node, "lut")
+        if not lut.dtype.is_float:
+            msg = f"lut must be float16 or float32, got {lut.dtype.name}"
+            raise ValueError(msg)
         shape = _shape(self._need(node, "shape"))
         bits = (lut.values.size - 1).bit_length()
-        codes = _core.unpack(indices.values, bits, math.prod(shape)).reshape(shape)
+        codes = _unpacked(indices, bits, shape)
         table = lut.values.reshape((1,) * len(shape) + (-1, 1))
         return Palette(codes=codes, lut=table, bits=bits)
 
@@ -449,7 +441,7 @@ class Decoder:
             codes=indices.values,
             lut=lut,
             bits=indices.dtype.bits,
-            vector_axis=None if axis is None else int(axis.values),
+            vector_axis=None if axis is None else _axis(axis, rank),
         )
 
     def _lut(self, node: Node) -> NDArray[Any] | Quantized | None:
@@ -474,7 +466,7 @@ class Decoder:
             value = _quantized(codes, self._need(inner, "scale"), self._tensor(inner, "offset"))
         if value is None:
             return None
-        bitmask = _core.pack(np.ascontiguousarray(mask.values).reshape(-1), 1)
+        bitmask = _bitmask(mask.values)
         made = Masked(bitmask=bitmask, value=value)
         same = np.array_equal(made.mask(), self._need(node, "mask").values != 0)
         return made if same else None
@@ -484,11 +476,11 @@ class Decoder:
         if not nonzeros.dtype.is_float:
             return None
         if "shape" in node.op.attributes:
-            shape, bitmask = _shape(self._need(node, "shape")), mask.values
+            kept = _unpacked(mask, 1, _shape(self._need(node, "shape")))
         else:
-            shape = mask.values.shape
-            bitmask = _core.pack(mask.values.reshape(-1), 1)
-        return Sparse(shape=shape, bitmask=bitmask, nonzeros=nonzeros.values)
+            kept = mask.values
+        _check_kept(kept, nonzeros)
+        return Sparse(shape=kept.shape, bitmask=_bitmask(kept), nonzeros=nonzeros.values)
 
     def _outputs(self, node: Node) -> list[Tensor]:
         """Return all outputs of an op that is no palette, quantized or sparse weight by itself."""
@@ -524,7 +516,7 @@ class Decoder:
         dense = _look_up(codes, lut, axis)
         kept = mask.values
         if axis is not None:
-            kept = np.repeat(kept, lut.values.shape[-1], int(axis.values))
+            kept = np.repeat(kept, lut.values.shape[-1], _axis(axis, kept.ndim))
         return [Tensor(mask.dtype, kept), Tensor(lut.dtype, dense[kept != 0])]
 
     def _sparse_blockwise_shift_scale(self, node: Node) -> list[Tensor]:
@@ -537,7 +529,56 @@ class Decoder:
         return [_tensor(self._need(node, "source_val").values.astype(np.float32))]
 
 
+@contextlib.contextmanager
+def _fitting(node: Node) -> Iterator[None]:
+    """Name the op whose parameters don't fit each other."""
+    try:
+        yield
+    except (ValueError, KeyError, IndexError) as error:
+        if isinstance(error, PackageError):
+            raise
+        msg = f"{node.name}: the parameters of {node.op.type} must fit each other: {error}"
+        raise PackageError(msg) from error
+
+
+def _axis(tensor: Tensor, rank: int) -> int:
+    if tensor.values.size != 1 or tensor.values.dtype.kind not in "iu":
+        msg = f"an axis must be one integer, got {tensor.dtype.name}{list(tensor.values.shape)}"
+        raise ValueError(msg)
+    axis = int(tensor.values.reshape(-1)[0])
+    if not -rank <= axis < rank:
+        msg = f"an axis must be one of {rank}, got {axis}"
+        raise ValueError(msg)
+    return axis
+
+
+def _unpacked(packed: Tensor, bits: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    n_codes = math.prod(shape)
+    if packed.values.dtype != np.uint8 or packed.values.size != (n_codes * bits + 7) // 8:
+        msg = (
+            f"{n_codes} codes of {bits} bits must be {(n_codes * bits + 7) // 8} bytes of uint8, "
+            f"got {packed.values.size} elements of {packed.dtype.name}"
+        )
+        raise ValueError(msg)
+    return _core.unpack(packed.values.reshape(-1), bits, n_codes).reshape(shape)
+
+
+def _bitmask(mask: NDArray[Any]) -> NDArray[np.uint8]:
+    return _core.pack(np.ascontiguousarray(mask != 0).view(np.uint8).reshape(-1), 1)
+
+
+def _check_kept(mask: NDArray[Any], nonzeros: Tensor) -> None:
+    n_kept = np.count_nonzero(mask)
+    if nonzeros.values.shape != (n_kept,):
+        msg = (
+            f"there must be as many values as the mask keeps, {n_kept}, "
+            f"got the shape {nonzeros.values.shape}"
+        )
+        raise ValueError(msg)
+
+
 def _scattered(mask: Tensor, nonzeros: Tensor) -> Tensor:
+    _check_kept(mask.values, nonzeros)
     dense = np.zeros(mask.values.shape, nonzeros.values.dtype)
     dense[mask.values != 0] = nonzeros.values
     return Tensor(nonzeros.dtype, dense)
@@ -583,7 +624,11 @@ def _spread(tensor: Tensor, data: Tensor, axis: int, like: Tensor | None = None)
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
-    return tuple(int(size) for size in tensor.values)
+    sizes = tensor.values
+    if sizes.ndim != 1 or sizes.dtype.kind not in "iu" or (sizes < 0).any():
+        msg = f"a shape must be a vector of sizes, got {tensor.dtype.name}{list(sizes.shape)}"
+        raise ValueError(msg)
+    return tuple(int(size) for size in sizes)
 
 
 def _repeat(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
@@ -602,7 +647,8 @@ def _shift_scale(data: Tensor, scale: Tensor, offset: Tensor | None) -> NDArray[
 
 
 def _look_up(codes: NDArray[Any], lut: Tensor, vector_axis: Tensor | None) -> NDArray[Any]:
-    axis = None if vector_axis is None else int(vector_axis.values)
+    axis = None if vector_axis is None else _axis(vector_axis, codes.ndim)
+    _check_blocks(codes.shape, lut.values.shape[:-2])
     palette = Palette(codes=codes, lut=lut.values, bits=8, vector_axis=axis)
     if lut.dtype.is_float:
         return palette.dense()

@@ -89,6 +89,8 @@ _CHANGED = {
     "crop_resize": (7, "its regions are given in another form"),
     "non_maximum_suppression": (7, "its score threshold is gone"),
 }
+# Shape of a table of iOS16 -> bits of an index.
+_EARLY_TABLES: dict[tuple[int | None, ...], int] = {(2**bits,): bits for bits in (1, 2, 4, 6, 8)}
 _REWRITTEN = ("constexpr_lut_to_dense", "constexpr_sparse_to_dense", "constexpr_cast")
 
 
@@ -192,6 +194,8 @@ def _guard_indices(
     node: Node, graph: Graph, current: Opset, target: Opset, package: Package
 ) -> None:
     data_name, index_name = _INDEXED[node.op.type]
+    if graph.value_type(node, index_name) is None:
+        _refuse(node, current, target, f"it has no {index_name}")
     stored = graph.constant(node, index_name)
     if stored is not None:
         if (values.read(stored, package).values < 0).any():
@@ -214,11 +218,17 @@ def _indexed_sizes(node: Node, data_name: str, graph: Graph) -> Any:
         start = _scalar(graph, node, "batch_dims")
         if depth is None or start is None:
             return None
-        sizes = data_type.shape[start : start + depth]
-        return None if None in sizes else np.array(sizes, np.int32)
+        sizes = data_type.shape[start : start + depth] if start >= 0 else ()
+        known = len(sizes) == depth and all(_is_int32(size) for size in sizes)
+        return np.array(sizes, np.int32) if known else None
     axis = _scalar(graph, node, "axis")
-    size = None if axis is None else data_type.shape[axis]
-    return None if size is None else np.int32(size)
+    rank = len(data_type.shape)
+    size = data_type.shape[axis] if axis is not None and -rank <= axis < rank else None
+    return np.int32(size) if size is not None and _is_int32(size) else None
+
+
+def _is_int32(size: int | None) -> bool:
+    return size is not None and size < 2**31
 
 
 def _tensor_type(value_type: Any) -> values.TensorType | None:
@@ -229,8 +239,8 @@ def _scalar(graph: Graph, node: Node, parameter: str) -> int | None:
     """Return a parameter that is 0 by default, ``None`` if it is not known."""
     if parameter not in node.op.inputs:
         return 0
-    number: int | None = graph.scalar(node, parameter)
-    return number
+    number = graph.scalar(node, parameter)
+    return number if isinstance(number, int) else None
 
 
 def _nonnegative(node: Node, index_name: str, sizes: Any, graph: Graph) -> Iterator[Any]:
@@ -279,10 +289,13 @@ def _modernize(op: Any, package: Package) -> None:
     shape = values.stored_type(op.outputs[0]).fixed_shape
     if op.type == "constexpr_lut_to_dense":
         lut = op.attributes["lut"]
-        dtype, (n_entries, *_) = values.stored_type(lut)
-        bits = (int(n_entries or 0) - 1).bit_length()
+        dtype, entries = values.stored_type(lut)
+        if entries not in _EARLY_TABLES:
+            msg = f"a table of iOS16 must have 2, 4, 16, 64 or 256 entries, got the shape {entries}"
+            raise PackageError(msg)
+        bits = _EARLY_TABLES[entries]
         _retype(op.attributes["indices"], f"uint{bits}", shape, package)
-        values.set_type(lut.type, dtype, (1,) * len(shape) + (int(n_entries or 0), 1))
+        values.set_type(lut.type, dtype, (1,) * len(shape) + (2**bits, 1))
     elif op.type == "constexpr_sparse_to_dense":
         _retype(op.attributes["mask"], "uint1", shape, package)
     for parameter in sorted(set(op.attributes) - {"name", "shape"}):

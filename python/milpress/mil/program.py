@@ -12,6 +12,9 @@ from milpress.mil.values import TensorType
 
 CONSTEXPR = "constexpr_"
 
+# Chains have two or three ops; without a bound, one that doubles with each op would never end.
+_MAX_PARTS = 256
+
 
 class Use(NamedTuple):
     """A place that names a value: a parameter of an op."""
@@ -26,13 +29,15 @@ class Node:
     """An op where it stands.
 
     ``uses`` are the parameters that name one of its outputs; ``is_block_output`` says that a block
-    returns one.
+    returns one. ``n_parts`` counts the stored ops that a ``constexpr_*`` op decodes from, one that
+    is reached in two ways twice.
     """
 
     op: Any
     scope: Scope
     uses: list[Use] = field(default_factory=list)
     is_block_output: bool = False
+    n_parts: int = 0
 
     @property
     def name(self) -> str:
@@ -81,7 +86,7 @@ class Graph:
     Raises
     ------
     PackageError
-        If an op names a value that nothing defines.
+        If an op names a value that nothing defines, or a name is defined twice.
     """
 
     def __init__(self, function: Any, block: Any) -> None:
@@ -96,6 +101,11 @@ class Graph:
         self._add_block(block, inputs)
 
     def _define(self, scope: Scope, item: Any, node: Node | None) -> None:
+        # What decodes a weight is found by name: an op must not come to stand for another.
+        hidden = scope.find(item.name) if node is not None and node.is_stored else None
+        if hidden is not None or (node is not None and item.name in scope.names):
+            msg = f"a name must be defined once, got {item.name!r} again"
+            raise PackageError(msg)
         scope.names[item.name] = (node, item.type)
         self._names.add(item.name)
 
@@ -124,6 +134,14 @@ class Graph:
         producer, _ = self._find(scope, use.binding.name)
         if producer is not None:
             producer.uses.append(use)
+            if use.node.is_stored and producer.is_stored:
+                use.node.n_parts += 1 + producer.n_parts
+                if use.node.n_parts > _MAX_PARTS:
+                    msg = (
+                        f"{use.node.name}: a weight must be decoded by at most {_MAX_PARTS} ops, "
+                        "got more"
+                    )
+                    raise PackageError(msg)
 
     def _find(self, scope: Scope, name: str) -> tuple[Node | None, Any]:
         found = scope.find(name)

@@ -111,7 +111,7 @@ def read(model: Any) -> Records:
             raise ValueError(msg)
         found = Records()
         for group in data["treatments"]:
-            steps = tuple(dict(step) for step in group["steps"])
+            steps = tuple(_checked(step) for step in group["steps"])
             promise_of(steps)
             for source, result in group["weights"].items():
                 found.by_source[str(source)] = Record(steps, str(result))
@@ -121,6 +121,19 @@ def read(model: Any) -> Records:
         msg = f"the user metadata {KEY} must be a record of version 1, got another text: {error}"
         raise PackageError(msg) from error
     return found
+
+
+def _checked(step: Any) -> Step:
+    """Return a step of which `verify` can read what it goes by."""
+    ((kind, settings),) = step.items()
+    if kind not in ("palettize", "quantize", "prune"):
+        msg = f"the treatment {kind!r}"
+        raise ValueError(msg)
+    for key in settings.keys() & {"sparsity", "threshold"}:
+        if isinstance(settings[key], bool) or not isinstance(settings[key], int | float):
+            msg = f"{settings[key]!r} as {key}"
+            raise TypeError(msg)
+    return {kind: settings}
 
 
 def record(model: Any, records: Records) -> None:

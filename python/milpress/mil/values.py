@@ -257,10 +257,17 @@ def read_string(value: Any) -> str:
 
 
 def read_scalar(value: Any) -> Any:
-    """Return the one element of a small immediate value, or ``None`` if it has not just one."""
+    """Return the one number of a small immediate value, or ``None`` if it has not just one."""
     tensor = value.immediateValue.tensor
     field = tensor.WhichOneof("choice")
-    if field is None or field == "bytes":
+    if field == "bytes":
+        data, made = tensor.bytes.values, type_of(value.type)
+        dtype = None if made is None else made.dtype
+        # Other types of floats are held as their bits.
+        if dtype is None or not (dtype.is_float or dtype.name.startswith(("int", "uint"))):
+            return None
+        return np.frombuffer(data, dtype.storage).item() if len(data) * 8 == dtype.bits else None
+    if field in (None, "strings"):
         return None
     numbers = getattr(tensor, field).values
     return numbers[0] if len(numbers) == 1 else None

@@ -13,8 +13,7 @@ from typing import Any, TypeAlias
 from milpress._structure import Metric, structured
 from milpress.device import schema
 from milpress.device.schema import Entry, Result
-from milpress.errors import ConfigError, ResultError
-from milpress.report import printable
+from milpress.errors import ConfigError, ResultError, printable
 
 LITERATURE_SCHEMA = "milpress-literature/1"
 

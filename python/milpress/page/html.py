@@ -18,6 +18,7 @@ from typing import Any
 from milpress import __version__
 from milpress.device.comparison import units_words
 from milpress.device.schema import PROCESSORS, Entry, Placement
+from milpress.errors import printable
 from milpress.page import words
 from milpress.page.collect import (
     METRICS,
@@ -27,7 +28,7 @@ from milpress.page.collect import (
     Page,
     PublishedTable,
 )
-from milpress.report import human_bytes, human_snr, printable
+from milpress.report import human_bytes, human_snr
 
 _PROCESSOR_NAMES = {
     "neural_engine": "Neural Engine",

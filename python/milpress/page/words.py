@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from milpress.device.comparison import device_words, units_words
 from milpress.device.schema import Distribution, Entry, Kind, Result
+from milpress.errors import printable
 from milpress.page.collect import METRICS, Evaluated, Literature, Package, Page
-from milpress.report import human_snr, printable
+from milpress.report import human_snr
 
 KIND_NAMES: dict[Kind, str] = {
     "measured": "Measured",

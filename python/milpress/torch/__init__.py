@@ -4,13 +4,22 @@ A user changes one import: ``import milpress as cto``, then
 ``cto.torch.palettization.PostTrainingPalettizer(...)``.
 """
 
-from milpress.torch import base_model_optimizer, optimization_config, palettization, quantization
+from milpress.torch import (
+    base_model_optimizer,
+    layerwise_compression,
+    optimization_config,
+    palettization,
+    pruning,
+    quantization,
+)
 from milpress.torch.conversion import convert
 
 __all__ = [
     "base_model_optimizer",
     "convert",
+    "layerwise_compression",
     "optimization_config",
     "palettization",
+    "pruning",
     "quantization",
 ]

@@ -15,7 +15,7 @@ from torch import nn
 
 from milpress import _core
 from milpress.errors import UnsupportedError
-from milpress.formats import Masked, Palette, Quantized, Treatment
+from milpress.formats import Masked, Palette, Quantized, Sparse, Treatment
 from milpress.formats._layout import Floats, as_weight
 from milpress.recipe import describe
 from milpress.report import WeightReport, decibels
@@ -41,11 +41,14 @@ class Treated:
         How, for the report.
     notes
         How that differs from what was asked for.
+    words
+        What the report adds to the treatment.
     """
 
     stored: Stored
     treatment: Treatment
     notes: tuple[str, ...] = ()
+    words: str = ""
 
 
 Treat: TypeAlias = Callable[[Weight, Floats, Any], Treated]
@@ -96,7 +99,7 @@ def compress_weights(
     for group in groups:
         if progress is not None:
             progress(done, total, group[0].weight.name)
-        row, weight = _compress_together(group, treat)
+        row, weight = compress_together(group, treat)
         rows.update({task.weight.name: dict(row) for task in group})
         weights.append(weight)
         if weight.status == "left":
@@ -109,8 +112,8 @@ def compress_weights(
     return Report(rows, weights, notes)
 
 
-def _compress_together(group: list[Task], treat: Treat) -> tuple[dict[str, Any], WeightReport]:
-    """Compress a parameter that some modules, mostly one, hold together."""
+def compress_together(group: Sequence[Task], treat: Treat) -> tuple[dict[str, Any], WeightReport]:
+    """Compress a parameter that some modules, mostly one, hold together; return its reports."""
     asked = next(task for task in group if task.config is not None)
     others = [task.weight.name for task in group if task is not asked]
     notes = [f"tied to {', '.join(others)}"] if others else []
@@ -121,7 +124,7 @@ def _compress_together(group: list[Task], treat: Treat) -> tuple[dict[str, Any],
     try:
         treated, row, snr = _compress(asked, [task.weight for task in group], treat)
     except UnsupportedError as error:
-        return _left(asked.weight, str(error))
+        return left(asked.weight, str(error))
     return _compressed(asked.weight, treated, row, snr, [*treated.notes, *notes])
 
 
@@ -167,14 +170,14 @@ def _columns(treated: Treated) -> dict[str, Any]:
     """Return what coremltools reports of a value."""
     value = treated.stored.value
     found: dict[str, Any] = {}
-    if isinstance(value, Masked):
+    if isinstance(value, (Masked, Sparse)):
         zero: NDArray[np.bool_] = np.logical_not(value.mask())
         rows: NDArray[np.bool_] = np.asarray(zero.reshape(len(zero), -1).all(axis=1))
         found["structured_weight_sparsity"] = float(rows.mean())
         found["unstructured_weight_sparsity"] = float(zero.mean())
         if len(rows) % 2 == 0:
             found["block2_weight_sparsity"] = float(rows.reshape(-1, 2).all(axis=1).mean())
-        value = value.value
+    value = value.value if isinstance(value, Masked) else value
     quantized = value.lut if isinstance(value, Palette) else value
     if isinstance(quantized, Quantized):
         found["dtype"] = f"dtype={quantized.dtype}"
@@ -194,14 +197,15 @@ def _compressed(
     report = replace(
         _as_it_is(weight, "; ".join(notes)),
         status="compressed",
-        treatment=describe(treated.treatment),
+        treatment=describe(treated.treatment) + treated.words,
         bytes_after=treated.stored.n_bytes,
         snr_db=snr,
     )
     return {**row, **({"note": report.note} if notes else {})}, report
 
 
-def _left(weight: Weight, note: str) -> tuple[dict[str, Any], WeightReport]:
+def left(weight: Weight, note: str) -> tuple[dict[str, Any], WeightReport]:
+    """Return the reports of a weight that is left."""
     report = _as_it_is(weight, note)
     return {"error": 0.0, "#params": report.size, "note": note}, report
 

@@ -24,6 +24,7 @@ from milpress.formats import (
     Palette,
     PruneConfig,
     Quantized,
+    Sparse,
     sparsify,
 )
 from milpress.formats._layout import Floats, as_weight, block_grid, from_rows, to_rows
@@ -78,6 +79,8 @@ def register(weight: Weight, stored: Stored) -> None:
     value = stored.value.value if isinstance(stored.value, Masked) else stored.value
     found: dict[str, Any] = {}
     types = _types(weight)
+    if isinstance(stored.value, (Masked, Sparse)) and PRUNING not in types:
+        types = [PRUNING, *types]
     if isinstance(value, Palette):
         types = [*types, PALETTIZATION]
         found["lut"] = value.entries
@@ -98,6 +101,13 @@ def register(weight: Weight, stored: Stored) -> None:
     for key, content in found.items():
         name = f"{prefix_of(weight.module)}/{weight.parameter_name}/{key}"
         weight.module.register_buffer(name, torch.tensor(content))
+
+
+def register_pruning(weight: Weight) -> None:
+    """Say that a weight was pruned, before whatever else its buffers say."""
+    types = [PRUNING, *(kind for kind in _types(weight) if kind != PRUNING)]
+    name = f"{prefix_of(weight.module)}/{weight.parameter_name}/compression_type"
+    weight.module.register_buffer(name, torch.tensor(types))
 
 
 def register_version(model: nn.Module) -> None:
@@ -213,7 +223,7 @@ def _palette(
         output = next((i for i, n in enumerate(scale.shape) if n > 1), weight.axes[0])
         searched = fold(palette, scale, output)
     rounded = _rounded(searched.entries, weight)
-    codes = _nearest(array, rounded, axis)
+    codes = nearest(array, rounded, axis)
     stored_lut: Any = lut
     if "quantization_scale" in buffers:
         stored_lut = _quantized(lut, buffers)
@@ -230,7 +240,7 @@ def _rounded(lut: Floats, weight: Weight) -> Floats:
     return rounded
 
 
-def _nearest(array: Floats, lut: Floats, vector_axis: int | None) -> NDArray[np.uint8]:
+def nearest(array: Floats, lut: Floats, vector_axis: int | None) -> NDArray[np.uint8]:
     """Return the index of the entry that each weight, or vector of weights, is nearest to."""
     if vector_axis is None:
         n_groups = lut.shape[: array.ndim]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
 
-from milpress.errors import ConfigTypeError
+from milpress.errors import ConfigError, ConfigTypeError
 from milpress.torch._report import Report
 from milpress.torch._weights import Kinds
 from milpress.torch.optimization_config import OptimizationConfig
@@ -19,6 +19,7 @@ __all__ = [
     "BaseDataCalibratedModelOptimizer",
     "BaseModelOptimizer",
     "BasePostTrainingModelOptimizer",
+    "BaseTrainingTimeModelOptimizer",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -111,3 +112,55 @@ class BaseDataCalibratedModelOptimizer(_OneShotOptimizer):
     ) -> torch.nn.Module:
         """Return the model to compress: with ``inplace`` the model itself, else a copy."""
         return self._begin(inplace)
+
+
+class BaseTrainingTimeModelOptimizer(BaseModelOptimizer):
+    """An optimizer that changes how a model computes while it is trained.
+
+    ``prepare`` returns the model to train, ``step`` is called after each step of the training's own
+    optimizer, ``finalize`` makes of the trained model one that can be converted.
+    """
+
+    def __init__(self, model: torch.nn.Module, config: OptimizationConfig | None = None) -> None:
+        super().__init__(model, config)
+        self._step_count = 0
+
+    @abstractmethod
+    def prepare(self, *args: Any, inplace: bool = False, **kwargs: Any) -> torch.nn.Module:
+        """Return the model to train: with ``inplace`` the model itself, else a copy."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Go one step further in the schedules."""
+
+    @abstractmethod
+    def finalize(
+        self, model: torch.nn.Module | None = None, inplace: bool = False
+    ) -> torch.nn.Module:
+        """Return the trained model in the form that can be converted.
+
+        Parameters
+        ----------
+        model
+            The trained model; ``None`` for the one that ``prepare`` returned.
+        inplace
+            Whether to change that model itself.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs beside the state of the model."""
+        return {"step_count": self._step_count}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint; load the state of the prepared model, too.
+
+        Raises
+        ------
+        ConfigError
+            If it is nothing that `state_dict` returned.
+        """
+        count = state_dict.get("step_count") if isinstance(state_dict, Mapping) else None
+        if type(count) is not int or count < 0:
+            msg = f"the state of an optimizer must hold its step_count, got {state_dict!r}"
+            raise ConfigError(msg)
+        self._step_count = count

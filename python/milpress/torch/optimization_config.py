@@ -102,9 +102,11 @@ _ModuleConfigs: TypeAlias = dict[Any, Any]
 
 def _check_module_config(config: OptimizationConfig, place: str, value: Any) -> None:
     kind = config.module_config_class
-    if value is not None and not isinstance(value, kind):
-        msg = f"{place} must be a {kind.__name__} or None, got {value!r}"
-        raise ConfigTypeError(msg)
+    several = config.takes_lists and isinstance(value, list)
+    for item in value if several else [value]:
+        if item is not None and not isinstance(item, kind):
+            msg = f"{place} must be a {kind.__name__} or None, got {value!r}"
+            raise ConfigTypeError(msg)
 
 
 def _check_type_key(key: Any) -> None:
@@ -172,6 +174,8 @@ class OptimizationConfig(_Dictable):
     """
 
     module_config_class: ClassVar[type[ModuleOptimizationConfig]] = ModuleOptimizationConfig
+    # Whether a list of configs may stand for one.
+    takes_lists: ClassVar[bool] = False
 
     global_config: Any = field(
         default=None,
@@ -269,6 +273,8 @@ class OptimizationConfig(_Dictable):
     def _module_config(cls, settings: Any, place: str) -> Any:
         if settings is None or isinstance(settings, ModuleOptimizationConfig):
             return settings
+        if cls.takes_lists and isinstance(settings, list):
+            return [cls._module_config(item, f"{place}[{i}]") for i, item in enumerate(settings)]
         return cls.module_config_class._from_dict(settings, place)
 
     def _check_together(self) -> None:

@@ -1,5 +1,11 @@
 """Weights as indices into lookup tables."""
 
+from milpress.torch.palettization.fake_palettize import FakePalettize
+from milpress.torch.palettization.palettization_config import (
+    DKMPalettizerConfig,
+    ModuleDKMPalettizerConfig,
+)
+from milpress.torch.palettization.palettizer import DKMPalettizer
 from milpress.torch.palettization.post_training_palettization import (
     ModulePostTrainingPalettizerConfig,
     PostTrainingPalettizer,
@@ -12,6 +18,10 @@ from milpress.torch.palettization.sensitive_k_means import (
 )
 
 __all__ = [
+    "DKMPalettizer",
+    "DKMPalettizerConfig",
+    "FakePalettize",
+    "ModuleDKMPalettizerConfig",
     "ModulePostTrainingPalettizerConfig",
     "ModuleSKMPalettizerConfig",
     "PostTrainingPalettizer",

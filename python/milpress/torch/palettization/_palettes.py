@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -27,7 +28,7 @@ from milpress.torch.optimization_config import (
     PalettizationGranularity,
 )
 
-_BITS = (1, 2, 3, 4, 6, 8)
+BITS = (1, 2, 3, 4, 6, 8)
 _LUT_DTYPES = {"int8": torch.int8, "uint8": torch.uint8}
 
 
@@ -50,7 +51,7 @@ class ModulePaletteConfig(ModuleOptimizationConfig):
         converter=_fields.whole,
         validator=[
             _fields.is_integer,
-            _fields.one_of(_BITS, "{name} must be one of {allowed}, got {value}"),
+            _fields.one_of(BITS, "{name} must be one of {allowed}, got {value}"),
         ],
     )
     lut_dtype: torch.dtype | None = field(
@@ -125,7 +126,7 @@ def palettized(
     UnsupportedError
         If the weight can't be palettized so.
     """
-    treatment, notes = _fitted(weight, array, config)
+    treatment, notes = fitted(weight, array.shape, config, bits=cast("Bits", config.n_bits))
     mask = array != 0 if _metadata.is_pruned(weight) else None
     if mask is not None:
         if treatment.vector_size > 1:
@@ -142,24 +143,31 @@ def palettized(
     else:
         palette = palettize(array, treatment, channel_axis=output, importance=importance)
     if config.lut_dtype is not None:
-        palette = _with_integer_lut(palette, config.lut_dtype)
+        palette = with_integer_lut(palette, config.lut_dtype)
         if scale is not None:
-            palette, scale = _folded(palette, scale, output), None
+            palette, scale = folded(palette, scale, output), None
         if palette.vector_size == 1:
             palette = reassigned(palette, array)
     elif scale is None:
-        palette = _representable(palette, weight)
+        palette = representable(palette, None if weight.tensor is None else weight.tensor.dtype)
     value = palette if mask is None else masked(palette, mask)
     return Treated(Stored(value, scale), treatment, tuple(notes))
 
 
-def _fitted(
-    weight: Weight, array: Floats, config: ModulePaletteConfig
+def fitted(
+    weight: Weight,
+    shape: tuple[int, ...],
+    config: ModulePaletteConfig,
+    *,
+    bits: Bits,
+    axis: int | None = None,
 ) -> tuple[PalettizeConfig, list[str]]:
-    """Return the treatment that fits the weight's shape, and how it differs from the config."""
-    shape = array.shape
-    output = weight.axes[0]
-    axis = weight.axes[config.channel_axis]
+    """Return the treatment that fits a weight's shape, and how it differs from the config.
+
+    ``axis`` is that of groups and vectors, if it is not the one that the config names.
+    """
+    output = weight.axes[0] if len(shape) > 1 else 0
+    axis = (weight.axes[config.channel_axis] if len(shape) > 1 else 0) if axis is None else axis
     notes = []
     group_size = config.group_size
     if group_size is not None:
@@ -178,21 +186,23 @@ def _fitted(
         msg = f"vectors of {vector_size} (cluster_dim) don't divide the channels of a conv group"
         raise UnsupportedError(msg)
     treatment = PalettizeConfig(
-        bits=cast("Bits", config.n_bits),
+        bits=bits,
         group_size=group_size,
         channel_axis=axis,
         vector_size=vector_size,
         channel_scale=config.enable_per_channel_scale,
     )
     if treatment.channel_scale and config.lut_dtype is not None:
-        table = folded_bytes(shape, 1, treatment, output, axis)
-        if table >= array.nbytes:
+        itemsize = 4 if weight.tensor is None else max(2, weight.tensor.itemsize)
+        if isinstance(config.lut_dtype, str) and config.lut_dtype[0] not in "iu":
+            return treatment, notes
+        if folded_bytes(shape, 1, treatment, output, axis) >= itemsize * math.prod(shape):
             treatment = replace(treatment, channel_scale=False)
             notes.append("without scales, as tables with them would be larger than the weight")
     return treatment, notes
 
 
-def _with_integer_lut(palette: Palette, dtype: torch.dtype) -> Palette:
+def with_integer_lut(palette: Palette, dtype: torch.dtype) -> Palette:
     """Store each table as integers with a scale of its own."""
     lut = cast("Floats", palette.lut)
     whole_table = Blocks((1,) * (lut.ndim - 2) + (0, 0))
@@ -200,7 +210,7 @@ def _with_integer_lut(palette: Palette, dtype: torch.dtype) -> Palette:
     return replace(palette, lut=quantize(lut, QuantizeConfig(dtype=name, granularity=whole_table)))
 
 
-def _folded(palette: Palette, scale: Floats, output: int) -> Palette:
+def folded(palette: Palette, scale: Floats, output: int) -> Palette:
     """Give each output channel its own copy of its table, with a scale that has both."""
     lut = cast("Quantized", palette.lut)
     n_copies = scale.shape[output] // lut.codes.shape[output]
@@ -214,9 +224,9 @@ def _folded(palette: Palette, scale: Floats, output: int) -> Palette:
     return replace(palette, lut=folded)
 
 
-def _representable(palette: Palette, weight: Weight) -> Palette:
+def representable(palette: Palette, dtype: torch.dtype | None) -> Palette:
     """Round the entries to the weight's type, so that the weight can hold just these."""
-    if weight.tensor is None or weight.tensor.dtype != torch.bfloat16:
+    if dtype != torch.bfloat16:
         return palette
     rounded = torch.tensor(palette.entries).to(torch.bfloat16).float().numpy()
     return replace(palette, lut=rounded)

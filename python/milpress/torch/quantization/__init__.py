@@ -5,10 +5,20 @@ from milpress.torch.quantization.post_training_quantization import (
     PostTrainingQuantizer,
     PostTrainingQuantizerConfig,
 )
-from milpress.torch.quantization.quantization_config import QuantizationScheme
+from milpress.torch.quantization.quantization_config import (
+    LinearQuantizerConfig,
+    ModuleLinearQuantizerConfig,
+    ObserverType,
+    QuantizationScheme,
+)
+from milpress.torch.quantization.quantizer import LinearQuantizer
 
 __all__ = [
+    "LinearQuantizer",
+    "LinearQuantizerConfig",
+    "ModuleLinearQuantizerConfig",
     "ModulePostTrainingQuantizerConfig",
+    "ObserverType",
     "PostTrainingQuantizer",
     "PostTrainingQuantizerConfig",
     "QuantizationScheme",

@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from milpress._terminal import print_json, print_table, print_text, with_progress
 from milpress.errors import ConfigError, DestinationError, PackageNotFoundError
 
 if TYPE_CHECKING:
     from milpress.device import Plan, Result
 
-bench = typer.Typer(
+_bench = typer.Typer(
     name="bench",
     help="Measure packages on Apple silicon, or run them anywhere as a reference.",
     no_args_is_help=True,
@@ -56,7 +55,13 @@ Energy = Annotated[
 ]
 
 
-@bench.command("run")
+def register(app: typer.Typer) -> None:
+    """Add the commands to a command line."""
+    app.add_typer(_bench)
+    app.command(name="report")(report)
+
+
+@_bench.command("run")
 def run_packages(
     packages: Annotated[
         list[Path] | None,
@@ -87,7 +92,7 @@ def run_packages(
     as_json: Json = False,
 ) -> None:
     """Run packages in every configuration, and write what was found."""
-    from milpress import device
+    from milpress import cli, device
 
     _check_output(output, force=force)
     if driver == "replay":
@@ -100,7 +105,7 @@ def run_packages(
             msg = f"--recorded must go with --driver replay, got {driver}"
             raise ConfigError(msg)
         plan = _plan(warmup, per_round, min_rounds, max_rounds, precision, timeout, at_once, energy)
-        result = with_progress(
+        result = cli.with_progress(
             lambda progress: device.run(
                 packages or [],
                 driver=driver,
@@ -116,7 +121,7 @@ def run_packages(
     _print_result(result, output, as_json=as_json)
 
 
-@bench.command("suite")
+@_bench.command("suite")
 def run_suite(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The .mlpackage.")],
     folder: Annotated[
@@ -143,10 +148,11 @@ def run_suite(
     as_json: Json = False,
 ) -> None:
     """Compress a model in every way, run all, and write result, reports and an HTML page."""
+    from milpress import cli
     from milpress.device import suite
     from milpress.page import build
 
-    result = with_progress(
+    result = cli.with_progress(
         lambda progress: suite.run(
             model,
             folder,
@@ -171,7 +177,7 @@ def run_suite(
     _print_result(result, folder / "report.html", as_json=as_json)
 
 
-@bench.command("compare")
+@_bench.command("compare")
 def compare_results(
     results: Annotated[list[Path], typer.Argument(metavar="RESULT...", help="Results.")],
     baseline: Annotated[
@@ -180,16 +186,16 @@ def compare_results(
     as_json: Json = False,
 ) -> None:
     """Put the configurations of results of one kind beside each other."""
-    from milpress import device
+    from milpress import cli, device
 
     found = device.compare([device.load(path) for path in results], baseline=baseline)
     if as_json:
-        print_json(found.to_dict())
+        cli.print_json(found.to_dict())
     else:
-        print_table(None, found, found.summary)
+        cli.print_found(None, found, found.summary)
 
 
-@bench.command("validate")
+@_bench.command("validate")
 def validate_results(
     results: Annotated[list[Path], typer.Argument(metavar="RESULT...", help="Results.")],
     origin: Annotated[
@@ -197,6 +203,7 @@ def validate_results(
     ] = None,
 ) -> None:
     """Check form and provenance of results."""
+    from milpress import cli
     from milpress.device import schema
     from milpress.errors import ResultError, VerificationError
 
@@ -210,7 +217,7 @@ def validate_results(
             failed.append(str(error))
             continue
         kind = result.provenance.kind
-        print_text(f"{path}: valid, {kind}, {len(result.entries)} configurations")
+        cli.print_text(f"{path}: valid, {kind}, {len(result.entries)} configurations")
     if failed:
         raise VerificationError("; ".join(failed))
 
@@ -230,11 +237,12 @@ def report(
     force: Force = False,
 ) -> None:
     """Make one page of results, which opens offline."""
+    from milpress import cli
     from milpress.page import build
 
     _check_output(output, force=force)
     page = build.write(sources, output, title=title)
-    print_text(f"{page.summary}; written to {output}")
+    cli.print_text(f"{page.summary}; written to {output}")
 
 
 def _plan(
@@ -281,13 +289,13 @@ def _check_output(path: Path, *, force: bool) -> None:
 
 
 def _print_result(result: Result, written: Path, *, as_json: bool) -> None:
-    from milpress import device
+    from milpress import cli, device
 
     if as_json:
-        print_json(result.to_dict())
+        cli.print_json(result.to_dict())
         return
     found = device.compare([result])
-    print_table(None, found, found.summary)
+    cli.print_found(None, found, found.summary)
     for warning in result.warnings:
-        print_text(warning)
-    print_text(f"written to {written}")
+        cli.print_text(warning)
+    cli.print_text(f"written to {written}")

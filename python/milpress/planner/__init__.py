@@ -1,0 +1,19 @@
+"""Planning: which treatment each weight gets under a budget, and what is known to go wrong where.
+
+`plan` writes recipes; `lint` says which weights are at risk on which hardware.
+"""
+
+from milpress.planner.linting import Fact, Facts, Finding, Lint, Platform, lint
+from milpress.planner.planning import Plan, PlannedWeight, plan
+
+__all__ = [
+    "Fact",
+    "Facts",
+    "Finding",
+    "Lint",
+    "Plan",
+    "PlannedWeight",
+    "Platform",
+    "lint",
+    "plan",
+]

@@ -1,0 +1,98 @@
+"""The treatments that a plan chooses from, by short names."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from milpress.errors import ConfigError
+from milpress.formats import (
+    PalettizeConfig,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    QuantizeConfig,
+    Treatment,
+)
+
+KEEP = "keep"
+# Groups of fewer channels cost more time on a device than they save; at 2 bits they gain nothing.
+_DEFAULT = (
+    *(f"palette-{bits}" for bits in (2, 3, 4, 6, 8)),
+    *(f"palette-{bits}-group-16" for bits in (2, 3, 4, 6)),
+    *(f"palette-{bits}-group-4" for bits in (3, 4, 6)),
+    *(f"palette-{bits}-scale" for bits in (3, 4, 6)),
+    "int8",
+    "uint8",
+    "int4-block-32",
+    KEEP,
+)
+_PALETTE = re.compile(r"palette-(?P<bits>\d)(-group-(?P<group>\d+))?(?P<scale>-scale)?")
+_INTEGER = re.compile(
+    r"(?P<dtype>u?int[48])(-block-(?P<block>\d+)|-(?P<per>channel|tensor))?(?P<offset>-offset)?"
+)
+
+
+def menu(names: Sequence[str] | None = None) -> dict[str, Treatment | None]:
+    """Return treatments by name; ``None`` stands for a weight that is kept.
+
+    Parameters
+    ----------
+    names
+        ``palette-BITS``, with ``-group-SIZE`` or ``-scale`` behind if wanted; ``int8``, ``uint8``,
+        ``int4`` or ``uint4``, with ``-channel``, ``-tensor`` or ``-block-SIZE``, then ``-offset``;
+        ``keep``; or patterns such as ``palette-*`` for those of the default menu. By default that.
+
+    Raises
+    ------
+    ConfigError
+        If a name is none of these.
+
+    Examples
+    --------
+    >>> menu(["palette-4-group-16"])["palette-4-group-16"].group_size
+    16
+    """
+    if names is None:
+        return {name: _treatment(name) for name in _DEFAULT}
+    found: dict[str, Treatment | None] = {}
+    for name in names:
+        matching = [known for known in _DEFAULT if fnmatch.fnmatchcase(known, name)]
+        for known in matching or [name]:
+            found[known] = _treatment(known)
+    if not found:
+        msg = "formats must name at least one treatment, got none"
+        raise ConfigError(msg)
+    return found
+
+
+def _treatment(name: str) -> Treatment | None:
+    if name == KEEP:
+        return None
+    found = _PALETTE.fullmatch(name)
+    if found is not None:
+        bits: Any = int(found["bits"])
+        group = None if found["group"] is None else int(found["group"])
+        return PalettizeConfig(bits=bits, group_size=group, channel_scale=bool(found["scale"]))
+    found = _INTEGER.fullmatch(name)
+    if found is not None:
+        return _integers(found)
+    msg = (
+        "a format must be such as palette-4, palette-4-group-16, palette-4-scale, int8, "
+        f"int4-block-32 or keep, got {name!r}"
+    )
+    raise ConfigError(msg)
+
+
+def _integers(found: re.Match[str]) -> QuantizeConfig:
+    dtype: Any = found["dtype"]
+    granularity = PerTensor() if found["per"] == "tensor" else PerChannel()
+    return QuantizeConfig(
+        dtype=dtype,
+        granularity=granularity if found["block"] is None else PerBlock(int(found["block"])),
+        offset=bool(found["offset"]),
+        # Clipping gains 2 dB at 4 bits and nothing at 8.
+        range="mse" if dtype.endswith("4") else "minmax",
+    )

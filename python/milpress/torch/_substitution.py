@@ -1,0 +1,89 @@
+"""Other weights for the time of a forward pass.
+
+A module whose weight is pruned, palettized or quantized while it is trained stays what it is: its
+class, and the names of its parameters. Before it runs, a hook puts the tensor that it is to compute
+with where the module looks for its weight, as an attribute of the instance, which hides the
+parameter; afterwards the attribute is gone. Hooks are plain objects that refer to no module, so a
+model with them can be copied, saved and compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from milpress.torch._weights import Kinds, Weight, weights_of
+
+
+class Substitution:
+    """Puts other tensors in the place of weights of a module while a module around it runs.
+
+    Parameters
+    ----------
+    path
+        The module that holds the weights, as seen from the one that runs; empty for itself.
+    names
+        The weights.
+    """
+
+    def __init__(self, path: str, names: tuple[str, ...]) -> None:
+        self.path = path
+        self.names = names
+
+    def substitute(self, owner: nn.Module, name: str) -> torch.Tensor:
+        """Return what a module is to compute with instead of one of its weights."""
+        raise NotImplementedError
+
+    def before(self, host: nn.Module, _args: Any) -> None:
+        """Hide the weights."""
+        owner = host.get_submodule(self.path)
+        for name in self.names:
+            # nn.Module's own __setattr__ takes nothing but parameters in the place of one.
+            object.__setattr__(owner, name, self.substitute(owner, name))
+
+    def after(self, host: nn.Module, _args: Any, _output: Any) -> None:
+        """Show the weights again."""
+        owner = host.get_submodule(self.path)
+        for name in self.names:
+            if name in owner.__dict__:
+                object.__delattr__(owner, name)
+
+    def attach(self, host: nn.Module, *, first: bool = False) -> None:
+        """Let a module compute with the substitutes; ``first`` makes other hooks see them."""
+        host.register_forward_pre_hook(self.before, prepend=first)
+        host.register_forward_hook(self.after, always_call=True)
+
+    def detach(self, host: nn.Module) -> None:
+        """Undo `attach`."""
+        for hooks in (host._forward_pre_hooks, host._forward_hooks):
+            for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                del hooks[key]
+                host._forward_hooks_always_called.pop(key, None)
+
+
+def places(model: nn.Module, kinds: Kinds) -> Iterator[tuple[Weight, nn.Module, str]]:
+    """Yield the weights of a model; with each the module that computes with it, and the path to it.
+
+    Attention computes with the weight of its output projection, whose own ``forward`` never runs.
+    """
+    for weight in weights_of(model, kinds):
+        holder, _, own_name = weight.module_name.rpartition(".")
+        around = model.get_submodule(holder) if own_name == "out_proj" else None
+        if isinstance(around, nn.MultiheadAttention):
+            yield weight, around, own_name
+        else:
+            yield weight, weight.module, ""
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """Return the model inside what ``torch.compile`` and ``DistributedDataParallel`` put around."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

@@ -1,0 +1,127 @@
+"""Many runs of a program side by side, each of which stops where the others do.
+
+A model is run on each batch only once, although its layers are compressed on the way: a run waits
+at a layer until all have come there, the layer is compressed with what they bring, and they go on
+through the compressed layer. What is between two layers is in the frames of the runs themselves, so
+the model may be any program.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+class _Cancelled(BaseException):
+    """A run is not wanted any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Where a run waits, and with what."""
+
+    place: int
+    content: Any
+
+
+class Runs:
+    """Runs of a program, of which one at a time is at work.
+
+    Parameters
+    ----------
+    calls
+        What each run does. It may call `wait`.
+    """
+
+    def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
+        self._runs = [_Run(call) for call in calls]
+        self._numbers = {run.thread: i for i, run in enumerate(self._runs)}
+
+    def wait(self, place: int, content: Any) -> None:
+        """Stop the run that calls this until the others are there; do nothing in other threads."""
+        number = self.current()
+        if number is not None:
+            self._runs[number].wait(Stop(place, content))
+
+    def current(self) -> int | None:
+        """Return the number of the run that calls this; ``None`` outside of them."""
+        return self._numbers.get(threading.current_thread())
+
+    def stops(self) -> Iterator[tuple[int, dict[int, Any]]]:
+        """Yield each place where runs wait, the lowest first, with what each of them brings."""
+        try:
+            for run in self._runs:
+                run.resume()
+            while waiting := {i: run for i, run in enumerate(self._runs) if run.stop is not None}:
+                place = min(run.stop.place for run in waiting.values() if run.stop is not None)
+                here = {
+                    i: run
+                    for i, run in waiting.items()
+                    if run.stop is not None and run.stop.place == place
+                }
+                yield place, {i: run.stop.content for i, run in here.items() if run.stop}
+                for run in here.values():
+                    run.resume()
+        finally:
+            for run in self._runs:
+                run.cancel()
+
+
+class _Run:
+    """A call in a thread of its own, which is at work only while someone waits for it."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call: Callable[[], object] | None = call
+        self._go = threading.Semaphore(0)
+        self._back = threading.Semaphore(0)
+        self._cancelled = False
+        self._error: BaseException | None = None
+        self.stop: Stop | None = None
+        self.thread = threading.Thread(target=self._work, daemon=True)
+
+    def resume(self) -> None:
+        """Let the call go on to where it waits next, or to its end; raise what it raises."""
+        self.stop = None
+        if self.thread.ident is None:
+            self.thread.start()
+        self._go.release()
+        self._back.acquire()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self, stop: Stop) -> None:
+        """Give way until `resume` is called again."""
+        self.stop = stop
+        del stop
+        self._back.release()
+        self._go.acquire()
+        if self._cancelled:
+            raise _Cancelled
+
+    def cancel(self) -> None:
+        """End the call where it waits, if it does not go on."""
+        if self.thread.ident is not None and self.thread.is_alive():
+            self._cancelled = True
+            self._go.release()
+            self.thread.join()
+        self.stop = None
+
+    def _work(self) -> None:
+        self._go.acquire()
+        call, self._call = self._call, None
+        try:
+            if not self._cancelled and call is not None:
+                with torch.no_grad():
+                    call()
+        except _Cancelled:
+            pass
+        except BaseException as error:
+            self._error = error
+        finally:
+            self.stop = None
+            self._back.release()

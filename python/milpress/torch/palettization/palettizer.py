@@ -1,0 +1,244 @@
+"""Palettization while a model is trained."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from milpress.errors import LifecycleError, UnsupportedError
+from milpress.torch import _metadata
+from milpress.torch._compression import Task, Treated, compress_weights
+from milpress.torch._report import Report
+from milpress.torch._substitution import Substitution, places, plain
+from milpress.torch._weights import TRAINABLE, Kinds, Weight
+from milpress.torch.base_model_optimizer import BaseTrainingTimeModelOptimizer
+from milpress.torch.optimization_config import OptimizationConfig
+from milpress.torch.palettization.fake_palettize import FakePalettize
+from milpress.torch.palettization.palettization_config import DKMPalettizerConfig
+from milpress.torch.pruning.magnitude_pruner import is_pruned, masks_lifted
+
+__all__ = ["DKMPalettizer"]
+
+_logger = logging.getLogger(__name__)
+
+
+class _Palettized(Substitution):
+    """Lets a module compute with what its `FakePalettize` layers make of its weights."""
+
+    def substitute(self, owner: nn.Module, name: str) -> torch.Tensor:
+        """Return what a module is to compute with instead of one of its weights."""
+        fake = getattr(owner, f"{name}_fake_quant")
+        made: torch.Tensor = fake(getattr(owner, name), owner._buffers.get(f"{name}_mask"))
+        return made
+
+
+class DKMPalettizer(BaseTrainingTimeModelOptimizer):
+    """Palettizes a model while it is trained, by differentiable k-means.
+
+    In each pass of training a weight is a mixture of the entries of its table, weighted by how near
+    they are, and both weight and entries learn (Cho et al. 2021, arXiv 2108.12659).
+
+    Parameters
+    ----------
+    model
+        The model.
+    config
+        What to do to which module; by default 4 bits for linear layers and 2 for convolutions,
+        embeddings and attention, where they have more than 2048 elements.
+
+    Examples
+    --------
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    >>> palettizer = DKMPalettizer(model, DKMPalettizerConfig.from_dict(
+    ...     {"global_config": {"n_bits": 2}}))
+    >>> model = palettizer.prepare()
+    >>> _ = model(torch.zeros(1, 64))  # and train it
+    >>> palettizer.step()
+    >>> palettizer.finalize()[0].weight.unique().numel()
+    4
+    """
+
+    _supported_modules: ClassVar[Kinds] = (*TRAINABLE, nn.LayerNorm)
+    _config_class: ClassVar[type[OptimizationConfig]] = DKMPalettizerConfig
+
+    def __init__(self, model: nn.Module, config: OptimizationConfig | None = None) -> None:
+        super().__init__(model, config)
+        self._milestones: dict[str, int] = {}
+        self.left: dict[str, str] = {}
+
+    def prepare(self, inplace: bool = False) -> nn.Module:  # type: ignore[override]
+        """Insert `FakePalettize` layers; a second call changes nothing.
+
+        Parameters
+        ----------
+        inplace
+            Whether to change the model itself.
+
+        Returns
+        -------
+        torch.nn.Module
+            The model, or a copy of it, in training mode. Its modules keep their classes and
+            parameters; those that are palettized have a layer ``weight_fake_quant``.
+
+        Raises
+        ------
+        LifecycleError
+            If the model is prepared for pruning: palettization is to be prepared first.
+        """
+        if self._milestones:
+            _logger.warning("the model has been prepared already: nothing is changed")
+            return self._model
+        if is_pruned(self._model):
+            msg = (
+                "palettization must be prepared before pruning, got a model that is prepared for it"
+            )
+            raise LifecycleError(msg)
+        self._model = self._get_model_for_compression(inplace)
+        if not self._config.is_default:
+            self._warn_of_typos()
+        fakes: dict[int, FakePalettize] = {}
+        hooks: dict[int, _Palettized] = {}
+        for weight, host, path in list(places(self._model, self._supported_modules)):
+            config = self._chosen(weight)
+            if config is None or weight.tensor is None:
+                continue
+            try:
+                fake = fakes.get(id(weight.tensor)) or FakePalettize(weight, config)
+            except UnsupportedError as error:
+                self.left[weight.name] = str(error)
+                _logger.warning("%s: %s. Left as it is.", weight.name, error)
+                continue
+            fakes[id(weight.tensor)] = fake
+            fake.enable_fake_palett(config.milestone == 0)
+            fake.to(weight.tensor.device)
+            weight.module.register_module(f"{weight.parameter_name}_fake_quant", fake)
+            self._milestones[weight.name] = config.milestone
+            hook = hooks.get(id(weight.module))
+            if hook is None:
+                hook = hooks[id(weight.module)] = _Palettized(path, ())
+                hook.attach(host)
+            hook.names = (*hook.names, weight.parameter_name)
+        return self._model.train()
+
+    def _chosen(self, weight: Weight) -> Any:
+        """Return the config of a weight: of a list, that of the greatest threshold it exceeds."""
+        found = self._config.get_module_config(weight.module_name, weight.module)
+        holder, _, own_name = weight.module_name.rpartition(".")
+        around = self._model.get_submodule(holder) if own_name == "out_proj" else None
+        is_part = isinstance(around, nn.MultiheadAttention) and found is None
+        if is_part and not self._config.is_named(weight.module_name):
+            # Attention as a whole has one config, unless its projection is named by itself.
+            found = self._config.get_module_config(holder, around)
+        configs = found if isinstance(found, list) else [] if found is None else [found]
+        sizes = [
+            other.size
+            for other, _, _ in places(weight.module, self._supported_modules)
+            if other.module is weight.module
+        ]
+        fitting = [config for config in configs if min(sizes) > config.weight_threshold]
+        return fitting[-1] if fitting else None
+
+    def step(self) -> None:
+        """Go one step further, and enable the layers whose milestone is reached."""
+        for name, milestone in self._milestones.items():
+            if milestone == self._step_count:
+                module_name, _, parameter = name.rpartition(".")
+                module = self._model.get_submodule(module_name)
+                getattr(module, f"{parameter}_fake_quant").enable_fake_palett(True)
+        self._step_count += 1
+
+    def enable_fake_palett(self, flag: bool) -> None:
+        """Enable all layers, or disable them."""
+        for module in self._model.modules():
+            if isinstance(module, FakePalettize):
+                module.enable_fake_palett(flag)
+
+    def finalize(self, model: nn.Module | None = None, inplace: bool = False) -> nn.Module:
+        """Replace the weights by entries of their tables, and say so in the buffers of the modules.
+
+        Parameters
+        ----------
+        model
+            The trained model; ``None`` for the one that `prepare` returned. What ``torch.compile``
+            or ``DistributedDataParallel`` made of it is taken, too.
+        inplace
+            Whether to change that model itself.
+
+        Returns
+        -------
+        torch.nn.Module
+            The model, or a copy of it, in evaluation mode, without `FakePalettize` layers. A weight
+            whose layer never ran while it was enabled is left as it is, with a warning.
+        """
+        model = plain(self._model if model is None else model)
+        finalized = model if inplace else copy.deepcopy(model)
+        finalized.eval()
+        prepared = [
+            (weight, host)
+            for weight, host, _ in places(finalized, self._supported_modules)
+            if hasattr(weight.module, f"{weight.parameter_name}_fake_quant")
+        ]
+        for _, host in prepared:
+            for hook in [*host._forward_pre_hooks.values()]:
+                if isinstance(getattr(hook, "__self__", None), _Palettized):
+                    hook.__self__.detach(host)  # type: ignore[attr-defined]
+        with masks_lifted(finalized):
+            tasks = [
+                Task(weight, getattr(weight.module, f"{weight.parameter_name}_fake_quant"))
+                for weight, _ in prepared
+            ]
+            compress_weights(finalized, tasks, _palettized)
+        for weight, _ in prepared:
+            delattr(weight.module, f"{weight.parameter_name}_fake_quant")
+        _metadata.register_version(finalized)
+        return finalized
+
+    def report(self) -> Report:
+        """Return a row for each weight that is prepared.
+
+        The columns are ``device``, ``error`` (root mean square of what palettization changes now),
+        ``#params`` and ``#dtype``.
+        """
+        rows: dict[str, dict[str, Any]] = {}
+        for weight, _, _ in places(self._model, self._supported_modules):
+            fake = getattr(weight.module, f"{weight.parameter_name}_fake_quant", None)
+            if isinstance(fake, FakePalettize):
+                rows[_row_name(weight, rows)] = _row(weight, fake)
+        return Report(rows)
+
+
+def _row_name(weight: Weight, rows: dict[str, dict[str, Any]]) -> str:
+    return weight.name if weight.module_name in rows else weight.module_name
+
+
+@torch.no_grad()
+def _row(weight: Weight, fake: FakePalettize) -> dict[str, Any]:
+    values: torch.Tensor = getattr(weight.module, weight.parameter_name).detach()
+    error = 0.0
+    if fake.is_begun:
+        kept = weight.module._buffers.get(f"{weight.parameter_name}_mask")
+        kept = None if kept is None else kept.expand(values.shape)
+        dense = torch.from_numpy(fake.stored(values, kept).dense()).to(values)
+        error = float((dense.float() - values.float()).square().mean().sqrt())
+    return {
+        "device": str(values.device),
+        "error": error,
+        "#params": values.numel(),
+        "#dtype": f"num_clusters={fake.n_clusters}, cluster_dim={fake.cluster_dim}, "
+        f"lut_dtype={fake.lut_dtype}",
+    }
+
+
+def _palettized(weight: Weight, _array: Any, fake: FakePalettize) -> Treated:
+    if not fake.is_begun:
+        msg = "its palettization was not enabled, or the model did not run since"
+        raise UnsupportedError(msg)
+    kept = weight.module._buffers.get(f"{weight.parameter_name}_mask")
+    tensor = weight.tensor
+    assert tensor is not None  # noqa: S101 - compress_weights has looked
+    kept = None if kept is None else kept.expand(tensor.shape)
+    return Treated(fake.stored(tensor.detach(), kept), fake.treatment, tuple(fake.notes))

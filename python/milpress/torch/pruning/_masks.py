@@ -1,0 +1,93 @@
+"""Which weights stay: masks by magnitude."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from milpress import _core
+from milpress.formats._layout import Floats, as_weight
+from milpress.formats.sparse import n_pruned
+from milpress.torch._weights import Weight, whole
+
+# Kernels never keep a zero. A weight that is zero now may be another one after the next step of
+# training, so it counts as the least number there is.
+_LEAST = np.nextafter(np.float32(0), np.float32(1))
+
+
+def mask_of(weight: Weight, tensor: torch.Tensor, config: Any, sparsity: float) -> torch.Tensor:
+    """Return 1 where a weight stays and 0 where it becomes zero, in a shape that broadcasts to it.
+
+    Parameters
+    ----------
+    weight
+        Which, for its axes.
+    tensor
+        Its values.
+    config
+        A `ModuleMagnitudePrunerConfig`.
+    sparsity
+        Fraction of elements, kernels, channels or blocks of them that become zero, rounded down.
+    """
+    array = as_weight(whole(tensor))
+    scores = np.maximum(np.abs(array.astype(np.float32)), _LEAST)
+    if config.n_m_ratio is not None and array.ndim > 1:
+        n_zeros = math.floor(sparsity * config.n_m_ratio[1] + 1e-6)
+        if n_zeros:
+            axis = weight.axes[config.dim]
+            mask = _n_m(scores, axis, n_zeros, config.n_m_ratio[1])
+            return torch.from_numpy(mask).to(tensor)
+    elif config.granularity != "per_scalar" and array.ndim > 2:
+        scores = _norms(scores, weight, config.granularity)
+    blocks = 1 if config.n_m_ratio is not None or array.ndim == 1 else config.block_size
+    n_zeros = n_pruned(scores.size, sparsity)
+    mask = _ranked(scores, weight.axes[0], blocks, n_zeros)
+    if mask.shape[0] not in (1, array.shape[0]):
+        mask = np.repeat(mask, array.shape[0] // mask.shape[0], axis=0)
+    return torch.from_numpy(mask).to(tensor)
+
+
+def _ranked(scores: Floats, axis: int, block_size: int, n_zeros: int) -> NDArray[np.bool_]:
+    flat = np.ascontiguousarray(scores).reshape(-1)
+    if block_size == 1:
+        return _unpacked(_core.keep_largest(flat, n_zeros), scores)
+    around = _around(scores, axis)
+    return _unpacked(_core.keep_blocks(flat, *around, block_size, n_zeros), scores)
+
+
+def _n_m(scores: Floats, axis: int, n: int, m: int) -> NDArray[np.bool_]:
+    flat = np.ascontiguousarray(scores).reshape(-1)
+    return _unpacked(_core.keep_n_m(flat, *_around(scores, axis), n, m), scores)
+
+
+def _around(scores: Floats, axis: int) -> tuple[int, int, int]:
+    shape = scores.shape
+    return math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
+
+
+def _unpacked(bitmask: NDArray[np.uint8], scores: Floats) -> NDArray[np.bool_]:
+    return _core.unpack(bitmask, 1, scores.size).view(np.bool_).reshape(scores.shape)
+
+
+def _norms(scores: Floats, weight: Weight, granularity: str) -> Floats:
+    """Return the Euclidean norms of kernels or output channels, with axes of length 1 beside."""
+    squares = np.square(scores.astype(np.float64))
+    inner = tuple(range(2, scores.ndim))
+    if granularity == "per_kernel":
+        return _rooted(squares.sum(axis=inner, keepdims=True))
+    output, inputs = weight.axes
+    if output == 0:
+        return _rooted(squares.sum(axis=(inputs, *inner), keepdims=True))
+    # A grouped transposed convolution has its output channels in each group of input channels.
+    groups = weight.n_conv_groups
+    parted = squares.sum(axis=inner).reshape(groups, -1, squares.shape[1]).sum(axis=1)
+    return _rooted(parted.reshape(groups, -1, *[1] * len(inner)))
+
+
+def _rooted(squares: Any) -> Floats:
+    roots: Floats = np.maximum(np.sqrt(squares).astype(np.float32), _LEAST)
+    return roots

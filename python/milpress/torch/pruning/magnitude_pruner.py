@@ -1,0 +1,479 @@
+"""Pruning by magnitude while a model is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from attrs import define, field
+from torch import nn
+
+from milpress import _fields
+from milpress.errors import ConfigError, LifecycleError
+from milpress.torch import _metadata
+from milpress.torch._report import Report
+from milpress.torch._substitution import Substitution, places, plain
+from milpress.torch._weights import TRAINABLE, Kinds, Weight
+from milpress.torch.base_model_optimizer import BaseTrainingTimeModelOptimizer
+from milpress.torch.optimization_config import ModuleOptimizationConfig, OptimizationConfig
+from milpress.torch.pruning import _masks
+from milpress.torch.pruning.pruning_scheduler import (
+    ConstantSparsityScheduler,
+    is_scheduler,
+    to_scheduler,
+)
+
+__all__ = ["MagnitudePruner", "MagnitudePrunerConfig", "ModuleMagnitudePrunerConfig"]
+
+_logger = logging.getLogger(__name__)
+
+
+@define
+class ModuleMagnitudePrunerConfig(ModuleOptimizationConfig):
+    """How `MagnitudePruner` prunes the weights of a module.
+
+    Parameters
+    ----------
+    scheduler
+        How the sparsity grows; by default it is the target from the first step on. A dictionary of
+        the fields of a schedule makes one.
+    initial_sparsity, target_sparsity
+        Fraction of elements that are zero at the beginning and at the end. The number is rounded
+        down.
+    granularity
+        What is zero as a whole: ``"per_scalar"``, an element; ``"per_kernel"``, what one output
+        channel of a convolution has for one input channel; ``"per_channel"``, an output channel of
+        a convolution. Those of the least Euclidean norm go first. Weights of two dimensions are
+        pruned by element.
+    block_size
+        Neighbouring output channels that become zero together.
+    n_m_ratio
+        ``(n, m)``: of each ``m`` neighbours the ``n`` of least magnitude are zero, in the end;
+        ``target_sparsity`` is not looked at then.
+    dim
+        Axis of those neighbours: 1 for input channels, 0 for output channels.
+    param_name
+        The parameter. Those of attention go by the name of ``"weight"``.
+
+    Raises
+    ------
+    ConfigError
+        If a setting is not what it must be, or does not go with another.
+
+    Examples
+    --------
+    >>> config = ModuleMagnitudePrunerConfig(
+    ...     scheduler={"update_steps": "range(0, 100, 10)"}, target_sparsity=0.75
+    ... )
+    >>> config.scheduler.power
+    3
+    """
+
+    scheduler: Any = field(
+        factory=lambda: ConstantSparsityScheduler(begin_step=0),
+        converter=to_scheduler,
+        validator=is_scheduler,
+    )
+    initial_sparsity: float = field(
+        default=0.0,
+        converter=_fields.real,
+        validator=[_fields.is_number, _fields.is_fraction],
+    )
+    target_sparsity: float = field(
+        default=0.5,
+        converter=_fields.real,
+        validator=[_fields.is_number, _fields.is_fraction],
+    )
+    granularity: Literal["per_scalar", "per_kernel", "per_channel"] = field(
+        default="per_scalar",
+        validator=_fields.one_of(
+            ("per_scalar", "per_kernel", "per_channel"),
+            "{name} must be one of {allowed}, got {value!r}",
+        ),
+    )
+    block_size: int = _fields.integer(1, _fields.at_least(1))
+    n_m_ratio: tuple[int, int] | None = field(default=None, converter=_fields.wholes)
+    dim: int = _fields.integer(
+        1, _fields.one_of((0, 1), "{name} must be one of {allowed}, got {value}")
+    )
+    param_name: str = field(default="weight", validator=_fields.is_text)
+
+    @n_m_ratio.validator
+    def _check_ratio(self, _attribute: Any, ratio: Any) -> None:
+        if ratio is None:
+            return
+        if not (
+            isinstance(ratio, tuple)
+            and len(ratio) == 2
+            and all(type(number) is int for number in ratio)
+            and 0 <= ratio[0] <= ratio[1]
+            and ratio[1] > 0
+        ):
+            msg = (
+                "n_m_ratio must be two whole numbers, n zeros among m, n not above m, "
+                f"got {ratio!r}"
+            )
+            raise ConfigError(msg)
+        if self.block_size > 1:
+            msg = f"block_size must be 1 where n_m_ratio is given, got {self.block_size}"
+            raise ConfigError(msg)
+        if self.granularity != "per_scalar":
+            msg = f"granularity must be per_scalar where n_m_ratio is given, got {self.granularity}"
+            raise ConfigError(msg)
+
+    @property
+    def resolved(self) -> ModuleMagnitudePrunerConfig:
+        """The same with the target sparsity that ``n_m_ratio`` stands for."""
+        found = copy.copy(self)
+        if self.n_m_ratio is not None:
+            found.target_sparsity = self.n_m_ratio[0] / self.n_m_ratio[1]
+        return found
+
+
+@define
+class MagnitudePrunerConfig(OptimizationConfig):
+    """Which module `MagnitudePruner` prunes how; see `OptimizationConfig`.
+
+    Examples
+    --------
+    >>> config = MagnitudePrunerConfig.from_dict({"global_config": {"target_sparsity": 0.75}})
+    >>> config.global_config.target_sparsity
+    0.75
+    """
+
+    module_config_class: ClassVar[type[ModuleOptimizationConfig]] = ModuleMagnitudePrunerConfig
+
+
+class PruningMethod(Substitution):
+    """Multiplies weights of a module by masks.
+
+    The state has the names of ``torch.nn.utils.prune``: a parameter ``weight_orig``, and buffers
+    ``weight_mask`` and ``weight_amount``, the sparsity that the mask was made for.
+    """
+
+    def __init__(self, path: str, names: tuple[str, ...], config: Any) -> None:
+        super().__init__(path, names)
+        self.config = config
+
+    def substitute(self, owner: nn.Module, name: str) -> torch.Tensor:
+        """Return a weight times its mask."""
+        orig, mask = owner.get_parameter(f"{name}_orig"), owner.get_buffer(f"{name}_mask")
+        return orig * mask.to(orig.dtype)
+
+    def after(self, host: nn.Module, _args: Any, _output: Any) -> None:
+        """Leave the product for others to see, without its history, which can't be copied."""
+        self.refresh(host.get_submodule(self.path))
+
+    def install(self, weight: Weight, host: nn.Module) -> None:
+        """Give a module masks, and let it compute with them."""
+        owner = weight.module
+        for name in self.names:
+            orig = owner._parameters.pop(name)
+            owner.register_parameter(f"{name}_orig", orig)
+            owner.register_buffer(f"{name}_mask", torch.ones(()))
+            owner.register_buffer(f"{name}_amount", torch.tensor(0.0))
+        object.__setattr__(owner, "pruning_method", self)
+        owner.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
+        self.attach(host, first=True)
+        self.update(weight, self.config.initial_sparsity, anew=True)
+
+    @torch.no_grad()
+    def update(self, weight: Weight, sparsity: float, *, anew: bool = False) -> None:
+        """Make masks for a sparsity, unless they are for that already."""
+        for name in self.names:
+            amount = weight.module.get_buffer(f"{name}_amount")
+            if not anew and np.float32(sparsity) == amount.item():
+                continue
+            orig = weight.module.get_parameter(f"{name}_orig")
+            mask = _masks.mask_of(weight, orig, self.config, sparsity)
+            found = weight.module.get_buffer(f"{name}_mask")
+            if found.shape == mask.shape:
+                found.copy_(mask)  # in place: DistributedDataParallel keeps references
+            else:
+                weight.module.register_buffer(f"{name}_mask", mask)
+            amount.fill_(sparsity)
+        self.refresh(weight.module)
+
+    @torch.no_grad()
+    def refresh(self, owner: nn.Module) -> None:
+        """Show the products of weights and masks."""
+        for name in self.names:
+            object.__setattr__(owner, name, self.substitute(owner, name).detach())
+
+    @contextlib.contextmanager
+    def lifted(self, owner: nn.Module) -> Iterator[None]:
+        """Give the weights back to their module, zeros and all, for the time of a block."""
+        for name in self.names:
+            object.__delattr__(owner, name)
+            orig = owner.get_parameter(f"{name}_orig")
+            with torch.no_grad():
+                orig.copy_(self.substitute(owner, name))
+            owner.register_parameter(name, orig)
+        yield
+        for name in self.names:
+            del owner._parameters[name]
+        self.refresh(owner)
+
+    @torch.no_grad()
+    def remove(self, weight: Weight, host: nn.Module) -> None:
+        """Give the weights back to their module, multiplied by their masks."""
+        owner = weight.module
+        self.detach(host)
+        for name in self.names:
+            object.__delattr__(owner, name)
+            orig = owner.get_parameter(f"{name}_orig")
+            orig.copy_(self.substitute(owner, name))
+            del owner._parameters[f"{name}_orig"]
+            del owner._buffers[f"{name}_mask"], owner._buffers[f"{name}_amount"]
+            owner.register_parameter(name, orig)
+            _metadata.register_pruning(Weight(weight.module_name, owner, name))
+        for key, hook in list(owner._load_state_dict_post_hooks.items()):
+            if hook is _loaded:
+                del owner._load_state_dict_post_hooks[key]
+        del owner.pruning_method
+
+
+def _loaded(module: nn.Module, _keys: Any) -> None:
+    method = getattr(module, "pruning_method", None)
+    if isinstance(method, PruningMethod):
+        method.refresh(module)
+
+
+@dataclass(slots=True)
+class _Pruned:
+    """A module that is pruned, and the fraction of its weights that is zero."""
+
+    weight: Weight
+    method: PruningMethod
+    sparsity_level: float
+
+
+class MagnitudePruner(BaseTrainingTimeModelOptimizer):
+    """Sets the weights of least magnitude to zero while a model is trained.
+
+    Parameters
+    ----------
+    model
+        The model.
+    config
+        What to do to which module; by default half of the elements of each weight become zero at
+        the first step.
+
+    Examples
+    --------
+    >>> pruner = MagnitudePruner(torch.nn.Linear(4, 4))
+    >>> model = pruner.prepare()
+    >>> pruner.step()
+    >>> int((pruner.finalize().weight == 0).sum())
+    8
+    """
+
+    _supported_modules: ClassVar[Kinds] = TRAINABLE
+    _config_class: ClassVar[type[OptimizationConfig]] = MagnitudePrunerConfig
+
+    def __init__(self, model: nn.Module, config: OptimizationConfig | None = None) -> None:
+        super().__init__(model, config)
+        self._pruner_info: dict[str, _Pruned] = {}
+
+    def prepare(self, inplace: bool = False) -> nn.Module:  # type: ignore[override]
+        """Give the weights masks; a second call changes nothing.
+
+        Parameters
+        ----------
+        inplace
+            Whether to change the model itself.
+
+        Returns
+        -------
+        torch.nn.Module
+            The model, or a copy of it, to be trained. Its modules keep their classes; the parameter
+            to train is ``weight_orig``.
+
+        Raises
+        ------
+        LifecycleError
+            If the model is prepared for palettization or quantization and ``inplace`` is not set:
+            both must work on the same model.
+        """
+        if self._pruner_info:
+            _logger.warning("the model has been prepared for pruning already: nothing is changed")
+            return self._model
+        if is_fake_quantized(self._model) and not inplace:
+            msg = (
+                "a model that is prepared for palettization or quantization must be pruned with "
+                "inplace=True, so that both work on the same model, got inplace=False"
+            )
+            raise LifecycleError(msg)
+        self._model = self._get_model_for_compression(inplace)
+        self._warn_of_typos()
+        for weights, host, path in _owners(self._model, self._supported_modules):
+            weight = weights[0]
+            config = self._config.get_module_config(weight.module_name, weight.module)
+            if config is None:
+                continue
+            names = tuple(weight.parameter_name for weight in weights)
+            if config.param_name != "weight":
+                names = (config.param_name,)
+            if any(weight.module._parameters.get(name) is None for name in names):
+                _logger.warning("%s: has no parameter %s", weight.module_name, names[0])
+                continue
+            method = PruningMethod(path, names, config.resolved)
+            method.install(weight, host)
+            pruned = _Pruned(weight, method, config.initial_sparsity)
+            self._pruner_info[weight.module_name] = pruned
+        return self._model
+
+    def step(self) -> None:
+        """Go one step further in the schedules, and make new masks where the sparsity changes."""
+        if not self._pruner_info:
+            _logger.warning("prepare must be called before step: nothing is changed")
+            return
+        self._step_count += 1
+        for pruned in self._pruner_info.values():
+            config = pruned.method.config
+            sparsity = config.scheduler.compute_sparsity(
+                self._step_count, prev_sparsity=pruned.sparsity_level, config=config
+            )
+            if not 0 <= sparsity <= 1:
+                msg = f"{pruned.weight.module_name}: a sparsity must be from 0 to 1, got {sparsity}"
+                raise ConfigError(msg)
+            if hasattr(pruned.weight.module, "pruning_method"):
+                pruned.method.update(pruned.weight, sparsity)
+            pruned.sparsity_level = sparsity
+
+    def finalize(self, model: nn.Module | None = None, inplace: bool = False) -> nn.Module:
+        """Multiply the weights by their masks for good, and say so in the buffers of the modules.
+
+        Parameters
+        ----------
+        model
+            The trained model; ``None`` for the one that `prepare` returned. What ``torch.compile``
+            or ``DistributedDataParallel`` made of it is taken, too.
+        inplace
+            Whether to change that model itself.
+
+        Returns
+        -------
+        torch.nn.Module
+            The model, or a copy of it.
+
+        Raises
+        ------
+        LifecycleError
+            If the model is still prepared for palettization or quantization: that is to be
+            finalized first.
+        """
+        model = plain(self._model if model is None else model)
+        if is_fake_quantized(model):
+            msg = (
+                "palettization or quantization must be finalized before pruning, "
+                "got a model that is still prepared for it"
+            )
+            raise LifecycleError(msg)
+        finalized = model if inplace else copy.deepcopy(model)
+        for weights, host, _ in list(_owners(finalized, self._supported_modules)):
+            method = getattr(weights[0].module, "pruning_method", None)
+            if isinstance(method, PruningMethod):
+                method.remove(weights[0], host)
+        _metadata.register_version(finalized)
+        return finalized
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Go on from a checkpoint, after the state of the prepared model was loaded.
+
+        Raises
+        ------
+        ConfigError
+            If it is nothing that `state_dict` returned.
+        """
+        super().load_state_dict(state_dict)
+        for pruned in self._pruner_info.values():
+            name = pruned.method.names[0]
+            pruned.sparsity_level = float(pruned.weight.module.get_buffer(f"{name}_amount").item())
+
+    def report(self) -> Report:
+        """Return the sparsity of each module that is prepared, and of all together as ``global``.
+
+        The columns are ``#params`` and the fractions of elements, of output channels, and of pairs
+        of elements of two neighbouring output channels that are zero:
+        ``unstructured_weight_sparsity``, ``structured_weight_sparsity``,
+        ``block2_weight_sparsity``; -1 where a channel has no neighbour.
+        """
+        rows: dict[str, dict[str, Any]] = {}
+        for name, pruned in self._pruner_info.items():
+            module, method = pruned.weight.module, pruned.method
+            if hasattr(module, "pruning_method"):
+                weights = [method.substitute(module, n).detach() for n in method.names]
+                rows[name] = _sparsities(weights, pruned.weight.axes[0])
+        rows["global"] = _overall(list(rows.values()))
+        return Report(rows)
+
+
+def is_fake_quantized(model: nn.Module) -> bool:
+    """Whether a model is prepared for palettization or quantization."""
+    return any(hasattr(module, "weight_fake_quant") for module in plain(model).modules())
+
+
+def is_pruned(model: nn.Module) -> bool:
+    """Whether a model is prepared for pruning."""
+    return any(hasattr(module, "pruning_method") for module in plain(model).modules())
+
+
+@contextlib.contextmanager
+def masks_lifted(model: nn.Module) -> Iterator[None]:
+    """Give the weights that are pruned back to their modules for the time of a block."""
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            method = getattr(module, "pruning_method", None)
+            if isinstance(method, PruningMethod):
+                stack.enter_context(method.lifted(module))
+        yield
+
+
+def _owners(model: nn.Module, kinds: Kinds) -> Iterator[tuple[list[Weight], nn.Module, str]]:
+    """Yield the weights of each module; with them what computes with them and the path to it."""
+    together: dict[int, tuple[list[Weight], nn.Module, str]] = {}
+    for weight, host, path in places(model, kinds):
+        together.setdefault(id(weight.module), ([], host, path))[0].append(weight)
+    yield from together.values()
+
+
+_SPARSITIES = (
+    "structured_weight_sparsity",
+    "unstructured_weight_sparsity",
+    "block2_weight_sparsity",
+)
+
+
+def _sparsities(weights: list[torch.Tensor], output: int) -> dict[str, Any]:
+    whole, pairs = [], []
+    for weight in weights:
+        channels = weight.movedim(output, 0) if weight.ndim > 1 else weight
+        zero = channels.reshape(len(channels), -1).eq(0)
+        whole.append(zero.all(dim=1))
+        if len(zero) % 2 == 0:
+            pairs.append(zero.reshape(len(zero) // 2, 2, -1).all(dim=1).reshape(-1))
+    elements = torch.cat([weight.eq(0).reshape(-1) for weight in weights])
+    found = (torch.cat(whole), elements, torch.cat(pairs) if pairs else None)
+    return {
+        "#params": elements.numel(),
+        **{
+            key: -1 if zero is None else float(zero.float().mean())
+            for key, zero in zip(_SPARSITIES, found, strict=True)
+        },
+    }
+
+
+def _overall(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {"#params": sum(row["#params"] for row in rows)}
+    for key in _SPARSITIES:
+        known = [row for row in rows if row[key] >= 0]
+        size = sum(row["#params"] for row in known)
+        found[key] = sum(row["#params"] * row[key] for row in known) / size if size else -1
+    return found

@@ -1,0 +1,373 @@
+"""Where in the graph of a model values are rounded.
+
+A layer with what follows it exclusively, batch normalization and an activation, counts as one op:
+its inputs and its output are rounded, nothing between. Ops that only move values, or mix some of
+one range, pass the rounding of their input on; what is concatenated shares one.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+
+from milpress.torch.quantization._fake_quantize import FakeQuantize, FixedQuantize
+from milpress.torch.quantization.quantization_config import (
+    ModuleLinearQuantizerConfig,
+    QuantizationScheme,
+)
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+WEIGHTED: tuple[type[nn.Module], ...] = (*_CONVS, *_TRANSPOSED, nn.Linear, nn.Embedding)
+
+_NORMS = {
+    nn.Conv1d: nn.BatchNorm1d,
+    nn.ConvTranspose1d: nn.BatchNorm1d,
+    nn.Conv2d: nn.BatchNorm2d,
+    nn.ConvTranspose2d: nn.BatchNorm2d,
+    nn.Conv3d: nn.BatchNorm3d,
+    nn.ConvTranspose3d: nn.BatchNorm3d,
+    nn.Linear: nn.BatchNorm1d,
+}
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+# Their output is never negative, so an offset leaves all integers to it.
+_NONNEGATIVE = {nn.ReLU, nn.ReLU6, functional.relu, functional.relu6, torch.relu, "relu", "relu_"}
+_NONNEGATIVE |= {functional.relu_, torch.relu_}
+
+# Scale and offset of what has a range of its own: from 0 to 1, and from -1 to 1.
+_UNIT, _SIGNED_UNIT = (1 / 256, 0), (2 / 256, 128)
+_FIXED: dict[Any, tuple[float, int]] = {
+    **dict.fromkeys((nn.Sigmoid, torch.sigmoid, functional.sigmoid, "sigmoid"), _UNIT),
+    **dict.fromkeys((nn.Hardsigmoid, functional.hardsigmoid), _UNIT),
+    **dict.fromkeys((nn.Softmax, functional.softmax, torch.softmax, "softmax"), _UNIT),
+    **dict.fromkeys((nn.Tanh, torch.tanh, functional.tanh, "tanh"), _SIGNED_UNIT),
+}
+
+_ACTIVATIONS: set[Any] = {
+    *_NONNEGATIVE,
+    *_FIXED,
+    *(nn.PReLU, nn.RReLU, nn.LeakyReLU, nn.LogSigmoid, nn.SiLU, nn.ELU, nn.CELU, nn.SELU, nn.GLU),
+    *(nn.Mish, nn.GELU, nn.Hardtanh, nn.LogSoftmax, nn.Hardswish),
+    *(functional.prelu, functional.rrelu, functional.leaky_relu, functional.logsigmoid),
+    *(functional.silu, functional.elu, functional.celu, functional.selu, functional.glu),
+    *(functional.mish, functional.gelu, functional.hardtanh, functional.log_softmax),
+    *(functional.hardswish, torch.log_softmax, torch.selu, torch.celu),
+}
+
+_BINARY: set[Any] = {
+    *(operator.add, operator.sub, operator.mul, operator.matmul, operator.iadd, operator.imul),
+    *(torch.add, torch.sub, torch.mul, torch.matmul, torch.bmm, torch.einsum),
+    *("add", "add_", "sub", "mul", "mul_", "matmul", "bmm"),
+}
+
+_CONCATENATIONS: set[Any] = {torch.cat, torch.concat, torch.concatenate, torch.stack}
+
+# Dropout does nothing to a model that runs, and scales what it trains on.
+_DROPOUTS: set[Any] = {
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, functional.dropout, nn.Identity),
+}
+_PASSING: set[Any] = {
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.Flatten),
+    *(functional.max_pool1d, functional.max_pool2d, functional.max_pool3d),
+    *(functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d),
+    *(functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d),
+    *(functional.adaptive_avg_pool3d, torch.mean, torch.flatten, torch.reshape, torch.squeeze),
+    *(torch.unsqueeze, torch.transpose, torch.permute, operator.getitem),
+    *("mean", "flatten", "reshape", "view", "squeeze", "unsqueeze", "transpose", "permute"),
+    "contiguous",
+}
+
+ConfigOf = Callable[[str, Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A module whose weight is rounded, and the batch normalization that is folded into it."""
+
+    name: str
+    config: ModuleLinearQuantizerConfig
+    norm: str | None
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, leaves: Iterable[str] = ()) -> None:
+        super().__init__()
+        self.leaves = set(leaves)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether a module is one node, and not looked into."""
+        is_named = module_qualified_name in self.leaves
+        return is_named or super().is_leaf_module(m, module_qualified_name)
+
+
+def traced(model: nn.Module, leaves: Iterable[str]) -> fx.GraphModule:
+    """Return a model as a graph, with the same modules."""
+    graph = _Tracer(leaves).trace(model)
+    return fx.GraphModule(model, graph, type(model).__name__)
+
+
+def ranks(model: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[fx.Node, int | None]:
+    """Return the number of dimensions of what each node makes: ``None`` where it is no float.
+
+    Empty if the model can't run on the inputs.
+    """
+    found: dict[fx.Node, int | None] = {}
+
+    class Runner(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            made = super().run_node(n)
+            is_float = isinstance(made, torch.Tensor) and made.is_floating_point()
+            found[n] = made.ndim if is_float else None
+            return made
+
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            Runner(model).run(*inputs)
+    except Exception:  # whatever a user's own model raises
+        found.clear()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return found
+
+
+class Placing:
+    """Finds what is rounded in a graph, and puts layers there that do it.
+
+    Parameters
+    ----------
+    model
+        The graph, which `insert` changes.
+    config_of
+        Returns the config of a module by its name, or of a function under the name "".
+    dimensions
+        What `ranks` returned.
+    """
+
+    def __init__(
+        self,
+        model: fx.GraphModule,
+        config_of: ConfigOf,
+        dimensions: dict[fx.Node, int | None],
+    ) -> None:
+        self.model = model
+        self.config_of = config_of
+        self.dimensions = dimensions
+        self.nodes = list(model.graph.nodes)
+        self.layers: list[Layer] = []
+        # What is rounded after a node: the config that asks for it.
+        self.wanted: dict[fx.Node, ModuleLinearQuantizerConfig] = {}
+        self.ends: dict[fx.Node, fx.Node] = {}  # last node of an op to the first
+        self.inner: set[fx.Node] = set()
+        self.parents: dict[fx.Node, fx.Node] = {}
+        self._calls: dict[str, int] = {}
+        for node in self.nodes:
+            if node.op == "call_module":
+                self._calls[node.target] = self._calls.get(node.target, 0) + 1
+        self._find_ops()
+        self._pass_on()
+
+    def kind(self, node: fx.Node) -> Any:
+        """Return the class of a node's module, its function, or the name of its method."""
+        if node.op == "call_module":
+            return type(self.model.get_submodule(str(node.target)))
+        return node.target if node.op in ("call_function", "call_method") else None
+
+    def _config(self, node: fx.Node) -> Any:
+        if node.op == "call_module":
+            name = str(node.target)
+            return self.config_of(name, self.model.get_submodule(name))
+        return self.config_of("", node.target)
+
+    def _find_ops(self) -> None:
+        """Find the ops, their weights, and the values that they want rounded."""
+        for node in self.nodes:
+            kind = self.kind(node)
+            if node in self.inner or kind is None:
+                continue
+            is_weighted = kind in WEIGHTED
+            is_op = is_weighted or kind in _BINARY or kind in _ACTIVATIONS or kind in _BATCH_NORMS
+            if not is_op and kind not in _CONCATENATIONS:
+                continue
+            config = self._config(node)
+            end, norm = node, None
+            if is_op:
+                end, norm = self._end(node, kind)
+            if config is None:
+                continue
+            self.ends[end] = node
+            if is_weighted and config.quantizes_weights:
+                self.layers.append(Layer(str(node.target), config, norm))
+            if config.quantizes_activations and self._is_float(end):
+                self.wanted.setdefault(end, config)
+                for source in self._sources(node):
+                    if kind is not nn.Embedding:
+                        self.wanted.setdefault(source, config)
+
+    def _end(self, node: fx.Node, kind: Any) -> tuple[fx.Node, str | None]:
+        """Return the last node that counts as part of an op, and a batch normalization in it."""
+        end, norm = node, None
+        following = self._only_user(end)
+        if following is not None and self._folds(node, kind, following):
+            end, norm = following, str(following.target)
+            self.inner.add(following)
+            following = self._only_user(end)
+        goes_on = kind in WEIGHTED or kind in _BINARY or kind in _BATCH_NORMS
+        if goes_on and kind is not nn.Embedding and following is not None:
+            is_first = following.args and following.args[0] is end
+            if self.kind(following) in _ACTIVATIONS and is_first:
+                end = following
+                self.inner.add(following)
+        return end, norm
+
+    def _folds(self, node: fx.Node, kind: Any, following: fx.Node) -> bool:
+        expected = _NORMS.get(kind)
+        if expected is None or self.kind(following) is not expected:
+            return False
+        norm = self.model.get_submodule(str(following.target))
+        calls = (self._calls[str(node.target)], self._calls[str(following.target)])
+        # Of more than two dimensions, a linear layer's channels are not those that are normalized.
+        fits = kind is not nn.Linear or self.dimensions.get(node) == 2
+        return calls == (1, 1) and fits and norm.running_var is not None
+
+    def _only_user(self, node: fx.Node) -> fx.Node | None:
+        return next(iter(node.users)) if len(node.users) == 1 else None
+
+    def _sources(self, node: fx.Node) -> list[fx.Node]:
+        """Return the nodes whose values an op takes, parameters aside."""
+        given = node.args
+        if self.kind(node) in _CONCATENATIONS and given and isinstance(given[0], (list, tuple)):
+            given = tuple(given[0])
+        found = [item for item in given if isinstance(item, fx.Node)]
+        if self.kind(node) in WEIGHTED or self.kind(node) in _ACTIVATIONS:
+            found = found[:1]
+        return [self._origin(item) for item in found if self._is_value(item)]
+
+    def _is_value(self, node: fx.Node) -> bool:
+        return node.op != "get_attr" and self._is_float(node)
+
+    def _is_float(self, node: fx.Node) -> bool:
+        return not self.dimensions or self.dimensions.get(node) is not None
+
+    def _origin(self, node: fx.Node) -> fx.Node:
+        """Return the node behind ops that do nothing to a range."""
+        while self.kind(node) in _PASSING or self.kind(node) in _DROPOUTS:
+            if not node.args or not isinstance(node.args[0], fx.Node):
+                break
+            if not self._is_value(node.args[0]):
+                break
+            node = node.args[0]
+        return node
+
+    def _pass_on(self) -> None:
+        """Find the values that have the rounding of others."""
+        for node in self.nodes:
+            kind = self.kind(node)
+            if kind in _CONCATENATIONS and node in self.wanted:
+                for source in self._sources(node):
+                    if source in self.wanted:
+                        self._join(source, node)
+            elif kind in _PASSING and node.args and isinstance(node.args[0], fx.Node):
+                origin = self._origin(node)
+                if origin in self.wanted and origin is not node and self._is_float(node):
+                    self.wanted[node] = self.wanted[origin]
+                    self._join(origin, node)
+
+    def _root(self, node: fx.Node) -> fx.Node:
+        while self.parents.get(node, node) is not node:
+            node = self.parents[node]
+        return node
+
+    def _join(self, first: fx.Node, second: fx.Node) -> None:
+        self.parents[self._root(second)] = self._root(first)
+
+    def insert(self) -> list[FakeQuantize]:
+        """Put layers after the nodes whose values are rounded, and return them."""
+        groups: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.nodes:
+            if node in self.wanted:
+                groups.setdefault(self._root(node), []).append(node)
+        nonnegative = self._nonnegative()
+        fakes: list[FakeQuantize] = []
+        names: dict[fx.Node, str] = {}
+        for root, members in groups.items():
+            fake = self._fake(members, nonnegative)
+            name = f"activation_post_process_{len(fakes)}"
+            self.model.add_submodule(name, fake)
+            fakes.append(fake)
+            names[root] = name
+        for node in self.nodes:
+            if node in self.wanted:
+                with self.model.graph.inserting_after(self._last_placeholder(node)):
+                    rounded = self.model.graph.call_module(names[self._root(node)], (node,))
+                others = [user for user in node.users if user is not rounded]
+                for user in others:
+                    user.replace_input_with(node, rounded)
+        self.model.graph.lint()
+        self.model.recompile()
+        return fakes
+
+    def _last_placeholder(self, node: fx.Node) -> fx.Node:
+        """Return the node, or the last input of the model if it is one of them."""
+        if node.op != "placeholder":
+            return node
+        last: fx.Node = [other for other in self.nodes if other.op == "placeholder"][-1]
+        return last
+
+    def _fake(self, members: list[fx.Node], nonnegative: set[fx.Node]) -> FakeQuantize:
+        config = self.wanted[members[0]]
+        sources = [
+            node
+            for node in members
+            if self.kind(node) not in _PASSING and self.kind(node) not in _CONCATENATIONS
+        ]
+        ranges = {self._range(node) for node in sources}
+        if len(ranges) == 1 and (found := ranges.pop()) is not None:
+            return FixedQuantize(*found)
+        scheme = config.quantization_scheme
+        if sources and all(node in nonnegative for node in sources):
+            scheme = QuantizationScheme.affine
+        return FakeQuantize(
+            config.activation_observer,
+            bits=8,
+            signed=False,
+            scheme=scheme,
+            is_learnable=config.algorithm == "learnable",
+        )
+
+    def _range(self, node: fx.Node) -> tuple[float, int] | None:
+        return _FIXED.get(self.kind(node)) if node in self.ends else None
+
+    def _nonnegative(self) -> set[fx.Node]:
+        """Return the nodes whose values can't be negative."""
+        found: set[fx.Node] = set()
+        for node in self.nodes:
+            kind = self.kind(node)
+            if kind in _NONNEGATIVE:
+                found.add(node)
+                continue
+            keeps = kind in _PASSING or kind in _DROPOUTS or kind in _CONCATENATIONS
+            keeps |= kind in {operator.add, operator.mul, torch.add, torch.mul, "add", "mul"}
+            sources = self._all_sources(node)
+            if keeps and sources and all(source in found for source in sources):
+                found.add(node)
+        return found
+
+    def _all_sources(self, node: fx.Node) -> list[fx.Node]:
+        if self.kind(node) in _CONCATENATIONS:
+            return self._sources(node)
+        if self.kind(node) in _PASSING or self.kind(node) in _DROPOUTS:
+            return [node.args[0]] if node.args and isinstance(node.args[0], fx.Node) else []
+        # A number beside a value may be negative.
+        is_plain = all(isinstance(item, fx.Node) for item in node.args)
+        return [item for item in node.args if isinstance(item, fx.Node)] if is_plain else []

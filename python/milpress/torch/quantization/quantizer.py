@@ -1,0 +1,514 @@
+"""Quantization while a model is trained."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import types
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
+
+from milpress.errors import ConfigError, LifecycleError, UnsupportedError
+from milpress.formats import Blocks, PerChannel, PerTensor, QuantizeConfig
+from milpress.formats import Quantized as QuantizedWeight
+from milpress.formats._layout import Floats
+from milpress.formats.joint import masked
+from milpress.torch import _metadata
+from milpress.torch._compression import Task, Treated, compress_weights
+from milpress.torch._metadata import Stored
+from milpress.torch._report import Report
+from milpress.torch._substitution import Substitution, plain
+from milpress.torch._weights import Kinds, Weight
+from milpress.torch.base_model_optimizer import BaseTrainingTimeModelOptimizer
+from milpress.torch.optimization_config import OptimizationConfig
+from milpress.torch.pruning.magnitude_pruner import is_pruned, masks_lifted
+from milpress.torch.quantization import _graph
+from milpress.torch.quantization._fake_quantize import FakeQuantize, Quantized
+from milpress.torch.quantization.quantization_config import (
+    LinearQuantizerConfig,
+    ModuleLinearQuantizerConfig,
+    QuantizationScheme,
+)
+
+__all__ = ["LinearQuantizer"]
+
+_logger = logging.getLogger(__name__)
+
+_WEIGHT = "weight"
+
+
+class _Rounded(Substitution):
+    """Lets a layer compute with its rounded weight.
+
+    Where batch normalization follows, it is the weight multiplied by the scale of each channel that
+    is rounded, as it will be exported, and then divided by it again.
+
+    Parameters
+    ----------
+    norm
+        The batch normalization; not a module of this layer, which must not own it.
+    """
+
+    def __init__(self, norm: nn.Module | None, output: int) -> None:
+        super().__init__("", (_WEIGHT,))
+        self.norm = norm
+        self.output = output
+
+    def substitute(self, owner: nn.Module, name: str) -> torch.Tensor:
+        """Return the rounded weight."""
+        weight = getattr(owner, name)
+        fake: Any = owner.weight_fake_quant
+        if self.norm is None:
+            made: torch.Tensor = fake(weight)
+            return made
+        scale = _channel_scale(self.norm, weight.ndim, self.output, owner)
+        # A channel that normalization multiplies by zero has no say in the output.
+        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        folded: torch.Tensor = fake(weight * scale) / scale
+        return folded
+
+
+class _Frozen:
+    """Keeps batch normalization to its running statistics."""
+
+    def before(self, module: nn.Module, _args: Any) -> None:
+        """Let it compute as in evaluation."""
+        module.__dict__["_was_training"] = module.training
+        module.training = False
+
+    def after(self, module: nn.Module, _args: Any, _output: Any) -> None:
+        """Give it its mode back."""
+        module.training = module.__dict__.pop("_was_training", module.training)
+
+
+class LinearQuantizer(BaseTrainingTimeModelOptimizer):
+    """Quantizes weights and activations while a model is trained.
+
+    In training, weights and activations are rounded to integers and back, and their gradients pass
+    through the rounding, so that the model learns to do with what integers can say.
+
+    Parameters
+    ----------
+    model
+        The model; ``torch.fx`` must be able to trace it.
+    config
+        What to do to which module; by default int8 weights with a scale for each output channel,
+        and uint8 activations.
+
+    Examples
+    --------
+    >>> quantizer = LinearQuantizer(torch.nn.Sequential(torch.nn.Linear(4, 4)))
+    >>> model = quantizer.prepare(example_inputs=(torch.zeros(1, 4),))
+    >>> _ = model(torch.randn(8, 4))  # and train it
+    >>> quantizer.step()
+    >>> model = quantizer.finalize()
+    >>> [name for name, _ in model.named_children()]
+    ['0', 'activation_post_process_0', 'activation_post_process_1']
+    """
+
+    _supported_modules: ClassVar[Kinds] = _graph.WEIGHTED
+    _config_class: ClassVar[type[OptimizationConfig]] = LinearQuantizerConfig
+
+    def __init__(self, model: nn.Module, config: OptimizationConfig | None = None) -> None:
+        super().__init__(model, config)
+        self._is_prepared = False
+        self._milestones: list[int] | None = self._config.milestones
+        self._synchronizes = True
+
+    def prepare(  # type: ignore[override]
+        self, example_inputs: tuple[Any, ...], inplace: bool = False
+    ) -> nn.Module:
+        """Insert layers that round; a second call changes nothing.
+
+        Parameters
+        ----------
+        example_inputs
+            What the model's ``forward`` takes. It tells which values are no floats; batches and
+            sizes may differ in training.
+        inplace
+            Whether to use the modules of the model itself.
+
+        Returns
+        -------
+        torch.fx.GraphModule
+            The model as a graph, in training mode. Layers keep their classes and the names of their
+            parameters; those that are quantized have a layer ``weight_fake_quant``.
+
+        Raises
+        ------
+        LifecycleError
+            If the model is prepared for pruning: quantization is to be prepared first.
+        UnsupportedError
+            If ``torch.fx`` can't trace the model.
+        """
+        if self._is_prepared:
+            _logger.warning("the model has been prepared already: nothing is changed")
+            return self._model
+        if is_pruned(self._model):
+            msg = (
+                "quantization must be prepared before pruning, got a model that is prepared for it"
+            )
+            raise LifecycleError(msg)
+        source = self._get_model_for_compression(inplace)
+        self._warn_of_typos()
+        try:
+            model = _graph.traced(source, self._config.non_traceable_module_names)
+        except (fx.proxy.TraceError, TypeError, ValueError) as error:
+            msg = (
+                "torch.fx must be able to trace the model, name the modules that it should not "
+                f"look into in non_traceable_module_names; got: {error}"
+            )
+            raise UnsupportedError(msg) from error
+        placing = _graph.Placing(model, self._config_of, _graph.ranks(model, example_inputs))
+        activations = placing.insert()
+        for layer in placing.layers:
+            self._attach(model, layer)
+        for fake in (*activations, *_weight_layers(model)):
+            fake.follows_once = fake.is_learnable and self._milestones is None
+            if self._milestones is not None:
+                fake.enable_observer(False)
+                fake.enable_fake_quant(False)
+        self._preserve(source, model)
+        self._model = model.train().to(_device(source))
+        self._is_prepared = True
+        return self._model
+
+    def _config_of(self, name: str, module: Any) -> Any:
+        if isinstance(module, nn.Module):
+            return self._config.get_module_config(name, module)
+        return self._config.module_type_configs.get(module, self._config.global_config)
+
+    def _attach(self, model: nn.Module, layer: _graph.Layer) -> None:
+        module = model.get_submodule(layer.name)
+        if hasattr(module, "weight_fake_quant"):
+            return
+        weight = Weight(layer.name, module, _WEIGHT)
+        try:
+            fake = _weight_layer(weight, layer.config)
+        except UnsupportedError as error:
+            _logger.warning("%s: %s. Left as it is.", weight.name, error)
+            return
+        module.add_module("weight_fake_quant", fake)
+        norm = None if layer.norm is None else model.get_submodule(layer.norm)
+        _Rounded(norm, weight.axes[0]).attach(module)
+
+    def _preserve(self, source: nn.Module, model: nn.Module) -> None:
+        """Give a graph what the model had beside parameters."""
+        kept: dict[str, Any] = {}
+        for name in self._config.preserved_attributes:
+            if not hasattr(source, name):
+                msg = f"preserved_attributes must name what the model has, got {name!r}"
+                raise ConfigError(msg)
+            value = getattr(source, name)
+            if isinstance(value, types.MethodType) and value.__self__ is source:
+                value = types.MethodType(value.__func__, model)
+            kept[name] = value
+            object.__setattr__(model, name, value)
+        meta: dict[str, Any] = model.meta  # type: ignore[assignment]
+        meta[_USER_PRESERVED_ATTRIBUTES_KEY] = kept
+
+    def step(self) -> None:
+        """Go one step further, and do what the milestones say."""
+        if not self._is_prepared:
+            _logger.warning("prepare must be called before step: nothing is changed")
+            return
+        if self._milestones is None:
+            return
+        follow, round_, stay, freeze = self._milestones
+        fakes = [m for m in self._model.modules() if isinstance(m, FakeQuantize)]
+        for fake in fakes:
+            if self._step_count == follow:
+                fake.enable_observer(True)
+            if self._step_count == round_:
+                fake.enable_fake_quant(True)
+            if self._step_count == stay:
+                fake.enable_observer(False)
+        if self._step_count == freeze:
+            _freeze(self._model)
+        self._step_count += 1
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        """Go on from a checkpoint; load the state of the prepared model, too.
+
+        Raises
+        ------
+        ConfigError
+            If it is nothing that `state_dict` returned.
+        """
+        super().load_state_dict(state_dict)
+        freeze = -1 if self._milestones is None else self._milestones[3]
+        if self._is_prepared and 0 <= freeze < self._step_count:
+            _freeze(self._model)
+
+    def finalize(self, model: nn.Module | None = None, inplace: bool = False) -> nn.Module:
+        """Round the weights for good, and put ops that round where layers did.
+
+        Parameters
+        ----------
+        model
+            The trained model; ``None`` for the one that `prepare` returned. What ``torch.compile``
+            or ``DistributedDataParallel`` made of it is taken, too.
+        inplace
+            Whether to change that model itself.
+
+        Returns
+        -------
+        torch.fx.GraphModule
+            The model, or a copy of it, in evaluation mode. Batch normalization that follows a
+            quantized layer is folded into it. What never ran is left as it is, with a warning.
+        """
+        if not self._is_prepared:
+            _logger.warning("prepare must be called before finalize: nothing is changed")
+            return self._model
+        model = plain(self._model if model is None else model)
+        finalized: Any = model if inplace else copy.deepcopy(model)
+        finalized.eval()
+        weights = []
+        norms: dict[str, nn.Module] = {}
+        named = {id(module): name for name, module in finalized.named_modules()}
+        for name, module in finalized.named_modules():
+            _thaw(module)
+            hook = _hook_of(module)
+            if hook is not None:
+                hook.detach(module)
+                weights.append(Weight(name, module, _WEIGHT))
+                if hook.norm is not None:
+                    norms[named[id(hook.norm)]] = module
+        with masks_lifted(finalized):
+            for name, layer in norms.items():
+                _fold(layer, finalized.get_submodule(name))
+            tasks = [Task(weight, weight.module.weight_fake_quant) for weight in weights]
+            compress_weights(finalized, tasks, _quantized)
+        for weight in weights:
+            del weight.module.weight_fake_quant
+        _replace(finalized, set(norms))
+        _metadata.register_version(finalized)
+        return finalized  # type: ignore[no-any-return]
+
+    def enable_observer_sync(self) -> None:
+        """Let the ranges of all processes of a group be one; they are, unless this is disabled."""
+        self._synchronize(True)
+
+    def disable_observer_sync(self) -> None:
+        """Let each process have its own ranges, such as for training on one of them alone."""
+        self._synchronize(False)
+
+    def _synchronize(self, enabled: bool) -> None:
+        for module in self._model.modules():
+            if isinstance(module, FakeQuantize):
+                module.activation_post_process.synchronize = enabled
+
+    def report(self) -> Report:
+        """Return a row for each weight and each place where activations are rounded.
+
+        The columns are ``type``, ``device``, ``algorithm``, ``qscheme``, ``per_channel``,
+        ``dtype``, ``qmin``, ``qmax``, and for weights ``error`` (root mean square) and ``#params``, which are
+        NaN and -1 for activations.
+        """
+        rows: dict[str, dict[str, Any]] = {}
+        for name, module in self._model.named_modules():
+            fake = getattr(module, "weight_fake_quant", None)
+            if isinstance(fake, FakeQuantize):
+                rows[name] = {"type": "weight", **_columns(fake), **_error(module, fake)}
+            elif isinstance(module, FakeQuantize) and not name.endswith("weight_fake_quant"):
+                rows[name] = {
+                    "type": "activation",
+                    **_columns(module),
+                    "error": math.nan,
+                    "#params": -1,
+                }
+        return Report(rows)
+
+
+def _columns(fake: FakeQuantize) -> dict[str, Any]:
+    return {
+        "device": str(fake.scale.device),
+        "algorithm": "learnable" if fake.is_learnable else "vanilla",
+        "qscheme": fake.scheme.value,
+        "per_channel": fake.scale.ndim > 1,
+        "dtype": str(fake.dtype),
+        "qmin": fake.quant_min,
+        "qmax": fake.quant_max,
+    }
+
+
+@torch.no_grad()
+def _error(module: nn.Module, fake: FakeQuantize) -> dict[str, Any]:
+    weight: torch.Tensor = getattr(module, _WEIGHT).detach()
+    hook = _hook_of(module)
+    scale = torch.ones(())
+    if hook is not None and hook.norm is not None:
+        scale = _channel_scale(hook.norm, weight.ndim, hook.output, module)
+    error = 0.0
+    if fake.is_begun:
+        folded = weight * scale
+        error = float((fake._rounded(folded) - folded).square().mean().sqrt())
+    return {"error": error, "#params": weight.numel()}
+
+
+def _weight_layer(weight: Weight, config: ModuleLinearQuantizerConfig) -> FakeQuantize:
+    sizes = list(weight.shape)
+    output, inputs = weight.axes
+    shape: tuple[int, ...] = ()
+    block_shape = None
+    if config.weight_per_channel:
+        scales = [1] * len(sizes)
+        scales[output] = sizes[output]
+        if config.block_size is not None:
+            if sizes[inputs] % config.block_size:
+                msg = f"block_size must divide the {sizes[inputs]} input channels, got "
+                raise UnsupportedError(msg + str(config.block_size))
+            scales[inputs] = sizes[inputs] // config.block_size
+            block_shape = tuple(size // n for size, n in zip(sizes, scales, strict=True))
+        shape = tuple(scales)
+    return FakeQuantize(
+        config.weight_observer,
+        bits=config.weight_n_bits or 8,
+        signed=config.weight_dtype == torch.qint8,
+        scheme=config.quantization_scheme,
+        shape=shape,
+        block_shape=block_shape,
+        is_learnable=config.algorithm == "learnable",
+    )
+
+
+def _weight_layers(model: nn.Module) -> list[FakeQuantize]:
+    found = (getattr(module, "weight_fake_quant", None) for module in model.modules())
+    return [fake for fake in found if isinstance(fake, FakeQuantize)]
+
+
+def _device(model: nn.Module) -> torch.device:
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def _hook_of(module: nn.Module) -> _Rounded | None:
+    found = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+    return next((hook for hook in found if isinstance(hook, _Rounded)), None)
+
+
+def _freeze(model: nn.Module) -> None:
+    """Keep the batch normalizations that are folded to their running statistics."""
+    for module in plain(model).modules():
+        hook = _hook_of(module)
+        norm = None if hook is None else hook.norm
+        if norm is not None and not norm.__dict__.get("freeze_bn", False):
+            frozen = _Frozen()
+            norm.register_forward_pre_hook(frozen.before)
+            norm.register_forward_hook(frozen.after, always_call=True)
+            norm.__dict__["freeze_bn"] = True
+
+
+def _thaw(module: nn.Module) -> None:
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key in [
+            k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Frozen)
+        ]:
+            del hooks[key]
+            module._forward_hooks_always_called.pop(key, None)
+    module.__dict__.pop("freeze_bn", None)
+
+
+def _channel_scale(norm: Any, rank: int, output: int, owner: Any) -> torch.Tensor:
+    """Return what batch normalization multiplies each output channel by, in a weight's shape."""
+    scale = (norm.running_var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    groups = int(getattr(owner, "groups", 1))
+    if output == 1 and groups > 1:
+        # Input channels of a group have the output channels of that group.
+        n_inputs = owner.in_channels // groups
+        parted: torch.Tensor = scale.reshape(groups, -1).repeat_interleave(n_inputs, dim=0)
+        return parted.reshape(*parted.shape, *[1] * (rank - 2))
+    shape = [1] * rank
+    shape[output] = -1
+    spread: torch.Tensor = scale.reshape(shape)
+    return spread
+
+
+@torch.no_grad()
+def _fold(layer: Any, norm: Any) -> None:
+    """Fold batch normalization into the layer before it."""
+    weight = Weight("", layer, _WEIGHT)
+    parameter = layer._parameters[_WEIGHT]
+    parameter.copy_(parameter * _channel_scale(norm, parameter.ndim, weight.axes[0], layer))
+    scale = (norm.running_var + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight
+    bias = torch.zeros_like(norm.running_mean) if layer.bias is None else layer.bias
+    bias = (bias - norm.running_mean) * scale
+    bias = bias if norm.bias is None else bias + norm.bias
+    if layer.bias is None:
+        layer.register_parameter("bias", nn.Parameter(bias))
+    else:
+        layer.bias.copy_(bias)
+
+
+def _replace(model: fx.GraphModule, norms: set[str]) -> None:
+    """Put ops that round in the place of layers that did, and take folded modules out."""
+    for node in list(model.graph.nodes):
+        if node.op != "call_module":
+            continue
+        name = str(node.target)
+        module = model.get_submodule(name) if name not in norms else None
+        is_unused = isinstance(module, FakeQuantize) and not module.is_begun
+        if module is None or is_unused:
+            if is_unused:
+                _logger.warning("%s: nothing passed it. Left out.", name)
+            node.replace_all_uses_with(node.args[0])
+            model.graph.erase_node(node)
+        elif isinstance(module, FakeQuantize):
+            holder, _, own_name = name.rpartition(".")
+            setattr(model.get_submodule(holder), own_name, Quantized(module))
+    model.delete_all_unused_submodules()
+    model.graph.lint()
+    model.recompile()
+
+
+def _quantized(weight: Weight, array: Floats, fake: FakeQuantize) -> Treated:
+    """Return the integers of a weight."""
+    tensor = weight.tensor
+    assert tensor is not None  # noqa: S101 - compress_weights has looked
+    if not fake.is_begun:
+        fake.activation_post_process(fake.blocked(tensor.detach()))
+        fake.take_range()
+    scale, offset = fake.integers()
+    shape = (1,) * array.ndim if scale.ndim == 1 else tuple(scale.shape)
+    scales = scale.reshape(shape).cpu().numpy().astype(array.dtype)
+    offsets = offset.reshape(shape).cpu().numpy()
+    steps = _steps(array, scales, offsets)
+    kind: Any = np.int8 if fake.signed else np.uint8
+    value = QuantizedWeight(
+        codes=steps.clip(fake.quant_min, fake.quant_max).astype(kind),
+        scale=scales,
+        offset=None if fake.signed and not offsets.any() else offsets.astype(kind),
+        bits=fake.bits,
+    )
+    mask = weight.module._buffers.get(f"{_WEIGHT}_mask")
+    treatment = QuantizeConfig(
+        dtype=f"{'' if fake.signed else 'u'}int{fake.bits}",  # type: ignore[arg-type]
+        granularity=_granularity(fake),
+        offset=fake.scheme is QuantizationScheme.affine,
+    )
+    if mask is None:
+        return Treated(Stored(value), treatment)
+    kept = mask.expand(tensor.shape).cpu().numpy() != 0
+    return Treated(Stored(masked(value, kept)), treatment)
+
+
+def _granularity(fake: FakeQuantize) -> Any:
+    if fake.block_shape is not None:
+        return Blocks(fake.block_shape)
+    return PerChannel() if fake.scale.ndim > 1 else PerTensor()
+
+
+def _steps(array: Floats, scales: Floats, offsets: Any) -> Any:
+    for axis, (size, n) in enumerate(zip(array.shape, scales.shape, strict=True)):
+        if 1 < n < size:
+            scales = np.repeat(scales, size // n, axis=axis)
+            offsets = np.repeat(offsets, size // n, axis=axis)
+    return np.rint(array.astype(np.float32) / scales.astype(np.float32)) + offsets

@@ -1,0 +1,93 @@
+"""The search: never better than the exact knapsack, and equal to it where theory says so."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from milpress.errors import UnsupportedError
+from milpress.planner.search import Option, Point, curve, hull, knee, solve
+
+# Errors are multiples of 1/64 so that sums are exact and ties are ties.
+options = st.builds(
+    lambda n_bytes, error: Option("", n_bytes, error / 64), st.integers(1, 60), st.integers(0, 640)
+)
+items = st.lists(st.lists(options, min_size=1, max_size=6), min_size=1, max_size=6)
+
+
+def knapsack(problem, budget):
+    """Return the least error within the budget, by dynamic program over every number of bytes."""
+    least = {0: 0.0}
+    for choices in problem:
+        after: dict[int, float] = {}
+        for (used, error), option in itertools.product(least.items(), choices):
+            n = used + option.n_bytes
+            if n <= budget:
+                after[n] = min(after.get(n, math.inf), error + option.error)
+        least = after
+    return min(least.values(), default=None)
+
+
+@given(problem=items)
+def test_each_point_of_the_curve_is_the_optimum_at_its_size(problem):
+    points = curve(problem)
+    for point in points:
+        assert knapsack(problem, point.n_bytes) == point.error
+    assert points == sorted(points, key=lambda one: (one.n_bytes, -one.error))
+
+
+@given(problem=items, budget=st.integers(1, 400))
+def test_a_solution_fits_and_lies_between_the_optimum_and_the_curve(problem, budget):
+    least = sum(min(option.n_bytes for option in choices) for choices in problem)
+    if budget < least:
+        with pytest.raises(UnsupportedError, match=f"at least {least} bytes, got {budget}"):
+            solve(problem, budget)
+        return
+    found = solve(problem, budget)
+    picked = [choices[i] for choices, i in zip(problem, found.chosen, strict=True)]
+    assert found.n_bytes == sum(option.n_bytes for option in picked) <= budget
+    assert found.error == sum(option.error for option in picked)
+    below = [point for point in curve(problem) if point.n_bytes <= budget]
+    on_curve = below[-1].error if below else math.inf
+    assert knapsack(problem, budget) <= found.error <= on_curve
+
+
+@given(problem=items, budget=st.integers(100, 400))
+def test_no_single_change_improves_a_solution(problem, budget):
+    found = solve(problem, budget) if budget >= 360 else None
+    if found is None:
+        return
+    for i, choices in enumerate(problem):
+        now = choices[found.chosen[i]]
+        for option in choices:
+            if option.error < now.error:
+                assert found.n_bytes - now.n_bytes + option.n_bytes > budget
+
+
+def test_a_pair_of_changes_fills_the_budget():
+    # By gain per byte the first item takes all the room; the optimum gives it to the second.
+    problem = [
+        [Option("small", 1, 10.0), Option("large", 7, 3.0)],
+        [Option("small", 1, 10.0), Option("large", 10, 1.0)],
+    ]
+    assert solve(problem, 11).chosen == (0, 1)
+
+
+def test_the_hull_leaves_out_what_costs_more_and_spoils_more():
+    given_options = [
+        Option("a", 10, 1.0),
+        Option("worse and larger", 12, 1.5),
+        Option("b", 20, 0.5),
+        Option("above the line", 15, 0.9),
+        Option("same size, worse", 10, 2.0),
+    ]
+    assert hull(given_options) == [0, 2]
+
+
+def test_the_knee_is_the_farthest_point_below_the_line():
+    assert knee([Point(0, 8.0), Point(1, 2.0), Point(2, 1.0), Point(8, 0.0)]) == 1
+    assert knee([Point(3, 1.0)]) == 0
