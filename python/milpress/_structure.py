@@ -119,6 +119,8 @@ def _scalar(data: Any, kind: Any, place: str) -> Any:
     if type(data) is not kind:
         names = {int: "an integer", str: "text", bool: "true or false"}
         raise _wrong(place, names[kind], data)
+    if kind is int and abs(data) >= 1 << 63:
+        raise _wrong(place, "an integer of 64 bits", data)
     return data
 
 

@@ -146,6 +146,25 @@ def test_packages_with_one_name_in_two_folders_stay_apart(tmp_path):
     assert [each.path for each in made.packages if not each.is_original] == ["a/m.mlpackage"]
 
 
+def test_accuracies_of_other_samples_do_not_stand_beside_each_other(tmp_path):
+    sources = write(
+        tmp_path,
+        a=evaluation("one"),
+        b=evaluation("two"),
+        c=evaluation("three", n_samples=9),
+        d=evaluation("four", is_random=True),
+        e=bench(),
+    )
+    made = page.collect(sources)
+    kept = {each.name for each in made.packages if each.metrics and not each.is_original}
+    assert kept == {"one", "two"}
+    (text,) = [b.text for b in words.banners(made) if b.name == "Accuracy left out"]
+    assert text == "That of three, four, small, broken is of other samples than the rest."
+    assert not any(b.name == "Random inputs" for b in words.banners(made))
+    alone = page.collect(sources[4:])
+    assert any(b.name == "Random inputs" for b in words.banners(alone))
+
+
 @pytest.mark.parametrize(
     ("treatment", "family"),
     [
@@ -362,6 +381,7 @@ def test_published_tables_are_well_formed_and_name_their_source():
         ({"schema": "milpress-bench/2"}, "schema must be 'milpress-bench/1'"),
         (compression(weights=[{}]), "weights[0] must be an object with name"),
         (compression(package_bytes_after="3"), "package_bytes_after must be an integer"),
+        (compression(package_bytes_after=10**400), "must be an integer of 64 bits"),
         (evaluation(outputs=[{"name": "y", "snr_db": "much"}]), "must be a finite number"),
         (published(rows=[["net"]]), "must have 2 cells"),
         (published(extra=1), "got also extra"),

@@ -344,6 +344,21 @@ def test_a_page_of_little_is_whole_too(contents, tab, tmp_path):
     assert len(texts(tab, "footer tbody tr")) == 1
 
 
+@pytest.mark.parametrize(
+    "sizes", [(2**60, 2**60 + 512), (0, 0), (1, 2**62), (7, 7)], ids=lambda sizes: str(sizes)
+)
+def test_odd_sizes_are_drawn_too(sizes, tab, tmp_path):
+    made = {
+        f"made_{i}": compression(f"m{i}", package_bytes_after=size, package_bytes_before=2**62)
+        for i, size in enumerate(sizes)
+    }
+    found = {f"found_{i}": evaluation(f"m{i}") for i in range(len(sizes))}
+    page.write(write(tmp_path, **made, **found), tmp_path / "r.html")
+    tab.open(tmp_path / "r.html")
+    assert tab.complaints == []
+    assert tab.evaluate("document.querySelectorAll('#size-chart .dot').length") == 3
+
+
 def test_many_weights_are_shown_on_demand_and_on_paper(tab, tmp_path):
     one = compression()["weights"][0]
     many = compression(weights=[{**one, "name": f"w{i}"} for i in range(100)])

@@ -160,6 +160,7 @@ class Package:
     original_bytes: int | None = None
     compression: Compression | None = None
     evaluation: Evaluated | None = None
+    is_comparable: bool = True
     runs: list[tuple[Result, Entry]] = field(default_factory=list)
 
     @property
@@ -174,6 +175,8 @@ class Package:
         """How close its outputs are to the original's."""
         if self.is_original:
             return {"snr_db": math.inf, "top1": 1.0, "cosine": 1.0, "kl": 0.0, "max_error": 0.0}
+        if not self.is_comparable:
+            return {}
         if self.evaluation is not None:
             return self.evaluation.metrics
         for _, entry in self.runs:
@@ -191,16 +194,20 @@ class Package:
             return "the original itself"
         if self.evaluation is not None:
             samples = "random samples" if self.evaluation.is_random else "samples"
-            return f"interpreter, {self.evaluation.n_samples} {samples}"
+            return (
+                f"interpreter, {self.evaluation.precision}, {self.evaluation.n_samples} {samples}"
+            )
         for _, entry in self.runs:
             if entry.accuracy is not None:
                 samples = "random samples" if entry.accuracy.is_random else "samples"
-                return f"interpreter, {entry.accuracy.n_samples} {samples}"
+                return f"{entry.accuracy.engine}, {entry.accuracy.n_samples} {samples}"
         return ""
 
     @property
     def is_random(self) -> bool:
         """Whether the metrics are of random inputs."""
+        if self.is_original or not self.is_comparable:
+            return False
         if self.evaluation is not None:
             return self.evaluation.is_random
         return any(e.accuracy is not None and e.accuracy.is_random for _, e in self.runs)
@@ -278,10 +285,23 @@ def collect(paths: Iterable[str | os.PathLike[str]], *, title: str | None = None
         elif isinstance(content, Result):
             packages.add_result(content)
     found = packages.all()
+    _leave_out_other_accuracies(found)
     if title is None:
         names = [package.name for package in found if package.is_original]
         title = names[0] if names else (found[0].name if found else "Published tables")
     return Page(title=printable(title), sources=sources, packages=tuple(found))
+
+
+def _leave_out_other_accuracies(packages: list[Package]) -> None:
+    """Keep accuracies of one set of samples: that of most evaluations, or else of most runs."""
+    made = [each for each in packages if not each.is_original and each.metrics]
+    sources = [each.metrics_source for each in made]
+    if len(set(sources)) < 2:
+        return
+    evaluated = [each.metrics_source for each in made if each.evaluation is not None]
+    kept = max(evaluated or sources, key=(evaluated or sources).count)
+    for each in made:
+        each.is_comparable = each.metrics_source == kept
 
 
 def _source(path: Path) -> Source:

@@ -53,7 +53,9 @@
     const rough = (high - low) / wanted, power = 10 ** Math.floor(Math.log10(rough));
     const step = [1, 2, 2.5, 5, 10].find((m) => m * power >= rough) * power;
     const found = [];
-    for (let t = Math.ceil(low / step) * step; t <= high + step * 1e-9; t += step) found.push(Math.abs(t) < step * 1e-9 ? 0 : t);
+    const first = Math.ceil(low / step);
+    // Counted, as adding a step to a large number may not change it.
+    for (let i = 0; i < 40 && (first + i) * step <= high + step * 1e-9; i++) found.push((first + i) * step);
     return { found, step };
   };
   const tickText = (value, step) => value.toFixed((String(+step.toPrecision(6)).split(".")[1] || "").length);

@@ -83,6 +83,13 @@ def banners(page: Page) -> Iterator[Banner]:
             name="Random inputs",
             text="Accuracy was computed on random inputs, which say little of real ones.",
         )
+    others = [package.name for package in page.packages if not package.is_comparable]
+    if others:
+        yield Banner(
+            kind="caution",
+            name="Accuracy left out",
+            text=f"That of {', '.join(others)} is of other samples than the rest.",
+        )
     if page.contents(Evaluated) and not page.results:
         yield Banner(
             kind="info",
