@@ -58,10 +58,7 @@ class Moments:
 
     def _add(self, rows: torch.Tensor) -> None:
         """Add products of ``rows``, of the shape ``(n_groups, n_positions, n_columns)``."""
-        n = self._n_columns
-        stripe = max(_STRIPE, -(-n // _N_STRIPES))
-        for begin in range(0, n, stripe):
-            end = min(begin + stripe, n)
+        for begin, end in self._stripes():
             part = self._sums[:, :end, begin:end]
             part.baddbmm_(rows[:, :, :end].transpose(1, 2), rows[:, :, begin:end])
 
@@ -96,7 +93,15 @@ class Moments:
 
     def sums(self) -> NDArray[np.float32]:
         """Return the sums, of the shape ``(n_groups, n_columns, n_columns)``."""
-        upper = torch.triu(self._sums)
-        whole = upper + torch.triu(upper, 1).transpose(1, 2)
-        found: NDArray[np.float32] = whole.cpu().numpy()
+        for begin, end in self._stripes():
+            across = self._sums[:, begin:end, end:]
+            self._sums[:, end:, begin:end] = across.transpose(1, 2)
+        found: NDArray[np.float32] = self._sums.cpu().numpy()
         return found
+
+    def _stripes(self) -> Iterator[tuple[int, int]]:
+        """Yield where stripes of columns begin and end; products below the last row are those across."""
+        n = self._n_columns
+        stripe = max(_STRIPE, -(-n // _N_STRIPES))
+        for begin in range(0, n, stripe):
+            yield begin, min(begin + stripe, n)
