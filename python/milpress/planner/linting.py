@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from milpress import _yaml
-from milpress.errors import ConfigError
+from milpress.errors import ConfigError, printable
 from milpress.mil.package import Package
 from milpress.mil.weights import sites, weights
 from milpress.planner import traits as _traits
 from milpress.planner.traits import Traits, is_stateful, traits_of
-from milpress.report import printable
 
 Unit: TypeAlias = Literal["ane", "gpu", "cpu"]
 Effect: TypeAlias = Literal["crash", "wrong", "leaves", "unavailable", "slow", "no_gain"]
