@@ -37,6 +37,7 @@ TORCH_CONFIGS = (
     "PostTrainingQuantizerConfig",
     "MagnitudePrunerConfig",
     "DKMPalettizerConfig",
+    "LinearQuantizerConfig",
 )
 TORCH_OPTIMIZERS = (
     "PostTrainingPalettizer",
@@ -44,6 +45,7 @@ TORCH_OPTIMIZERS = (
     "PostTrainingQuantizer",
     "MagnitudePruner",
     "DKMPalettizer",
+    "LinearQuantizer",
 )
 
 
