@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-
 _N_UNTRIMMED = 8  # runs between two calls of `_trim`
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -73,7 +72,6 @@ class Runs:
         finally:
             for run in self._runs:
                 run.cancel()
-
 
     def _resume(self, runs: Sequence[_Run]) -> None:
         for number, run in enumerate(runs, start=1):
