@@ -257,7 +257,7 @@ def matches(package, model: nn.Module, x: torch.Tensor) -> float:
     """Return how near a package is to a model, in decibels."""
     program = load(package)
     (key,) = program.inputs
-    (output,) = program.run({key: x.numpy()}).values()
+    (output,) = program.run({key.name: x.numpy()}).outputs.values()
     return decibels(model(x).detach().numpy(), np.asarray(output))
 
 

@@ -90,7 +90,7 @@ class Training:
             x = torch.randn(4 + step % 3, *SHAPE, generator=generator)
             y = torch.randint(10, (len(x),), generator=generator)
             self.adam.zero_grad()
-            nn.functional.cross_entropy((call or self.model)(x), y).backward()
+            nn.functional.cross_entropy((self.model if call is None else call)(x), y).backward()
             self.adam.step()
             for optimizer in self.optimizers:
                 optimizer.step()

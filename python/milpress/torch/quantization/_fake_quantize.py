@@ -162,7 +162,9 @@ class FakeQuantize(nn.Module):
             self._follow(values.detach())
         if not self._rounds or not self._begun:
             # DistributedDataParallel waits for the gradient of each parameter.
-            return values + 0 * self.scale.sum() if self.is_learnable else values
+            if not self.is_learnable:
+                return values
+            return values + 0 * (self.scale.sum() + self.zero_point.sum())
         return self._rounded(values)
 
     def _rounded(self, values: torch.Tensor) -> torch.Tensor:

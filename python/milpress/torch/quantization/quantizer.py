@@ -307,8 +307,8 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
         """Return a row for each weight and each place where activations are rounded.
 
         The columns are ``type``, ``device``, ``algorithm``, ``qscheme``, ``per_channel``,
-        ``dtype``, ``qmin``, ``qmax``, and for weights ``error`` (root mean square) and ``#params``, which are
-        NaN and -1 for activations.
+        ``dtype``, ``qmin``, ``qmax``, and for weights ``error`` (root mean square) and ``#params``,
+        which are NaN and -1 for activations.
         """
         rows: dict[str, dict[str, Any]] = {}
         for name, module in self._model.named_modules():
