@@ -229,8 +229,16 @@ OPS = {
 }
 
 
-@pytest.mark.parametrize("frontend", ["trace", "export"])
-@pytest.mark.parametrize("name", MAKERS)
+BOTH = [(name, frontend) for name in MAKERS for frontend in ("export", "trace")]
+
+
+@pytest.mark.parametrize(
+    ("name", "frontend"),
+    [
+        pytest.param(*case, marks=() if i % 2 == i // 2 % 2 else pytest.mark.large)
+        for i, case in enumerate(BOTH)
+    ],
+)
 def test_coremltools_converts_what_is_finalized_and_it_computes_the_same(name, frontend, tmp_path):
     training = begun(MAKERS[name])
     training.go(range(9))
@@ -285,7 +293,7 @@ WAYS = {
 @pytest.mark.parametrize(
     ("layer", "way", "frontend"),
     [
-        pytest.param(layer, way, frontend, marks=() if i % 4 == 0 else pytest.mark.large)
+        pytest.param(layer, way, frontend, marks=() if i % 9 == 0 else pytest.mark.large)
         for i, (layer, way, frontend) in enumerate(
             itertools.product(LAYERS, WAYS, ("export", "trace"))
         )
@@ -315,7 +323,15 @@ def test_every_layer_goes_through_our_converter_too(layer, way, frontend, tmp_pa
     assert matches(path, model, x) > 60
 
 
-@pytest.mark.parametrize("name", ["pruner", "palettizer", "learner", "quantizer and pruner"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("pruner", marks=pytest.mark.large),
+        pytest.param("palettizer", marks=pytest.mark.large),
+        "learner",
+        pytest.param("quantizer and pruner", marks=pytest.mark.large),
+    ],
+)
 def test_two_processes_end_with_the_same_model(name, tmp_path):
     multiprocessing.spawn(train_in_two, (name, str(tmp_path)), nprocs=2)
     states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]

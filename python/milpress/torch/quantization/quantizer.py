@@ -511,4 +511,4 @@ def _steps(array: Floats, scales: Floats, offsets: Any) -> Any:
         if 1 < n < size:
             scales = np.repeat(scales, size // n, axis=axis)
             offsets = np.repeat(offsets, size // n, axis=axis)
-    return np.rint(array.astype(np.float32) / scales.astype(np.float32)) + offsets
+    return np.rint(array.astype(np.float32) * (1 / scales.astype(np.float32))) + offsets
