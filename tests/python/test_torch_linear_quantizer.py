@@ -298,6 +298,17 @@ def test_a_layer_that_is_used_twice_before_its_gradient_is_taken_has_the_right_o
     (model(torch.randn(3, 4)) + model(torch.randn(3, 4))).sum().backward()
 
 
+def test_tied_weights_are_rounded_alike():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    net[2].weight = net[0].weight
+    model, quantizer = prepared(net, torch.randn(2, 8), algorithm="learnable")
+    model(torch.randn(4, 8)).sum().backward()
+    finalized = quantizer.finalize()
+    assert finalized.get_submodule("0").weight is finalized.get_submodule("2").weight
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(finalized(x), model.eval()(x))
+
+
 def test_what_torch_cannot_trace_is_an_error_that_says_what_to_do():
     class Branches(nn.Module):
         def __init__(self) -> None:

@@ -188,6 +188,17 @@ def test_every_kind_of_module_is_pruned_attention_with_its_output_projection():
         assert int((weight.tensor == 0).sum()) == math.floor(weight.size * 0.75), weight.name
 
 
+def test_tied_weights_stay_tied():
+    net = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    net[2].weight = net[0].weight
+    model, pruner = prepared(net)
+    pruner.step()
+    model(torch.randn(2, 8)).sum().backward()
+    finalized = pruner.finalize()
+    assert finalized[0].weight is finalized[2].weight
+    assert int((finalized[0].weight == 0).sum()) == 32
+
+
 def test_a_parameter_can_be_named():
     model, pruner = prepared(nn.Linear(8, 8), param_name="bias")
     pruner.step()

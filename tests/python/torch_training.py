@@ -142,8 +142,7 @@ def train_in_two(rank: int, name: str, folder: str) -> None:
         adam.step()
         for optimizer in training.optimizers:
             optimizer.step()
-    model: Any = wrapped
-    for optimizer in training.optimizers:
-        model = optimizer.finalize(model)
-    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+    states = {"prepared": training.model.state_dict()}
+    states["finalized"] = finalized(training, wrapped).state_dict()
+    torch.save(states, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()

@@ -417,7 +417,7 @@ class MagnitudePruner(BaseTrainingTimeModelOptimizer):
 
 def is_fake_quantized(model: nn.Module) -> bool:
     """Whether a model is prepared for palettization or quantization."""
-    return any(hasattr(module, "weight_fake_quant") for module in plain(model).modules())
+    return any(name.endswith("_fake_quant") for name, _ in plain(model).named_modules())
 
 
 def is_pruned(model: nn.Module) -> bool:

@@ -166,8 +166,9 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
             raise UnsupportedError(msg) from error
         placing = _graph.Placing(model, self._config_of, _graph.ranks(model, example_inputs))
         activations = placing.insert()
+        shared: dict[int, FakeQuantize] = {}
         for layer in placing.layers:
-            self._attach(model, layer)
+            self._attach(model, layer, shared)
         for fake in (*activations, *_weight_layers(model)):
             fake.follows_once = fake.is_learnable and self._milestones is None
             if self._milestones is not None:
@@ -183,17 +184,21 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
             return self._config.get_module_config(name, module)
         return self._config.module_type_configs.get(module, self._config.global_config)
 
-    def _attach(self, model: nn.Module, layer: _graph.Layer) -> None:
+    def _attach(
+        self, model: nn.Module, layer: _graph.Layer, shared: dict[int, FakeQuantize]
+    ) -> None:
+        """Let a layer compute with a rounded weight; layers that share a weight share how."""
         module = model.get_submodule(layer.name)
         if hasattr(module, "weight_fake_quant"):
             return
         weight = Weight(layer.name, module, _WEIGHT)
         try:
-            fake = _weight_layer(weight, layer.config)
+            fake = shared.get(id(weight.tensor)) or _weight_layer(weight, layer.config)
         except UnsupportedError as error:
             _logger.warning("%s: %s. Left as it is.", weight.name, error)
             return
         module.add_module("weight_fake_quant", fake)
+        shared[id(weight.tensor)] = fake
         norm = None if layer.norm is None else model.get_submodule(layer.norm)
         _Rounded(norm, weight.axes[0]).attach(module)
 
