@@ -560,7 +560,8 @@ class _Job:
                     if f"{weight.prefix}{use.node.name}" in done.corrections
                 )
                 steps = [treatment_dict(treatment) for treatment in plan.treatments]
-                for step, is_fed_back in zip(steps, done.fed_back, strict=True):
+                # Where nothing is computed but sizes, nothing is said of feedback.
+                for step, is_fed_back in zip(steps, done.fed_back, strict=False):
                     if is_fed_back:
                         next(iter(step.values()))["feedback"] = True
                 self._records.add(name, weight.name, steps)
