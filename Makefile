@@ -6,10 +6,14 @@ SOURCES := $(shell find csrc metal cmake python -name '*.cpp' -o -name '*.h' -o 
 	-o -name '*.metal' -o -name '*.cmake') \
 	CMakeLists.txt pyproject.toml
 
-.PHONY: demo test bench bench-device clean
+.PHONY: demo examples test bench bench-device clean
 
 demo: $(VENV)/models.stamp
 	$(VENV)/bin/python examples/demo.py
+
+# Fine-tuning: three scripts, each under two minutes.
+examples: $(VENV)/test.stamp
+	for name in prune palettize quantize; do $(VENV)/bin/python examples/$${name}_digits.py || exit 1; done
 
 test: $(VENV)/test.stamp
 	$(VENV)/bin/python -m pytest -m "not large"

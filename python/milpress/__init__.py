@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from milpress.planner.planning import Plan, plan
     from milpress.recipe import Recipe
     from milpress.report import Inspection, Report
+    from milpress.rescaling import rescale
     from milpress.running import run
     from milpress.samples import RandomSamples
     from milpress.verification import Verification, verify
@@ -50,6 +51,7 @@ __all__ = [
     "page",
     "plan",
     "planner",
+    "rescale",
     "run",
     "torch",
     "verify",
@@ -77,6 +79,7 @@ _HOMES = {
     "inspect": "milpress.inspection",
     "lint": "milpress.planner",
     "plan": "milpress.planner",
+    "rescale": "milpress.rescaling",
     "run": "milpress.running",
     "verify": "milpress.verification",
 }

@@ -1,4 +1,4 @@
-"""`milpress plan` and `milpress lint`, and what `milpress compress` takes from them."""
+"""`milpress plan`, `lint` and `rescale`, and what `milpress compress` takes from them."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands to a command line."""
     app.command(name="plan")(plan)
     app.command(name="lint")(lint)
+    app.command(name="rescale")(rescale)
 
 
 def plan(
@@ -161,6 +162,33 @@ def lint(
         raise typer.Exit(1)
 
 
+def rescale(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="The .mlpackage to read.")],
+    destination: Annotated[Path, typer.Argument(metavar="OUT", help="The .mlpackage to write.")],
+    name: Annotated[
+        str | None, typer.Option(help="Only these weights: a name, glob: or re:.")
+    ] = None,
+    largest: Annotated[
+        int, typer.Option(help="The most a channel may become larger by, a power of two.")
+    ] = 64,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing package.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Move powers of two from channels of weights behind their layers, exactly.
+
+    One table, or one scale, then suits all channels of a weight. Compress the result.
+    """
+    from milpress import cli
+    from milpress.rescaling import rescale as rescale_package
+
+    made = rescale_package(source, destination, name=name, largest=largest, force=force)
+    if as_json:
+        cli.print_json(made.to_dict())
+        return
+    cli.print_found(None, made, made.summary)
+    cli.print_text(f"verified and written to {made.destination} in {made.seconds:.2f} s")
+
+
 def planned_recipe(
     model: Path,
     target_bits: float | None,
@@ -191,8 +219,8 @@ def planned_recipe(
 
 def warn_of_risks(package: Path) -> None:
     """Say in one line on the error stream that compressed weights are at risk, if any is."""
+    from milpress.errors import printable
     from milpress.planner.linting import warning
-    from milpress.report import printable
 
     line = warning(package)
     if line:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from milpress import _core
 from milpress.errors import UnsupportedError
-from milpress.formats import Compressed, Treatment, compress
+from milpress.formats import Compressed, Treatment, compress, feedback
+from milpress.formats.feedback import Factor, FeedbackConfig
 from milpress.mil import constexpr, values
 from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package
@@ -88,16 +89,21 @@ class Done(NamedTuple):
     treatments: tuple[Treatment, ...]
     notes: tuple[str, ...]
     corrections: Corrections
+    fed_back: tuple[bool, ...] = ()
 
 
 class Treated(NamedTuple):
-    """What treatments made of a weight: its name gets the suffix; notes say which did not suit."""
+    """What treatments made of a weight: its name gets the suffix; notes say which did not suit.
+
+    ``fed_back`` says of which of them errors were fed back.
+    """
 
     value: Compressed
     suffix: str
     treatments: tuple[Treatment, ...]
     notes: tuple[str, ...]
     corrections: Corrections
+    fed_back: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +111,9 @@ class Order:
     """A weight and what is to be done to it.
 
     ``key`` is that of all weights that share the result, ``None`` if none does; all but the first
-    of them are repeated. ``n_bytes`` are stored now. What ``importance`` and ``correct`` return
-    must be the same for weights that share a blob.
+    of them are repeated. ``n_bytes`` are stored now. What ``importance``, ``correct`` and
+    ``second``, the second moments to feed errors back by, return must be the same for weights that
+    share a blob.
     """
 
     weight: Weight
@@ -117,6 +124,7 @@ class Order:
     n_bytes: int
     importance: Callable[[], NDArray[np.float32] | None] | None = None
     correct: Correct | None = None
+    second: Callable[[], NDArray[np.float32] | None] | None = None
 
 
 class _Written(NamedTuple):
@@ -217,13 +225,14 @@ class Rewriter:
         if isinstance(made, UnsupportedError):
             raise made
         # Nothing was made of a repeated weight; here the one ordered before it was left as it was.
-        value, suffix, applied, notes, corrections = made or self._treated(order)
+        made = made or self._treated(order)
+        value, suffix = made.value, made.suffix
         n_bytes = constexpr.payload_bytes(value, early=early)
         if n_bytes >= order.n_bytes and not may_grow:
             msg = f"would get larger: {order.n_bytes} bytes as it is, {n_bytes} compressed"
             raise UnsupportedError(msg)
         inner = self.store(weight, value, suffix=suffix, early=early)
-        done = Done(n_bytes, applied, notes, corrections)
+        done = Done(n_bytes, made.treatments, made.notes, made.corrections, made.fed_back)
         if order.key is not None:
             self._compressed[order.key] = _Written([*inner, node.op], suffix, done)
         return done
@@ -371,23 +380,33 @@ def _treated(order: Order, decoder: Decoder, kernels: Kernels) -> Treated:
     suffix = ""
     applied: list[Treatment] = []
     notes: list[str] = []
+    fed_back: list[bool] = []
+    factor = None
     for treatment in order.treatments:
         source = decoder.dense(weight.node).values if made is None else made
+        is_fed_back = order.second is not None and feedback.suits(source, treatment)
         try:
-            after = compress(
-                source,
-                treatment,
-                channel_axis=output,
-                input_axis=inputs,
-                importance=importance,
-                device=kernels,
-            )
+            if is_fed_back and factor is None:
+                factor = _factor(order)
+            if is_fed_back and factor is not None:
+                after = feedback.compress(source, treatment, factor, importance=importance)
+            else:
+                is_fed_back = False
+                after = compress(
+                    source,
+                    treatment,
+                    channel_axis=output,
+                    input_axis=inputs,
+                    importance=importance,
+                    device=kernels,
+                )
         except UnsupportedError as error:
             notes.append(str(error))
             continue
         suffix = constexpr.suffixed(suffix, made, treatment)
         made = after
         applied.append(treatment)
+        fed_back.append(is_fed_back)
     if not applied:
         msg = "; ".join(notes)
         raise UnsupportedError(msg)
@@ -395,4 +414,12 @@ def _treated(order: Order, decoder: Decoder, kernels: Kernels) -> Treated:
     if order.correct is not None:
         dense = decoder.dense(weight.node).values.astype(np.float64)
         corrections = order.correct(dense - made.dense())
-    return Treated(made, suffix, tuple(applied), tuple(notes), corrections)
+    return Treated(made, suffix, tuple(applied), tuple(notes), corrections, tuple(fed_back))
+
+
+def _factor(order: Order) -> Factor | None:
+    """Return what samples say of a weight's inputs together, if errors can be fed back."""
+    if order.weight.channel_axes not in (None, (0, 1)) or order.second is None:
+        return None
+    second = order.second()
+    return None if second is None else feedback.factorize(second, FeedbackConfig())

@@ -155,6 +155,10 @@ def compress(
         bool,
         typer.Option("--bias-correction", help="Take the layers' mean errors off their biases."),
     ] = False,
+    feedback: Annotated[
+        bool,
+        typer.Option("--feedback", help="Let weights make up for the errors of others: GPTQ."),
+    ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail if a weight does not suit its treatment.")
     ] = False,
@@ -212,6 +216,7 @@ def compress(
             calibration_cache=calibration_cache,
             calibration_mask=calibration_mask,
             bias_correction=bias_correction,
+            feedback=feedback,
         )
     )
     _print_report(report, as_json=as_json, wrote=not dry_run)

@@ -25,7 +25,7 @@ from milpress.mil.constexpr import Decoder, is_part
 from milpress.mil.package import Package, Staged, check_destination, n_package_bytes
 from milpress.mil.program import Node
 from milpress.mil.weights import Site, Weight, sites, weight_files, weights
-from milpress.moments import Calibration, Statistics, calibrate
+from milpress.moments import Calibration, SecondMoments, Statistics, calibrate
 from milpress.placement import DeviceName, using
 from milpress.recipe import Recipe, describe, treatment_dict
 from milpress.report import Report, WeightReport
@@ -55,6 +55,7 @@ def compress(
     calibration_cache: str | os.PathLike[str] | None = None,
     calibration_mask: str | None = None,
     bias_correction: bool = False,
+    feedback: bool = False,
 ) -> Report:
     """Compress the weights of a package into another package.
 
@@ -94,6 +95,10 @@ def compress(
     bias_correction
         Whether the mean error that ``sample_data`` show for the outputs of each compressed
         convolution and linear layer is taken off its bias.
+    feedback
+        Whether the error of each column of a convolution's or linear layer's weight is fed back to
+        the columns after it, by what ``sample_data`` show of its inputs together (GPTQ, SparseGPT).
+        Takes samples, not their moments.
 
     Returns
     -------
@@ -126,6 +131,7 @@ def compress(
         cache=calibration_cache,
         mask=calibration_mask,
         bias_correction=bias_correction,
+        feedback=feedback,
     )
     if recipe.activations is not None and samples is None:
         msg = "sample_data must be given to quantize activations, got none"
@@ -174,6 +180,7 @@ class SampleSettings:
     cache: str | os.PathLike[str] | None = None
     mask: str | None = None
     bias_correction: bool = False
+    feedback: bool = False
 
     @classmethod
     def of(cls, data: Data | Calibration | None, **settings: Any) -> SampleSettings | None:
@@ -185,6 +192,9 @@ class SampleSettings:
             If something is set that takes samples.
         """
         if data is not None:
+            if isinstance(data, Calibration) and settings.get("feedback"):
+                msg = "feedback must come with samples, got their moments alone"
+                raise ConfigError(msg)
             # Weights and activations each go through them.
             return cls(data=list(data) if isinstance(data, Iterator) else data, **settings)
         given = [name for name, value in settings.items() if value]
@@ -242,6 +252,9 @@ def compress_package(
             statistics = Statistics(calibration, package)
             job.calibrate(statistics, bias_correction=samples.bias_correction)
             notes.append(f"calibrated with {calibration.n_samples} samples")
+            if samples.feedback and not isinstance(samples.data, Calibration):
+                job.feed_back(SecondMoments(package.reopened(), samples.data, mask=samples.mask))
+                notes.append("errors fed back")
         if dry_run:
             counter = Counter()
             reports = job.run(counter)
@@ -414,12 +427,17 @@ class _Job:
         self._records = treatments.read(package.model)
         self._statistics: Statistics | None = None
         self._corrects = False
+        self._moments: SecondMoments | None = None
         self._layers: list[tuple[Weight, Node, NDArray[np.float64]]] = []
 
     def calibrate(self, statistics: Statistics, *, bias_correction: bool) -> None:
         """Let errors count as statistics say, and correct biases."""
         self._statistics = statistics
         self._corrects = bias_correction
+
+    def feed_back(self, moments: SecondMoments) -> None:
+        """Let errors of each column be made up for by those after it."""
+        self._moments = moments
 
     def run(self, sink: Sink) -> list[WeightReport]:
         """Write to a sink, and record in the model what was done and is promised of it."""
@@ -533,6 +551,8 @@ class _Job:
                 if done.notes and self._strict:
                     raise UnsupportedError("; ".join(done.notes))
                 notes = (*done.notes, *notes)
+                if self._moments is not None and not all(done.fed_back):
+                    notes = (*notes, "errors not fed back")
                 plan, after = plan.carried_out(done.treatments, notes), done.n_bytes
                 self._layers.extend(
                     (weight, use.node, done.corrections[f"{weight.prefix}{use.node.name}"])
@@ -540,6 +560,9 @@ class _Job:
                     if f"{weight.prefix}{use.node.name}" in done.corrections
                 )
                 steps = [treatment_dict(treatment) for treatment in plan.treatments]
+                for step, is_fed_back in zip(steps, done.fed_back, strict=True):
+                    if is_fed_back:
+                        next(iter(step.values()))["feedback"] = True
                 self._records.add(name, weight.name, steps)
             except UnsupportedError as error:
                 if self._strict:
@@ -561,6 +584,9 @@ class _Job:
         advice: dict[str, Any] = {"importance": functools.partial(statistics.importance, weight)}
         if self._corrects:
             advice["correct"] = functools.partial(statistics.correct, weight)
+        if self._moments is not None:
+            layers = statistics.layers_of(weight)
+            advice["second"] = functools.partial(self._moments.of, layers, weight.shape)
         return advice
 
     def _note(self, weight: Weight) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ TORCH_CONFIGS = (
     "PostTrainingQuantizerConfig",
     "MagnitudePrunerConfig",
     "DKMPalettizerConfig",
+    "LinearQuantizerConfig",
 )
 TORCH_OPTIMIZERS = (
     "PostTrainingPalettizer",
@@ -45,6 +46,7 @@ TORCH_OPTIMIZERS = (
     "MagnitudePruner",
     "DKMPalettizer",
     "LayerwiseCompressor",
+    "LinearQuantizer",
 )
 # Of layers, by algorithm: their names don't follow from that of the optimizer.
 LAYER_CONFIGS = ("LayerwiseCompressorConfig", "ModuleGPTQConfig", "ModuleSparseGPTConfig")

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from milpress import _core
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.formats._layout import Floats, frozen
-from milpress.formats.joint import Masked, masked
-from milpress.formats.palette import Palette
-from milpress.formats.quantized import PerBlock, PerTensor, QuantizeConfig, Quantized
+from milpress.formats.joint import Compressed, Masked, Treatment, masked
+from milpress.formats.palette import KMeans, Palette, PalettizeConfig, Uniform
+from milpress.formats.palette import palettize as palettize_nearest
+from milpress.formats.quantized import Blocks, PerBlock, PerTensor, QuantizeConfig, Quantized
 from milpress.formats.sparse import PruneConfig, Sparse, sparsify
 
 _F32: TypeAlias = NDArray[np.float32]
@@ -150,13 +151,65 @@ def _inverse_of_upper(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     return inverse
 
 
-def importance(factor: Factor, shape: tuple[int, ...]) -> _F32:
+def power_of_inputs(factor: Factor, shape: tuple[int, ...]) -> _F32:
     """Return what an error of each element of a weight counts, if it is not fed back."""
     n_groups = len(factor.power)
     rows = np.repeat(factor.power, shape[0] // n_groups, axis=0)
     greatest = float(rows.max())
     rows = rows / greatest if greatest > 0 else np.ones_like(rows)
     return np.ascontiguousarray(rows.reshape(shape), np.float32)
+
+
+def suits(weight: Any, treatment: Treatment) -> bool:
+    """Whether errors of a treatment can be fed back: of a dense or pruned weight, to single values.
+
+    Output channels are the weight's first axis, input channels its second one.
+    """
+    if isinstance(weight, Sparse):
+        return not isinstance(treatment, PruneConfig)
+    if not isinstance(weight, np.ndarray):
+        return False
+    if isinstance(treatment, PalettizeConfig):
+        return treatment.vector_size == 1 and isinstance(treatment.table, (KMeans, Uniform))
+    if isinstance(treatment, QuantizeConfig):
+        return not isinstance(treatment.granularity, Blocks)
+    if treatment.n_m is not None:
+        return treatment.axis in (None, 1)
+    return treatment.sparsity is not None and treatment.block_size is None
+
+
+def compress(
+    weight: Floats | Sparse,
+    treatment: Treatment,
+    factor: Factor,
+    config: FeedbackConfig | None = None,
+    *,
+    importance: Any = None,
+) -> Compressed:
+    """Do what `milpress.formats.compress` does, with error feedback, where it `suits`.
+
+    Parameters
+    ----------
+    weight
+        A dense weight, or a pruned one, whose zeros stay.
+    treatment
+        What to do.
+    factor, config
+        What is known of the inputs, and how errors are fed back.
+    importance
+        Weight of each element in the squared error that tables make least; ``None`` takes the power
+        of the inputs.
+    """
+    kept = weight.mask() if isinstance(weight, Sparse) else None
+    dense = weight.dense() if isinstance(weight, Sparse) else weight
+    if isinstance(treatment, PruneConfig):
+        return prune(dense, treatment, factor, config)
+    if isinstance(treatment, QuantizeConfig):
+        return quantize(dense, treatment, factor, config, kept=kept)
+    share = power_of_inputs(factor, dense.shape) if importance is None else importance
+    share = share if kept is None else share * kept
+    tables = palettize_nearest(dense, treatment, importance=share)
+    return palettize(dense, tables, factor, config, kept=kept)
 
 
 def quantize(

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import pad
 
 from milpress.interpreter.constants import Weight
 from milpress.interpreter.graph import Function, Step
 from milpress.interpreter.ops.convolution import transposed_pairs, window_extents, window_pairs
+from milpress.interpreter.products import Products, windows
 
 _PARAMETERS = {
     "linear": {"weight": "x"},
@@ -102,6 +104,46 @@ class Layer:
             axis = -2 if transposed == (self.parameter == "y") else -1
         rows = x.movedim(axis, -1)
         return self._channels(_kept(rows, mask), self._aligned(rows.shape[-1]))
+
+    def new_products(self) -> Products | None:
+        """Return what `add_products` adds to.
+
+        ``None`` for what is no linear layer or convolution, whose weight has the output channels
+        first: errors are not fed back there.
+        """
+        if self.kind not in ("linear", "conv"):
+            return None
+        return Products(self.groups, int(np.prod(self.shape[1:], dtype=np.int64)))
+
+    def add_products(self, x: Tensor, mask: Tensor | None, products: Products) -> None:
+        """Add the products of pairs of the values that elements of the weight are multiplied by.
+
+        Parameters
+        ----------
+        x, mask
+            As of `sums`.
+        products
+            What they are added to.
+        """
+        if self.kind == "linear":
+            rows = _kept(x, mask)
+            products.add(rows.reshape(1, -1, rows.shape[-1]))
+            return
+        kernel, sizes = self.shape[2:], tuple(x.shape[2:])
+        strides = self.settings.get("strides") or [1] * len(sizes)
+        dilations = self.settings.get("dilations") or [1] * len(sizes)
+        padding: list[int] = []
+        for size, n_places, stride, dilation, before, n_outputs in self._geometry(sizes):
+            end = (n_outputs - 1) * stride + dilation * (n_places - 1) + 1
+            # Of the last axis first; what no window reaches is cut off.
+            padding = [before, end - before - size, *padding]
+        if mask is not None and all(size == 1 for size in kernel) and not any(padding):
+            rows = _kept(x.movedim(1, -1).flatten(1, -2), mask)
+            by_group = rows.reshape(-1, self.groups, rows.shape[-1] // self.groups)
+            products.add(by_group.transpose(0, 1))
+            return
+        for part in windows(pad(x, padding), kernel, strides, dilations, self.groups):
+            products.add(part)
 
     def _aligned(self, n: int) -> tuple[int, ...]:
         """Return the shape of sums for each input channel of a matrix."""

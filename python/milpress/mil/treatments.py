@@ -45,9 +45,11 @@ def promise_of(steps: Sequence[Step]) -> Promise:
 
     Palettized values, or vectors without scales, have the nearest entry, unclipped quantized ones
     are within half a step, pruned ones are zero and the others equal; pruning may come first,
-    though not of vectors. Elsewhere nothing is promised, and the signal-to-noise ratio says what
-    was lost.
+    though not of vectors. Elsewhere, and where errors were fed back, nothing is promised, and the
+    signal-to-noise ratio says what was lost.
     """
+    if any("feedback" in settings for step in steps for settings in step.values()):
+        return "none"
     coding = [step for step in steps if "prune" not in step]
     if not coding:
         return "pruned" if len(steps) == 1 else "none"

@@ -18,11 +18,13 @@ from milpress.mil.package import Package
 from milpress.mil.program import Node
 from milpress.mil.weights import Weight, sites, weights
 from milpress.planner.linting import AVOIDED, Facts, Platform
+from milpress.planner.menu import fine_menu, menu
 from milpress.planner.sizes import treated_bytes
 from milpress.planner.traits import is_stateful, traits_after, traits_of
 from milpress.recipe import Recipe
 
 _OP_TYPE = "op:"
+_FEW = 24
 # Bits a weight beyond the codes. Smaller groups gain about 1 dB, as 0.2 bits do in any case; scales
 # of channels may gain much more.
 _MOST_FOR_GROUPS = 0.25
@@ -122,7 +124,7 @@ class Item:
 
 def items_of(
     package: Package,
-    formats: Mapping[str, Treatment | None],
+    formats: Mapping[str, Treatment | None] | None,
     *,
     keep: Sequence[str],
     min_size: int,
@@ -130,6 +132,8 @@ def items_of(
     facts: Facts,
 ) -> list[Item]:
     """Return what there is to decide on, in the order of the graph.
+
+    Without ``formats``, these are those of the default menu, and more if there are few weights.
 
     Raises
     ------
@@ -144,8 +148,11 @@ def items_of(
         msg = f"keep must mean weights that the model has, got {', '.join(unused)}"
         raise ConfigError(msg)
     weighted = {use.node for candidate, _ in found for use in candidate.weight.node.uses}
+    groups = _together([candidate for candidate, _ in found])
+    if formats is None:
+        formats = fine_menu() if len(groups) <= _FEW else menu()
     items: list[Item] = []
-    for group in _together([candidate for candidate, _ in found]):
+    for group in groups:
         reasons = [reason for candidate, reason in found if candidate in group and reason]
         stored = {_stored_key(value): value for c in group for value in c.stored()}
         item = Item(tuple(group), sum(values.n_stored_bytes(value) for value in stored.values()))

@@ -29,6 +29,15 @@ _DEFAULT = (
     "int4-block-32",
     KEEP,
 )
+# Sizes between those, for models of few weights, whose budget could not be met otherwise.
+_FINE = (
+    *(f"palette-{bits}-group-{size}" for bits in (3, 4, 6) for size in (32, 8)),
+    "palette-8-group-16",
+    "int4-block-64",
+    "int4-block-16",
+    "int4-channel",
+    "int8-block-32",
+)
 _PALETTE = re.compile(r"palette-(?P<bits>\d)(-group-(?P<group>\d+))?(?P<scale>-scale)?")
 _INTEGER = re.compile(
     r"(?P<dtype>u?int[48])(-block-(?P<block>\d+)|-(?P<per>channel|tensor))?(?P<offset>-offset)?"
@@ -66,6 +75,11 @@ def menu(names: Sequence[str] | None = None) -> dict[str, Treatment | None]:
         msg = "formats must name at least one treatment, got none"
         raise ConfigError(msg)
     return found
+
+
+def fine_menu() -> dict[str, Treatment | None]:
+    """Return the default menu, and treatments whose sizes lie between those."""
+    return menu() | {name: _treatment(name) for name in _FINE}
 
 
 def _treatment(name: str) -> Treatment | None:

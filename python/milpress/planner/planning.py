@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 Prefer: TypeAlias = Unit
 _MOST_TRIES = 8
+# The part of a budget that meets it.
+_MET = 0.99
 # How much more the relative error of a last layer's weight counts: what the outputs are made of is
 # not evened out by layers behind it.
 _LAST_SHARE = 4.0
@@ -333,7 +335,8 @@ def plan(
     min_snr
         Instead of a budget: the score in dB that the smallest plan must have.
     formats
-        Names of the treatments to choose from, see `milpress.planner.menu.menu`.
+        Names of the treatments to choose from, see `milpress.planner.menu.menu`; by default all of
+        the menu, and for models of few weights some between them.
     keep
         Weights that must stay: names, patterns (``glob:``, ``re:``), or kinds of ops
         (``op:gather``).
@@ -394,7 +397,7 @@ def plan(
     notes = raise_opsets(package, target)
     items = items_of(
         package,
-        menu(formats),
+        None if formats is None else menu(formats),
         keep=keep,
         min_size=min_size,
         platform=Platform(unit=prefer),
@@ -623,8 +626,9 @@ class _Problem:
 
     def _chosen(self, options: list[list[Option]], goal: Goal) -> list[int]:
         if goal.kind == "bits":
-            budget = int(goal.number * self._size / 8) - self._fixed_bytes
-            return list(search.solve(options, budget).chosen)
+            whole = goal.number * self._size / 8
+            budget, floor = (int(part * whole) - self._fixed_bytes for part in (1, _MET))
+            return list(search.solve(options, budget, floor + 1).chosen)
         if goal.kind == "snr":
             return list(search.solve(options, self._smallest(options, goal.number)).chosen)
         return self._within_size(options, int(goal.number))
@@ -653,7 +657,7 @@ class _Problem:
         rest = self.package_bytes(options, best) - _bytes_of(options, best)
         for _ in range(_MOST_TRIES):
             try:
-                found = list(search.solve(options, size - rest).chosen)
+                found = list(search.solve(options, size - rest, int(_MET * size) - rest + 1).chosen)
             except UnsupportedError:
                 break
             whole = self.package_bytes(options, found)
@@ -767,12 +771,12 @@ class _Problem:
 
     def _remarks(self, goal: Goal, whole: int, bits: float, points: Sequence[Point]) -> list[str]:
         number = {"bits": bits, "size": float(whole), "snr": goal.number}[goal.kind]
-        if number >= 0.99 * goal.number:
+        if number >= _MET * goal.number:
             return []
         most = points[-1].n_bytes + self._fixed_bytes
         if 8 * most / self._size <= bits:
             return ["the budget is more than all weights take with the least error"]
-        return ["no choice comes within 1 % of the budget: the weights are few or large"]
+        return ["no choice within 1 % of the budget has as little error as this smaller one"]
 
 
 def _cost(options: list[list[Option]], chosen: Sequence[int], goal: Goal) -> tuple[float, float]:

@@ -9,9 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from milpress.errors import UnsupportedError
 
 _MOST_CHANGES = 200
+# With more items than this the steps are so small that going by gain per byte loses nothing.
+_MOST_FOR_PROGRAM = 64
+_N_CELLS = 1 << 12
+# Errors are known to a few hundredths.
+_AS_GOOD_AS = 1.05
 
 
 class Option(NamedTuple):
@@ -88,12 +95,16 @@ def _steps(
     ]
 
 
-def solve(items: Sequence[Sequence[Option]], budget: int) -> Solution:
+def solve(items: Sequence[Sequence[Option]], budget: int, at_least: int = 0) -> Solution:
     """Choose an option of each item such that the sum of sizes is within the budget.
 
-    Steps along each item's hull are taken by gain per byte, as long as they fit; then what is left
-    of the budget is spent on single options, and on pairs of which one item grows and another
-    shrinks, while that lowers the error.
+    Of a few items, one of ``at_least`` so many bytes is taken instead of a smaller one if its error
+    is as good as the same.
+
+    Steps along each item's hull are taken by gain per byte, as long as they fit. For a few items a
+    dynamic program over sizes, rounded up a little, is tried too. Then what is left of the budget
+    is spent on single options, and on pairs of which one item grows and another shrinks, while
+    that lowers the error. The better of both is returned.
 
     Raises
     ------
@@ -106,7 +117,38 @@ def solve(items: Sequence[Sequence[Option]], budget: int) -> Solution:
     if used > budget:
         msg = f"the budget must be at least {used} bytes, got {budget}"
         raise UnsupportedError(msg)
-    place = [0] * len(items)
+    choices = [_greedy(items, hulls, chosen, budget)]
+    if len(items) <= _MOST_FOR_PROGRAM:
+        choices.append(_program(items, chosen, budget))
+    found: list[Solution] = []
+    for choice in choices:
+        for _ in range(_MOST_CHANGES):
+            if not _improve(items, choice, budget):
+                break
+        found.append(_solution(items, choice))
+    best = min(found, key=lambda one: (one.error, one.n_bytes))
+    if best.n_bytes < at_least and len(items) <= _MOST_FOR_PROGRAM:
+        larger = _solution(items, _program(items, chosen, budget, at_least))
+        if larger.n_bytes >= at_least and larger.error <= _AS_GOOD_AS * best.error:
+            return larger
+    return best
+
+
+def _solution(items: Sequence[Sequence[Option]], chosen: Sequence[int]) -> Solution:
+    picked = [options[i] for options, i in zip(items, chosen, strict=True)]
+    n_bytes = sum(option.n_bytes for option in picked)
+    return Solution(tuple(chosen), n_bytes, math.fsum(option.error for option in picked))
+
+
+def _greedy(
+    items: Sequence[Sequence[Option]],
+    hulls: Sequence[Sequence[int]],
+    smallest: Sequence[int],
+    budget: int,
+) -> list[int]:
+    """Take steps along the hulls by gain per byte, as long as they fit."""
+    chosen = list(smallest)
+    used = sum(options[i].n_bytes for options, i in zip(items, chosen, strict=True))
     heap = [step for step in _steps(items, hulls) if step[2] == 1]
     heapq.heapify(heap)
     while heap:
@@ -116,18 +158,49 @@ def solve(items: Sequence[Sequence[Option]], budget: int) -> Solution:
         if used + extra > budget:
             continue
         used += extra
-        place[i], chosen[i] = j, hulls[i][j]
+        chosen[i] = hulls[i][j]
         if j + 1 < len(hulls[i]):
             heapq.heappush(heap, (-_slope(items[i], hulls[i][j], hulls[i][j + 1]), i, j + 1))
-    for _ in range(_MOST_CHANGES):
-        if not _improve(items, chosen, budget):
-            break
-    picked = [options[i] for options, i in zip(items, chosen, strict=True)]
-    return Solution(
-        tuple(chosen),
-        sum(option.n_bytes for option in picked),
-        math.fsum(option.error for option in picked),
-    )
+    return chosen
+
+
+def _program(
+    items: Sequence[Sequence[Option]], smallest: Sequence[int], budget: int, at_least: int = 0
+) -> list[int]:
+    """Return the choice of least error between two sizes, counted in cells beyond the smallest.
+
+    Where no choice is as large as ``at_least``, that of least error is returned.
+    """
+    used = sum(options[i].n_bytes for options, i in zip(items, smallest, strict=True))
+    cell = max(1, (budget - used) // _N_CELLS)
+    n_cells = (budget - used) // cell
+    least = np.full(n_cells + 1, np.inf)
+    least[0] = 0
+    taken = np.zeros((len(items), n_cells + 1), np.intp)
+    for i, options in enumerate(items):
+        after = np.full(n_cells + 1, np.inf)
+        for j, option in enumerate(options):
+            n = _cells(option, options[smallest[i]], cell)
+            if n <= n_cells:
+                error = least[: n_cells + 1 - n] + option.error
+                better = error < after[n:]
+                after[n:][better] = error[better]
+                taken[i, n:][better] = j
+        least = after
+    # Each item's cells are rounded up by less than one.
+    first = -(-(at_least - used) // cell) + len(items) if at_least > used else 0
+    if first > n_cells or not np.isfinite(least[first:]).any():
+        first = 0
+    left = first + int(np.argmin(least[first:]))
+    chosen = [0] * len(items)
+    for i in reversed(range(len(items))):
+        chosen[i] = int(taken[i, left])
+        left -= _cells(items[i][chosen[i]], items[i][smallest[i]], cell)
+    return chosen
+
+
+def _cells(option: Option, smallest: Option, cell: int) -> int:
+    return -(-(option.n_bytes - smallest.n_bytes) // cell)
 
 
 class _Move(NamedTuple):

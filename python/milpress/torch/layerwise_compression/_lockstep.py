@@ -8,12 +8,17 @@ the model may be any program.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+_N_UNTRIMMED = 8  # runs between two calls of `_trim`
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class _Cancelled(BaseException):
@@ -54,8 +59,7 @@ class Runs:
     def stops(self) -> Iterator[tuple[int, dict[int, Any]]]:
         """Yield each place where runs wait, the lowest first, with what each of them brings."""
         try:
-            for run in self._runs:
-                run.resume()
+            self._resume(self._runs)
             while waiting := {i: run for i, run in enumerate(self._runs) if run.stop is not None}:
                 place = min(run.stop.place for run in waiting.values() if run.stop is not None)
                 here = {
@@ -64,11 +68,23 @@ class Runs:
                     if run.stop is not None and run.stop.place == place
                 }
                 yield place, {i: run.stop.content for i, run in here.items() if run.stop}
-                for run in here.values():
-                    run.resume()
+                self._resume(list(here.values()))
         finally:
             for run in self._runs:
                 run.cancel()
+
+    def _resume(self, runs: Sequence[_Run]) -> None:
+        for number, run in enumerate(runs, start=1):
+            run.resume()
+            if number % _N_UNTRIMMED == 0:
+                _trim()
+
+
+def _trim() -> None:
+    """Give back what threads have freed: glibc keeps it for each of them, and they all wait."""
+    trim = getattr(_LIBC, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class _Run:

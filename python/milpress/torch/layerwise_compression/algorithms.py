@@ -622,7 +622,7 @@ class GPTQPalette(OBSCompressionAlgorithm):
     def treat(self, weight: Weight, array: Floats, config: Any) -> Treated:
         """Return what is to be stored of a weight."""
         factor = self.factor()
-        nearest = palettized(weight, array, config, feedback.importance(factor, array.shape))
+        nearest = palettized(weight, array, config, feedback.power_of_inputs(factor, array.shape))
         stored = nearest.stored
         kept = stored.value.mask() if isinstance(stored.value, Masked) else None
         tables = stored.value.value if isinstance(stored.value, Masked) else stored.value

@@ -162,13 +162,15 @@ class FakeQuantize(nn.Module):
             self._follow(values.detach())
         if not self._rounds or not self._begun:
             # DistributedDataParallel waits for the gradient of each parameter.
-            return values + 0 * self.scale.sum() if self.is_learnable else values
+            if not self.is_learnable:
+                return values
+            return values + 0 * (self.scale.sum() + self.zero_point.sum())
         return self._rounded(values)
 
     def _rounded(self, values: torch.Tensor) -> torch.Tensor:
         parted = self.blocked(values)
         scale, offset = self._parameters_for(values)
-        steps = parted / scale
+        steps = parted * (1 / scale)  # as torch's ops do it
         steps = steps + (steps.round() - steps).detach() + offset
         steps = steps.clamp(self.quant_min, self.quant_max)
         made: torch.Tensor = (steps - offset) * scale
@@ -278,7 +280,6 @@ class Quantized(nn.Module):
             return self._traced(values)
         if torch.compiler.is_exporting():
             return self._exported(values)
-        # As the ops do it: multiplied by the inverse.
         steps = (values * (1.0 / self.scale)).round() + self.zero_point
         return (steps.clamp(self.quant_min, self.quant_max) - self.zero_point) * self.scale
 

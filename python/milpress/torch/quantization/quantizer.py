@@ -307,8 +307,8 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
         """Return a row for each weight and each place where activations are rounded.
 
         The columns are ``type``, ``device``, ``algorithm``, ``qscheme``, ``per_channel``,
-        ``dtype``, ``qmin``, ``qmax``, and for weights ``error`` (root mean square) and ``#params``, which are
-        NaN and -1 for activations.
+        ``dtype``, ``qmin``, ``qmax``, and for weights ``error`` (root mean square) and ``#params``,
+        which are NaN and -1 for activations.
         """
         rows: dict[str, dict[str, Any]] = {}
         for name, module in self._model.named_modules():
@@ -511,4 +511,4 @@ def _steps(array: Floats, scales: Floats, offsets: Any) -> Any:
         if 1 < n < size:
             scales = np.repeat(scales, size // n, axis=axis)
             offsets = np.repeat(offsets, size // n, axis=axis)
-    return np.rint(array.astype(np.float32) / scales.astype(np.float32)) + offsets
+    return np.rint(array.astype(np.float32) * (1 / scales.astype(np.float32))) + offsets
