@@ -462,6 +462,21 @@ def test_decompression_is_never_more_than_consistent(crepe_tiny):
     assert benchmark.decompression(dense, dense) is None
 
 
+def test_a_neural_engine_that_changes_nothing_is_doubted():
+    from device_results import entry
+
+    def doubts(scale: float) -> list[str]:
+        entries = [
+            entry("measured", "CPU_ONLY", "m"),
+            entry("measured", "CPU_AND_NE", "m", scale=scale),
+        ]
+        _, found = benchmark._with_evidence(entries)
+        return [text for text in found.warnings if "may not be used" in text]
+
+    assert len(doubts(1.0)) == 1
+    assert doubts(0.1) == doubts(9.0) == []
+
+
 def test_power_is_read_in_either_form():
     power = {"processor": {"cpu_power": 120.5, "gpu_power": 3, "ane_power": 250.0}}
     expected = {"cpu_mw": 120.5, "gpu_mw": 3.0, "neural_engine_mw": 250.0}

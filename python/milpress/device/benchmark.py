@@ -497,13 +497,29 @@ def _with_evidence(entries: Sequence[Entry]) -> list[Entry]:
     for entry in entries:
         if entry.status == "ok":
             baselines.setdefault(entry.settings.compute_units, entry)
+    on_cpu = {
+        entry.model.sha256: entry for entry in entries if entry.settings.compute_units == "CPU_ONLY"
+    }
     return [
         dataclasses.replace(
             entry,
             decompression=decompression(entry, baselines.get(entry.settings.compute_units)),
+            warnings=(*entry.warnings, *_doubts(entry, on_cpu.get(entry.model.sha256))),
         )
         for entry in entries
     ]
+
+
+def _doubts(entry: Entry, on_cpu: Entry | None) -> list[str]:
+    """Return whether a model is no faster with the Neural Engine than without."""
+    if entry.settings.compute_units != "CPU_AND_NE" or on_cpu is None:
+        return []
+    if entry.timing is None or on_cpu.timing is None:
+        return []
+    one, two = entry.timing.best, on_cpu.timing.best
+    if one is None or two is None or one.ci95[0] > two.ci95[1] or one.ci95[1] < two.ci95[0]:
+        return []
+    return ["CPU_AND_NE takes as long as CPU_ONLY: the Neural Engine may not be used at all"]
 
 
 def decompression(entry: Entry, baseline: Entry | None) -> schema.Decompression | None:
@@ -606,6 +622,7 @@ def _result(described: dict[str, Any], driver: str, entries: Sequence[Entry]) ->
             "a virtual machine": device.is_virtual,
             "low power mode": device.low_power,
             "running on battery": device.on_battery,
+            "Python for another processor (Rosetta)": platform.machine() != "arm64",
         }
         warnings += [f"{what} spoils figures" for what, is_so in spoils.items() if is_so]
     return Result(
