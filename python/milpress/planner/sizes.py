@@ -57,7 +57,7 @@ class _Blanks(Rewriter):
             raise UnsupportedError(msg)
         (treatment,) = order.treatments
         suffix = constexpr.suffixed("", None, treatment)
-        return Treated(_blank(order.weight, treatment), suffix, order.treatments, (), {})
+        return Treated(_blank(order.weight, treatment), suffix, order.treatments, (), {}, (False,))
 
 
 def _blank(weight: Weight, treatment: Treatment) -> Compressed:
