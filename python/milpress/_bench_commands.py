@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from milpress._terminal import Json, print_found, print_json, print_text, with_progress
 from milpress.errors import ConfigError, DestinationError, PackageNotFoundError
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ _bench = typer.Typer(
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 DriverName = Annotated[
     str, typer.Option("--driver", help="coreml (a Mac), iphone (at its cable) or interpreter.")
@@ -92,7 +92,7 @@ def run_packages(
     as_json: Json = False,
 ) -> None:
     """Run packages in every configuration, and write what was found."""
-    from milpress import cli, device
+    from milpress import device
 
     _check_output(output, force=force)
     if driver == "replay":
@@ -105,7 +105,7 @@ def run_packages(
             msg = f"--recorded must go with --driver replay, got {driver}"
             raise ConfigError(msg)
         plan = _plan(warmup, per_round, min_rounds, max_rounds, precision, timeout, at_once, energy)
-        result = cli.with_progress(
+        result = with_progress(
             lambda progress: device.run(
                 packages or [],
                 driver=driver,
@@ -148,11 +148,10 @@ def run_suite(
     as_json: Json = False,
 ) -> None:
     """Compress a model in every way, run all, and write result, reports and an HTML page."""
-    from milpress import cli
     from milpress.device import suite
     from milpress.page import build
 
-    result = cli.with_progress(
+    result = with_progress(
         lambda progress: suite.run(
             model,
             folder,
@@ -186,13 +185,13 @@ def compare_results(
     as_json: Json = False,
 ) -> None:
     """Put the configurations of results of one kind beside each other."""
-    from milpress import cli, device
+    from milpress import device
 
     found = device.compare([device.load(path) for path in results], baseline=baseline)
     if as_json:
-        cli.print_json(found.to_dict())
+        print_json(found.to_dict())
     else:
-        cli.print_found(None, found, found.summary)
+        print_found(None, found, found.summary)
 
 
 @_bench.command("validate")
@@ -203,7 +202,6 @@ def validate_results(
     ] = None,
 ) -> None:
     """Check form and provenance of results."""
-    from milpress import cli
     from milpress.device import schema
     from milpress.errors import ResultError, VerificationError
 
@@ -217,7 +215,7 @@ def validate_results(
             failed.append(str(error))
             continue
         kind = result.provenance.kind
-        cli.print_text(f"{path}: valid, {kind}, {len(result.entries)} configurations")
+        print_text(f"{path}: valid, {kind}, {len(result.entries)} configurations")
     if failed:
         raise VerificationError("; ".join(failed))
 
@@ -237,12 +235,11 @@ def report(
     force: Force = False,
 ) -> None:
     """Make one page of results, which opens offline."""
-    from milpress import cli
     from milpress.page import build
 
     _check_output(output, force=force)
     page = build.write(sources, output, title=title)
-    cli.print_text(f"{page.summary}; written to {output}")
+    print_text(f"{page.summary}; written to {output}")
 
 
 def _plan(
@@ -289,13 +286,13 @@ def _check_output(path: Path, *, force: bool) -> None:
 
 
 def _print_result(result: Result, written: Path, *, as_json: bool) -> None:
-    from milpress import cli, device
+    from milpress import device
 
     if as_json:
-        cli.print_json(result.to_dict())
+        print_json(result.to_dict())
         return
     found = device.compare([result])
-    cli.print_found(None, found, found.summary)
+    print_found(None, found, found.summary)
     for warning in result.warnings:
-        cli.print_text(warning)
-    cli.print_text(f"written to {written}")
+        print_text(warning)
+    print_text(f"written to {written}")

@@ -8,6 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from milpress._terminal import (
+    Json,
+    UpgradeTo,
+    WeightThreshold,
+    print_found,
+    print_json,
+    print_text,
+    with_progress,
+)
 from milpress.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,7 +34,6 @@ FactFiles = Annotated[
     list[Path] | None,
     typer.Option("--facts", help="A YAML file that adds to the facts, or changes them."),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -59,12 +67,8 @@ def plan(
     max_formats: Annotated[
         int | None, typer.Option(help="At most so many different formats.")
     ] = None,
-    upgrade_to: Annotated[
-        str | None, typer.Option(help="Raise the opset first: iOS16, iOS17, iOS18 or iOS26.")
-    ] = None,
-    weight_threshold: Annotated[
-        int | None, typer.Option(help="Leave weights of at most so many elements [2048].")
-    ] = None,
+    upgrade_to: UpgradeTo = None,
+    weight_threshold: WeightThreshold = None,
     calibration_data: Annotated[
         Path | None,
         typer.Option(help="Samples, as of evaluate: weigh weights by what they do to outputs."),
@@ -86,12 +90,11 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Choose a treatment for each weight: the least error within a budget."""
-    from milpress import cli
     from milpress.planner import plan as make_plan
     from milpress.recipe import DEFAULT_MIN_SIZE
 
     _check_output(output, force=force)
-    made = cli.with_progress(
+    made = with_progress(
         lambda progress: make_plan(
             model,
             target_bits=target_bits,
@@ -115,14 +118,14 @@ def plan(
     if output is not None:
         _write(output, made.to_yaml())
     if as_json:
-        cli.print_json(made.to_dict())
+        print_json(made.to_dict())
         return
-    cli.print_found(None, made, made.summary)
-    cli.print_found(None, made.curve_table(), "size against score:")
+    print_found(None, made, made.summary)
+    print_found(None, made.curve_table(), "size against score:")
     for note in made.notes:
-        cli.print_text(note)
+        print_text(note)
     if output is not None:
-        cli.print_text(f"written to {output}")
+        print_text(f"written to {output}")
 
 
 def lint(
@@ -144,20 +147,19 @@ def lint(
     as_json: Json = False,
 ) -> None:
     """Say which weights are known to go wrong where, and what to write instead."""
-    from milpress import cli
     from milpress.planner import lint as lint_package
 
     found = lint_package(
         model, unit=cast("Any", unit), device=device, chip=chip, os=system, facts=facts or ()
     )
     if as_json:
-        cli.print_json(found.to_dict())
+        print_json(found.to_dict())
     else:
-        cli.print_text(found.path)
-        cli.print_text(found.summary)
+        print_text(found.path)
+        print_text(found.summary)
         if found.findings:
             for line in found.details.splitlines():
-                cli.print_text(line)
+                print_text(line)
     if strict and found.findings:
         raise typer.Exit(1)
 
@@ -178,15 +180,14 @@ def rescale(
 
     One table, or one scale, then suits all channels of a weight. Compress the result.
     """
-    from milpress import cli
     from milpress.rescaling import rescale as rescale_package
 
     made = rescale_package(source, destination, name=name, largest=largest, force=force)
     if as_json:
-        cli.print_json(made.to_dict())
+        print_json(made.to_dict())
         return
-    cli.print_found(None, made, made.summary)
-    cli.print_text(f"verified and written to {made.destination} in {made.seconds:.2f} s")
+    print_found(None, made, made.summary)
+    print_text(f"verified and written to {made.destination} in {made.seconds:.2f} s")
 
 
 def planned_recipe(
@@ -199,11 +200,10 @@ def planned_recipe(
     threads: int | None,
 ) -> Recipe:
     """Return the recipe of least error within a budget."""
-    from milpress import cli
     from milpress.planner import plan as make_plan
     from milpress.recipe import DEFAULT_MIN_SIZE
 
-    return cli.with_progress(
+    return with_progress(
         lambda progress: make_plan(
             model,
             target_bits=target_bits,

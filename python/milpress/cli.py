@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from milpress import __version__, _bench_commands, _planning_commands
 from milpress._planning_commands import TargetBits, TargetSize
-from milpress.errors import CompressionError, ConfigError, InputError, VerificationError, printable
+from milpress._terminal import (
+    Json,
+    UpgradeTo,
+    WeightThreshold,
+    print_found,
+    print_json,
+    print_text,
+    with_progress,
+)
+from milpress.errors import CompressionError, ConfigError, InputError, VerificationError
 
 if TYPE_CHECKING:
     from milpress.placement import DeviceName
     from milpress.recipe import ActivationStep, Recipe
     from milpress.report import Report
-
-_Made = TypeVar("_Made")
 
 app = typer.Typer(
     help="Make Core ML models smaller, and prove that they still work.",
@@ -32,7 +38,6 @@ app = typer.Typer(
 
 Source = Annotated[Path, typer.Argument(metavar="IN", help="The .mlpackage to read.")]
 Destination = Annotated[Path, typer.Argument(metavar="OUT", help="The .mlpackage to write.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing package.")]
 Threads = Annotated[
     int | None, typer.Option("--threads", help="Threads; by default one for each core.")
@@ -133,12 +138,8 @@ def compress(
     recipe: Annotated[Path | None, typer.Option(help="A YAML file that says it all.")] = None,
     target_bits: TargetBits = None,
     target_size: TargetSize = None,
-    upgrade_to: Annotated[
-        str | None, typer.Option(help="Raise the opset first: iOS16, iOS17, iOS18 or iOS26.")
-    ] = None,
-    weight_threshold: Annotated[
-        int | None, typer.Option(help="Leave weights of at most so many elements [2048].")
-    ] = None,
+    upgrade_to: UpgradeTo = None,
+    weight_threshold: WeightThreshold = None,
     calibration_data: Annotated[
         Path | None,
         typer.Option(
@@ -510,25 +511,6 @@ def _quantize_config(
     )
 
 
-def with_progress(work: Callable[[Any], _Made]) -> _Made:
-    """Run long work under a progress bar, if somebody looks on."""
-    if not sys.stderr.isatty():
-        return work(None)
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from milpress.report import escaped
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def show(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=escaped(name))
-
-        return work(show)
-
-
 def _print_report(report: Report, *, as_json: bool, wrote: bool) -> None:
     if as_json:
         print_json(report.to_dict())
@@ -547,32 +529,6 @@ def _print_report(report: Report, *, as_json: bool, wrote: bool) -> None:
         print_text(f"verified and written to {report.destination} in {report.seconds:.2f} s")
     else:
         print_text(f"not verified; written to {report.destination} in {report.seconds:.2f} s")
-
-
-def print_found(heading: str | None, table: Any, summary: str) -> None:
-    """Print a heading, a line and a table."""
-    if heading is not None:
-        print_text(heading)
-    print_text(summary)
-    print_table(table)
-
-
-def print_table(table: Any) -> None:
-    """Print a table, as wide as the terminal, or as 140 columns."""
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else 140
-    Console(width=width).print(table)
-
-
-def print_text(text: str) -> None:
-    """Print a line, without what would steer a terminal."""
-    typer.echo(printable(text))
-
-
-def print_json(data: dict[str, Any]) -> None:
-    """Print JSON."""
-    typer.echo(json.dumps(data, indent=2))
 
 
 _bench_commands.register(app)

@@ -560,8 +560,7 @@ class _Job:
                     if f"{weight.prefix}{use.node.name}" in done.corrections
                 )
                 steps = [treatment_dict(treatment) for treatment in plan.treatments]
-                # Where nothing is computed but sizes, nothing is said of feedback.
-                for step, is_fed_back in zip(steps, done.fed_back, strict=False):
+                for step, is_fed_back in zip(steps, done.fed_back, strict=True):
                     if is_fed_back:
                         next(iter(step.values()))["feedback"] = True
                 self._records.add(name, weight.name, steps)

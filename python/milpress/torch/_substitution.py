@@ -9,6 +9,7 @@ model with them can be copied, saved and compiled.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import nn
 from milpress.torch._weights import Kinds, Weight, weights_of
 
 
-class Substitution:
+class Substitution(ABC):
     """Puts other tensors in the place of weights of a module while a module around it runs.
 
     Parameters
@@ -33,9 +34,9 @@ class Substitution:
         self.path = path
         self.names = names
 
+    @abstractmethod
     def substitute(self, owner: nn.Module, name: str) -> torch.Tensor:
         """Return what a module is to compute with instead of one of its weights."""
-        raise NotImplementedError
 
     def before(self, host: nn.Module, _args: Any) -> None:
         """Hide the weights."""

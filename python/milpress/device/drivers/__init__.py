@@ -59,6 +59,32 @@ class Driver(Protocol):
         """Return mean power while predicting, and ``method``; nothing if it can't be told."""
 
 
+class Untold:
+    """The answers of a driver that can tell nothing but times."""
+
+    def memory(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def thermal(self) -> dict[str, Any]:
+        """Return that it can't be told."""
+        return {"state": None}
+
+    def placement(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def throughput(self, batch: int) -> dict[str, Any]:
+        """Return that samples run one after the other."""
+        del batch
+        return {"ms": None}
+
+    def energy(self, seconds: float) -> dict[str, Any]:
+        """Return nothing."""
+        del seconds
+        return {}
+
+
 def create(name: str, options: dict[str, Any]) -> Driver:
     """Return a driver by its name.
 

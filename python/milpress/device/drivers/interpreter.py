@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from milpress.device import inputs as files
+from milpress.device.drivers import Untold
 
 if TYPE_CHECKING:
     from milpress.interpreter import Program
 
 
-class InterpreterDriver:
+class InterpreterDriver(Untold):
     """Runs a package with torch on the processor of this machine.
 
     Parameters
@@ -69,28 +70,6 @@ class InterpreterDriver:
     def outputs(self, path: str) -> dict[str, Any]:
         """Write the outputs for every sample."""
         files.write(Path(path), (self._run(sample) for sample in self._samples))
-        return {}
-
-    def memory(self) -> dict[str, Any]:
-        """Return nothing: it would be the interpreter's."""
-        return {}
-
-    def thermal(self) -> dict[str, Any]:
-        """Return that it can't be told."""
-        return {"state": None}
-
-    def placement(self) -> dict[str, Any]:
-        """Return nothing."""
-        return {}
-
-    def throughput(self, batch: int) -> dict[str, Any]:
-        """Return nothing: samples run one after the other."""
-        del batch
-        return {"ms": None}
-
-    def energy(self, seconds: float) -> dict[str, Any]:
-        """Return nothing."""
-        del seconds
         return {}
 
     def _run(self, sample: files.Arrays) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from milpress.device import inputs as files
+from milpress.device.drivers import Untold
 from milpress.device.drivers._mac import Mac
 from milpress.device.drivers.coreml import check_is_mac, placed, plain
 from milpress.errors import DriverError
@@ -75,7 +76,7 @@ class RemoteCoreML:
         )
 
 
-class IPhoneDriver:
+class IPhoneDriver(Untold):
     """Measures an ``.mlpackage`` on the device at the cable.
 
     Parameters
@@ -186,28 +187,10 @@ class IPhoneDriver:
         )
         return {}
 
-    def memory(self) -> dict[str, Any]:
-        """Return nothing: the device does not tell."""
-        return {}
-
-    def thermal(self) -> dict[str, Any]:
-        """Return that the device does not tell."""
-        return {"state": None}
-
     def placement(self) -> dict[str, Any]:
         """Return the device's plan, op by op."""
         plan = self._wait(self._model.retrieve_compute_plan())
         return {"source": "MLComputePlan", "ops": placed(plan, self._function)}
-
-    def throughput(self, batch: int) -> dict[str, Any]:
-        """Return nothing: the app predicts one sample at a time."""
-        del batch
-        return {"ms": None}
-
-    def energy(self, seconds: float) -> dict[str, Any]:
-        """Return nothing: the device does not tell."""
-        del seconds
-        return {}
 
     def _chosen(self, name: str | None) -> Any:
         found = self._core_ml.connected()

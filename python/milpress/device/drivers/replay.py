@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from milpress.device.drivers import Untold
 from milpress.device.schema import Entry, Timing
 
 
-class ReplayDriver:
+class ReplayDriver(Untold):
     """Plays one entry of a result, in this process: nothing is loaded or run.
 
     Parameters
@@ -61,26 +62,4 @@ class ReplayDriver:
     def outputs(self, path: str) -> dict[str, Any]:
         """Write nothing."""
         del path
-        return {}
-
-    def memory(self) -> dict[str, Any]:
-        """Return nothing: it is taken over as it was."""
-        return {}
-
-    def thermal(self) -> dict[str, Any]:
-        """Return that nothing is in the way."""
-        return {"state": None}
-
-    def placement(self) -> dict[str, Any]:
-        """Return nothing: it is taken over as it was."""
-        return {}
-
-    def throughput(self, batch: int) -> dict[str, Any]:
-        """Return nothing: it is taken over as it was."""
-        del batch
-        return {"ms": None}
-
-    def energy(self, seconds: float) -> dict[str, Any]:
-        """Return nothing: it is taken over as it was."""
-        del seconds
         return {}
