@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Progress: TypeAlias = Callable[[int, int, str], None]
 
 DEFAULT_MASK = "attention_mask"
-_VERSION = 1
+_VERSION = 2
 # Of the mean: what a channel counts that the samples never excite.
 _LEAST_IMPORTANCE = 1e-3
 # Of sums of products that are kept at a time.
@@ -43,13 +43,15 @@ class LayerMoments:
     Parameters
     ----------
     layer
-        The value that the layer computes, with the name of its function or model as weights have.
+        The value that the layer computes, with the name of its function or model as weights have;
+        of a recurrent layer, followed by the parameter that the weight is.
     weight
         Name of its weight.
     kind
         Type of the op.
     groups
-        Groups of a convolution.
+        Equal parts of the weight's output channels that have inputs of their own: groups of a
+        convolution, gates of a recurrent layer.
     first, second
         Sums of the values that elements of the weight are multiplied by, and of their squares: of
         the weight's rank, each element for a block of the weight that has the same input.
@@ -74,7 +76,7 @@ class LayerMoments:
 
         ``None`` for a layer that can have no bias.
         """
-        if self.kind == "matmul" or self.count == 0:
+        if self.kind not in ("linear", "conv", "conv_transpose") or self.count == 0:
             return None
         terms = error * (_expanded(self.first, error.shape) / self.count)
         if self.kind == "conv_transpose":
@@ -225,9 +227,10 @@ def calibrate(
 ) -> Calibration:
     """Run a model on samples, and add up what its weights are multiplied by.
 
-    Of each weight of a ``linear``, ``matmul``, ``conv`` or ``conv_transpose``, the first and second
-    moments of each input channel, and of each place of a kernel. One pass over the samples for each
-    function that they suit; the memory does not grow with their number.
+    Of each weight of a ``linear``, ``matmul``, ``conv``, ``conv_transpose``, ``lstm``, ``gru`` or
+    ``rnn``, the first and second moments of each input channel, and of each place of a kernel. One
+    pass over the samples for each function that they suit; the memory does not grow with their
+    number.
 
     Parameters
     ----------
@@ -338,7 +341,7 @@ class SecondMoments:
             for layer in program.layers:
                 name = prefixes[layer.prefix] + layer.name
                 n_bytes = 4 * layer.groups * math.prod(layer.shape[1:]) ** 2
-                if layer.kind not in ("linear", "conv") or name in self._part_of:
+                if not layer.takes_feedback or name in self._part_of:
                     continue
                 if size + n_bytes > _MOST_BYTES:
                     self._parts.append([])

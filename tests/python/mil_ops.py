@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -44,6 +44,9 @@ class Call:
     n_outputs: int = 1
     dtype: torch.dtype | None = torch.float32
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+
+    def show(self, parameter: str, operand: Callable[[], Any]) -> None:
+        operand()
 
 
 def operator(name: str, opset: int = IOS18) -> Operator:

@@ -55,6 +55,11 @@ class Frame:
                 value = self.replace(self.watched[slot], value)
         self.slots[slot] = value
 
+    def show(self, slot: int, operand: Callable[[], Tensor]) -> None:
+        """Show what a weight is multiplied by to who watches the slot that stands for it."""
+        if self.observe is not None and slot in self.watched:
+            self.observe(self.watched[slot], operand())
+
     def drop(self, slots: Sequence[int]) -> None:
         """Let go of the values in some slots."""
         for slot in slots:
@@ -70,13 +75,19 @@ class _Call:
     dtype: torch.dtype | None
     generator: torch.Generator
     blocks: Sequence[Callable[..., tuple[Any, ...]]]
+    frame: Frame
+    operands: Mapping[str, int]
+
+    def show(self, parameter: str, operand: Callable[[], Tensor]) -> None:
+        self.frame.show(self.operands[parameter], operand)
 
 
 @dataclass(slots=True, kw_only=True)
 class Step:
     """An op, bound: its settings are known, what else it takes is in slots.
 
-    ``spent`` are the slots that nobody reads any more once it has run.
+    ``operands`` are the slots that stand for what its weights are multiplied by inside, ``spent``
+    those that nobody reads any more once it has run.
     """
 
     kind: str
@@ -88,6 +99,7 @@ class Step:
     writes: list[tuple[int, Caster | None]]
     dtype: torch.dtype | None
     blocks: tuple[Block, ...]
+    operands: dict[str, int]
     spent: tuple[int, ...] = ()
 
     def run(self, frame: Frame) -> None:
@@ -104,7 +116,9 @@ class Step:
             blocks = [functools.partial(block.run, frame) for block in self.blocks]
             n_outputs = len(self.writes)
             version = self.opset.version
-            arguments["call"] = _Call(version, n_outputs, self.dtype, frame.generator, blocks)
+            arguments["call"] = _Call(
+                version, n_outputs, self.dtype, frame.generator, blocks, frame, self.operands
+            )
         made = self.operator.function(**arguments)
         if self.writes:
             results = made if isinstance(made, tuple) else (made,)
@@ -173,6 +187,9 @@ class Function:
     watchable
         Slots and type of each value that is computed, by name, inputs included. A name has more
         than one slot if nested blocks use it for different values.
+    operands
+        Slots that stand for what weights are multiplied by inside an op, which is no value of the
+        program, by names that no value has.
     """
 
     inputs: dict[str, FunctionInput]
@@ -182,10 +199,13 @@ class Function:
     stored: list[Any]
     names: dict[int, str]
     watchable: dict[str, tuple[list[int], TensorType | None]]
+    operands: dict[str, list[int]]
 
     def slots_named(self, name: str) -> Sequence[int]:
-        """Return the slots of the values of a name."""
-        return self.watchable[name][0] if name in self.watchable else ()
+        """Return the slots of the values or operands of a name."""
+        if name in self.watchable:
+            return self.watchable[name][0]
+        return self.operands.get(name, ())
 
     @property
     def steps(self) -> Iterator[Step]:
@@ -205,6 +225,11 @@ def _all_steps(block: Block) -> Iterator[Step]:
         yield step
         for inner in step.blocks:
             yield from _all_steps(inner)
+
+
+def operand_name(value: str, parameter: str) -> str:
+    """Return what is watched to see the operand of a weight of the op that computes a value."""
+    return f"{value}: {parameter}"
 
 
 def bind(
@@ -255,6 +280,7 @@ class _Binder:
         self._stored_names: dict[int, str] = {}
         self._types: list[TensorType | None] = []
         self._watchable: dict[str, tuple[list[int], TensorType | None]] = {}
+        self._operands: dict[str, list[int]] = {}
 
     def function(self) -> Function:
         names: ChainMap[str, int] = ChainMap()
@@ -268,6 +294,7 @@ class _Binder:
             stored=self._stored,
             names=self._stored_names,
             watchable=self._watchable,
+            operands=self._operands,
         )
 
     def _slot(self, value: Any = None, kind: TensorType | None = None) -> int:
@@ -390,7 +417,13 @@ class _Binder:
             writes=writes,
             dtype=None if first is None else held_as(first.dtype),
             blocks=blocks,
+            operands={name: self._operand(node, name) for name in operator.operands},
         )
+
+    def _operand(self, node: Node, parameter: str) -> int:
+        slot = self._slot()
+        self._operands.setdefault(operand_name(node.name, parameter), []).append(slot)
+        return slot
 
     def _bound(self, binding: Any, names: ChainMap[str, int]) -> int:
         if binding.WhichOneof("choice") == "name":

@@ -13,16 +13,19 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from milpress.interpreter.constants import Weight
-from milpress.interpreter.graph import Function, Step
+from milpress.interpreter.graph import Function, Step, operand_name
 from milpress.interpreter.ops.convolution import transposed_pairs, window_extents, window_pairs
 from milpress.interpreter.products import Products, windows
 
+# Of each op that multiplies one of its parameters by another: which by which. What the weights of
+# recurrent layers are multiplied by is shown by these themselves.
 _PARAMETERS = {
     "linear": {"weight": "x"},
     "conv": {"weight": "x"},
     "conv_transpose": {"weight": "x"},
     "matmul": {"y": "x", "x": "y"},
 }
+_RECURRENT = ("lstm", "gru", "rnn")
 
 
 class Sums(NamedTuple):
@@ -47,17 +50,20 @@ class Layer:
     prefix
         What the names of its model's values begin with.
     name
-        The value that it computes, without the prefix.
+        The value that it computes, without the prefix; of a recurrent op, which has several
+        weights, followed by the parameter.
     weight, shape
         Name of the weight, without the prefix, and its shape.
     input
-        The value that it is multiplied by, with the prefix, as `Program.values` names it.
+        What it is multiplied by, with the prefix, as a tap names it.
     kind
         Type of the op.
     parameter
         Which parameter of the op the weight is.
     settings
         Of the op.
+    groups
+        Equal parts of the weight's rows that are multiplied by an input of their own.
     """
 
     prefix: str
@@ -68,14 +74,10 @@ class Layer:
     kind: str
     parameter: str
     settings: dict[str, Any]
+    groups: int = 1
     _known: dict[tuple[int, ...], list[Tensor]] = field(
         default_factory=dict, repr=False, compare=False
     )
-
-    @property
-    def groups(self) -> int:
-        """Groups of a convolution."""
-        return int(self.settings.get("groups") or 1)
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -96,6 +98,10 @@ class Layer:
         """
         if self.kind.startswith("conv"):
             return self._windows(x, mask)
+        if self.kind in _RECURRENT:
+            parts = [self._channels(rows, (1, x.shape[-1])) for rows in _steps(x, mask)]
+            first, second = (np.concatenate(each) for each in list(zip(*parts, strict=True))[:2])
+            return Sums(first, second, parts[0].n)
         axis = -1
         if self.kind == "matmul" and x.dim() > 1:
             transposed = bool(
@@ -105,13 +111,18 @@ class Layer:
         rows = x.movedim(axis, -1)
         return self._channels(_kept(rows, mask), self._aligned(rows.shape[-1]))
 
+    @property
+    def takes_feedback(self) -> bool:
+        """Whether errors can be fed back to later columns of the weight."""
+        return self.kind in ("linear", "conv", *_RECURRENT)
+
     def new_products(self) -> Products | None:
         """Return what `add_products` adds to.
 
         ``None`` for what is no linear layer or convolution, whose weight has the output channels
         first: errors are not fed back there.
         """
-        if self.kind not in ("linear", "conv"):
+        if not self.takes_feedback:
             return None
         return Products(self.groups, int(np.prod(self.shape[1:], dtype=np.int64)))
 
@@ -128,6 +139,9 @@ class Layer:
         if self.kind == "linear":
             rows = _kept(x, mask)
             products.add(rows.reshape(1, -1, rows.shape[-1]))
+            return
+        if self.kind in _RECURRENT:
+            products.add(torch.stack(list(_steps(x, mask))))
             return
         kernel, sizes = self.shape[2:], tuple(x.shape[2:])
         strides = self.settings.get("strides") or [1] * len(sizes)
@@ -236,26 +250,52 @@ def _kept(rows: Tensor, mask: Tensor | None) -> Tensor:
     return rows
 
 
+def _steps(x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+    """Yield the rows of each block of what a recurrent layer shows, whose steps come first."""
+    for block in x:
+        yield _kept(block, None if mask is None else mask.T).reshape(-1, block.shape[-1])
+
+
 def layers(prefix: str, function: Function) -> Iterator[Layer]:
     """Yield the layers of a function whose weight is stored and whose input is computed."""
     computed = {slot: name for name, (slots, _) in function.watchable.items() for slot in slots}
     for step in function.steps:
-        for parameter, other in _PARAMETERS.get(step.kind, {}).items():
-            weight, given = step.reads.get(parameter), step.reads.get(other)
-            if not isinstance(weight, int) or not isinstance(given, int):
-                continue
+        value = computed[step.writes[0][0]] if step.writes else ""
+        for parameter, weight, given in _products_of(step, value, computed):
             shape = _stored_shape(function.stored[weight])
-            if weight in function.names and given in computed and len(shape) >= 2:
+            if weight in function.names and len(shape) >= 2:
+                is_recurrent = step.kind in _RECURRENT
                 yield Layer(
                     prefix=prefix,
-                    name=computed[step.writes[0][0]],
+                    name=given if is_recurrent else value,
                     weight=function.names[weight],
                     shape=shape,
-                    input=prefix + computed[given],
+                    input=prefix + given,
                     kind=step.kind,
                     parameter=parameter,
                     settings=_settings(step),
+                    groups=_groups(step, parameter),
                 )
+
+
+def _products_of(
+    step: Step, value: str, computed: dict[int, str]
+) -> Iterator[tuple[str, int, str]]:
+    """Yield each parameter that is multiplied, its slot, and the name of the other factor."""
+    for parameter, other in _PARAMETERS.get(step.kind, {}).items():
+        weight, given = step.reads.get(parameter), step.reads.get(other)
+        if isinstance(weight, int) and isinstance(given, int) and given in computed:
+            yield parameter, weight, computed[given]
+    for parameter in step.operands:
+        weight = step.reads.get(parameter)
+        if isinstance(weight, int):
+            yield parameter, weight, operand_name(value, parameter)
+
+
+def _groups(step: Step, parameter: str) -> int:
+    if (step.kind, parameter) == ("gru", "weight_hh"):
+        return 3
+    return int(step.settings.get("groups") or 1)
 
 
 def _settings(step: Step) -> dict[str, Any]:

@@ -36,6 +36,13 @@ class Call(Protocol):
     def blocks(self) -> Sequence[Callable[..., tuple[Any, ...]]]:
         """The op's nested blocks, which take and return values as ops do."""
 
+    def show(self, parameter: str, operand: Callable[[], Tensor]) -> None:
+        """Show what a weight is multiplied by, if somebody looks at it: it is made only then.
+
+        It is one of the operator's ``operands``, of the shape ``(blocks, *positions, n)``: equal
+        parts of the weight's rows, one after the other, are multiplied by a block each.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class Operator:
@@ -52,6 +59,8 @@ class Operator:
     (``uint16`` as int32), ``bool`` as bool. The program rounds and casts what is returned to the
     type that the op's output declares, so a function may compute in a wider one. Several outputs
     are a tuple.
+
+    ``operands`` are the parameters of which the function shows what they are multiplied by.
     """
 
     function: Callable[..., Any]
@@ -59,6 +68,7 @@ class Operator:
     since: int
     forms: Mapping[str, tuple[str, bool]]
     takes_call: bool
+    operands: tuple[str, ...] = ()
 
     def wants_tensor(self, name: str) -> bool:
         """Whether an argument is taken as one or several tensors."""
@@ -84,7 +94,9 @@ class Operator:
         return bound
 
 
-def operator(*names: str, since: int = 5) -> Callable[[Callable[..., Any]], Operator]:
+def operator(
+    *names: str, since: int = 5, operands: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], Operator]:
     """Make a function the operator of the ops of these names, from an opset's version on."""
 
     def wrap(function: Callable[..., Any]) -> Operator:
@@ -92,7 +104,7 @@ def operator(*names: str, since: int = 5) -> Callable[[Callable[..., Any]], Oper
         parameters = inspect.signature(function).parameters
         forms = {name: _form_of(hints[name]) for name in parameters if name != "call"}
         takes_call = "call" in parameters
-        return Operator(function, names, since, types.MappingProxyType(forms), takes_call)
+        return Operator(function, names, since, types.MappingProxyType(forms), takes_call, operands)
 
     return wrap
 

@@ -341,6 +341,12 @@ class Program:
         outputs = tuple(feature.name for feature in self.outputs)
         return ProgramModule(self._part.function, inputs, outputs, self._seed)
 
+    @property
+    def _operands(self) -> set[str]:
+        return {
+            model.prefix + name for model in self._part.models for name in model.function.operands
+        }
+
     def _states(self) -> dict[str, TensorType]:
         return {
             model.prefix + name: parameter.type
@@ -362,7 +368,8 @@ class Program:
             got = ", ".join(inputs) or "none"
             msg = f"the inputs must be {wanted}, got {got}"
             raise InputError(msg)
-        unknown = sorted(taps - self.values.keys()) if taps else []
+        known_taps = self.values.keys() | self._operands if taps else set()
+        unknown = sorted(taps - known_taps)
         if unknown:
             msg = f"a tap must name a value that the program computes, got {', '.join(unknown)}"
             raise InputError(msg)

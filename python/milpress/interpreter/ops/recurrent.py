@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from milpress.interpreter.operator import operator
+from milpress.interpreter.operator import Call, operator
 
 # Those that have parameters are used with their usual ones.
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = types.MappingProxyType(
@@ -45,6 +45,20 @@ def _seen(steps: list[Tensor], all_of_them: bool) -> Tensor:
     return torch.stack(steps if all_of_them else steps[-1:])
 
 
+def _show(
+    call: Call, x: Tensor, read: list[list[Tensor]], direction: str, suffix: str = ""
+) -> None:
+    """Show what the weights of a direction are multiplied by, each at the place of its input.
+
+    ``read`` has, for each block of ``weight_hh``, what that is multiplied by in each step.
+    """
+    call.show(f"weight_ih{suffix}", lambda: x[None])
+    call.show(
+        f"weight_hh{suffix}",
+        lambda: torch.stack([_in_direction(torch.stack(block), direction) for block in read]),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class _LongShortTermMemory:
     """One direction of an LSTM; weights in the order input, forget, output, cell gate."""
@@ -76,7 +90,7 @@ class _LongShortTermMemory:
         return steps, h, c
 
 
-@operator("lstm")
+@operator("lstm", operands=("weight_ih", "weight_hh", "weight_ih_back", "weight_hh_back"))
 def lstm(
     x: Tensor,
     initial_h: Tensor,
@@ -95,6 +109,8 @@ def lstm(
     cell_activation: str = "tanh",
     activation: str = "tanh",
     clip: float | None = None,
+    *,
+    call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
     functions = (
         _activation(recurrent_activation),
@@ -104,6 +120,7 @@ def lstm(
     ahead = _LongShortTermMemory(weight_ih, weight_hh, bias, peephole, *functions, clip)
     if direction != "bidirectional":
         steps, h, c = ahead.run(_in_direction(x, direction), initial_h, initial_c)
+        _show(call, x, [[initial_h, *steps[:-1]]], direction)
         return _seen(steps, output_sequence), h, c
     if weight_ih_back is None or weight_hh_back is None:
         msg = "weight_ih_back and weight_hh_back must be given where direction is bidirectional"
@@ -112,8 +129,11 @@ def lstm(
         weight_ih_back, weight_hh_back, bias_back, peephole_back, *functions, clip
     )
     (h_ahead, h_back), (c_ahead, c_back) = initial_h.chunk(2, -1), initial_c.chunk(2, -1)
+    first_ahead, first_back = h_ahead, h_back
     steps, h_ahead, c_ahead = ahead.run(x, h_ahead, c_ahead)
     steps_back, h_back, c_back = back.run(x.flip(0), h_back, c_back)
+    _show(call, x, [[first_ahead, *steps[:-1]]], "forward")
+    _show(call, x, [[first_back, *steps_back[:-1]]], "reverse", "_back")
     seen_back = _seen(steps_back, output_sequence).flip(0)
     return (
         torch.cat([_seen(steps, output_sequence), seen_back], -1),
@@ -134,6 +154,7 @@ def _gru(
     activation: str,
     reset_after: bool,
     input_bias: Tensor | None,
+    call: Call,
 ) -> tuple[Tensor, Tensor]:
     """Run a GRU; weights in the order reset, output, update gate."""
     gate, output = _activation(recurrent_activation), _activation(activation)
@@ -142,20 +163,23 @@ def _gru(
     weight_r, weight_o, weight_z = weight_hh.chunk(3)
     bias_r, bias_o, bias_z = bias.chunk(3)
     steps = []
+    read: list[list[Tensor]] = [[], [], []]
     for projected in functional.linear(_in_direction(x, direction), weight_ih, input_bias):
         x_r, x_o, x_z = projected.chunk(3, -1)
         r = gate(x_r + functional.linear(h, weight_r, bias_r))
         z = gate(x_z + functional.linear(h, weight_z, bias_z))
-        if reset_after:
-            o = output(x_o + r * functional.linear(h, weight_o, bias_o))
-        else:
-            o = output(x_o + functional.linear(r * h, weight_o, bias_o))
+        kept = h if reset_after else r * h
+        proposed = functional.linear(kept, weight_o, bias_o)
+        o = output(x_o + (r * proposed if reset_after else proposed))
+        for block, operand in zip(read, (h, kept, h), strict=True):
+            block.append(operand)
         h = (1 - z) * o + z * h
         steps.append(h)
+    _show(call, x, read, direction)
     return _seen(steps, output_sequence), h
 
 
-@operator("gru")
+@operator("gru", operands=("weight_ih", "weight_hh"))
 def gru(
     x: Tensor,
     initial_h: Tensor,
@@ -166,6 +190,8 @@ def gru(
     output_sequence: bool = False,
     recurrent_activation: str = "sigmoid",
     activation: str = "tanh",
+    *,
+    call: Call,
 ) -> tuple[Tensor, Tensor]:
     return _gru(
         x,
@@ -179,10 +205,11 @@ def gru(
         activation,
         False,
         None,
+        call,
     )
 
 
-@operator("gru", since=8)
+@operator("gru", since=8, operands=("weight_ih", "weight_hh"))
 def gru_with_reset_after(
     x: Tensor,
     initial_h: Tensor,
@@ -195,6 +222,8 @@ def gru_with_reset_after(
     activation: str = "tanh",
     reset_after: bool = False,
     input_bias: Tensor | None = None,
+    *,
+    call: Call,
 ) -> tuple[Tensor, Tensor]:
     return _gru(
         x,
@@ -208,10 +237,11 @@ def gru_with_reset_after(
         activation,
         reset_after,
         input_bias,
+        call,
     )
 
 
-@operator("rnn")
+@operator("rnn", operands=("weight_ih", "weight_hh"))
 def rnn(
     x: Tensor,
     initial_h: Tensor,
@@ -221,6 +251,8 @@ def rnn(
     direction: str = "forward",
     output_sequence: bool = False,
     activation: str = "tanh",
+    *,
+    call: Call,
 ) -> tuple[Tensor, Tensor]:
     output = _activation(activation)
     h = initial_h
@@ -228,4 +260,5 @@ def rnn(
     for projected in functional.linear(_in_direction(x, direction), weight_ih, bias):
         h = output(projected + functional.linear(h, weight_hh))
         steps.append(h)
+    _show(call, x, [[initial_h, *steps[:-1]]], direction)
     return _seen(steps, output_sequence), h
