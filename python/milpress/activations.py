@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -18,12 +19,14 @@ from milpress.mil.activations import Parameters, Placement, Value
 from milpress.mil.package import Package
 from milpress.mil.program import Node
 from milpress.mil.weights import Site, sites
-from milpress.ranges import CalibrationConfig, Observer, Range
+from milpress.ranges import CalibrationConfig, Engine, Observer, Range
 from milpress.report import escaped, named_table
 from milpress.samples import Data, RandomSamples, Samples
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from milpress.interpreter import Feature
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 # Gives the codes of the activations of an op, by its name and type; None to leave it.
@@ -180,19 +183,19 @@ def quantize_activations(
     UnsupportedOpError
         If the interpreter does not cover an op of the model.
     UnsupportedError
-        If a function can't be raised.
+        If a function can't be raised, or Core ML can't give out a value.
+    DriverError
+        If Core ML is to run the model, and this is no Mac, or it fails.
     """
-    from milpress import interpreter
-
     if isinstance(taps_at_once, bool) or (taps_at_once != -1 and taps_at_once < 1):
         msg = f"the values looked at in a run must be at least 1, or -1 for all, got {taps_at_once}"
         raise ConfigError(msg)
     calibration = calibration or CalibrationConfig()
     notes = _raised(package, function)
     jobs = [_Job(site, codes_of, calibration) for site in _sites(package, function)]
-    program = interpreter.load(package, function if _is_single(package) else None)
     observers = {name: observer for job in jobs for name, observer in job.observers.items()}
-    n_samples = _observe(program, samples, observers, taps_at_once, progress)
+    with _engine(package, function, calibration.engine) as engine:
+        n_samples = _observe(engine, samples, observers, taps_at_once, progress)
     made = mil.read(package.model)
     before = len(made.pairs)
     activations: list[Activation] = []
@@ -204,6 +207,8 @@ def quantize_activations(
     n_pairs = len(made.pairs) - before
     if n_pairs:
         settings: dict[str, Any] = {"calibration": calibration.calibration, "samples": n_samples}
+        if calibration.engine != "interpreter":
+            settings["engine"] = calibration.engine
         if calibration.calibration == "percentile":
             settings["percentile"] = calibration.percentile
         made.settings.append(settings)
@@ -351,8 +356,49 @@ def parameters_of(found: Range, codes: QuantizeConfig, dtype: np.dtype[Any]) -> 
     return Parameters(scale, zero_point or None, codes.dtype)
 
 
+class _Engine(Protocol):
+    """Runs a model and shows values inside as arrays, each by its name."""
+
+    @property
+    def inputs(self) -> tuple[Feature, ...]: ...
+
+    def look(
+        self, sample: Mapping[str, Any], taps: Sequence[str], observe: Callable[[str, Any], None]
+    ) -> None: ...
+
+
+class _Interpreter:
+    """Runs a model by the interpreter."""
+
+    def __init__(self, package: Package, function: str | None) -> None:
+        from milpress import interpreter
+
+        self._program = interpreter.load(package, function)
+        self.inputs = self._program.inputs
+
+    def look(
+        self, sample: Mapping[str, Any], taps: Sequence[str], observe: Callable[[str, Any], None]
+    ) -> None:
+        def look(name: str, value: Any) -> None:
+            observe(name, value.numpy())
+
+        state = self._program.make_state() if self._program.is_stateful else None
+        self._program.run(sample, taps=taps, observe=look, state=state)
+
+
+def _engine(
+    package: Package, function: str | None, name: Engine
+) -> contextlib.AbstractContextManager[_Engine]:
+    if name == "coreml":
+        from milpress.device.taps import CoreMLTaps
+
+        return CoreMLTaps(package, _chosen(package, function))
+    chosen = function if _is_single(package) else None
+    return contextlib.nullcontext(_Interpreter(package, chosen))
+
+
 def _observe(
-    program: Any,
+    engine: _Engine,
     samples: Data,
     observers: Mapping[str, Observer],
     taps_at_once: int,
@@ -361,22 +407,20 @@ def _observe(
     """Run the samples and let observers look; return how many there were."""
 
     def look(name: str, value: Any) -> None:
-        observers[name].add(value.numpy())
+        observers[name].add(value)
 
     if isinstance(samples, (str, os.PathLike, RandomSamples, Mapping)):
-        samples = Samples(samples, program.inputs)
+        samples = Samples(samples, engine.inputs)
     total = len(samples) if isinstance(samples, Sized) else 0
-    names = [name for name in program.values if name in observers]
+    names = list(observers)
     size = len(names) if taps_at_once == -1 else taps_at_once
     n_samples = 0
     for sample in samples:
         if progress is not None:
             progress(n_samples, total, f"sample {n_samples + 1}")
-        inputs = named(sample, [feature.name for feature in program.inputs])
+        inputs = named(sample, [feature.name for feature in engine.inputs])
         for start in range(0, len(names), max(size, 1)):
-            state = program.make_state() if program.is_stateful else None
-            taps = names[start : start + size]
-            program.run(inputs, taps=taps, observe=look, state=state)
+            engine.look(inputs, names[start : start + size], look)
         n_samples += 1
     if not n_samples:
         msg = "the samples must be at least one, got none"

@@ -135,6 +135,13 @@ def compress(
             "entropy."
         ),
     ] = "minmax",
+    calibration_engine: Annotated[
+        str,
+        typer.Option(
+            help="With --quantize-activations: what runs the model: interpreter or, on a Mac, "
+            "coreml."
+        ),
+    ] = "interpreter",
     recipe: Annotated[Path | None, typer.Option(help="A YAML file that says it all.")] = None,
     target_bits: TargetBits = None,
     target_size: TargetSize = None,
@@ -197,7 +204,11 @@ def compress(
             "clip": calibration_data is not None,
         },
         prune,
-        {"dtype": quantize_activations, "calibration": calibration},
+        {
+            "dtype": quantize_activations,
+            "calibration": calibration,
+            "engine": calibration_engine,
+        },
         upgrade_to,
         weight_threshold,
     )
@@ -446,19 +457,22 @@ def _recipe(
     return replace(Recipe.of(treatment, target=target, min_size=min_size), activations=step)
 
 
-def _activation_step(dtype: Any, calibration: Any) -> ActivationStep | None:
+def _activation_step(dtype: Any, calibration: Any, engine: Any) -> ActivationStep | None:
     from milpress.formats import PerTensor, QuantizeConfig
     from milpress.ranges import CalibrationConfig
     from milpress.recipe import ActivationStep
 
     if dtype is None:
-        if calibration != "minmax":
-            msg = f"--calibration must go with --quantize-activations, got {calibration} without"
-            raise ConfigError(msg)
+        given = {"--calibration": (calibration, "minmax")}
+        given["--calibration-engine"] = engine, "interpreter"
+        for option, (value, default) in given.items():
+            if value != default:
+                msg = f"{option} must go with --quantize-activations, got {value} without"
+                raise ConfigError(msg)
         return None
     return ActivationStep(
         codes=QuantizeConfig(dtype=dtype, granularity=PerTensor()),
-        calibration=CalibrationConfig(calibration=calibration),
+        calibration=CalibrationConfig(calibration=calibration, engine=engine),
     )
 
 

@@ -14,6 +14,7 @@ from milpress.errors import ConfigError
 from milpress.formats import QuantizeConfig
 
 CalibrationKind: TypeAlias = Literal["minmax", "percentile", "mse", "entropy"]
+Engine: TypeAlias = Literal["interpreter", "coreml"]
 
 # Bins of a histogram. With 8-bit codes a bin is at most a sixteenth of a step.
 _MAX_BINS = 8192
@@ -43,10 +44,14 @@ class CalibrationConfig:
         distribution (Kullback and Leibler's).
     percentile
         With ``"percentile"``: how many values in a hundred the range holds.
+    engine
+        What runs the model on the samples: ``"interpreter"``, on any machine, or ``"coreml"``, on
+        a Mac.
     """
 
     calibration: CalibrationKind = "minmax"
     percentile: float = 99.99
+    engine: Engine = "interpreter"
 
     def __post_init__(self) -> None:
         if self.calibration not in get_args(CalibrationKind):
@@ -60,6 +65,9 @@ class CalibrationConfig:
             or not 50 < self.percentile <= 100
         ):
             msg = f"percentile must be above 50 and at most 100, got {self.percentile!r}"
+            raise ConfigError(msg)
+        if self.engine not in get_args(Engine):
+            msg = f"engine must be one of {get_args(Engine)}, got {self.engine!r}"
             raise ConfigError(msg)
 
     def observer(self) -> Observer:

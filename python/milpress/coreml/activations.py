@@ -11,7 +11,7 @@ from milpress.compression import Progress, save_package
 from milpress.coreml.config import OpLinearQuantizerConfig, OptimizationConfig, adopted
 from milpress.coreml.model import opened, returned, temporary_package
 from milpress.formats import PerTensor, QuantizeConfig
-from milpress.ranges import CalibrationConfig, CalibrationKind
+from milpress.ranges import CalibrationConfig, CalibrationKind, Engine
 from milpress.recipe import check_codes
 
 if TYPE_CHECKING:
@@ -30,13 +30,15 @@ def linear_quantize_activations(
     *,
     calibration: CalibrationKind = "minmax",
     percentile: float = 99.99,
+    engine: Engine = "interpreter",
     function: str | None = None,
     destination: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Any:
     """Quantize what the model computes to 8 bits, by pairs of ``quantize`` and ``dequantize``.
 
-    The model is run on samples, by the interpreter on any machine, to find the range of each value.
+    The model is run on samples to find the range of each value: by the interpreter on any machine,
+    or by Core ML on a Mac.
     `linear_quantize_weights` on the result gives a model with weights and activations of 8 bits.
 
     Parameters
@@ -58,6 +60,9 @@ def linear_quantize_activations(
         divergence of the distribution.
     percentile
         With ``calibration="percentile"``: how many values in a hundred the range holds.
+    engine
+        What runs the model: ``"interpreter"``, on any machine; or, on a Mac, ``"coreml"``, which
+        has no view of values in nested blocks.
     function
         The function of a package with several; by default the one that Core ML would take. Others
         stay as they are.
@@ -79,12 +84,16 @@ def linear_quantize_activations(
         If there is no sample, or the model can't take one.
     UnsupportedOpError
         If the interpreter does not cover an op of the model.
+    UnsupportedError
+        If Core ML can't give out a value.
+    DriverError
+        If Core ML is to run the model, and this is no Mac, or it fails.
     PackageError
         If the model is damaged, or not made of ML programs.
     """
     ours = adopted(config)
     ours.check_types(OpLinearQuantizerConfig, function="linear_quantize_activations")
-    settings = CalibrationConfig(calibration=calibration, percentile=percentile)
+    settings = CalibrationConfig(calibration=calibration, percentile=percentile, engine=engine)
     package = opened(mlmodel)
     report = quantize_activations(
         package,

@@ -33,17 +33,21 @@ def features(source: str | Path, function: str | None = None) -> tuple[Feature, 
     DependencyError
         If torch is not installed.
     """
+    return features_of(Package(source), function)
+
+
+def features_of(package: Package, function: str | None = None) -> tuple[Feature, ...]:
+    """Return the inputs of an open package, as `features` does."""
     from milpress.interpreter import load
     from milpress.interpreter.features import described
     from milpress.mil.values import type_of
 
-    package = Package(source)
     try:
         return load(package, function).inputs
     except UnsupportedOpError:
         if package.model.WhichOneof("choice") != "mlProgram":
             raise
-    described_by = _description(package, function)
+    described_by = description_of(package, function)
     name = function or package.model.description.defaultFunctionName or "main"
     types = {item.name: type_of(item.type) for item in package.programs[0].functions[name].inputs}
     return tuple(described(item, types[item.name]) for item in described_by.input)
@@ -51,10 +55,11 @@ def features(source: str | Path, function: str | None = None) -> tuple[Feature, 
 
 def description(source: str | Path, function: str | None = None) -> Any:
     """Return the description of a package's inputs, outputs and states."""
-    return _description(Package(source), function)
+    return description_of(Package(source), function)
 
 
-def _description(package: Package, function: str | None) -> Any:
+def description_of(package: Package, function: str | None) -> Any:
+    """Return the description of an open package's inputs, outputs and states."""
     whole = package.model.description
     name = function or whole.defaultFunctionName
     return next((each for each in whole.functions if each.name == name), whole)

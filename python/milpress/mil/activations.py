@@ -16,7 +16,7 @@ import numpy as np
 
 from milpress.errors import PackageError, VerificationError
 from milpress.mil import dtypes, values
-from milpress.mil.program import Graph, Node, Scope
+from milpress.mil.program import Graph, Node, Scope, new_op
 from milpress.mil.schema import messages
 from milpress.mil.values import TensorType, WeightSource
 from milpress.mil.weights import Site
@@ -370,7 +370,7 @@ class _Inserter(Generic[Setting]):
     ) -> str:
         name = self._graph.unique_name(f"{kind}_{self._n[kind]}")
         self._n[kind] += 1
-        op = _op(kind, name)
+        op = new_op(kind, name)
         op.inputs["input"].arguments.add().name = source
         op.outputs[0].type.CopyFrom(value.scope.names[value.name][1])
         settings = {"scale": _number(wanted.scale)}
@@ -381,7 +381,7 @@ class _Inserter(Generic[Setting]):
             op.outputs[0].type.tensorType.dataType = dtypes.by_name(wanted.dtype).mil
         ops = []
         for parameter, number in settings.items():
-            const = _op("const", self._graph.unique_name(f"{name}_{parameter}_0"))
+            const = new_op("const", self._graph.unique_name(f"{name}_{parameter}_0"))
             const.attributes["val"].CopyFrom(number)
             const.outputs[0].type.CopyFrom(number.type)
             op.inputs[parameter].arguments.add().name = const.outputs[0].name
@@ -395,13 +395,6 @@ def _sees(scope: Scope, outer: Scope) -> bool:
     while place is not None and place is not outer:
         place = place.parent
     return place is outer
-
-
-def _op(kind: str, name: str) -> Any:
-    op = messages().Operation(type=kind)
-    op.attributes["name"].CopyFrom(values.string(name))
-    op.outputs.add().name = name
-    return op
 
 
 def _number(number: Any) -> Any:

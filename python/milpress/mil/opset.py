@@ -11,8 +11,7 @@ import numpy as np
 from milpress.errors import ConfigError, PackageError, UnsupportedError
 from milpress.mil import dtypes, values
 from milpress.mil.package import Package
-from milpress.mil.program import Graph, Node, blocks
-from milpress.mil.schema import messages
+from milpress.mil.program import Graph, Node, blocks, new_op
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -254,13 +253,13 @@ def _nonnegative(node: Node, index_name: str, sizes: Any, graph: Graph) -> Itera
     }
 
     def const(name: str, number: Any) -> Any:
-        made = _new_op("const", name)
+        made = new_op("const", name)
         values.write_numbers(made.attributes["val"], "int32", np.asarray(number, np.int32))
         made.outputs[0].type.CopyFrom(made.attributes["val"].type)
         return made
 
     def combine(kind: str, name: str, dtype: int, **inputs: str) -> Any:
-        made = _new_op(kind, name)
+        made = new_op(kind, name)
         for parameter, source in inputs.items():
             made.inputs[parameter].arguments.add().name = source
         made.outputs[0].type.CopyFrom(index_type)
@@ -275,13 +274,6 @@ def _nonnegative(node: Node, index_name: str, sizes: Any, graph: Graph) -> Itera
     yield combine("add", names["wrapped"], int32, x=indices, y=names["size"])
     yield combine("select", base, int32, cond=names["is_valid"], a=indices, b=names["wrapped"])
     binding.name = base
-
-
-def _new_op(kind: str, name: str) -> Any:
-    op = messages().Operation(type=kind)
-    op.attributes["name"].CopyFrom(values.string(name))
-    op.outputs.add().name = name
-    return op
 
 
 def _modernize(op: Any, package: Package) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from milpress.errors import PackageError
 from milpress.mil import values
+from milpress.mil.schema import messages
 from milpress.mil.values import TensorType
 
 CONSTEXPR = "constexpr_"
@@ -214,6 +215,14 @@ class Graph:
                     ops.extend([] if node in self._removed else [node.op])
             del scope.block.operations[:]
             scope.block.operations.extend(ops)
+
+
+def new_op(kind: str, name: str) -> Any:
+    """Return an op with one output of its name, whose type is still to be said."""
+    op = messages().Operation(type=kind)
+    op.attributes["name"].CopyFrom(values.string(name))
+    op.outputs.add().name = name
+    return op
 
 
 def blocks(function: Any) -> Iterator[Any]:
