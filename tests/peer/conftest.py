@@ -44,6 +44,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run them for the targets iOS16, iOS17 and iOS18, not for iOS16 alone",
     )
+    parser.addoption(
+        "--peer-all",
+        action="store_true",
+        help="run all cases of the tests of which a SAMPLE is run otherwise",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -75,8 +80,11 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     others = [item for item in items if is_other(item)]
+    if not config.getoption("--peer-all", False):
+        others += unsampled(items)
     config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if item not in others]
+    dropped = {id(item) for item in others}
+    items[:] = [item for item in items if id(item) not in dropped]
     for item in items:
         module = getattr(item, "module", None)
         if not hasattr(module, "PEER"):
@@ -98,6 +106,19 @@ def is_other(item: pytest.Item) -> bool:
     return bool(reasons(dict.fromkeys(patterns, ""), item.nodeid.partition("::")[2]))
 
 
+def unsampled(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Return all cases but each `SAMPLE`th of a test, the first one included."""
+    counts: dict[tuple[str, str], int] = {}
+    left = []
+    for item in items:
+        step = getattr(getattr(item, "module", None), "SAMPLE", 1)
+        test = (item.nodeid.partition("::")[0], getattr(item, "originalname", item.name))
+        counts[test] = counts.get(test, -1) + 1
+        if counts[test] % step:
+            left.append(item)
+    return left
+
+
 def reasons(table: dict[str, str], name: str) -> list[str]:
     """Return the values of `table` whose key matches `name`; only `*` is special in a key."""
     return [table[key] for key in table if fnmatchcase(name, key.replace("[", "[[]"))]
@@ -113,15 +134,16 @@ def fill(module: types.ModuleType, peer: str) -> None:
         path = Path(importlib.util.find_spec(module.PEER).origin)
         source = path.read_bytes()
         tree = ast.parse(source, filename=str(path))
-        Redirect(peer, module.REWRITTEN).run(tree)
+        replaced = getattr(module, "REPLACED", {}) if peer == "milpress" else {}
+        Redirect(peer, module.REWRITTEN, {*replaced}).run(tree)
         rewrite_asserts(tree, source, str(path))
         with stubs() as stubbed:
             module.STUBBED = stubbed
             for name in getattr(module, "FIXTURES", ()):
                 vars(module).update(fixtures(name))
+            vars(module).update(replaced)  # tests take classes as parameters
             exec(compile(tree, str(path), "exec", dont_inherit=True), vars(module))
-            if peer == "milpress":
-                vars(module).update(getattr(module, "REPLACED", {}))
+            vars(module).update(replaced)
     torch.set_num_threads(1)  # the models are small
     gc.freeze()  # coremltools collects garbage after each conversion: leave the modules out of it
 
@@ -168,10 +190,13 @@ class Redirect(ast.NodeTransformer):
         "_HAS_SKLEARN": True,
         "ct.utils._macos_version()": (15, 0),
         "pytest.importorskip('coremltools.optimize.coreml._utils')": None,
+        "torch.__version__": "2.5.0",
+        "pytest.xfail('TODO (rdar://141183574): Upgrade cto.torch for torch 2.5')": None,
     }
 
-    def __init__(self, peer: str, expected: set[str]) -> None:
+    def __init__(self, peer: str, expected: set[str], replaced: set[str]) -> None:
         self.peer = peer
+        self.replaced = replaced
         self.answers = {key: self.ANSWERS[key] for key in expected & {*self.ANSWERS}}
         self.expected = expected if peer == "milpress" else {*self.answers}
         self.done: set[str] = set()
@@ -182,7 +207,7 @@ class Redirect(ast.NodeTransformer):
         assert self.done == self.expected, f"rewrote {self.done}, expected {self.expected}"
 
     def visit(self, node: ast.AST) -> Any:
-        if isinstance(node, ast.Call | ast.Name):
+        if isinstance(node, ast.Call | ast.Name | ast.Attribute):
             text = ast.unparse(node)
             if text in self.answers:
                 self.done.add(text)
@@ -196,9 +221,14 @@ class Redirect(ast.NodeTransformer):
                 alias.name = "milpress"
         return node
 
-    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | list[ast.ImportFrom]:
+    def visit_ImportFrom(
+        self, node: ast.ImportFrom
+    ) -> ast.ImportFrom | list[ast.ImportFrom] | ast.Pass:
         if self.peer != "milpress":
             return node
+        node.names = [alias for alias in node.names if alias.name not in self.replaced]
+        if not node.names:
+            return ast.copy_location(ast.Pass(), node)
         if node.module.startswith("coremltools.optimize.coreml"):
             self.done.add("from import")
             node.module = "milpress.coreml"

@@ -427,3 +427,23 @@ def test_a_report_has_a_row_for_each_place():
     # Uniform in half a step either way: its root mean square is a step over sqrt(12).
     step = float(model.get_submodule("0").weight_fake_quant.scale.max())
     assert 0 < report["0"]["error"] < step / 2
+
+
+def test_nothing_is_rounded_before_a_pool_that_is_left_out():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AvgPool2d(2), nn.Conv2d(4, 4, 3))
+    config = Q.LinearQuantizerConfig.from_dict(
+        {"global_config": {}, "module_name_configs": {"0": None, "1": None}}
+    )
+    graph = Q.LinearQuantizer(model, config).prepare((torch.zeros(1, 1, 12, 12),)).graph
+    places = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    assert places == ["0", "1", "activation_post_process_0", "2", "activation_post_process_1"]
+
+
+def test_a_range_shared_with_values_never_negative_has_an_offset():
+    class Joined(nn.Module):
+        def forward(self, x):
+            return torch.cat([functional.relu(x), functional.leaky_relu(x)])
+
+    model, _ = prepared(Joined(), torch.zeros(1, 4), quantization_scheme="symmetric")
+    schemes = [fake.scheme for fake in model.modules() if isinstance(fake, FakeQuantize)]
+    assert schemes == [QuantizationScheme.symmetric, QuantizationScheme.affine]

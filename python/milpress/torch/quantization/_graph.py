@@ -45,9 +45,10 @@ _NONNEGATIVE |= {functional.relu_, torch.relu_}
 _UNIT, _SIGNED_UNIT = (1 / 256, 0), (2 / 256, 128)
 _FIXED: dict[Any, tuple[float, int]] = {
     **dict.fromkeys((nn.Sigmoid, torch.sigmoid, functional.sigmoid, "sigmoid"), _UNIT),
+    **dict.fromkeys(("sigmoid_", "hardsigmoid", "hardsigmoid_"), _UNIT),
     **dict.fromkeys((nn.Hardsigmoid, functional.hardsigmoid), _UNIT),
     **dict.fromkeys((nn.Softmax, functional.softmax, torch.softmax, "softmax"), _UNIT),
-    **dict.fromkeys((nn.Tanh, torch.tanh, functional.tanh, "tanh"), _SIGNED_UNIT),
+    **dict.fromkeys((nn.Tanh, torch.tanh, functional.tanh, "tanh", "tanh_"), _SIGNED_UNIT),
 }
 
 _ACTIVATIONS: set[Any] = {
@@ -58,7 +59,9 @@ _ACTIVATIONS: set[Any] = {
     *(functional.prelu, functional.rrelu, functional.leaky_relu, functional.logsigmoid),
     *(functional.silu, functional.elu, functional.celu, functional.selu, functional.glu),
     *(functional.mish, functional.gelu, functional.hardtanh, functional.log_softmax),
-    *(functional.hardswish, torch.log_softmax, torch.selu, torch.celu),
+    *(functional.hardswish, torch.log_softmax, torch.selu, torch.celu, torch.exp2),
+    *(functional.rrelu_, functional.leaky_relu_, functional.elu_, functional.celu_),
+    *(functional.selu_, functional.hardtanh_, "exp2"),
 }
 
 _BINARY: set[Any] = {
@@ -264,7 +267,7 @@ class Placing:
         while self.kind(node) in _PASSING or self.kind(node) in _DROPOUTS:
             if not node.args or not isinstance(node.args[0], fx.Node):
                 break
-            if not self._is_value(node.args[0]):
+            if not self._is_value(node.args[0]) or self._config(node) is None:
                 break
             node = node.args[0]
         return node
@@ -335,7 +338,8 @@ class Placing:
         if len(ranges) == 1 and (found := ranges.pop()) is not None:
             return FixedQuantize(*found)
         scheme = config.quantization_scheme
-        if sources and all(node in nonnegative for node in sources):
+        # What is concatenated with values that are never negative has a lopsided range, too.
+        if any(node in nonnegative for node in sources):
             scheme = QuantizationScheme.affine
         return FakeQuantize(
             config.activation_observer,
