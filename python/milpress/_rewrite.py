@@ -298,7 +298,7 @@ class Rewriter:
             constexpr.emit_const(tensor, bias, file_name=self._default_file, sink=self._sink)
         else:
             name = weight.graph.unique_name(f"{layer.name}_bias")
-            op = constexpr.new_const(tensor, name, file_name=self._default_file, sink=self._sink)
+            op = constexpr.const_of(tensor, name, file_name=self._default_file, sink=self._sink)
             weight.graph.insert_before(layer, [op])
             del layer.op.inputs["bias"].arguments[:]
             layer.op.inputs["bias"].arguments.add(name=name)

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 Progress: TypeAlias = Callable[[int, int, str], None]
 # Gives the codes of the activations of an op, by its name and type; None to leave it.
 CodesOf: TypeAlias = Callable[[str, str], QuantizeConfig | None]
+# Name of the function that is run of each program, by the program's place.
+_Chosen: TypeAlias = Mapping[tuple[str, ...], str]
 
 FIRST_OPSET = opset.by_target("iOS17")
 _GREATEST = {"float16": 65504.0, "float32": float(np.finfo(np.float32).max)}
@@ -191,10 +193,11 @@ def quantize_activations(
         msg = f"the values looked at in a run must be at least 1, or -1 for all, got {taps_at_once}"
         raise ConfigError(msg)
     calibration = calibration or CalibrationConfig()
-    notes = _raised(package, function)
-    jobs = [_Job(site, codes_of, calibration) for site in _sites(package, function)]
+    chosen = _chosen(package, function)
+    notes = _raised(package, chosen)
+    jobs = [_Job(site, codes_of, calibration) for site in _sites(package, chosen)]
     observers = {name: observer for job in jobs for name, observer in job.observers.items()}
-    with _engine(package, function, calibration.engine) as engine:
+    with _engine(package, chosen, calibration.engine) as engine:
         n_samples = _observe(engine, samples, observers, taps_at_once, progress)
     made = mil.read(package.model)
     before = len(made.pairs)
@@ -218,16 +221,11 @@ def quantize_activations(
     )
 
 
-def _is_single(package: Package) -> bool:
-    return bool(package.model.WhichOneof("choice") == "mlProgram")
-
-
-def _chosen(package: Package, function: str | None) -> dict[tuple[str, ...], str]:
-    """Return which function of each model is run."""
+def _chosen(package: Package, function: str | None) -> _Chosen:
     found = {}
     for program in package.programs:
         names = program.functions
-        name = function if _is_single(package) else None
+        name = None if program.place else function
         if name is None:
             name = program.model.description.defaultFunctionName or (
                 "main" if "main" in names or len(names) != 1 else next(iter(names))
@@ -239,9 +237,8 @@ def _chosen(package: Package, function: str | None) -> dict[tuple[str, ...], str
     return found
 
 
-def _raised(package: Package, function: str | None) -> list[str]:
+def _raised(package: Package, chosen: _Chosen) -> list[str]:
     notes: dict[str, None] = {}
-    chosen = _chosen(package, function)
     for program in package.programs:
         raised = program.functions[chosen[program.place]]
         current = opset.by_name(raised.opset)
@@ -254,8 +251,7 @@ def _raised(package: Package, function: str | None) -> list[str]:
     return list(notes)
 
 
-def _sites(package: Package, function: str | None) -> list[Site]:
-    chosen = _chosen(package, function)
+def _sites(package: Package, chosen: _Chosen) -> list[Site]:
     return [
         site
         for site in sites(package)
@@ -387,14 +383,13 @@ class _Interpreter:
 
 
 def _engine(
-    package: Package, function: str | None, name: Engine
+    package: Package, chosen: _Chosen, name: Engine
 ) -> contextlib.AbstractContextManager[_Engine]:
     if name == "coreml":
         from milpress.device.taps import CoreMLTaps
 
-        return CoreMLTaps(package, _chosen(package, function))
-    chosen = function if _is_single(package) else None
-    return contextlib.nullcontext(_Interpreter(package, chosen))
+        return CoreMLTaps(package, chosen)
+    return contextlib.nullcontext(_Interpreter(package, chosen.get(())))
 
 
 def _observe(

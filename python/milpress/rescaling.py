@@ -320,7 +320,7 @@ def _apply(
         numbers = change.scales.astype(change.weight.dtype.storage).reshape(shape)
         tensor = values.Tensor(change.weight.dtype, numbers)
         scale_name = graph.unique_name(f"{node.name}_scale")
-        scale = constexpr.new_const(tensor, scale_name, file_name=None, sink=staged)
+        scale = constexpr.const_of(tensor, scale_name, file_name=None, sink=staged)
         layer = type(node.op).FromString(node.op.SerializeToString())
         layer.outputs[0].name = graph.unique_name(f"{node.name}_unscaled")
         product = messages().Operation(type="mul")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from milpress.device import inputs as files
 from milpress.device.drivers._mac import Mac
 from milpress.device.drivers.coreml import CoreML, check_is_mac, image, plain
-from milpress.errors import DriverError, InputError
+from milpress.errors import DriverError
 from milpress.mil.package import Package
 from milpress.mil.taps import expose
 
@@ -60,8 +61,7 @@ class CoreMLTaps:
         self._core_ml = core_ml or CoreML()
         self._folder = tempfile.TemporaryDirectory(prefix="milpress-taps-")
         self._loaded: dict[tuple[str, ...], tuple[Any, dict[str, str]]] = {}
-        single = package.programs[0] if package.model.WhichOneof("choice") == "mlProgram" else None
-        self._function = None if single is None else functions[single.place]
+        self._function = functions.get(())
         description = files.description_of(package, self._function)
         self._is_stateful = bool(description.state)
         self.inputs: tuple[Feature, ...] = files.features_of(package, self._function)
@@ -89,17 +89,12 @@ class CoreMLTaps:
         """
         given = self._given(sample)
         key = tuple(taps)
-        try:
-            if key not in self._loaded:
-                self._loaded[key] = self._load(key)
-            model, names = self._loaded[key]
+        if key not in self._loaded:
+            self._loaded[key] = self._load(key)
+        model, names = self._loaded[key]
+        with self._named():
             state = self._core_ml.make_state(model) if self._is_stateful else None
             made = self._core_ml.predict(model, given, state)
-        except RuntimeError as error:
-            if isinstance(error, DriverError):
-                raise
-            msg = f"{self._package.path}: Core ML must be able to run the model, got: {error}"
-            raise DriverError(msg) from error
         for output, tap in names.items():
             observe(tap, np.asarray(made[output], np.float32))
 
@@ -110,25 +105,33 @@ class CoreMLTaps:
         stem = Path(self._folder.name) / f"taps-{len(self._loaded)}"
         path = stem.with_suffix(".mlpackage")
         save_package(copy, path, verify=False)
-        compiled = self._core_ml.compile(str(path), str(stem.with_suffix(".mlmodelc")))
         # Naming the function takes macOS 15, which only models with several need.
         several = self._function is not None and len(self._package.programs[0].functions) > 1
-        model = self._core_ml.load(compiled, self._units, self._function if several else None)
+        with self._named():
+            compiled = self._core_ml.compile(str(path), str(stem.with_suffix(".mlmodelc")))
+            model = self._core_ml.load(compiled, self._units, self._function if several else None)
         return model, names
 
-    def _given(self, sample: Mapping[str, Any]) -> dict[str, Any]:
-        from milpress.interpreter.features import given_back, taken
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Say of an error of Core ML which package it is about."""
+        try:
+            yield
+        except RuntimeError as error:
+            msg = f"{self._package.path}: Core ML must be able to run the model, got: {error}"
+            raise DriverError(msg) from error
 
-        known = {feature.name: feature for feature in self.inputs}
-        missing = [name for name, f in known.items() if name not in sample and f.default is None]
-        unknown = [name for name in sample if name not in known]
-        if missing or unknown:
-            msg = f"the inputs must be {', '.join(known)}, got {', '.join(sample) or 'none'}"
-            raise InputError(msg)
+    def _given(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        from milpress.interpreter.features import check_names, given_back, taken
+
+        check_names(self.inputs, sample)
         found = {}
-        for name, value in sample.items():
-            feature = known[name]
+        for feature in self.inputs:
+            value = sample.get(feature.name)
+            if value is None:
+                continue
             array = given_back(feature, taken(feature, value)).numpy()
             is_float = feature.layout == "gray float16"
-            found[name] = image(array, is_float) if feature.kind == "image" else plain(array)
+            made = image(array, is_float) if feature.kind == "image" else plain(array)
+            found[feature.name] = made
         return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -146,6 +146,28 @@ def _image(item: Any, declared: TensorType) -> Feature:
 
 def _bounds(size: Any) -> tuple[int, int | None]:
     return size.lowerBound, size.upperBound if size.upperBound >= 0 else None
+
+
+def check_names(features: Sequence[Feature], given: Mapping[str, Any]) -> None:
+    """Check that each input is given that must be, and nothing else.
+
+    Raises
+    ------
+    InputError
+        If it is not so.
+    """
+    known = {feature.name for feature in features}
+    missing = any(given.get(each.name) is None and each.default is None for each in features)
+    if missing or not given.keys() <= known:
+        wanted = ", ".join(f"{each.name} ({_described(each)})" for each in features) or "none"
+        msg = f"the inputs must be {wanted}, got {', '.join(given) or 'none'}"
+        raise InputError(msg)
+
+
+def _described(feature: Feature) -> str:
+    if feature.kind == "image":
+        return f"{feature.layout} image {feature.shape_text}"
+    return f"{feature.dtype} {feature.shape_text}"
 
 
 def taken(feature: Feature, given: Any) -> Tensor:

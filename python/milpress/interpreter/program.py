@@ -29,7 +29,7 @@ from milpress.interpreter.graph import Frame, Function, Observe, Replace, bind
 from milpress.interpreter.module import ProgramModule
 from milpress.interpreter.moments import Layer, layers
 from milpress.interpreter.states import State
-from milpress.mil.package import Package
+from milpress.mil.package import Package, pipeline_models
 from milpress.mil.values import TensorType
 
 Precision = Literal["float32", "float16"]
@@ -356,18 +356,7 @@ class Program:
         }
 
     def _check(self, inputs: Mapping[str, Any], taps: frozenset[str], state: State | None) -> None:
-        known = [feature.name for feature in self.inputs]
-        unknown = [name for name in inputs if name not in known]
-        missing = [
-            feature.name
-            for feature in self.inputs
-            if inputs.get(feature.name) is None and feature.default is None
-        ]
-        if unknown or missing:
-            wanted = ", ".join(f"{f.name} ({_described(f)})" for f in self.inputs) or "none"
-            got = ", ".join(inputs) or "none"
-            msg = f"the inputs must be {wanted}, got {got}"
-            raise InputError(msg)
+        io.check_names(self.inputs, inputs)
         known_taps = self.values.keys() | self._operands if taps else set()
         unknown = sorted(taps - known_taps)
         if unknown:
@@ -417,12 +406,6 @@ def _located(frame: Frame) -> Iterator[None]:
         raise ExecutionError(msg) from error
 
 
-def _described(feature: Feature) -> str:
-    if feature.kind == "image":
-        return f"{feature.layout} image {feature.shape_text}"
-    return f"{feature.dtype} {feature.shape_text}"
-
-
 class _Loader:
     """Makes the models of a package ready to run."""
 
@@ -447,12 +430,8 @@ class _Loader:
         if self._function is not None:
             msg = f"function must not be given for a pipeline, got {self._function!r}"
             raise ConfigError(msg)
-        pipeline = model.pipeline if kind == "pipeline" else getattr(model, kind).pipeline
-        parts = []
-        for i, inner in enumerate(pipeline.models):
-            name = pipeline.names[i] if i < len(pipeline.names) else f"model{i}"
-            parts.append(self.part(inner, (*place, name)))
-        return self._pipeline(model, tuple(parts))
+        parts = tuple(self.part(inner, (*place, name)) for name, inner in pipeline_models(model))
+        return self._pipeline(model, parts)
 
     def _pipeline(self, model: Any, parts: tuple[_Model | _Pipeline, ...]) -> _Pipeline:
         takers = {feature.name: feature for part in reversed(parts) for feature in part.inputs}

@@ -16,7 +16,7 @@ import numpy as np
 
 from milpress.errors import PackageError, VerificationError
 from milpress.mil import dtypes, values
-from milpress.mil.program import Graph, Node, Scope, new_op
+from milpress.mil.program import Graph, Node, Scope, new_const, new_op
 from milpress.mil.schema import messages
 from milpress.mil.values import TensorType, WeightSource
 from milpress.mil.weights import Site
@@ -381,9 +381,7 @@ class _Inserter(Generic[Setting]):
             op.outputs[0].type.tensorType.dataType = dtypes.by_name(wanted.dtype).mil
         ops = []
         for parameter, number in settings.items():
-            const = new_op("const", self._graph.unique_name(f"{name}_{parameter}_0"))
-            const.attributes["val"].CopyFrom(number)
-            const.outputs[0].type.CopyFrom(number.type)
+            const = new_const(self._graph.unique_name(f"{name}_{parameter}_0"), number)
             op.inputs[parameter].arguments.add().name = const.outputs[0].name
             ops.append(const)
         self._graph.insert_before(before, [*ops, op])

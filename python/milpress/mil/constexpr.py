@@ -26,7 +26,7 @@ from milpress.formats import (
 )
 from milpress.mil import dtypes, values
 from milpress.mil.dtypes import DType
-from milpress.mil.program import CONSTEXPR, Graph, Node
+from milpress.mil.program import CONSTEXPR, Graph, Node, new_const
 from milpress.mil.schema import messages
 from milpress.mil.values import Tensor, WeightSink, WeightSource
 
@@ -115,16 +115,14 @@ def emit(
 
 def emit_const(tensor: Tensor, node: Node, *, file_name: str | None, sink: WeightSink) -> None:
     """Turn an op into the ``const`` op of a tensor, in place; its name stays."""
-    node.op.CopyFrom(new_const(tensor, node.name, file_name=file_name, sink=sink))
+    node.op.CopyFrom(const_of(tensor, node.name, file_name=file_name, sink=sink))
 
 
-def new_const(tensor: Tensor, name: str, *, file_name: str | None, sink: WeightSink) -> Any:
+def const_of(tensor: Tensor, name: str, *, file_name: str | None, sink: WeightSink) -> Any:
     """Return the ``const`` op of a tensor."""
-    op = messages().Operation(type="const")
-    op.attributes["name"].CopyFrom(values.string(name))
-    values.write(op.attributes["val"], tensor, file_name=file_name, early=False, sink=sink)
-    op.outputs.add(name=name).type.CopyFrom(op.attributes["val"].type)
-    return op
+    value = messages().Value()
+    values.write(value, tensor, file_name=file_name, early=False, sink=sink)
+    return new_const(name, value)
 
 
 def payload_bytes(value: Compressed, *, early: bool) -> int:

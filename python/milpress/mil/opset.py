@@ -11,7 +11,8 @@ import numpy as np
 from milpress.errors import ConfigError, PackageError, UnsupportedError
 from milpress.mil import dtypes, values
 from milpress.mil.package import Package
-from milpress.mil.program import Graph, Node, blocks, new_op
+from milpress.mil.program import Graph, Node, blocks, new_const, new_op
+from milpress.mil.schema import messages
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -253,10 +254,9 @@ def _nonnegative(node: Node, index_name: str, sizes: Any, graph: Graph) -> Itera
     }
 
     def const(name: str, number: Any) -> Any:
-        made = new_op("const", name)
-        values.write_numbers(made.attributes["val"], "int32", np.asarray(number, np.int32))
-        made.outputs[0].type.CopyFrom(made.attributes["val"].type)
-        return made
+        stored = messages().Value()
+        values.write_numbers(stored, "int32", np.asarray(number, np.int32))
+        return new_const(name, stored)
 
     def combine(kind: str, name: str, dtype: int, **inputs: str) -> Any:
         made = new_op(kind, name)

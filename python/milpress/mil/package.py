@@ -182,14 +182,20 @@ def _parse(data: bytes, path: Path) -> Any:
         raise PackageError(msg) from error
 
 
+def pipeline_models(model: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the name and the model of each part of a pipeline, in order."""
+    kind = model.WhichOneof("choice")
+    pipeline = model.pipeline if kind == "pipeline" else getattr(model, kind).pipeline
+    for i, part in enumerate(pipeline.models):
+        yield pipeline.names[i] if i < len(pipeline.names) else f"model{i}", part
+
+
 def _programs(model: Any, path: Path, place: tuple[str, ...] = ()) -> Iterator[Program]:
     kind = model.WhichOneof("choice")
     if kind == "mlProgram":
         yield Program(place, model)
     elif kind is not None and len(place) < _MAX_PIPELINE_DEPTH:
-        pipeline = model.pipeline if kind == "pipeline" else getattr(model, kind).pipeline
-        for i, part in enumerate(pipeline.models):
-            name = pipeline.names[i] if i < len(pipeline.names) else f"model{i}"
+        for name, part in pipeline_models(model):
             # A pipeline may hold models of other kinds, which have no MIL weights.
             if part.WhichOneof("choice") is not None:
                 yield from _programs(part, path, (*place, name))

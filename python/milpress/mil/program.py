@@ -225,6 +225,14 @@ def new_op(kind: str, name: str) -> Any:
     return op
 
 
+def new_const(name: str, value: Any) -> Any:
+    """Return the ``const`` op of a ``Value``."""
+    op = new_op("const", name)
+    op.attributes["val"].CopyFrom(value)
+    op.outputs[0].type.CopyFrom(value.type)
+    return op
+
+
 def blocks(function: Any) -> Iterator[Any]:
     """Yield the block specializations of a function, in the order of their opsets."""
     for _, block in sorted(function.block_specializations.items()):

@@ -7,8 +7,8 @@ from typing import Any, NoReturn
 
 from milpress.errors import UnsupportedError
 from milpress.mil import dtypes, values
-from milpress.mil.package import Package
-from milpress.mil.program import Graph, new_op
+from milpress.mil.package import Package, pipeline_models
+from milpress.mil.program import Graph, new_const, new_op
 
 _FLOAT32 = dtypes.by_name("float32")
 # Of ArrayFeatureType: FLOAT32.
@@ -76,9 +76,7 @@ def _outputs(
         op.outputs[0].type.CopyFrom(declared)
         op.outputs[0].type.tensorType.dataType = _FLOAT32.mil
         if op.type == "cast":
-            const = new_op("const", graph.unique_name(f"{output}_dtype_0"))
-            const.attributes["val"].CopyFrom(values.string("fp32"))
-            const.outputs[0].type.CopyFrom(const.attributes["val"].type)
+            const = new_const(graph.unique_name(f"{output}_dtype_0"), values.string("fp32"))
             op.inputs["dtype"].arguments.add().name = const.outputs[0].name
             block.operations.append(const)
         block.operations.append(op)
@@ -96,13 +94,7 @@ def _around(model: Any, place: tuple[str, ...]) -> Iterator[Any]:
     """Yield the model, and those in it on the way to a program."""
     yield model
     if place:
-        kind = model.WhichOneof("choice")
-        pipeline = model.pipeline if kind == "pipeline" else getattr(model, kind).pipeline
-        names = [
-            pipeline.names[i] if i < len(pipeline.names) else f"model{i}"
-            for i in range(len(pipeline.models))
-        ]
-        yield from _around(pipeline.models[names.index(place[0])], place[1:])
+        yield from _around(dict(pipeline_models(model))[place[0]], place[1:])
 
 
 def _describe(description: Any, name: str, shape: tuple[int | None, ...]) -> None:
