@@ -12,14 +12,17 @@ import torch
 from core_ml_stub import StubMac, held
 from PIL import Image
 from torch import nn
+from typer.testing import CliRunner
 
 import milpress
 from milpress import coreml, interpreter
+from milpress.cli import app
 from milpress.device import taps
 from milpress.device.drivers.coreml import CoreML
 from milpress.errors import ConfigError, DriverError, InputError, UnsupportedError
 from milpress.mil.package import Package
 from milpress.mil.taps import expose
+from milpress.recipe import Recipe
 from milpress.samples import RandomSamples
 
 with warnings.catch_warnings():
@@ -171,6 +174,46 @@ def test_values_of_a_pipeline_are_given_out_through_it(shared_pipeline, core_ml,
     assert made[0] == made[1]
 
 
+def test_values_of_one_function_of_several_are_given_out(core_ml, tmp_path):
+    description = ct.utils.MultiFunctionDescriptor()
+    for name, kind in (("small", "float16"), ("large", "float32")):
+        path = converted(kind, tmp_path / f"{name}.mlpackage")
+        description.add_function(str(path), "main", name)
+    description.default_function_name = "small"
+    path = tmp_path / "both.mlpackage"
+    ct.utils.save_multifunction(description, str(path))
+    for name in (None, "large"):
+        made = [
+            coreml.linear_quantize_activations(
+                str(path), config(), samples(""), function=name, engine=engine
+            ).activation_report
+            for engine in ("interpreter", "coreml")
+        ]
+        assert made[0].n_pairs > 0
+        assert made[0] == made[1]
+
+
+def test_the_command_line_and_recipes_say_who_runs_the_model(core_ml, tmp_path):
+    path = converted("float16", tmp_path / "m.mlpackage")
+    np.savez(tmp_path / "samples.npz", x=np.concatenate([each["x"] for each in samples("")]))
+    given = ["--calibration-data", str(tmp_path / "samples.npz")]
+    arguments = ["compress", str(path), str(tmp_path / "out.mlpackage"), "--quantize", "int8"]
+    engine = ["--calibration-engine", "coreml"]
+    found = CliRunner().invoke(app, [*arguments, *given, *engine])
+    assert found.exit_code != 0
+    assert "--calibration-engine must go with --quantize-activations" in str(found.exception)
+    activations = ["--quantize-activations", "int8", *engine]
+    found = CliRunner().invoke(app, [*arguments, *given, *activations])
+    assert found.exit_code == 0, found.output
+    assert len(core_ml.loaded) == 1
+    recipe = Recipe.from_dict(
+        {"version": 1, "steps": [{"quantize_activations": {"engine": "coreml"}}]}
+    )
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    milpress.compress(path, tmp_path / "again.mlpackage", recipe, sample_data=samples(""))
+    assert len(core_ml.loaded) == 2
+
+
 @pytest.mark.parametrize("kind", ["float16", "float32", "flexible"])
 def test_coremltools_takes_a_package_that_gives_out_values(kind, tmp_path):
     package = Package(converted(kind, tmp_path / "m.mlpackage"))
@@ -223,7 +266,7 @@ def test_core_ml_takes_a_mac_and_its_failures_are_told(tmp_path, monkeypatch, co
 def test_a_sample_that_does_not_suit_is_refused_before_core_ml(tmp_path, core_ml):
     path = converted("float16", tmp_path / "m.mlpackage")
     for sample, message in (
-        ({"y": np.ones((1, 3, 8, 6))}, "the inputs must be x, got y"),
+        ({"y": np.ones((1, 3, 8, 6))}, r"the inputs must be x \(float\d+ 1x3x8x6\), got y"),
         ({"x": np.ones((1, 3, 8, 7))}, "must have the shape 1x3x8x6"),
     ):
         with pytest.raises(InputError, match=message):
