@@ -2,11 +2,16 @@
 PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+# A wheel to install instead of building one.
+WHEEL ?=
 SOURCES := $(shell find csrc metal cmake python -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.pyi' \
 	-o -name '*.metal' -o -name '*.cmake') \
 	CMakeLists.txt pyproject.toml
 
-.PHONY: demo examples test bench bench-device clean
+# As many tests side by side as there are cores.
+RUN_TESTS := $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+.PHONY: demo environment examples test bench bench-device clean
 
 demo: $(VENV)/models.stamp
 	$(VENV)/bin/python examples/demo.py
@@ -15,9 +20,11 @@ demo: $(VENV)/models.stamp
 examples: $(VENV)/test.stamp
 	for name in prune palettize quantize; do $(VENV)/bin/python examples/$${name}_digits.py || exit 1; done
 
-test: $(VENV)/test.stamp
-	$(VENV)/bin/python -m pytest -m "not large"
-	$(VENV)/bin/python -m pytest tests/peer
+test: environment
+	$(RUN_TESTS) -m "not large"
+	$(RUN_TESTS) tests/peer
+
+environment: $(VENV)/test.stamp
 
 # BENCH=--quick takes 2 minutes instead of 10; BENCH=--large adds models of 1 and 2 GB.
 bench: $(VENV)/bench.stamp
@@ -32,7 +39,8 @@ $(VENV)/bin/python:
 	$(PIP) --upgrade 'pip>=25.1'
 
 $(VENV)/install.stamp: $(VENV)/bin/python $(SOURCES)
-	$(PIP) .
+	$(PIP) $(or $(WHEEL),.)
+	$(if $(WHEEL),$(PIP) --force-reinstall --no-deps $(WHEEL))
 	touch $@
 
 $(VENV)/models.stamp: $(VENV)/install.stamp

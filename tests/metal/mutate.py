@@ -1,22 +1,24 @@
-"""Plant bugs in the Metal kernels and their host, one at a time, and see which check notices.
+"""Plant bugs in the Metal kernels and their host, one in a copy, and see which check notices.
 
-Works on a copy of the tracked files under build/mutants. Prints a line for each bug with the rung that
-caught it; fails if one was caught by none, or could not be planted.
+Works on copies of the tracked files under build/mutants, as many side by side as there are cores. Prints
+a line for each bug with the rung that caught it; fails if one was caught by none, or could not be planted.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TREE = ROOT / "build" / "mutants"
+TREES = ROOT / "build" / "mutants"
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 
 
@@ -135,62 +137,95 @@ BUGS = (
 )  # fmt: skip
 
 
-def run(command: list[str], **environment: str) -> bool:
-    """Return whether a command succeeds in the tree."""
-    done = subprocess.run(
-        command,
-        cwd=TREE,
-        env={**os.environ, **environment},
-        capture_output=True,
-        check=False,
-        timeout=900,
-    )
-    return done.returncode == 0
-
-
-def built(*targets: str) -> bool:
-    """Return whether the tests compile."""
-    return run(["cmake", "--build", "build/metal", "--target", *targets])
-
-
 QUICK = {"MILPRESS_METAL_QUICK": "1", "MILPRESS_NUM_THREADS": "1"}
 ASAN = {**QUICK, "ASAN_OPTIONS": "detect_stack_use_after_return=0:detect_leaks=0"}
 FAULTS = ("old_gpu", "no_compile", "wide_simd", "small_groups", "gpu_error", "no_commands")
 
 
-def rung(compiler: str, file: str = "") -> str:
-    """Return the first rung that fails; empty if none does. Those that don't see the file are left out."""
-    if file.endswith("runtime.cpp"):
-        return host_rung()
-    tests = "build/metal/tests/metal/metal_tests"
-    check = [sys.executable, "tests/metal/check_sources.py", "metal", "--compiler", compiler]
-    if not run(check):
-        return "sources"
-    if not built("metal_tests"):
-        return "C++ compiler"
-    if not run([tests, "--abort-after=1"], **QUICK) or not run([tests, "--abort-after=1"]):
-        return "emulator"
-    if not built("metal_tests_asan") or not run([f"{tests}_asan"], **ASAN):
-        return "address and undefined behaviour sanitizers"
-    if not built("metal_tests_tsan"):
-        return "C++ compiler"
-    if not run([f"{tests}_tsan"], **QUICK, MILPRESS_EMULATOR_THREADS="64"):
-        return "thread sanitizer"
-    return host_rung()
+@dataclass(frozen=True)
+class Tree:
+    """A copy of the tracked files, with a build of its own."""
 
+    path: Path
+    compiler: str
 
-def host_rung() -> str:
-    """Return the first that fails of the rungs that run the host as it ships."""
-    host = "build/metal/tests/metal/metal_host_tests"
-    if not built("metal_host_tests"):
-        return "C++ compiler, host"
-    if not run([host], **ASAN):
-        return "fake runtime"
-    for fault in FAULTS:
-        only = ["--no-skip", "--test-case=what fails is said"]
-        if not run([host, *only], **ASAN, FAKE_METAL_FAULT=fault):
-            return f"fake runtime, {fault}"
-    return ""
+    def fill(self) -> None:
+        """Copy what has changed since the last time."""
+        listed = subprocess.run(
+            ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split()
+        for name in listed:
+            target = self.path / name
+            content = (ROOT / name).read_bytes()
+            if not target.exists() or target.read_bytes() != content:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, target)
+
+    def run(self, command: list[str], **environment: str) -> bool:
+        """Return whether a command succeeds in the tree."""
+        done = subprocess.run(
+            command,
+            cwd=self.path,
+            env={**os.environ, **environment},
+            capture_output=True,
+            check=False,
+            timeout=900,
+        )
+        return done.returncode == 0
+
+    def built(self, target: str) -> bool:
+        """Return whether a test compiles."""
+        return self.run(["cmake", "--build", "build/metal", "--target", target])
+
+    def rung(self, file: str = "") -> str:
+        """Return the first rung that fails; empty if none does. Those that don't see the file are left out."""
+        if file.endswith("runtime.cpp"):
+            return self.host_rung()
+        tests = "build/metal/tests/metal/metal_tests"
+        check = [sys.executable, "tests/metal/check_sources.py", "metal"]
+        if not self.run([*check, "--compiler", self.compiler]):
+            return "sources"
+        if not self.built("metal_tests"):
+            return "C++ compiler"
+        emulated = [tests, "--abort-after=1"]
+        if not self.run(emulated, **QUICK) or not self.run(emulated):
+            return "emulator"
+        if not self.built("metal_tests_asan") or not self.run([f"{tests}_asan"], **ASAN):
+            return "address and undefined behaviour sanitizers"
+        if not self.built("metal_tests_tsan"):
+            return "C++ compiler"
+        if not self.run([f"{tests}_tsan"], **QUICK, MILPRESS_EMULATOR_THREADS="64"):
+            return "thread sanitizer"
+        return self.host_rung()
+
+    def host_rung(self) -> str:
+        """Return the first that fails of the rungs that run the host as it ships."""
+        host = "build/metal/tests/metal/metal_host_tests"
+        if not self.built("metal_host_tests"):
+            return "C++ compiler, host"
+        if not self.run([host], **ASAN):
+            return "fake runtime"
+        for fault in FAULTS:
+            only = ["--no-skip", "--test-case=what fails is said"]
+            if not self.run([host, *only], **ASAN, FAKE_METAL_FAULT=fault):
+                return f"fake runtime, {fault}"
+        return ""
+
+    def rung_of(self, bug: Bug) -> str | None:
+        """Plant a bug and return the rung that catches it; None if its place is not found."""
+        path = self.path / bug.file
+        text = path.read_text()
+        parts = text.split(bug.old)
+        if len(parts) < bug.nth + 2:
+            return None
+        before, after = bug.old.join(parts[: bug.nth + 1]), bug.old.join(parts[bug.nth + 1 :])
+        path.write_text(before + bug.new + after)
+        try:
+            return self.rung(bug.file)
+        except subprocess.TimeoutExpired:
+            return "time-out"
+        finally:
+            path.write_text(text)
 
 
 def main() -> int:
@@ -198,46 +233,38 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--metal-cpp", required=True)
     parser.add_argument("--compiler", default="clang++-19")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="bugs at a time")
     parser.add_argument("--only", default="", help="bugs whose name holds this")
     parser.add_argument("--first", type=int, default=0, help="how many bugs to pass over")
     arguments = parser.parse_args()
-    listed = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
-    for name in listed:
-        target = TREE / name
-        content = (ROOT / name).read_bytes()
-        if not target.exists() or target.read_bytes() != content:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, target)
-    configure = ["cmake", "--preset", "metal", f"-DMILPRESS_METAL_CPP_DIR={arguments.metal_cpp}"]
-    if not run([*configure, "-DMILPRESS_WERROR=OFF"]) or rung(arguments.compiler):
-        print("without a bug, all must pass")
-        return 1
-    missed = 0
-    for bug in BUGS[arguments.first :]:
-        if arguments.only not in bug.name:
-            continue
-        path = TREE / bug.file
-        text = path.read_text()
-        parts = text.split(bug.old)
-        if len(parts) < bug.nth + 2:
-            print(f"NOT PLANTED  {bug.name}", flush=True)
-            missed += 1
-            continue
-        before, after = bug.old.join(parts[: bug.nth + 1]), bug.old.join(parts[bug.nth + 1 :])
-        path.write_text(before + bug.new + after)
+    trees: queue.SimpleQueue[Tree] = queue.SimpleQueue()
+
+    def prepare(i: int) -> str:
+        tree = Tree(TREES / str(i), arguments.compiler)
+        tree.fill()
+        configure = ["cmake", "--preset", "metal", "-DMILPRESS_WERROR=OFF"]
+        if not tree.run([*configure, f"-DMILPRESS_METAL_CPP_DIR={arguments.metal_cpp}"]):
+            return "configuration"
+        trees.put(tree)
+        return tree.rung()
+
+    def plant(bug: Bug) -> str | None:
+        tree = trees.get()
         started = time.monotonic()
-        try:
-            caught = rung(arguments.compiler, bug.file)
-        except subprocess.TimeoutExpired:
-            caught = "time-out"
-        finally:
-            path.write_text(text)
-        missed += not caught
-        seconds = time.monotonic() - started
-        print(f"{caught or 'MISSED':<44} {bug.name} ({seconds:.0f} s)", flush=True)
-    print(f"{len(BUGS)} bugs, {missed} missed")
+        caught = tree.rung_of(bug)
+        trees.put(tree)
+        found = "NOT PLANTED" if caught is None else caught or "MISSED"
+        print(f"{found:<44} {bug.name} ({time.monotonic() - started:.0f} s)", flush=True)
+        return caught
+
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for failed in pool.map(prepare, range(arguments.jobs)):
+            if failed:
+                print(f"without a bug, all must pass, got a failure of: {failed}")
+                return 1
+        bugs = [bug for bug in BUGS[arguments.first :] if arguments.only in bug.name]
+        missed = sum(not caught for caught in pool.map(plant, bugs))
+    print(f"{len(bugs)} bugs, {missed} missed")
     return 1 if missed else 0
 
 

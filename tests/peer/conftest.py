@@ -129,7 +129,6 @@ def fill(module: types.ModuleType, peer: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import coremltools  # noqa: F401 - looks for torchvision, which must not be the stub
-        import torch
 
         path = Path(importlib.util.find_spec(module.PEER).origin)
         source = path.read_bytes()
@@ -144,7 +143,6 @@ def fill(module: types.ModuleType, peer: str) -> None:
             vars(module).update(replaced)  # tests take classes as parameters
             exec(compile(tree, str(path), "exec", dont_inherit=True), vars(module))
             vars(module).update(replaced)
-    torch.set_num_threads(1)  # the models are small
     gc.freeze()  # coremltools collects garbage after each conversion: leave the modules out of it
 
 

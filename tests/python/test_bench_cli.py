@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from device_results import device as device_of
 from device_results import entry, model, placement, result
-from test_cli import failed, run
+from command_line import failed, run
 
 import milpress
 from milpress import device, errors

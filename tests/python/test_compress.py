@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,20 +88,28 @@ def test_basic_pitch_of_ios15_is_raised_and_decoded_by_coremltools(
     assert_coremltools_agrees(out)
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
-@pytest.mark.parametrize("target", ["iOS15", "iOS16", "iOS17", "iOS18"])
-@pytest.mark.parametrize("kind", ["layers", "shared", "lookup", "nested", "recurrent", "awkward"])
-def test_every_kind_of_layer_survives_every_treatment(build, tmp_path, kind, target, dtype):
+def kinds_and_treatments() -> Iterator[Any]:
+    """Yield each kind of layer with each treatment, of each target and type; all but one are large."""
+    kinds = ("layers", "shared", "lookup", "nested", "recurrent", "awkward")
+    variants = list(itertools.product(("iOS15", "iOS16", "iOS17", "iOS18"), ("fp16", "fp32")))
+    for (i, kind), (j, treatment) in itertools.product(enumerate(kinds), enumerate(EARLY | LATE)):
+        for k, variant in enumerate(variants):
+            marks = () if k == (i + j) % len(variants) else pytest.mark.large
+            yield pytest.param(kind, treatment, *variant, marks=marks)
+
+
+@pytest.mark.parametrize(("kind", "treatment", "target", "dtype"), list(kinds_and_treatments()))
+def test_every_kind_of_layer_survives_every_treatment(
+    build, tmp_path, kind, treatment, target, dtype
+):
     if kind == "recurrent" and dtype == "fp16" and target in ("iOS15", "iOS16"):
         dtype = "fp32"  # lstm takes float16 from iOS17 on
-    source = build(kind, target, dtype)
-    for i, (name, treatment) in enumerate((EARLY | LATE).items()):
-        out = tmp_path / f"{i}.mlpackage"
-        late = "iOS18" if name in LATE else None
-        recipe = milpress.Recipe.of(treatment, target=late, min_size=100)
-        report = milpress.compress(source, out, recipe)
-        assert report.with_status("compressed"), name
-        assert_coremltools_agrees(out)
+    out = tmp_path / "out.mlpackage"
+    late = "iOS18" if treatment in LATE else None
+    recipe = milpress.Recipe.of((EARLY | LATE)[treatment], target=late, min_size=100)
+    report = milpress.compress(build(kind, target, dtype), out, recipe)
+    assert report.with_status("compressed")
+    assert_coremltools_agrees(out)
 
 
 @pytest.mark.parametrize(

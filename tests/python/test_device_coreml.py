@@ -72,7 +72,7 @@ def calls(kind: type, method: str) -> dict[str, ast.Call]:
     }
 
 
-@pytest.mark.parametrize(("place", "target"), CALLS.items(), ids=lambda each: str(each)[:60])
+@pytest.mark.parametrize(("place", "target"), CALLS.items(), ids=map("-".join, CALLS))
 def test_a_call_binds_to_the_signature_of_coremltools(place, target):
     owner, method = place[0].split(".")
     kind = {"CoreML": coreml.CoreML, "RemoteCoreML": iphone.RemoteCoreML}[owner]

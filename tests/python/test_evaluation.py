@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ct
-from test_cli import failed, run
+from command_line import failed, run
 
 import milpress
 from milpress.errors import ConfigError, InputError, PackageNotFoundError

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import TARGETS, save, weight
-from test_cli import failed, run
+from command_line import failed, run
 
 import milpress
 from milpress import formats as f

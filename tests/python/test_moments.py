@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TARGETS, ct, mb, save, weight
-from test_cli import failed, run
+from command_line import failed, run
 from torch import nn
 
 import milpress

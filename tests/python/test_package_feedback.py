@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TARGETS, ct, mb, save, weight
-from test_cli import failed, run
+from command_line import failed, run
 
 import milpress
 from milpress import moments

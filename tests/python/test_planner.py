@@ -15,7 +15,7 @@ from conftest import TARGETS, linear, save, weight
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from test_cli import failed, run
+from command_line import failed, run
 
 import milpress
 from milpress import _core

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import TARGETS, save, weight
-from test_cli import failed, run
+from command_line import failed, run
 
 import milpress
 from milpress import formats as f

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import TARGETS, linear, save, weight
 from oracles import ops_of
-from test_cli import failed, run
+from command_line import failed, run
 
 import milpress
 from milpress import formats as f

@@ -12,6 +12,7 @@ from torch import nn
 from torch_models import layers
 
 import milpress as cto
+from milpress import formats as f
 from milpress.formats import Masked
 from milpress.torch import _metadata
 from milpress.torch._weights import KINDS, Weight, weights_of
@@ -197,3 +198,9 @@ def test_a_pruned_weight_keeps_its_zeros():
     assert (model.weight[layer.weight == 0] == 0).all()
     assert model.get_buffer("_COREML_/weight/compression_type").tolist() == [1, 3]
     assert isinstance(_metadata.read(Weight("", model, "weight")).value, Masked)
+
+
+def test_a_bfloat16_tensor_is_widened_exactly():
+    tensor = torch.linspace(-3, 3, 64).reshape(8, 8).to(torch.bfloat16)
+    wide_values = tensor.float().numpy()
+    np.testing.assert_array_equal(f.quantize(tensor).codes, f.quantize(wide_values).codes)

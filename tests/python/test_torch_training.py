@@ -46,6 +46,10 @@ def same_state(one: nn.Module, other: nn.Module) -> None:
         assert torch.equal(value, states[1][key]), key
 
 
+def test_tests_compute_on_one_thread():
+    assert torch.get_num_threads() == 1
+
+
 @EACH
 def test_modules_keep_their_classes_and_the_names_of_their_parameters(makers):
     training = begun(makers)

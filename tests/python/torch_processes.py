@@ -55,7 +55,6 @@ def work_in_a_group(rank: int, folder: str) -> None:
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
     )
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     palettizer = P.SKMPalettizer(build(), P.SKMPalettizerConfig(calibration_nsamples=11))
     together = palettizer.compress(batches(), loss_fn)

@@ -128,7 +128,6 @@ def train_in_two(rank: int, name: str, folder: str) -> None:
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
     )
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     training = begun(MAKERS[name])
     wrapped = DistributedDataParallel(training.model)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from device_results import device, entry, failed, model, placement, result
-from test_cli import failed as failed_call
-from test_cli import run
+from command_line import failed as failed_call
+from command_line import run
 
 from milpress import errors, page
 from milpress.device import schema

@@ -1,4 +1,4 @@
-"""The command line, run as a user runs it."""
+"""The command line: what it prints, and how it ends."""
 
 from __future__ import annotations
 
@@ -11,27 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import MILPRESS, failed, process, run
 
 from milpress.mil.package import Package
-
-MILPRESS = [sys.executable, "-c", "from milpress.cli import main; main()"]
-
-
-def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [*MILPRESS, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done
-
-
-def failed(*arguments: object, code: int = 2) -> str:
-    """Run what must fail, and return its one line."""
-    done = run(*arguments, code=code)
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
-    return line
 
 
 def test_inspect_lists_weights_and_ops(crepe_tiny):
@@ -189,6 +171,23 @@ def test_progress_is_shown_on_a_terminal_only(crepe_tiny, tmp_path):
     assert os.read(leader, 1 << 16)
     os.close(leader)
     assert run("compress", crepe_tiny, out, "--palettize", 8, "--force").stderr == ""
+
+
+def test_a_process_ends_with_the_code_of_the_command(crepe_tiny, tmp_path):
+    out = tmp_path / "out.mlpackage"
+    done = process("compress", crepe_tiny, out, "--palettize", 8)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "verified and written to" in done.stdout
+    for code, arguments in (
+        (1, ["verify", out, crepe_tiny]),
+        (2, ["inspect", tmp_path / "none.mlpackage"]),
+        (2, ["compress", crepe_tiny, out, "--palettize", 8]),
+        (2, ["compress", crepe_tiny, out, "--nothing"]),
+    ):
+        done = process(*arguments)
+        assert done.returncode == code, done.stderr
+        assert done.stdout == ""
+        assert "Traceback" not in done.stderr
 
 
 def test_help_and_version():

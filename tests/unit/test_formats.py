@@ -184,13 +184,6 @@ def test_the_order_of_memory_does_not_matter(weight):
         np.testing.assert_array_equal(treat(weight[::-1].copy()[::-1]).dense(), expected)
 
 
-def test_bfloat16_is_widened_exactly():
-    torch = pytest.importorskip("torch")
-    tensor = torch.linspace(-3, 3, 64).reshape(8, 8).to(torch.bfloat16)
-    wide_values = tensor.float().numpy()
-    np.testing.assert_array_equal(f.quantize(tensor).codes, f.quantize(wide_values).codes)
-
-
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_a_weight_that_is_not_finite_is_refused_with_its_position(bad, dtype):
