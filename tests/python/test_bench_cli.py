@@ -18,7 +18,6 @@ import milpress
 from milpress import device, errors
 from milpress.device import inputs, schema, suite
 
-pytestmark = pytest.mark.filterwarnings("ignore")
 QUICK = ("--warmup", 1, "--round", 2, "--min-rounds", 2, "--max-rounds", 2)
 
 

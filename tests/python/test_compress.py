@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
+import coremltools as ct
+import coremltools.optimize.coreml as cto
 import numpy as np
 import pytest
 from oracles import (
@@ -24,13 +25,6 @@ from milpress.errors import UnsupportedError, VerificationError
 from milpress.mil import treatments
 from milpress.mil.package import Package
 from milpress.mil.weights import sites, weights
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import coremltools as ct
-    import coremltools.optimize.coreml as cto
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 EARLY = {
     "int8": f.QuantizeConfig(),

@@ -19,8 +19,6 @@ from milpress.interpreter import Feature, load
 from milpress.recipe import Recipe
 from milpress.samples import RandomSamples, Samples
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 
 def tones(n: int) -> np.ndarray:
     """Return noisy tones as CREPE wants them."""

@@ -31,8 +31,6 @@ from milpress.moments import Calibration, calibrate, importance
 from milpress.recipe import Recipe
 from milpress.samples import RandomSamples
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 
 def model(path: Path, shape: tuple[int, ...], build: Any, dtype: Any = None) -> Path:
     kind = dtype or ct.converters.mil.mil.types.fp32

@@ -21,8 +21,6 @@ from milpress.mil.package import Package
 from milpress.moments import SecondMoments, calibrate
 from milpress.recipe import Recipe, Step
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 
 def model(path: Path, shape: tuple[int, ...], build: Any) -> Path:
     specs = [mb.TensorSpec(shape=shape, dtype=ct.converters.mil.mil.types.fp32)]

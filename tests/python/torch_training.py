@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,7 +128,6 @@ def train_in_two(rank: int, name: str, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
     )
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     training = begun(MAKERS[name])
     wrapped = DistributedDataParallel(training.model)
     adam = torch.optim.Adam(wrapped.parameters(), lr=1e-3)
