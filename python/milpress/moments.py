@@ -78,12 +78,14 @@ class LayerMoments:
         """
         if self.kind not in ("linear", "conv", "conv_transpose") or self.count == 0:
             return None
-        terms = error * (_expanded(self.first, error.shape) / self.count)
-        if self.kind == "conv_transpose":
-            n_inputs, n_outputs = error.shape[:2]
-            grouped = terms.reshape(self.groups, n_inputs // self.groups, n_outputs, -1)
-            return np.asarray(grouped.sum((1, 3)).reshape(-1))
-        return np.asarray(terms.reshape(len(error), -1).sum(1))
+        # Where a weight is infinite the mean is no number, and the bias stays as it is.
+        with np.errstate(invalid="ignore"):
+            terms = error * (_expanded(self.first, error.shape) / self.count)
+            if self.kind == "conv_transpose":
+                n_inputs, n_outputs = error.shape[:2]
+                grouped = terms.reshape(self.groups, n_inputs // self.groups, n_outputs, -1)
+                return np.asarray(grouped.sum((1, 3)).reshape(-1))
+            return np.asarray(terms.reshape(len(error), -1).sum(1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import re
-import warnings
 from pathlib import Path
 
 import attrs
-import pytest
+import coremltools.optimize.coreml as reference
+import coremltools.optimize.torch as torch_reference
 
 import milpress as cto
 from milpress import coreml
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import coremltools.optimize.coreml as reference
-    import coremltools.optimize.torch as torch_reference
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 CONFIGS = [name for name in dir(reference) if name.startswith("Op") and name.endswith("Config")]
 

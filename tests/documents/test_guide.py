@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.filterwarnings("ignore")
 GUIDE = Path(__file__).parents[2] / "docs" / "guide"
 # What a page must have printed for its code to have done its work.
 PRINTED = {

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import coremltools as ct
 import numpy as np
 import pytest
+from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
+from coremltools.converters.mil.mil import types
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    logging.getLogger("coremltools").setLevel(logging.ERROR)
-    import coremltools as ct
-    from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
-    from coremltools.converters.mil.mil import types
-
-pytestmark = pytest.mark.filterwarnings("ignore")
+logging.getLogger("coremltools").setLevel(logging.ERROR)
 
 TARGETS = {
     "iOS15": ct.target.iOS15,
@@ -84,10 +79,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         key = (kind, target, dtype)
         if key not in built:
             path = folder / f"{kind}-{target}-{dtype}.mlpackage"
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                program = PROGRAMS[kind](target, np.float16 if dtype == "fp16" else np.float32)
-                built[key] = save(program, path, target)
+            program = PROGRAMS[kind](target, np.float16 if dtype == "fp16" else np.float32)
+            built[key] = save(program, path, target)
         return built[key]
 
     return make

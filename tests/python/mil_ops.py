@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import coremltools as ct
 import numpy as np
 import torch
+from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
+from coremltools.converters.mil.mil import types
+from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry
 
 from milpress.interpreter.operator import Operator
 from milpress.interpreter.ops import find
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import coremltools as ct
-    from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
-    from coremltools.converters.mil.mil import types
-    from coremltools.converters.mil.mil.ops.registry import SSAOpRegistry
 
 IOS15, IOS16, IOS17, IOS18 = 5, 6, 7, 8
 TARGETS = {

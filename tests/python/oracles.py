@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-import warnings
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import coremltools as ct
+import coremltools.optimize.coreml as cto
 import numpy as np
+from coremltools.converters.mil.frontend.milproto.load import load as load_mil
 
 from milpress.formats import Compressed
 from milpress.mil import values
@@ -15,12 +17,6 @@ from milpress.mil.constexpr import Decoder, is_constexpr, is_part
 from milpress.mil.package import Package
 from milpress.mil.program import Graph, Node
 from milpress.mil.weights import sites, weights
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import coremltools as ct
-    import coremltools.optimize.coreml as cto
-    from coremltools.converters.mil.frontend.milproto.load import load as load_mil
 
 
 def decoded(path: Path) -> dict[str, np.ndarray]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
+import coremltools as ct
+import coremltools.optimize.coreml as cto
 import numpy as np
 import pytest
 import torch
+from coremltools.converters.mil.mil.passes.defs import optimize_quantization
+from coremltools.optimize.coreml.experimental import _model_debugger
 from oracles import ops_of
 from sklearn.datasets import load_digits
 from torch import nn
@@ -19,15 +22,6 @@ from milpress.mil import values
 from milpress.mil.package import Package
 from milpress.mil.weights import sites
 from milpress.ranges import CalibrationConfig, Observer
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import coremltools as ct
-    import coremltools.optimize.coreml as cto
-    from coremltools.converters.mil.mil.passes.defs import optimize_quantization
-    from coremltools.optimize.coreml.experimental import _model_debugger
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Branches(nn.Module):

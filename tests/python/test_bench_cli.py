@@ -10,15 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import failed, run
 from device_results import device as device_of
 from device_results import entry, model, placement, result
-from command_line import failed, run
 
 import milpress
 from milpress import device, errors
 from milpress.device import inputs, schema, suite
 
-pytestmark = pytest.mark.filterwarnings("ignore")
 QUICK = ("--warmup", 1, "--round", 2, "--min-rounds", 2, "--max-rounds", 2)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import coremltools as ct
+import coremltools.optimize.coreml as cto
 import numpy as np
 import pytest
 from oracles import (
@@ -26,13 +27,6 @@ from milpress.errors import UnsupportedError, VerificationError
 from milpress.mil import treatments
 from milpress.mil.package import Package
 from milpress.mil.weights import sites, weights
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import coremltools as ct
-    import coremltools.optimize.coreml as cto
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 EARLY = {
     "int8": f.QuantizeConfig(),
@@ -89,7 +83,7 @@ def test_basic_pitch_of_ios15_is_raised_and_decoded_by_coremltools(
 
 
 def kinds_and_treatments() -> Iterator[Any]:
-    """Yield each kind of layer with each treatment, of each target and type; all but one are large."""
+    """Yield each kind with each treatment for every target and type; all but one are large."""
     kinds = ("layers", "shared", "lookup", "nested", "recurrent", "awkward")
     variants = list(itertools.product(("iOS15", "iOS16", "iOS17", "iOS18"), ("fp16", "fp32")))
     for (i, kind), (j, treatment) in itertools.product(enumerate(kinds), enumerate(EARLY | LATE)):

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
+import coremltools as ct
+import coremltools.optimize as theirs
 import numpy as np
 import pytest
 from conftest import TARGETS, save, weight
+from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
+from coremltools.converters.mil.mil import types
+from coremltools.converters.mil.mil.passes.defs import optimize_quantization
+from coremltools.optimize.coreml.experimental import _model_debugger
+from coremltools.optimize.coreml.experimental import _post_training_quantization as stats
 from oracles import decoded_by_coremltools
 from typer.testing import CliRunner
 
@@ -34,18 +40,6 @@ from milpress.errors import (
 from milpress.mil import activations as record_of
 from milpress.mil.package import Package
 from milpress.mil.weights import sites
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import coremltools as ct
-    import coremltools.optimize as theirs
-    from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
-    from coremltools.converters.mil.mil import types
-    from coremltools.converters.mil.mil.passes.defs import optimize_quantization
-    from coremltools.optimize.coreml.experimental import _model_debugger
-    from coremltools.optimize.coreml.experimental import _post_training_quantization as stats
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def program(target: str, dtype: type, **shapes: tuple[int, ...]) -> Any:
@@ -728,9 +722,7 @@ def accuracy(path: Any, images: Any, labels: Any) -> float:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return digits_model(tmp_path_factory.mktemp("digits") / "digits.mlpackage")
+    return digits_model(tmp_path_factory.mktemp("digits") / "digits.mlpackage")
 
 
 @pytest.mark.parametrize("calibration", ["minmax", "percentile", "mse", "entropy"])

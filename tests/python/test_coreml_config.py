@@ -5,25 +5,21 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-import warnings
 from enum import Enum
 from typing import Any
 
 import attrs
+import coremltools.optimize.coreml as theirs
 import numpy as np
 import pytest
 import yaml
 from cattrs.errors import ClassValidationError
+from coremltools.converters.mil.mil import types
+from coremltools.optimize.coreml._config import CompressionGranularity as TheirGranularity
 
 from milpress import coreml as ours
 from milpress.coreml.config import adopted
 from milpress.errors import ConfigError, ConfigTypeError
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import coremltools.optimize.coreml as theirs
-    from coremltools.converters.mil.mil import types
-    from coremltools.optimize.coreml._config import CompressionGranularity as TheirGranularity
 
 INT = "integer", 2.5, "2", [2]
 PALETTIZER: list[dict[str, Any]] = [

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import coremltools as ct
+import coremltools.optimize as theirs
 import numpy as np
 import pytest
 from oracles import (
@@ -26,13 +27,6 @@ from oracles import (
 
 import milpress as ours
 from milpress import formats as f
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import coremltools as ct
-    import coremltools.optimize as theirs
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @dataclass(frozen=True, kw_only=True)

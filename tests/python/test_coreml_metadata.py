@@ -9,12 +9,14 @@ import shutil
 import subprocess
 import sys
 import time
-import warnings
 from dataclasses import FrozenInstanceError
 from typing import Any
 
+import coremltools as ct
+import coremltools.optimize.coreml as cto
 import numpy as np
 import pytest
+from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -35,14 +37,6 @@ from milpress.mil import dtypes, values
 from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package
 from milpress.mil.weights import sites
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import coremltools as ct
-    import coremltools.optimize.coreml as cto
-    from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def convert(program: Any, target: Any = ct.target.iOS18) -> Any:

@@ -9,25 +9,19 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any
 
+import coremltools as ct
+import coremltools.optimize.coreml as cto
 import pytest
+from coremltools.converters.mil.mil import Program
 
 import milpress
 from milpress import formats as f
 from milpress.coreml.model import opened, returned, temporary_package
 from milpress.errors import ConfigTypeError, ModelKindError, PackageNotFoundError
 from milpress.mil.package import Package
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import coremltools as ct
-    import coremltools.optimize.coreml as cto
-    from coremltools.converters.mil.mil import Program
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def load(path: Path, **settings: Any) -> Any:

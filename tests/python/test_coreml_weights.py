@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from typing import Any
 
+import coremltools as ct
+import coremltools.optimize as theirs
 import numpy as np
 import pytest
 from conftest import linear, weight
@@ -13,13 +14,6 @@ from oracles import decoded
 
 import milpress as ours
 from milpress.errors import CompressionError, ConfigError, UnsupportedError
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import coremltools as ct
-    import coremltools.optimize as theirs
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 QUANTIZE = "linear_quantize_weights", "OpLinearQuantizerConfig"
 PALETTIZE = "palettize_weights", "OpPalettizerConfig"

@@ -41,8 +41,6 @@ from milpress.device.drivers._mac import Mac, power_of
 from milpress.device.drivers.coreml import CoreMLDriver
 from milpress.device.sessions import ProcessSession
 
-pytestmark = pytest.mark.filterwarnings("ignore")
-
 # Each call in the drivers to coremltools, and what it is a call of.
 CALLS: dict[tuple[str, str], Any] = {
     ("CoreML.compile", "compile_model"): compile_model,
@@ -151,10 +149,9 @@ def test_attributes_that_the_drivers_read_are_there():
 
 def test_a_measuring_process_holds_no_framework():
     code = """
-import sys, warnings
+import sys
 from milpress.device.worker import leave_out
 leave_out("coreml")
-warnings.simplefilter("ignore")
 from coremltools.models import CompiledMLModel, MLModel
 from coremltools.models.compute_plan import MLComputePlan
 from coremltools.models.ml_program.experimental import async_wrapper, remote_device

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ct
 from command_line import failed, run
+from conftest import ct
 
 import milpress
 from milpress.errors import ConfigError, InputError, PackageNotFoundError
@@ -18,8 +18,6 @@ from milpress.formats import PalettizeConfig
 from milpress.interpreter import Feature, load
 from milpress.recipe import Recipe
 from milpress.samples import RandomSamples, Samples
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def tones(n: int) -> np.ndarray:

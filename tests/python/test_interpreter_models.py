@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import coremltools as ct
 import numpy as np
 import onnxruntime
 import pytest
@@ -22,10 +22,6 @@ from benchmarks import minilm
 from milpress.formats import PalettizeConfig, PerBlock, PruneConfig, QuantizeConfig
 from milpress.interpreter import load
 from milpress.recipe import Recipe, Select, Step
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import coremltools as ct
 
 # What is promised of float32: rounding errors of 24 bits, which add up over the layers.
 FLOAT32_DB = 110
@@ -76,7 +72,7 @@ def test_crepe_hears_the_pitch_of_a_tone(size, request):
 
 
 @pytest.mark.large
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python float:Warning:benchmarks.*")
 def test_minilm_agrees_with_its_source_of_the_weights_that_it_stores(tmp_path):
     path = minilm.write_package(tmp_path / "minilm.mlpackage")
     weights = {name: w.half().float() for name, w in minilm.read_weights().items()}
@@ -130,7 +126,7 @@ class Encoder(nn.Module):
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         x = self.norm(self.words(ids) + self.places(torch.arange(16)))
-        q, k, v = self.qkv(x).reshape(1, 16, 3, 4, 12).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).reshape(1, 16, 3, 4, 12).permute(2, 0, 3, 1, 4).unbind()
         bias = (1.0 - mask.float())[:, None, None] * -1e4
         scores = F.softmax(q @ k.transpose(-1, -2) / 12**0.5 + bias, -1)
         x = self.norm(x + self.out((scores @ v).transpose(1, 2).reshape(1, 16, 48)))
@@ -163,7 +159,7 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.rms(x)
         q = self.rotated(self.q(h).reshape(1, 8, 4, 16).transpose(1, 2))
-        k, v = self.kv(h).reshape(1, 8, 2, 2, 16).permute(2, 0, 3, 1, 4)
+        k, v = self.kv(h).reshape(1, 8, 2, 2, 16).permute(2, 0, 3, 1, 4).unbind()
         k, v = (each.repeat_interleave(2, 1) for each in (self.rotated(k), v))
         mask = torch.ones(8, 8, dtype=torch.bool).tril()
         a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -220,24 +216,22 @@ def source(tmp_path_factory) -> Callable[..., tuple[Path, nn.Module, tuple[Tenso
         module, inputs = cls().eval().requires_grad_(False), example()
         path = folder / f"{kind}-{target}-{precision}.mlpackage"
         if not path.exists():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                model = ct.convert(
-                    torch.jit.trace(module, inputs, check_trace=False),
-                    inputs=[
-                        ct.TensorType(
-                            f"x{i}",
-                            each.shape,
-                            dtype=np.float32 if each.is_floating_point() else np.int32,
-                        )
-                        for i, each in enumerate(inputs)
-                    ],
-                    outputs=[ct.TensorType("y", dtype=np.float32)],
-                    minimum_deployment_target=TARGETS[target],
-                    compute_precision=ct.precision[precision],
-                    skip_model_load=True,
-                )
-                model.save(str(path))
+            model = ct.convert(
+                torch.jit.trace(module, inputs, check_trace=False),
+                inputs=[
+                    ct.TensorType(
+                        f"x{i}",
+                        each.shape,
+                        dtype=np.float32 if each.is_floating_point() else np.int32,
+                    )
+                    for i, each in enumerate(inputs)
+                ],
+                outputs=[ct.TensorType("y", dtype=np.float32)],
+                minimum_deployment_target=TARGETS[target],
+                compute_precision=ct.precision[precision],
+                skip_model_load=True,
+            )
+            model.save(str(path))
         return path, module, inputs
 
     return made
@@ -308,7 +302,7 @@ class Flexible(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         n = x.shape[1]
         x = x + self.places[:n]
-        q, k, v = self.qkv(x).reshape(1, n, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).reshape(1, n, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind()
         mask = torch.full((n, n), -1e4).triu(1)
         scores = F.softmax(q @ k.transpose(-1, -2) / 4 + mask, -1)
         return (scores @ v).transpose(1, 2).reshape(1, n, 32).cumsum(1)
@@ -318,17 +312,15 @@ def test_a_model_of_flexible_length_agrees_with_its_source_at_each(tmp_path):
     torch.manual_seed(0)
     module = Flexible().eval().requires_grad_(False)
     path = tmp_path / "flexible.mlpackage"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = ct.convert(
-            torch.jit.trace(module, torch.randn(1, 8, 32), check_trace=False),
-            inputs=[ct.TensorType("x0", (1, ct.RangeDim(1, 64, default=8), 32))],
-            outputs=[ct.TensorType("y")],
-            minimum_deployment_target=ct.target.iOS17,
-            compute_precision=ct.precision.FLOAT32,
-            skip_model_load=True,
-        )
-        model.save(str(path))
+    model = ct.convert(
+        torch.jit.trace(module, torch.randn(1, 8, 32), check_trace=False),
+        inputs=[ct.TensorType("x0", (1, ct.RangeDim(1, 64, default=8), 32))],
+        outputs=[ct.TensorType("y")],
+        minimum_deployment_target=ct.target.iOS17,
+        compute_precision=ct.precision.FLOAT32,
+        skip_model_load=True,
+    )
+    model.save(str(path))
     program = load(path)
     for n in (1, 5, 8, 64):
         x = torch.randn(1, n, 32)
@@ -346,7 +338,7 @@ class Cached(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         n, end = x.shape[1], mask.shape[-1]
-        q, k, v = self.qkv(x).reshape(1, n, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x).reshape(1, n, 3, 2, 8).permute(2, 0, 3, 1, 4).unbind()
         self.keys[:, :, end - n : end, :] = k
         self.values[:, :, end - n : end, :] = v
         keys, values = self.keys[:, :, :end, :], self.values[:, :, :end, :]
@@ -360,24 +352,22 @@ def test_a_decoder_with_a_cache_agrees_with_its_source_step_by_step(tmp_path):
     path = tmp_path / "cached.mlpackage"
     n, end = ct.RangeDim(1, 32, default=1), ct.RangeDim(1, 32, default=4)
     half = np.float16
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        example = (torch.zeros(1, 1, 16), torch.zeros(1, 1, 1, 4))
-        model = ct.convert(
-            torch.jit.trace(module, example, check_trace=False),
-            inputs=[
-                ct.TensorType("x0", (1, n, 16), dtype=half),
-                ct.TensorType("x1", (1, 1, n, end), dtype=half),
-            ],
-            outputs=[ct.TensorType("y", dtype=half)],
-            states=[
-                ct.StateType(ct.TensorType(shape=(1, 2, 32, 8), dtype=half), name)
-                for name in ("keys", "values")
-            ],
-            minimum_deployment_target=ct.target.iOS18,
-            skip_model_load=True,
-        )
-        model.save(str(path))
+    example = (torch.zeros(1, 1, 16), torch.zeros(1, 1, 1, 4))
+    model = ct.convert(
+        torch.jit.trace(module, example, check_trace=False),
+        inputs=[
+            ct.TensorType("x0", (1, n, 16), dtype=half),
+            ct.TensorType("x1", (1, 1, n, end), dtype=half),
+        ],
+        outputs=[ct.TensorType("y", dtype=half)],
+        states=[
+            ct.StateType(ct.TensorType(shape=(1, 2, 32, 8), dtype=half), name)
+            for name in ("keys", "values")
+        ],
+        minimum_deployment_target=ct.target.iOS18,
+        skip_model_load=True,
+    )
+    model.save(str(path))
     module.keys.zero_()
     module.values.zero_()
     module.qkv.half().float()  # what the package stores

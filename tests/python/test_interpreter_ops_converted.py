@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
-
+import coremltools as ct
 import numpy as np
 import pytest
 import torch
+from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
+from coremltools.converters.mil.mil import types
 from torch import nn
 from torch.nn import functional
 
 from milpress import interpreter
 from milpress.errors import ExecutionError
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import coremltools as ct
-    from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
-    from coremltools.converters.mil.mil import types
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 IMAGE, LINE, SEQUENCE, HEADS = (1, 3, 12, 10), (2, 5, 6), (7, 2, 3), (2, 2, 5, 4)
 
@@ -85,13 +78,16 @@ def attended(x):
     )
 
 
+PLACES, ROWS, FIRST = torch.tensor([4, 0, 2]), torch.tensor([2, 0]), torch.tensor([0, 1])
+
+
 def indexed(x):
-    places = torch.tensor([4, 0, 2]).expand(2, 5, 3)
+    places = PLACES.expand(2, 5, 3)
     changed = x.clone()
     changed[:, 1:3, ::2] = 0
     return (
         torch.gather(x, 2, places),
-        torch.index_select(x, 1, torch.tensor([2, 0])),
+        torch.index_select(x, 1, ROWS),
         x[:, [0, 2], [1, 3]],
         x[:, -1],
         x[:, ::2, 1:-1:3],
@@ -99,7 +95,7 @@ def indexed(x):
         changed,
         x.scatter(2, places, 9.0),
         x.scatter_add(2, places, torch.ones(2, 5, 3)),
-        x.index_put((torch.tensor([0, 1]),), torch.zeros(2, 5, 6)),
+        x.index_put((FIRST,), torch.zeros(2, 5, 6)),
         x.masked_fill(x > 0, -1.0),
         torch.where(x > 0, x, -x),
         *torch.topk(x, 3, -1),

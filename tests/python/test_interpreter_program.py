@@ -6,16 +6,18 @@ import contextlib
 import json
 import subprocess
 import sys
-import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import coremltools as ct
 import numpy as np
 import pytest
 import torch
 from conftest import TARGETS, save, weight
+from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
+from coremltools.converters.mil.mil import types
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -39,12 +41,6 @@ from milpress.mil import dtypes
 from milpress.mil.package import Package
 from milpress.recipe import Recipe
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import coremltools as ct
-    from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
-    from coremltools.converters.mil.mil import types
-
 Make = Callable[..., Path]
 
 
@@ -55,10 +51,8 @@ def make(tmp_path: Path) -> Make:
     def made(
         body: Callable[..., Any], *inputs: Any, target: str = "iOS18", **settings: Any
     ) -> Path:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = mb.program(input_specs=list(inputs), opset_version=TARGETS[target])(body)
-            return save(program, tmp_path / f"{body.__name__}.mlpackage", target, **settings)
+        program = mb.program(input_specs=list(inputs), opset_version=TARGETS[target])(body)
+        return save(program, tmp_path / f"{body.__name__}.mlpackage", target, **settings)
 
     return made
 
@@ -550,19 +544,19 @@ def test_the_states_of_a_module_are_buffers(counter):
 
 
 class Affine(torch.nn.Module):
+    SCALES = torch.tensor([1.0, 2.0, 4.0])
+
     def forward(self, image):
-        return image * torch.tensor([1.0, 2.0, 4.0]).reshape(3, 1, 1)
+        return image * self.SCALES.reshape(3, 1, 1)
 
 
 def converted(module: torch.nn.Module, example: Any, path: Path, **settings: Any) -> Path:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        traced = torch.jit.trace(module.eval(), example, check_trace=False)
-        settings = {"minimum_deployment_target": ct.target.iOS16, **settings}
-        model = ct.convert(
-            traced, compute_precision=ct.precision.FLOAT32, skip_model_load=True, **settings
-        )
-        model.save(str(path))
+    traced = torch.jit.trace(module.eval(), example, check_trace=False)
+    settings = {"minimum_deployment_target": ct.target.iOS16, **settings}
+    model = ct.convert(
+        traced, compute_precision=ct.precision.FLOAT32, skip_model_load=True, **settings
+    )
+    model.save(str(path))
     return path
 
 
@@ -728,9 +722,6 @@ def test_an_optional_input_that_is_missing_has_its_default(tmp_path):
 # Packages of several programs
 
 
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # coremltools' folders
 def test_each_function_of_a_package_runs(make, tmp_path):
     def plus(x):
         return mb.add(x=x, y=np.float32(1), name="y")
@@ -767,9 +758,7 @@ def pipeline(tmp_path) -> Path:
             outputs=[ct.TensorType("y" if i == 0 else "z", dtype=np.float32)],
         )
         models.append(ct.models.MLModel(str(path), skip_model_load=True))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        whole = ct.utils.make_pipeline(*models)
+    whole = ct.utils.make_pipeline(*models)
     whole.save(str(tmp_path / "pipeline.mlpackage"))
     return tmp_path / "pipeline.mlpackage"
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
+import coremltools as ct
 import numpy as np
 import pytest
 from conftest import TARGETS, save, weight
+from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
+from coremltools.converters.mil.mil import types
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import assert_coremltools_agrees, decoded, decompressed_by_coremltools, ops_of
@@ -22,14 +24,6 @@ from milpress.mil import treatments
 from milpress.mil.package import Package
 from milpress.mil.weights import sites
 from milpress.recipe import Recipe, Select, Step
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import coremltools as ct
-    from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
-    from coremltools.converters.mil.mil import types
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 PRUNE = f.PruneConfig(sparsity=0.5)
 PALETTE = f.PalettizeConfig(bits=4)

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
+import coremltools as ct
+import coremltools.optimize.coreml as cto
 import numpy as np
 import pytest
 import yaml
-from conftest import TARGETS, save, weight
 from command_line import failed, run
+from conftest import TARGETS, save, weight
+from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
+from coremltools.converters.mil.mil import types
 
 import milpress
 from milpress import formats as f
 from milpress.errors import ConfigError
 from milpress.planner.linting import Facts, Platform, warning
 from milpress.recipe import Recipe, Step
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import coremltools as ct
-    import coremltools.optimize.coreml as cto
-    from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
-    from coremltools.converters.mil.mil import types
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 PALETTE = f.PalettizeConfig(bits=4, group_size=16)
 INT8 = f.QuantizeConfig()

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TARGETS, ct, mb, save, weight
 from command_line import failed, run
+from conftest import TARGETS, ct, mb, save, weight
 from torch import nn
 
 import milpress
@@ -30,8 +30,6 @@ from milpress.mil.package import Package
 from milpress.moments import Calibration, calibrate, importance
 from milpress.recipe import Recipe
 from milpress.samples import RandomSamples
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def model(path: Path, shape: tuple[int, ...], build: Any, dtype: Any = None) -> Path:

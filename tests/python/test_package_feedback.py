@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TARGETS, ct, mb, save, weight
 from command_line import failed, run
+from conftest import TARGETS, ct, mb, save, weight
 
 import milpress
 from milpress import moments
@@ -20,8 +20,6 @@ from milpress.mil import treatments
 from milpress.mil.package import Package
 from milpress.moments import SecondMoments, calibrate
 from milpress.recipe import Recipe, Step
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def model(path: Path, shape: tuple[int, ...], build: Any) -> Path:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from command_line import failed, run
 from conftest import TARGETS, linear, save, weight
+from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
+from coremltools.converters.mil.mil import types
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from command_line import failed, run
 
 import milpress
 from milpress import _core
@@ -27,13 +28,6 @@ from milpress.planner import cache, scores
 from milpress.planner.menu import menu
 from milpress.planner.sizes import package_bytes
 from milpress.recipe import Recipe
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
-    from coremltools.converters.mil.mil import types
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture

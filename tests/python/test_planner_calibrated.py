@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
+import coremltools as ct
 import numpy as np
 import pytest
-from conftest import TARGETS, save, weight
 from command_line import failed, run
+from conftest import TARGETS, save, weight
+from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
+from coremltools.converters.mil.mil import types
 
 import milpress
 from milpress import formats as f
@@ -20,13 +22,6 @@ from milpress.interpreter.sensitivity import OutputError
 from milpress.planner import cache, calibrated
 from milpress.planner.cache import ScoreCache
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import coremltools as ct
-    from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
-    from coremltools.converters.mil.mil import types
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 FORMATS = ["palette-2", "palette-3", "palette-4", "palette-6", "palette-4-group-16", "int8"]
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
+import coremltools as ct
 import numpy as np
 import pytest
-from conftest import TARGETS, linear, save, weight
-from oracles import ops_of
 from command_line import failed, run
+from conftest import TARGETS, linear, save, weight
+from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
+from coremltools.converters.mil.mil import types
+from oracles import ops_of
 
 import milpress
 from milpress import formats as f
@@ -20,14 +22,6 @@ from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package
 from milpress.mil.weights import sites, weights
 from milpress.rescaling import _check, _Made
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import coremltools as ct
-    from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
-    from coremltools.converters.mil.mil import types
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def uneven(*shape: int, dtype: type = np.float16, seed: int = 0) -> np.ndarray:

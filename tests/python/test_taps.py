@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
+import coremltools as ct
 import numpy as np
 import pytest
 import torch
 from core_ml_stub import StubMac, held
+from coremltools.converters.mil.frontend.milproto.load import load as load_mil
 from PIL import Image
 from torch import nn
 from typer.testing import CliRunner
@@ -24,13 +25,6 @@ from milpress.mil.package import Package
 from milpress.mil.taps import expose
 from milpress.recipe import Recipe
 from milpress.samples import RandomSamples
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import coremltools as ct
-    from coremltools.converters.mil.frontend.milproto.load import load as load_mil
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 class Played(CoreML):

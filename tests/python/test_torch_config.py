@@ -6,9 +6,9 @@ import io
 import logging
 import subprocess
 import sys
-import warnings
 
 import attrs
+import coremltools.optimize.torch as reference
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -17,12 +17,6 @@ from torch import nn
 
 import milpress as cto
 from milpress.errors import ConfigError, ConfigTypeError
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import coremltools.optimize.torch as reference
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 P, Q = cto.torch.palettization, cto.torch.quantization
 TOP = {
@@ -241,10 +235,11 @@ def test_what_is_no_config_is_refused_at_once():
 def test_yaml_is_read_as_data_and_never_run(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("global_config: {n_bits: 2}\nmodule_type_configs: {Embedding: null}\n")
-    for source in (path, str(path), path.open()):
-        config = P.PostTrainingPalettizerConfig.from_yaml(source)
-        assert config.global_config.n_bits == 2
-        assert config.module_type_configs == {nn.Embedding: None}
+    with path.open() as file:
+        for source in (path, str(path), file):
+            config = P.PostTrainingPalettizerConfig.from_yaml(source)
+            assert config.global_config.n_bits == 2
+            assert config.module_type_configs == {nn.Embedding: None}
     path.write_text("global_config: !!python/object/apply:os.getcwd []\n")
     with pytest.raises(ConfigError, match="YAML"):
         P.PostTrainingPalettizerConfig.from_yaml(path)

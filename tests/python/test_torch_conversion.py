@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import logging
-import warnings
 
+import coremltools as ct
 import numpy as np
 import pytest
 import torch
+from coremltools.optimize.torch import palettization as reference
 from oracles import decoded, decoded_by_coremltools, decompressed_by_coremltools
 from torch import nn
 from torch_models import IDS, layers
@@ -29,13 +29,6 @@ from milpress.mil.weights import sites, weights
 from milpress.torch import _moved
 from milpress.torch._weights import KINDS, weights_of
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    logging.getLogger("coremltools").setLevel(logging.ERROR)
-    import coremltools as ct
-    from coremltools.optimize.torch import palettization as reference
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 P, Q = cto.torch.palettization, cto.torch.quantization
 
 GROUPS = {"granularity": "per_grouped_channel", "group_size": 8}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
-import warnings
 
 import numpy as np
 import pytest
 import torch
+from coremltools.optimize.torch import palettization as reference
 from torch import nn
 from torch_models import IDS, layers
 
@@ -19,11 +19,6 @@ from milpress.torch import _metadata
 from milpress.torch._weights import TRAINABLE, Weight, weights_of
 from milpress.torch.palettization import _dkm
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from coremltools.optimize.torch import palettization as reference
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 P = cto.torch.palettization
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import threading
-import warnings
 
 import attrs
+import coremltools as ct
 import numpy as np
 import pytest
 import torch
+from coremltools.optimize.torch import layerwise_compression as reference
 from oracles import decoded
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
@@ -32,13 +33,6 @@ from milpress.torch.layerwise_compression import (
     ModuleSparseGPTConfig,
 )
 from milpress.torch.layerwise_compression._moments import LAYERS, Moments
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import coremltools as ct
-    from coremltools.optimize.torch import layerwise_compression as reference
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 
 INT4 = {"algorithm": "gptq", "weight_dtype": "int4"}
 

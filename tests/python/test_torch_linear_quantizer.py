@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import pytest
 import torch
+from coremltools.optimize.torch import quantization as reference
 from torch import nn
 from torch.nn import functional
 
@@ -18,11 +18,6 @@ from milpress.torch.quantization import _fake_quantize
 from milpress.torch.quantization._fake_quantize import FakeQuantize, FixedQuantize, Quantized
 from milpress.torch.quantization.quantization_config import ObserverType, QuantizationScheme
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from coremltools.optimize.torch import quantization as reference
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 Q = cto.torch.quantization
 SCHEMES = (QuantizationScheme.symmetric, QuantizationScheme.affine)
 

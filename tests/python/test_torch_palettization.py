@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
-import warnings
 
 import numpy as np
 import pytest
 import torch
+from coremltools.optimize.torch import palettization as reference
+from coremltools.optimize.torch._utils.metadata_utils import CompressionMetadata
 from torch import nn
 from torch.nn.utils import parametrizations
 from torch_models import layers
@@ -19,12 +20,6 @@ from milpress.formats import Masked, Quantized
 from milpress.torch import _metadata
 from milpress.torch._weights import KINDS, Weight, weights_of
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from coremltools.optimize.torch import palettization as reference
-    from coremltools.optimize.torch._utils.metadata_utils import CompressionMetadata
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 P = cto.torch.palettization
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 
 import numpy as np
 import pytest
 import torch
+from coremltools.optimize.torch import pruning as reference
 from torch import nn
 from torch_models import IDS, layers
 
@@ -16,11 +16,6 @@ import milpress as cto
 from milpress.errors import ConfigError, LifecycleError
 from milpress.torch._weights import TRAINABLE, weights_of
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from coremltools.optimize.torch import pruning as reference
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 P = cto.torch.pruning
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import numpy as np
 import pytest
 import torch
+from coremltools.optimize.torch import quantization as reference
 from torch import nn
 from torch_models import layers
 
@@ -17,11 +17,6 @@ from milpress.formats import Masked
 from milpress.torch import _metadata
 from milpress.torch._weights import KINDS, Weight, weights_of
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from coremltools.optimize.torch import quantization as reference
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 Q = cto.torch.quantization
 
 

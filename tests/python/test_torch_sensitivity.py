@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-import warnings
 from collections import UserDict, namedtuple
 
 import numpy as np
 import pytest
 import torch
+from coremltools.optimize.torch import palettization as reference
 from torch import nn
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.multiprocessing.spawn import spawn
@@ -19,11 +19,6 @@ import milpress as cto
 from milpress.errors import ConfigError, ConfigTypeError, UnsupportedError
 from milpress.torch.palettization import _sensitivity
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    from coremltools.optimize.torch import palettization as reference
-
-pytestmark = pytest.mark.filterwarnings("ignore")
 P = cto.torch.palettization
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import distributed, nn
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -55,7 +53,6 @@ def work_in_a_group(rank: int, folder: str) -> None:
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
     )
-    warnings.simplefilter("ignore")
     palettizer = P.SKMPalettizer(build(), P.SKMPalettizerConfig(calibration_nsamples=11))
     together = palettizer.compress(batches(), loss_fn)
     torch.save(together.state_dict(), f"{folder}/together{rank}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,7 +127,6 @@ def train_in_two(rank: int, name: str, folder: str) -> None:
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
     )
-    warnings.simplefilter("ignore")
     training = begun(MAKERS[name])
     wrapped = DistributedDataParallel(training.model)
     adam = torch.optim.Adam(wrapped.parameters(), lr=1e-3)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from device_results import device, entry, failed, model, placement, result
 from command_line import failed as failed_call
 from command_line import run
+from device_results import device, entry, failed, model, placement, result
 
 from milpress import errors, page
 from milpress.device import schema
