@@ -11,13 +11,13 @@ import coremltools as ct
 import coremltools.optimize as theirs
 import numpy as np
 import pytest
-from conftest import TARGETS, save, weight
 from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
 from coremltools.converters.mil.mil import types
 from coremltools.converters.mil.mil.passes.defs import optimize_quantization
 from coremltools.optimize.coreml.experimental import _model_debugger
 from coremltools.optimize.coreml.experimental import _post_training_quantization as stats
 from oracles import decoded_by_coremltools
+from small_models import TARGETS, save, weight
 from typer.testing import CliRunner
 
 import milpress as ours

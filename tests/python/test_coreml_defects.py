@@ -12,9 +12,9 @@ import coremltools as ct
 import coremltools.optimize as theirs
 import numpy as np
 import pytest
-from conftest import converted, linear, weight
 from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
 from coremltools.converters.mil.mil import types
+from small_models import converted, linear, weight
 
 import milpress as ours
 from milpress.errors import ConfigError, UnsupportedError

@@ -9,8 +9,8 @@ import coremltools as ct
 import coremltools.optimize as theirs
 import numpy as np
 import pytest
-from conftest import linear, weight
 from oracles import decoded
+from small_models import linear, weight
 
 import milpress as ours
 from milpress.errors import CompressionError, ConfigError, UnsupportedError

@@ -6,10 +6,10 @@ import json
 import math
 from pathlib import Path
 
+import coremltools as ct
 import numpy as np
 import pytest
 from command_line import failed, run
-from conftest import ct
 
 import milpress
 from milpress.errors import ConfigError, InputError, PackageNotFoundError

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from conftest import TARGETS
+from small_models import TARGETS
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 

@@ -15,11 +15,11 @@ import coremltools as ct
 import numpy as np
 import pytest
 import torch
-from conftest import TARGETS, save, weight
 from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
 from coremltools.converters.mil.mil import types
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_models import TARGETS, save, weight
 from typer.testing import CliRunner
 
 import milpress

@@ -10,12 +10,12 @@ from typing import Any
 import coremltools as ct
 import numpy as np
 import pytest
-from conftest import TARGETS, save, weight
 from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
 from coremltools.converters.mil.mil import types
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import assert_coremltools_agrees, decoded, decompressed_by_coremltools, ops_of
+from small_models import TARGETS, save, weight
 
 import milpress
 from milpress import formats as f

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import yaml
 from command_line import failed, run
-from conftest import TARGETS, save, weight
 from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
 from coremltools.converters.mil.mil import types
+from small_models import TARGETS, save, weight
 
 import milpress
 from milpress import formats as f

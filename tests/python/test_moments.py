@@ -8,11 +8,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import coremltools as ct
 import numpy as np
 import pytest
 import torch
 from command_line import failed, run
-from conftest import TARGETS, ct, mb, save, weight
+from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
+from small_models import TARGETS, save, weight
 from torch import nn
 
 import milpress

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import coremltools as ct
 import numpy as np
 import pytest
 from command_line import failed, run
-from conftest import TARGETS, ct, mb, save, weight
+from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
+from small_models import TARGETS, save, weight
 
 import milpress
 from milpress import moments

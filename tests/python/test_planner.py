@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import yaml
 from command_line import failed, run
-from conftest import TARGETS, linear, save, weight
 from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
 from coremltools.converters.mil.mil import types
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from small_models import TARGETS, linear, save, weight
 
 import milpress
 from milpress import _core

@@ -9,10 +9,10 @@ import coremltools as ct
 import numpy as np
 import pytest
 from command_line import failed, run
-from conftest import TARGETS, linear, save, weight
 from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
 from coremltools.converters.mil.mil import types
 from oracles import ops_of
+from small_models import TARGETS, linear, save, weight
 
 import milpress
 from milpress import formats as f
