@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import pytest
 # The models are tiny, and several processes run tests side by side: a second thread for torch costs
 # many times what it brings. Set before anybody imports torch, and passed on to processes of tests.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# Or each import says which versions coremltools has not been tested with.
+logging.getLogger("coremltools").setLevel(logging.ERROR)
 
 
 def real_model(distribution: str, name: str) -> Path:

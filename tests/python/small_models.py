@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ import coremltools as ct
 import numpy as np
 from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
 from coremltools.converters.mil.mil import types
-
-logging.getLogger("coremltools").setLevel(logging.ERROR)
 
 TARGETS = {
     "iOS15": ct.target.iOS15,
