@@ -6,7 +6,6 @@ import contextlib
 import io
 import subprocess
 import sys
-from dataclasses import dataclass
 from unittest import mock
 
 from milpress.cli import main
@@ -14,37 +13,23 @@ from milpress.cli import main
 MILPRESS = [sys.executable, "-c", "from milpress.cli import main; main()"]
 
 
-@dataclass(frozen=True)
-class Done:
-    """What a call printed and how it ended."""
-
-    stdout: str
-    stderr: str
-    returncode: int
-
-
-def called(*arguments: object) -> Done:
-    """Call the command line here, with streams that are no terminals."""
+def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Call the command line here, with streams that are no terminals, and check the exit code."""
+    command = ["milpress", *map(str, arguments)]
     streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
     with (
-        mock.patch.object(sys, "argv", ["milpress", *map(str, arguments)]),
+        mock.patch.object(sys, "argv", command),
         contextlib.redirect_stdout(streams[0]),
         contextlib.redirect_stderr(streams[1]),
     ):
         try:
             main()
-            code = 0
+            ended = 0
         except SystemExit as end:
-            code = end.code or 0
-    printed = [stream.buffer.getvalue().decode() for stream in streams]
-    return Done(*printed, code)
-
-
-def run(*arguments: object, code: int = 0) -> Done:
-    """Call the command line here, and check the exit code."""
-    done = called(*arguments)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
+            ended = end.code or 0
+    stdout, stderr = (stream.buffer.getvalue().decode() for stream in streams)
+    assert ended == code, stdout + stderr
+    return subprocess.CompletedProcess(command, ended, stdout, stderr)
 
 
 def failed(*arguments: object, code: int = 2) -> str:
