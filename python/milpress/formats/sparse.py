@@ -54,8 +54,13 @@ class PruneConfig:
                 f"got {self.sparsity}, {self.threshold} and {self.n_m}"
             )
             raise ConfigError(msg)
-        if self.n_m is not None and not (len(self.n_m) == 2 and 0 <= self.n_m[0] <= self.n_m[1]):
-            msg = f"n_m must be two numbers, the first not above the second, got {self.n_m}"
+        if self.n_m is not None and not (
+            len(self.n_m) == 2 and 0 <= self.n_m[0] <= self.n_m[1] and self.n_m[1] >= 1
+        ):
+            msg = (
+                "n_m must be two numbers, the first not above the second, which is at least 1, "
+                f"got {self.n_m}"
+            )
             raise ConfigError(msg)
         if self.block_size is not None and (self.sparsity is None or self.block_size < 2):
             msg = f"block_size must be at least 2 and go with sparsity, got {self.block_size}"

@@ -21,8 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from milpress.errors import PackageError
+from milpress.formats import PruneConfig
 
 KEY = "com.milpress.treatments"
+
+# What pruning is judged by, and the types of its numbers.
+_PRUNING = {
+    "sparsity": int | float,
+    "threshold": int | float,
+    "n_m": int,
+    "block_size": int,
+    "axis": int,
+}
 
 Promise: TypeAlias = Literal["nearest", "half_step", "pruned", "none"]
 Step: TypeAlias = dict[str, dict[str, Any]]
@@ -45,8 +55,8 @@ def promise_of(steps: Sequence[Step]) -> Promise:
 
     Palettized values, or vectors without scales, have the nearest entry, unclipped quantized ones
     are within half a step, pruned ones are zero and the others equal; pruning may come first,
-    though not of vectors. Elsewhere, and where errors were fed back, nothing is promised, and the
-    signal-to-noise ratio says what was lost.
+    though not of vectors. Elsewhere, and where errors were fed back, nothing is promised but the
+    number of zeros, and the signal-to-noise ratio says what was lost.
     """
     if any("feedback" in settings for step in steps for settings in step.values()):
         return "none"
@@ -128,14 +138,24 @@ def read(model: Any) -> Records:
 def _checked(step: Any) -> Step:
     """Return a step of which `verify` can read what it goes by."""
     ((kind, settings),) = step.items()
+    settings = dict(settings.items())
     if kind not in ("palettize", "quantize", "prune"):
         msg = f"the treatment {kind!r}"
         raise ValueError(msg)
-    for key in settings.keys() & {"sparsity", "threshold"}:
-        if isinstance(settings[key], bool) or not isinstance(settings[key], int | float):
-            msg = f"{settings[key]!r} as {key}"
-            raise TypeError(msg)
+    if kind == "prune":
+        _check_pruning(settings)
     return {kind: settings}
+
+
+def _check_pruning(settings: dict[str, Any]) -> None:
+    known = {key: settings[key] for key in _PRUNING if key in settings}
+    for key, value in known.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, bool) or not isinstance(number, _PRUNING[key]):
+                msg = f"{number!r} as {key}"
+                raise TypeError(msg)
+    if known:
+        PruneConfig(**known)
 
 
 def record(model: Any, records: Records) -> None:
