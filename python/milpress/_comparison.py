@@ -190,8 +190,9 @@ class Comparison:
             fail(f"{where}: the corrected bias must be as recorded, got another")
         if before is not None and before[0].type != node.type:
             fail(f"{where}: the corrected bias must be {before[0].type}, got {node.type}")
-        if len(node.uses) != 1 or node.is_block_output:
-            fail(f"{where}: the corrected bias must be used once, got {len(node.uses)} uses")
+        n_uses = len(node.uses) + node.is_block_output
+        if n_uses != 1:
+            fail(f"{where}: the corrected bias must be used once, got {n_uses} uses")
         self._biases.add(node)
         if before is not None and before[0].name == node.name:
             self._biases.add(before[0])

@@ -175,9 +175,14 @@ def _compare_files(original: Package, compressed: Package) -> None:
         replaced = {package.weight_path(name) for name in weight_files(package)}
         replaced.add(package.model_path)
         with system_errors(package.path):
+            found = sorted(package.path.rglob("*"))
+            for path in found:
+                if path.is_symlink():
+                    where = path.relative_to(package.path)
+                    fail(f"{where}: a package must hold no symbolic link, got one")
             files = {
                 path.relative_to(package.path)
-                for path in package.path.rglob("*")
+                for path in found
                 if not path.is_dir() and path not in replaced
             }
         listed.append(files)

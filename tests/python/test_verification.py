@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,15 @@ import pytest
 
 import milpress
 from milpress import formats as f
-from milpress.errors import VerificationError
+from milpress._rewrite import Counter, Rewriter
+from milpress.compression import save_package
+from milpress.errors import PackageError, VerificationError
 from milpress.formats import sparse
-from milpress.mil import treatments
+from milpress.mil import activations, dtypes, treatments, values
+from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package
+from milpress.mil.weights import blob_values, sites, weights
+from milpress.recipe import Recipe, Step
 from milpress.verification import compare_packages
 
 # Pruning
@@ -46,7 +54,7 @@ def keep_the_first(array: np.ndarray, *_: Any) -> np.ndarray:
 def test_what_a_broken_kernel_pruned_does_not_verify(
     structure, kernel, build, tmp_path, monkeypatch
 ):
-    source, recipe = build("layers"), milpress.Recipe.of(STRUCTURES[structure], name="glob:*lin*")
+    source, recipe = build("layers"), Recipe.of(STRUCTURES[structure], name="glob:*lin*")
     milpress.compress(source, tmp_path / "right.mlpackage", recipe)
     (check,) = milpress.verify(source, tmp_path / "right.mlpackage").weights
     assert check.promise == "pruned"
@@ -68,7 +76,7 @@ def test_without_a_record_is_known_that_the_rest_of_a_pruned_weight_is_as_it_was
     structure, build, tmp_path
 ):
     source, out = build("shared"), tmp_path / "out.mlpackage"
-    milpress.compress(source, out, milpress.Recipe.of(STRUCTURES[structure]))
+    milpress.compress(source, out, Recipe.of(STRUCTURES[structure]))
     bare = edited(out, lambda package: treatments.forget(package.model))
     checks = compare_packages(Package(source), bare).weights
     assert {check.promise for check in checks} == {"pruned"}
@@ -93,5 +101,689 @@ def test_codes_of_what_coremltools_pruned_are_held_to_what_is_promised(
     source, out = tmp_path / "theirs.mlpackage", tmp_path / "out.mlpackage"
     model = ct.models.MLModel(str(build("shared")), skip_model_load=True)
     cto.prune_weights(model, cto.OptimizationConfig(THEIRS[kind])).save(str(source))
-    milpress.compress(source, out, milpress.Recipe.of(coding))
+    milpress.compress(source, out, Recipe.of(coding))
     assert {check.promise for check in milpress.verify(source, out).weights} == {promise}
+
+
+# What else may not differ
+
+INT8 = f.QuantizeConfig()
+PALETTE = f.PalettizeConfig(bits=4)
+PRUNE = f.PruneConfig(sparsity=0.5)
+
+
+class Edited:
+    """The model of a package, to be changed in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.package = Package(path)
+        self.model = self.package.model
+
+    @property
+    def block(self) -> Any:
+        (function,) = self.model.mlProgram.functions.values()
+        (block,) = function.block_specializations.values()
+        return block
+
+    def ops(self, block: Any = None) -> Iterator[Any]:
+        for op in (self.block if block is None else block).operations:
+            yield op
+            for inner in op.blocks:
+                yield from self.ops(inner)
+
+    def op(self, name: str) -> Any:
+        """Return the op that makes a value of this name."""
+        return next(op for op in self.ops() if name in [output.name for output in op.outputs])
+
+    def record(self, change: Callable[[Any], Any], key: str = treatments.KEY) -> None:
+        """Change the record that is kept in the package."""
+        metadata = self.model.description.metadata.userDefined
+        data = json.loads(metadata[key])
+        change(data)
+        metadata[key] = json.dumps(data)
+
+    def reopened(self) -> Package:
+        data = self.model.SerializeToString(deterministic=True)
+        return Package(self.package.path, model_bytes=data)
+
+
+@pytest.fixture(scope="module")
+def made(build: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
+    """Return a function that gives a model and what steps make of it, each made once."""
+    folder = tmp_path_factory.mktemp("made")
+    found: dict[Any, tuple[Path, Path]] = {}
+
+    def make(kind: str, *steps: f.Treatment, target: str = "iOS18") -> tuple[Path, Path]:
+        key = (kind, steps, target)
+        if key not in found:
+            source, out = build(kind, target), folder / f"{len(found)}.mlpackage"
+            recipe = Recipe(steps=tuple(Step(treatment=s) for s in steps))
+            milpress.compress(source, out, recipe)
+            found[key] = source, out
+        return found[key]
+
+    return make
+
+
+def refused(original: Path | Package, compressed: Package, message: str) -> None:
+    original = original if isinstance(original, Package) else Package(original)
+    with pytest.raises(VerificationError, match=message):
+        compare_packages(original, compressed)
+
+
+def use(op: Any, parameter: str) -> Any:
+    return op.inputs[parameter].arguments[0]
+
+
+def rename_outer(e: Edited) -> None:
+    """Let one of two layers that shared a weight use another one."""
+    use(e.op("second"), "weight").name = "torn"
+
+
+def use_one_for_two(e: Edited) -> None:
+    """Let a layer use a weight that stands for another one."""
+    use(e.op("third"), "weight").name = "both_quantized"
+    use(e.op("fourth"), "y").name = "both_quantized"
+
+
+def rewire(e: Edited) -> None:
+    use(e.op("third"), "x").name = "first"
+
+
+def compute_the_weight(e: Edited) -> None:
+    use(e.op("second"), "weight").name = "first"
+
+
+def another_kind_of_op(e: Edited) -> None:
+    e.op("fourth").type = "add"
+
+
+def another_type_of_result(e: Edited) -> None:
+    e.op("third").outputs[0].type.tensorType.dataType = 11
+
+
+def a_parameter_less(e: Edited) -> None:
+    del e.op("third").inputs["bias"]
+
+
+def an_attribute_more(e: Edited) -> None:
+    e.op("third").attributes["more"].CopyFrom(values.string("more"))
+
+
+def an_attribute_less(e: Edited) -> None:
+    del e.op("third").attributes["name"]
+
+
+def another_attribute(e: Edited) -> None:
+    e.op("third").attributes["name"].CopyFrom(values.string("3"))
+
+
+def a_value_in_place_of_a_name(e: Edited) -> None:
+    binding = use(e.op("fourth"), "transpose_x")
+    stored = e.op("fourth_transpose_x_0").attributes["val"]
+    binding.value.CopyFrom(stored)
+
+
+def an_argument_more(e: Edited) -> None:
+    e.op("third").inputs["x"].arguments.add().name = "x"
+
+
+def other_numbers(e: Edited) -> None:
+    """Let a bias have the numbers of scales, of which there are as many."""
+    scales = use(e.op("both_quantized"), "scale").value.blobFileValue
+    e.op("third_bias_0").attributes["val"].blobFileValue.offset = scales.offset
+
+
+def another_shape_of_the_value(e: Edited) -> None:
+    """Give the same bytes another shape; what the op says it makes stays."""
+    values.set_type(e.op("torn").attributes["val"].type, dtypes.by_name("float16"), (4096,))
+
+
+def another_flag(e: Edited) -> None:
+    tensor = e.op("fourth_transpose_x_0").attributes["val"].immediateValue.tensor
+    tensor.bools.values[0] = not tensor.bools.values[0]
+
+
+def another_name(e: Edited) -> None:
+    e.op("third_bias_0").outputs[0].name = "renamed"
+    use(e.op("third"), "bias").name = "renamed"
+
+
+def another_declared_type(e: Edited) -> None:
+    e.op("third_bias_0").outputs[0].type.tensorType.dataType = 22
+
+
+def an_op_less(e: Edited) -> None:
+    """Take out the last op, and return what it took."""
+    e.block.operations.remove(e.op("fourth"))
+    e.block.outputs[0] = "third"
+
+
+def an_output_more(e: Edited) -> None:
+    e.block.outputs.append("first")
+
+
+def another_output(e: Edited) -> None:
+    e.block.outputs[0] = "third"
+
+
+def a_stored_output(e: Edited) -> None:
+    e.block.outputs[0] = "torn"
+
+
+def a_value_more(e: Edited) -> None:
+    more = e.block.operations.add()
+    more.CopyFrom(e.op("third_bias_0"))
+    more.outputs[0].name = "more"
+
+
+def another_decoded_type(e: Edited) -> None:
+    e.op("both_quantized").outputs[0].type.tensorType.dataType = 11
+
+
+def without_its_record(e: Edited) -> None:
+    e.record(lambda data: data["treatments"][0]["weights"].pop("both"))
+    e.record(lambda data: data["treatments"][0]["weights"].update(more="more_quantized"))
+
+
+def a_record_more(e: Edited) -> None:
+    e.record(lambda data: data["treatments"][0]["weights"].update(torn="torn_quantized"))
+
+
+def a_bias_more(e: Edited) -> None:
+    e.record(lambda data: data.update(biases={"nowhere": "0" * 32}))
+
+
+def another_description(e: Edited) -> None:
+    e.model.description.metadata.userDefined["author"] = "another"
+
+
+def another_function(e: Edited) -> None:
+    functions = e.model.mlProgram.functions
+    functions["other"].CopyFrom(functions["main"])
+    del functions["main"]
+
+
+UNTREATED = "a value that was not treated must be unchanged, got another"
+CHANGES: list[tuple[Callable[[Edited], None], str]] = [
+    (rename_outer, "^second: both must have one counterpart, got torn as another"),
+    (use_one_for_two, "^third: torn must have one counterpart, got both_quantized as another"),
+    (rewire, "^third must use second, got first"),
+    (compute_the_weight, "^second must use both, got first"),
+    (another_kind_of_op, "^fourth: the op matmul must be unchanged, got another"),
+    (another_type_of_result, "^third: the op linear must be unchanged, got another"),
+    (a_parameter_less, "^third: the op linear must be unchanged, got another"),
+    (an_attribute_more, "^third: the attribute more must be unchanged"),
+    (an_attribute_less, "^third: the attribute name must be unchanged"),
+    (another_attribute, f"^third: {UNTREATED}"),
+    (a_value_in_place_of_a_name, "^fourth: transpose_x must be given in the same way"),
+    (an_argument_more, "equally many values of x, got 1 and 2"),
+    (another_flag, f"^fourth_transpose_x_0: {UNTREATED}"),
+    (another_name, f"^third_bias_0: {UNTREATED}"),
+    (another_declared_type, f"^third_bias_0: {UNTREATED}"),
+    (other_numbers, f"^third_bias_0: {UNTREATED}"),
+    (another_shape_of_the_value, f"^torn: {UNTREATED}"),
+    (an_op_less, "a block's output must use fourth, got third"),
+    (an_output_more, "equally many outputs of a block, got 1 and 2"),
+    (another_output, "a block's output must use fourth, got third"),
+    (a_stored_output, "a block's output must use fourth, got torn"),
+    (a_value_more, "^more: no value must be added, got this one"),
+    (another_decoded_type, r"^both: the decoded weight must be .*float16.*, got .*float32"),
+    (without_its_record, "^both: a weight that was not treated must be unchanged, got another"),
+    (a_record_more, "^torn: the weight must be compressed as recorded, got it unchanged"),
+    (a_bias_more, "^1 layers must have a corrected bias as recorded, got 0"),
+    (another_description, "the description of the model must be unchanged, got another"),
+    (another_function, "must have the same models and functions, got others"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), CHANGES, ids=[change.__name__ for change, _ in CHANGES]
+)
+def test_what_was_changed_besides_is_refused(change, message, made):
+    source, out = made("shared", INT8)
+    compare_packages(Package(source), Package(out))
+    tampered = Edited(out)
+    change(tampered)
+    refused(source, tampered.reopened(), message)
+
+
+def test_a_value_of_another_type_with_the_same_bytes_is_refused(made, tmp_path):
+    source, out = made("shared", INT8)
+    shutil.copytree(out, tmp_path / "out.mlpackage")
+    tampered = Edited(tmp_path / "out.mlpackage")
+    value = tampered.op("torn").attributes["val"]
+    path = tampered.package.weight_path(value.blobFileValue.fileName)
+    data = bytearray(path.read_bytes())
+    assert data[value.blobFileValue.offset + 4] == dtypes.by_name("float16").blob
+    data[value.blobFileValue.offset + 4] = dtypes.by_name("int16").blob
+    path.write_bytes(data)
+    value.type.tensorType.dataType = dtypes.by_name("int16").mil
+    refused(source, tampered.reopened(), f"^torn: {UNTREATED}")
+
+
+def test_a_value_that_nothing_uses_is_kept(made):
+    source, out = made("shared", INT8)
+    more = Edited(source)
+    a_value_more(more)
+    refused(more.reopened(), Package(out), "^more: the value must be kept, got none")
+    both = Edited(out)
+    a_value_more(both)
+    assert compare_packages(more.reopened(), both.reopened())
+
+
+def a_block_more(e: Edited) -> None:
+    conditional = e.op("cond_0")
+    conditional.blocks.add().CopyFrom(conditional.blocks[0])
+    del conditional.blocks[-1].operations[:]
+    conditional.blocks[-1].outputs[0] = "before"
+
+
+def an_op_less_in_a_block(e: Edited) -> None:
+    (inner,) = (block for block in e.op("cond_0").blocks if "again" in block.outputs)
+    inner.operations.remove(e.op("again"))
+    inner.outputs[0] = "before"
+
+
+def an_op_more(e: Edited) -> None:
+    more = e.block.operations.add()
+    more.CopyFrom(e.op("squeeze_0"))
+    more.outputs[0].name = "more"
+
+
+def an_attribute_of_a_block(e: Edited) -> None:
+    e.op("cond_0").blocks[0].attributes["more"].CopyFrom(values.string("more"))
+
+
+def an_input_of_a_block(e: Edited) -> None:
+    item = e.op("cond_0").blocks[1].inputs.add(name="more")
+    values.set_type(item.type, dtypes.by_name("float16"), (1,))
+
+
+def other_branches(e: Edited) -> None:
+    conditional = e.op("cond_0")
+    blocks = [type(block).FromString(block.SerializeToString()) for block in conditional.blocks]
+    del conditional.blocks[:]
+    conditional.blocks.extend(blocks[::-1])
+
+
+BLOCKS: list[tuple[Callable[[Edited], None], str]] = [
+    (a_block_more, "equally many blocks, got 3 and 4"),
+    (an_op_more, "equally many ops, got 6 and 7"),
+    (an_op_less_in_a_block, "a block's output must use again, got before"),
+    (an_attribute_of_a_block, "a block must keep its inputs and attributes, got others"),
+    (an_input_of_a_block, "a block must keep its inputs and attributes, got others"),
+    (other_branches, "a block's output must use again, got linear_0"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BLOCKS, ids=[c.__name__ for c, _ in BLOCKS])
+def test_what_was_changed_in_a_block_is_refused(change, message, made):
+    source, out = made("nested", INT8)
+    compare_packages(Package(source), Package(out))
+    tampered = Edited(out)
+    change(tampered)
+    refused(source, tampered.reopened(), message)
+
+
+def test_a_stored_value_in_a_block_does_not_hide_one_around_it(made):
+    source, out = made("nested", INT8)
+    for path, names in (
+        (source, ("inner", "outer")),
+        (out, ("inner_quantized", "outer_quantized")),
+    ):
+        tampered = Edited(path)
+        inner, outer = names
+        tampered.op(inner).outputs[0].name = outer
+        use(tampered.op("linear_0"), "weight").name = outer
+        hiding = tampered.reopened()
+        with pytest.raises(PackageError, match=f"a name must be defined once, got '{outer}' again"):
+            compare_packages(Package(source), hiding)
+
+
+# Weights that had been compressed before
+
+
+def test_a_part_more_of_an_untreated_chain_is_refused(made):
+    _, out = made("shared", PRUNE, PALETTE)
+    tampered = Edited(out)
+    offset = tampered.block.operations.add()
+    offset.CopyFrom(tampered.op("third_bias_0"))
+    offset.outputs[0].name = "more"
+    tampered.block.operations.remove(offset)
+    tampered.block.operations.insert(0, offset)
+    tampered.op("both_sparsified").inputs["more"].arguments.add().name = "more"
+    refused(out, tampered.reopened(), "equally many parts of both_sparsified, got 2 and 3")
+
+
+def test_an_untreated_op_of_another_kind_that_decodes_to_the_same_is_refused(made):
+    _, out = made("shared", INT8)
+    tampered = Edited(out)
+    tampered.op("both_quantized").type = "constexpr_lut_to_dense"
+    refused(out, tampered.reopened(), f"^both_quantized: {UNTREATED}")
+
+
+def test_a_record_goes_on_where_that_of_the_source_ends(made, tmp_path):
+    _, first = made("shared", PRUNE)
+    second = tmp_path / "second.mlpackage"
+    milpress.compress(first, second, Recipe.of(PALETTE))
+    milpress.verify(first, second)
+    tampered = Edited(second)
+    tampered.record(lambda data: data["treatments"][0]["steps"].pop(0))
+    refused(first, tampered.reopened(), "^both_sparsified: the record must go on where that of")
+
+
+def test_a_chain_with_two_masks_is_not_what_is_recorded(made):
+    source, out = made("shared", PRUNE, INT8)
+    tampered = Edited(out)
+    last = tampered.op("both_sparsified")
+    mask = use(last, "mask").value
+    payload = bytearray(values.read_payload(mask, tampered.package).tobytes())
+    # One weight more, and one less.
+    first, second = payload.index(0xFF), payload.index(0)
+    payload[first], payload[second] = payload[second], payload[first]
+    mask.ClearField("blobFileValue")
+    mask.immediateValue.tensor.bytes.values = bytes(payload)
+    message = "^both: the weight must be compressed as recorded, got constexpr_sparse_to_dense"
+    refused(source, tampered.reopened(), message)
+
+
+@pytest.mark.parametrize("coding", [PALETTE, INT8])
+def test_a_mask_of_a_chain_is_stored_once(coding, build, tmp_path):
+    out = tmp_path / "out.mlpackage"
+    recipe = Recipe(steps=(Step(treatment=PRUNE), Step(treatment=coding)))
+    report = milpress.compress(build("shared"), out, recipe)
+    package = Package(out)
+    (site,) = sites(package)
+    (weight,) = (each for each in weights("", site.graph) if each.name == "both_sparsified")
+    decoder = Decoder(site.graph, package)
+    places = {
+        (stored.blobFileValue.offset, values.stored_type(stored).dtype.name)
+        for node in (weight.node, *decoder.parts(weight.node))
+        for stored in blob_values(node.op)
+    }
+    assert [name for _, name in places].count("uint1") == 1
+    (found,) = (each for each in report.weights if each.name == "both")
+    stored = decoder.stored_values(weight.node)
+    assert found.bytes_after == sum(values.n_stored_bytes(value) for value in stored)
+
+
+def test_what_was_decompressed_is_equal(made, tmp_path):
+    _, out = made("shared", INT8)
+    dense = tmp_path / "dense.mlpackage"
+    milpress.decompress(out, dense)
+    milpress.verify(out, dense)
+    tampered = Edited(dense)
+    offset = tampered.op("torn").attributes["val"].blobFileValue.offset
+    tampered.op("both_quantized").attributes["val"].blobFileValue.offset = offset
+    message = "^both_quantized: the decompressed weight must be equal, got another"
+    refused(out, tampered.reopened(), message)
+
+
+# Files
+
+
+@pytest.fixture
+def copied(made: Any, tmp_path: Path) -> tuple[Path, Path]:
+    """Return a package and a compressed one, with a file of their own each, that may be changed."""
+    for path, name in zip(made("shared", INT8), ("source", "out"), strict=True):
+        shutil.copytree(path, tmp_path / f"{name}.mlpackage")
+        (tmp_path / f"{name}.mlpackage/Data/notes").mkdir()
+        (tmp_path / f"{name}.mlpackage/Data/notes/about.txt").write_text("about")
+    source, out = tmp_path / "source.mlpackage", tmp_path / "out.mlpackage"
+    milpress.verify(source, out)
+    return source, out
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_file_that_one_package_lacks_is_refused(which, copied):
+    (copied[which] / "Data/notes/about.txt").unlink()
+    with pytest.raises(VerificationError, match=r"about.txt: both packages must have this file"):
+        milpress.verify(*copied)
+
+
+def test_a_file_with_other_bytes_is_refused_whatever_its_size_and_time(copied):
+    before, after = (path / "Data/notes/about.txt" for path in copied)
+    after.write_text("other")
+    times = before.stat()
+    os.utime(after, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (after.stat().st_size, after.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
+    with pytest.raises(VerificationError, match=r"about.txt: the file must be unchanged, got anot"):
+        milpress.verify(*copied)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("target", ["notes", "notes/about.txt", "nowhere"])
+def test_a_link_in_a_package_is_refused(which, target, copied, tmp_path):
+    (copied[which] / "Data/linked").symlink_to(copied[which] / "Data" / target)
+    with pytest.raises(VerificationError, match=r"linked: a package must hold no symbolic link"):
+        milpress.verify(*copied)
+    if which == 0:
+        with pytest.raises(PackageError, match=r"must hold (no symbolic link|plain files only)"):
+            milpress.compress(copied[0], tmp_path / "new.mlpackage", Recipe.of(INT8))
+        assert not (tmp_path / "new.mlpackage").exists()
+
+
+def test_pipelines_of_other_lengths_are_refused(shared_pipeline, tmp_path):
+    out = tmp_path / "out.mlpackage"
+    milpress.compress(shared_pipeline, out, Recipe.of(INT8))
+    tampered = Edited(out)
+    pipeline = tampered.model.pipeline
+    del pipeline.models[-1]
+    message = "equally many ML programs, got 2 and 1"
+    refused(shared_pipeline, tampered.reopened(), message)
+
+
+# Corrected biases
+
+
+@pytest.fixture(scope="module")
+def corrected(build: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    source = build("layers", dtype="fp32")
+    out = tmp_path_factory.mktemp("corrected") / "out.mlpackage"
+    milpress.compress(
+        source,
+        out,
+        Recipe.of(PALETTE, name="linear_weight_0"),
+        sample_data=milpress.RandomSamples(2),
+        bias_correction=True,
+    )
+    assert milpress.verify(source, out).n_corrected == 1
+    return source, out
+
+
+def a_computed_bias(e: Edited) -> None:
+    use(e.op("linear"), "bias").name = "pooled"
+
+
+def another_shape_of_the_bias(e: Edited) -> None:
+    op = e.op("linear_bias_0")
+    for kind in (op.outputs[0].type, op.attributes["val"].type):
+        values.set_type(kind, dtypes.by_name("float32"), (1, 96))
+
+
+def a_bias_for_two(e: Edited) -> None:
+    use(e.op("sum"), "y").name = "linear_bias_0"
+
+
+def another_digest(e: Edited) -> None:
+    e.record(lambda data: data["biases"].update(linear="0" * 32))
+
+
+BIASES: list[tuple[Callable[[Edited], None], str]] = [
+    (a_computed_bias, "^linear: the corrected bias must be a constant, got another"),
+    (another_digest, "^linear: the corrected bias must be as recorded, got another"),
+    (
+        another_shape_of_the_bias,
+        r"^linear: the corrected bias must be .*\(96,\).*, got .*\(1, 96\)",
+    ),
+    (a_bias_for_two, "^linear: the corrected bias must be used once, got 2 uses"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BIASES, ids=[c.__name__ for c, _ in BIASES])
+def test_a_corrected_bias_is_as_recorded_and_of_one_layer(change, message, corrected):
+    source, out = corrected
+    tampered = Edited(out)
+    change(tampered)
+    refused(source, tampered.reopened(), message)
+
+
+def a_bias_that_a_block_returns(e: Edited) -> None:
+    e.block.outputs.append("linear_bias_0")
+
+
+def test_a_corrected_bias_is_no_output(corrected):
+    source, out = map(Edited, corrected)
+    for each in (source, out):
+        a_bias_that_a_block_returns(each)
+    message = "^linear: the corrected bias must be used once, got 2 uses"
+    refused(source.reopened(), out.reopened(), message)
+
+
+@pytest.mark.parametrize("change", [a_bias_that_a_block_returns, a_bias_for_two])
+def test_a_bias_that_others_use_too_stays_and_the_layer_gets_another(change, build):
+    edited = Edited(build("layers", dtype="fp32"))
+    change(edited)
+    package = edited.reopened()
+    (site,) = sites(package)
+    (weight,) = (each for each in weights("", site.graph) if each.name == "linear_weight_0")
+    (layer,) = (node for node in site.graph.nodes if node.name == "linear")
+    bias, _ = site.graph.producer(layer, "bias")
+    before = bias.op.SerializeToString(deterministic=True)
+    rewriter = Rewriter(package, Counter())
+    assert rewriter.correct(weight, layer, np.ones(96))
+    assert bias.op.SerializeToString(deterministic=True) == before
+    assert use(layer.op, "bias").name != bias.name
+
+
+# Quantized activations
+
+
+@pytest.fixture(scope="module")
+def paired(build: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return a model and one in which the inputs of its linear layers are quantized."""
+    source, out = build("shared"), tmp_path_factory.mktemp("paired") / "out.mlpackage"
+    package = Package(source)
+    (site,) = sites(package)
+    placement = activations.place(
+        site.graph, lambda node: "all" if node.op.type == "linear" else None
+    )
+    parameters = activations.Parameters(np.float16(0.125), 3, "uint8")
+    pairs = activations.insert(site.graph, placement, lambda *_: parameters)
+    activations.record(package.model, activations.Record(pairs))
+    save_package(package, out)
+    assert milpress.verify(source, out).n_quantized == len(pairs) >= 3
+    return source, out
+
+
+def pair_of(e: Edited) -> tuple[Any, Any]:
+    dense = next(op for op in e.ops() if op.type == "dequantize")
+    return e.op(use(dense, "input").name), dense
+
+
+def a_pair_in_the_record_alone(e: Edited) -> None:
+    e.record(lambda data: data["pairs"].update(nowhere="never"), activations.KEY)
+
+
+def a_dequantize_less(e: Edited) -> None:
+    _, dense = pair_of(e)
+    dense.type = "identity"
+
+
+def a_quantize_less(e: Edited) -> None:
+    codes, _ = pair_of(e)
+    codes.type = "identity"
+
+
+def change_scale(number: float) -> Callable[[Edited], None]:
+    def change(e: Edited) -> None:
+        codes, _ = pair_of(e)
+        stored = e.op(use(codes, "scale").name).attributes["val"]
+        values.write_numbers(stored, "float16", np.float16(number))
+
+    change.__name__ = f"a_scale_of_{number}"
+    return change
+
+
+def a_scale_of_another_type(e: Edited) -> None:
+    codes, _ = pair_of(e)
+    stored = e.op(use(codes, "scale").name).attributes["val"]
+    values.write_numbers(stored, "float32", np.float32(0.125))
+
+
+def a_zero_point_of_another_type(e: Edited) -> None:
+    codes, _ = pair_of(e)
+    stored = e.op(use(codes, "zero_point").name).attributes["val"]
+    values.write_numbers(stored, "int8", np.int8(3))
+
+
+def codes_of_another_type(e: Edited) -> None:
+    codes, _ = pair_of(e)
+    codes.outputs[0].type.tensorType.dataType = dtypes.by_name("int16").mil
+
+
+def codes_of_another_value(e: Edited) -> None:
+    first, second, *_ = (op for op in e.ops() if op.type == "dequantize")
+    use(second, "input").name = use(first, "input").name
+
+
+def another_type_of_the_result(e: Edited) -> None:
+    """Give it another shape, which its codes don't have."""
+    _, dense = pair_of(e)
+    values.set_type(dense.outputs[0].type, dtypes.by_name("float16"), (1, 64))
+
+
+def another_use_of_the_codes(e: Edited) -> None:
+    codes, _ = pair_of(e)
+    more = e.block.operations.add()
+    more.CopyFrom(e.op("third"))
+    more.outputs[0].name = "more"
+    use(more, "x").name = codes.outputs[0].name
+
+
+def a_result_of_the_pair(e: Edited) -> None:
+    _, dense = pair_of(e)
+    e.block.outputs.append(dense.outputs[0].name)
+
+
+PAIRS: list[tuple[Callable[[Edited], None], str]] = [
+    (a_pair_in_the_record_alone, "^nowhere: the model must have this dequantize, as recorded"),
+    (
+        a_dequantize_less,
+        "^dequantize_.: the model must have this dequantize, as recorded, got none",
+    ),
+    (a_quantize_less, "^quantize_.: the model must have this quantize, as recorded, got none"),
+    (change_scale(0), "the scale must be one positive number of the type of the values"),
+    (change_scale(-1), "the scale must be one positive number of the type of the values"),
+    (change_scale(np.inf), "the scale must be one positive number of the type of the values"),
+    (a_scale_of_another_type, "the scale must be one positive number of the type of the values"),
+    (a_zero_point_of_another_type, "codes and zero point must be int8 or uint8, one and the same"),
+    (codes_of_another_type, "codes and zero point must be int8 or uint8, one and the same"),
+    (change_scale(0.25), "^dequantize_.: it must have the scale and zero point of quantize_."),
+    (codes_of_another_value, "^dequantize_.: it must take quantize_., got quantize_."),
+    (another_type_of_the_result, "it must be of the type of what is quantized, got another"),
+    (another_use_of_the_codes, "^quantize_.: its codes must be dequantized, got another use"),
+    (a_result_of_the_pair, "a block must return what it did, got this one"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), PAIRS, ids=[c.__name__ for c, _ in PAIRS])
+def test_a_pair_that_is_not_what_was_inserted_is_refused(change, message, paired):
+    source, out = paired
+    tampered = Edited(out)
+    change(tampered)
+    refused(source, tampered.reopened(), message)
+
+
+def test_a_record_of_pairs_is_of_the_form_that_is_written(paired):
+    source, out = paired
+    for change in (
+        lambda data: data.update(version=2),
+        lambda data: data.pop("pairs"),
+        lambda data: data.update(settings=[1]),
+    ):
+        tampered = Edited(out)
+        tampered.record(change, activations.KEY)
+        with pytest.raises(PackageError, match=r"activations must be a record of version 1"):
+            compare_packages(Package(source), tampered.reopened())

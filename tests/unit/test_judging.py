@@ -108,6 +108,7 @@ def is_as_promised(source: np.ndarray, kept: np.ndarray, settings: dict[str, Any
 def test_a_mask_is_judged_as_the_naive_reading_of_the_promise_judges_it(case, seed):
     source, settings = case
     right = f.sparsify(source, f.PruneConfig(**settings)).mask()
+    assert is_as_promised(source, right, settings)
     assert wrong(source, right, **settings) == ""
     rng = np.random.default_rng(seed)
     flips = rng.random(source.shape) < rng.choice([0.02, 0.1])
@@ -393,6 +394,49 @@ def test_of_an_unrecorded_weight_is_known_whether_it_is_its_source_but_for_zeros
     assert is_pruned(NORMAL, value)
     assert not is_pruned(NORMAL, replace(value, nonzeros=value.nonzeros + np.float16(1)))
     assert not is_pruned(NORMAL, f.palettize(NORMAL, PALETTE))
+
+
+# Codes
+
+
+def with_code(value: f.Palette | f.Quantized, change: int) -> Any:
+    codes = value.codes.copy()
+    codes[0, 0] = codes[0, 0] - change if codes[0, 0] >= change else codes[0, 0] + change
+    return replace(value, codes=codes)
+
+
+def with_tables(value: f.Palette, order: slice) -> f.Palette:
+    return replace(value, lut=np.ascontiguousarray(value.lut[..., order, :]))
+
+
+VECTORS = f.PalettizeConfig(bits=3, vector_size=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (PALETTE, lambda v: with_code(v, 1), "1 indices don't name the nearest entry of their"),
+        (
+            PALETTE,
+            lambda v: replace(with_tables(v, slice(None, None, -1)), codes=7 - v.codes),
+            "a table must ascend, got one that does not",
+        ),
+        (VECTORS, lambda v: with_code(v, 1), "1 indices don't name the nearest vector of their"),
+        (VECTORS, lambda v: with_tables(v, slice(None, None, -1)), "nearest vector of their table"),
+        (INT8, lambda v: with_code(v, 1), "1 weights are more than half a step off"),
+        (
+            f.QuantizeConfig(dtype="uint4", offset=True),
+            lambda v: replace(v, offset=v.offset + np.uint8(1)),
+            "256 weights are more than half a step off",
+        ),
+    ],
+)
+def test_codes_that_are_not_the_best_are_refused(config, change, message):
+    value, steps = f.compress(NORMAL, config), steps_of(config)
+    promise = treatments.promise_of(steps)
+    assert judge(NORMAL, value, promise, steps).wrong == ""
+    found = judge(NORMAL, change(value), promise, steps).wrong
+    assert re.search(message, found), found
 
 
 # The record
