@@ -21,7 +21,7 @@ from milpress.formats import (
     Sparse,
     Treatment,
 )
-from milpress.mil import decoding, values
+from milpress.mil import decoding, dtypes, values
 from milpress.mil.program import CONSTEXPR, Graph, Node, new_const
 from milpress.mil.schema import messages
 from milpress.mil.stages import stages
@@ -140,6 +140,11 @@ def is_part(node: Node) -> bool:
     )
 
 
+def _is_early(node: Node) -> bool:
+    """Whether an op has the form of iOS16, which holds codes as bytes and says the shape."""
+    return "shape" in node.op.attributes or "shape" in node.op.inputs
+
+
 class Decoder:
     """Decodes the ``constexpr_*`` ops of one graph, chains included.
 
@@ -198,12 +203,8 @@ class Decoder:
         """
         with _fitting(node):
             made = self._value(node)
-        if made is not None and node.type is not None and made.shape != node.type.shape:
-            msg = (
-                f"{node.name}: {node.op.type} must make the declared shape "
-                f"{node.type.shape}, got {made.shape}"
-            )
-            raise PackageError(msg)
+        if made is not None:
+            _check_declared(node, "", made.shape)
         return made
 
     def dense(self, node: Node) -> Tensor:
@@ -215,17 +216,27 @@ class Decoder:
             If its parameters don't fit each other, or the op is not known.
         """
         if node.op.type == "const":
-            return values.read(node.op.attributes["val"], self._source)
+            return self._read(node, "val", node.op.attributes["val"])
         made = self.value(node)
         with _fitting(node):
-            return self._outputs(node)[-1] if made is None else values.of_array(made.dense())
+            tensor = self._outputs(node)[-1] if made is None else values.of_array(made.dense())
+        if len(node.op.outputs) == 1:
+            _check_declared(node, tensor.dtype.name, tensor.values.shape)
+        return tensor
+
+    def _read(self, node: Node, parameter: str, value: Any) -> Tensor:
+        try:
+            return values.read(value, self._source)
+        except PackageError as error:
+            msg = f"{node.name}: {parameter}: {error}"
+            raise PackageError(msg) from error
 
     def _tensor(self, node: Node, parameter: str) -> Tensor | None:
         if parameter in node.op.attributes:
-            return values.read(node.op.attributes[parameter], self._source)
+            return self._read(node, parameter, node.op.attributes[parameter])
         stored = self._graph.constant(node, parameter)
         if stored is not None:
-            return values.read(stored, self._source)
+            return self._read(node, parameter, stored)
         found = self._graph.producer(node, parameter)
         if found is None:
             return None
@@ -262,34 +273,37 @@ class Decoder:
             return self._sparse(node)
         return None
 
-    def _affine(self, node: Node) -> Quantized:
-        data, scale, zero_point = (
-            self._need(node, key) for key in ("quantized_data", "scale", "zero_point")
-        )
+    def _affine(self, node: Node) -> Quantized | None:
+        """Return the value, or ``None`` where the codes' type can't hold the zero point."""
+        data, scale, zero_point = self._affine_parameters(node)
+        offset = decoding.offset_as(zero_point, data)
+        return None if offset is None else decoding.quantized_of(data, scale, offset)
+
+    def _affine_parameters(self, node: Node) -> tuple[Tensor, Tensor, Tensor]:
+        data = self._need(node, "quantized_data")
         axis = decoding.axis_of(self._need(node, "axis"), data.values.ndim)
-        made = decoding.quantized_of(
-            data,
-            decoding.spread(scale, data, axis),
-            decoding.spread(zero_point, data, axis, like=scale),
+        return decoding.affine_of(
+            data, self._need(node, "scale"), self._need(node, "zero_point"), axis
         )
-        if made is None:
-            msg = f"{node.name}: data and zero point must be of one type of 8 bits"
-            raise PackageError(msg)
-        return made
 
     def _palette(self, node: Node) -> Palette | None:
-        indices = self._need(node, "indices")
-        if "shape" not in node.op.attributes:
-            return self._palette_of(node, indices)
-        lut = self._need(node, "lut")
+        if not _is_early(node):
+            return self._palette_of(node, self._need(node, "indices"))
+        codes, lut = self._early_table(node)
         if not lut.dtype.is_float:
-            msg = f"lut must be float16 or float32, got {lut.dtype.name}"
+            return None
+        return Palette(codes=codes.values, lut=lut.values, bits=codes.dtype.bits)
+
+    def _early_table(self, node: Node) -> tuple[Tensor, Tensor]:
+        """Return indices and table of an op of iOS16 as one of iOS18 has them."""
+        lut, shape = self._need(node, "lut"), decoding.shape_of(self._need(node, "shape"))
+        bits = max(lut.values.size - 1, 1).bit_length()
+        if bits not in (1, 2, 4, 6, 8) or lut.values.shape != (2**bits,):
+            msg = f"lut must be a vector of 2, 4, 16, 64 or 256, got the shape {lut.values.shape}"
             raise ValueError(msg)
-        shape = decoding.shape_of(self._need(node, "shape"))
-        bits = (lut.values.size - 1).bit_length()
-        codes = decoding.unpacked(indices, bits, shape)
+        codes = decoding.unpacked(self._need(node, "indices"), bits, shape)
         table = lut.values.reshape((1,) * len(shape) + (-1, 1))
-        return Palette(codes=codes, lut=table, bits=bits)
+        return Tensor(dtypes.by_name(f"uint{bits}"), codes), Tensor(lut.dtype, table)
 
     def _palette_of(self, node: Node, indices: Tensor) -> Palette | None:
         """Return the palette of an op of iOS18, whose table may be quantized."""
@@ -339,19 +353,28 @@ class Decoder:
         return made if same else None
 
     def _sparse(self, node: Node) -> Sparse | None:
-        mask, nonzeros = self._need(node, "mask"), self._need(node, "nonzero_data")
+        mask, nonzeros = self._kept(node), self._need(node, "nonzero_data")
         if not nonzeros.dtype.is_float:
             return None
-        if "shape" in node.op.attributes:
-            kept = decoding.unpacked(mask, 1, decoding.shape_of(self._need(node, "shape")))
-        else:
-            kept = mask.values
-        decoding.check_kept(kept, nonzeros)
-        return Sparse(shape=kept.shape, bitmask=decoding.bitmask_of(kept), nonzeros=nonzeros.values)
+        decoding.check_kept(mask.values, nonzeros)
+        return Sparse(
+            shape=mask.values.shape,
+            bitmask=decoding.bitmask_of(mask.values),
+            nonzeros=nonzeros.values,
+        )
+
+    def _kept(self, node: Node) -> Tensor:
+        """Return the mask of an op, one element a weight."""
+        mask = self._need(node, "mask")
+        if not _is_early(node):
+            return mask
+        shape = decoding.shape_of(self._need(node, "shape"))
+        return Tensor(dtypes.by_name("uint1"), decoding.unpacked(mask, 1, shape))
 
     def _outputs(self, node: Node) -> list[Tensor]:
         """Return all outputs of an op that is no palette, quantized or sparse weight by itself."""
         decode = {
+            "constexpr_affine_dequantize": self._affine_dequantize,
             "constexpr_sparse_to_dense": self._sparse_to_dense,
             "constexpr_lut_to_dense": self._lut_to_dense,
             "constexpr_blockwise_shift_scale": self._blockwise_shift_scale,
@@ -364,11 +387,18 @@ class Decoder:
             raise PackageError(msg)
         return decode(node)
 
+    def _affine_dequantize(self, node: Node) -> list[Tensor]:
+        data, scale, zero_point = self._affine_parameters(node)
+        return [Tensor(scale.dtype, decoding.affine(data, scale, zero_point))]
+
     def _sparse_to_dense(self, node: Node) -> list[Tensor]:
-        return [decoding.scattered(self._need(node, "mask"), self._need(node, "nonzero_data"))]
+        return [decoding.scattered(self._kept(node), self._need(node, "nonzero_data"))]
 
     def _lut_to_dense(self, node: Node) -> list[Tensor]:
-        codes, lut = self._need(node, "indices"), self._need(node, "lut")
+        if _is_early(node):
+            codes, lut = self._early_table(node)
+        else:
+            codes, lut = self._need(node, "indices"), self._need(node, "lut")
         axis = self._tensor(node, "vector_axis")
         return [Tensor(lut.dtype, decoding.look_up(codes.values, lut, axis))]
 
@@ -396,6 +426,24 @@ class Decoder:
 
     def _cast(self, node: Node) -> list[Tensor]:
         return [values.of_array(self._need(node, "source_val").values.astype(np.float32))]
+
+
+def _check_declared(node: Node, dtype: str, shape: tuple[int, ...]) -> None:
+    """Refuse another type (unless empty) or shape than an op's output declares."""
+    declared = node.type
+    if declared is None:
+        return
+    if shape != declared.shape:
+        msg = (
+            f"{node.name}: {node.op.type} must make the declared shape {declared.shape}, "
+            f"got {shape}"
+        )
+        raise PackageError(msg)
+    if dtype and dtype != declared.dtype.name:
+        msg = (
+            f"{node.name}: {node.op.type} must make the declared {declared.dtype.name}, got {dtype}"
+        )
+        raise PackageError(msg)
 
 
 @contextlib.contextmanager

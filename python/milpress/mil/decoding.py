@@ -17,15 +17,15 @@ from milpress.mil.values import Tensor
 
 
 def axis_of(tensor: Tensor, rank: int) -> int:
-    """Return the axis that a parameter names."""
+    """Return the axis that a parameter names, from the front or from the end, from the front."""
     if tensor.values.size != 1 or tensor.values.dtype.kind not in "iu":
         msg = f"an axis must be one integer, got {tensor.dtype.name}{list(tensor.values.shape)}"
         raise ValueError(msg)
     axis = int(tensor.values.reshape(-1)[0])
     if not -rank <= axis < rank:
-        msg = f"an axis must be one of {rank}, got {axis}"
+        msg = f"an axis must be from {-rank} to {rank - 1}, got {axis}"
         raise ValueError(msg)
-    return axis
+    return axis % rank
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
@@ -102,24 +102,70 @@ def quantized_of(data: Tensor, scale: Tensor, offset: Tensor | None) -> Quantize
     )
 
 
-def spread(tensor: Tensor, data: Tensor, axis: int, like: Tensor | None = None) -> Tensor:
-    """Give a vector or scalar of iOS16 the rank of the data."""
-    numbers = tensor.values
-    if like is not None and numbers.ndim == 0:
-        numbers = np.full(like.values.shape, numbers)
-    shape = [1] * data.values.ndim
-    if numbers.ndim:
-        shape[axis] = numbers.size
-    return Tensor(tensor.dtype, numbers.reshape(shape))
+def affine_of(
+    data: Tensor, scale: Tensor, zero_point: Tensor, axis: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return data, scale and zero point of iOS16 such that they broadcast.
+
+    Scale and zero point are each a scalar or a vector along the axis. Each has the rank of the data
+    afterwards, and both have one shape.
+    """
+    if data.dtype.name not in ("int8", "uint8"):
+        msg = f"quantized_data must be int8 or uint8, got {data.dtype.name}"
+        raise ValueError(msg)
+    if not scale.dtype.is_float:
+        msg = f"scale must be float16 or float32, got {scale.dtype.name}"
+        raise ValueError(msg)
+    if zero_point.dtype.name not in ("int8", "uint8") and not zero_point.dtype.is_float:
+        msg = f"zero_point must be int8, uint8 or float32, got {zero_point.dtype.name}"
+        raise ValueError(msg)
+    shape = data.values.shape
+    for name, numbers in (("scale", scale.values), ("zero_point", zero_point.values)):
+        if numbers.ndim > 1 or numbers.size not in (1, shape[axis]):
+            msg = (
+                f"{name} must be a scalar or a vector of the {shape[axis]} elements of axis "
+                f"{axis}, got the shape {numbers.shape}"
+            )
+            raise ValueError(msg)
+    n = max(scale.values.size, zero_point.values.size)
+    grid = tuple(n if i == axis else 1 for i in range(len(shape)))
+
+    def spread(tensor: Tensor) -> Tensor:
+        # Kernels take what lies in a row.
+        return Tensor(tensor.dtype, np.full(n, tensor.values).reshape(grid))
+
+    return data, spread(scale), spread(zero_point)
+
+
+def offset_as(zero_point: Tensor, data: Tensor) -> Tensor | None:
+    """Return a zero point in the type of the data, ``None`` where that can't hold it exactly."""
+    if zero_point.dtype == data.dtype:
+        return zero_point
+    info = np.iinfo(data.values.dtype)
+    wide = zero_point.values.astype(np.float64)
+    # Not a number is in no range.
+    if not ((wide >= info.min) & (wide <= info.max) & (wide == np.rint(wide))).all():
+        return None
+    return Tensor(data.dtype, wide.astype(data.values.dtype))
+
+
+def affine(data: Tensor, scale: Tensor, zero_point: Tensor) -> NDArray[Any]:
+    """Return ``scale * (data - zero_point)``, computed in float32, in the type of the scale."""
+    shifted = data.values.astype(np.float32) - zero_point.values.astype(np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray((shifted * scale.values).astype(scale.values.dtype))
 
 
 def shift_scale(data: Tensor, scale: Tensor, offset: Tensor | None) -> NDArray[Any]:
-    """Return ``scale * (data - offset)`` in the type of the scale."""
+    """Return ``scale * (data - offset)`` in the type of the scale.
+
+    An offset of float32 beside a scale of float16 is taken off as it is, as by coremltools.
+    """
     shape = data.values.shape
     result = data.values.astype(scale.values.dtype)
     if offset is not None:
-        result = result - _repeat(offset.values, shape).astype(scale.values.dtype)
-    return np.asarray(result * _repeat(scale.values, shape))
+        result = result - _repeat(offset.values, shape)
+    return np.asarray(result * _repeat(scale.values, shape)).astype(scale.values.dtype)
 
 
 def look_up(codes: NDArray[Any], lut: Tensor, vector_axis: Tensor | None) -> NDArray[Any]:
