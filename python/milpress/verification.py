@@ -18,7 +18,7 @@ from milpress.formats import Compressed, Masked, Palette, Quantized, Sparse
 from milpress.formats._layout import to_rows
 from milpress.formats.sparse import n_pruned
 from milpress.mil import activations, opset, treatments, values
-from milpress.mil.constexpr import Decoder, is_constexpr
+from milpress.mil.constexpr import Decoder, is_compressed, is_constexpr
 from milpress.mil.package import Package, system_errors
 from milpress.mil.program import Graph, Node, Scope
 from milpress.mil.treatments import Promise, Records, Step, bias_digest, promise_of
@@ -485,7 +485,7 @@ class _Comparison:
             _fail(f"{name}: a weight that was not treated must be unchanged, got another")
         promise = promise_of(steps)
         was_pruned = len(before) == 1 and "prune" in before[0]
-        if is_constexpr(one) and not was_pruned:
+        if is_compressed(one, self._graphs[0]) and not was_pruned:
             promise = "none"
         return self._check_promise(source, other, name, promise, steps)
 

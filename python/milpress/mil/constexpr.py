@@ -42,6 +42,7 @@ DECODED = frozenset(
         "sparse_to_dense",
     )
 )
+_CAST = f"{CONSTEXPR}cast"
 _SUFFIXES = {PalettizeConfig: "palettized", QuantizeConfig: "quantized", PruneConfig: "sparsified"}
 
 
@@ -130,6 +131,19 @@ def is_constexpr(node: Node) -> bool:
     return bool(node.op.type.startswith(CONSTEXPR))
 
 
+def is_compressed(node: Node, graph: Graph) -> bool:
+    """Whether an op makes a weight from codes or from what pruning left.
+
+    One of a ``constexpr_cast`` is dense, as long as what it casts is: its values are all stored.
+    """
+    if not is_constexpr(node):
+        return False
+    if node.op.type != _CAST:
+        return True
+    found = graph.producer(node, "source_val")
+    return found is not None and is_constexpr(found[0])
+
+
 def is_part(node: Node) -> bool:
     """Whether an op only serves to decode another one's weight."""
     return (
@@ -170,7 +184,7 @@ class Decoder:
         return list(found.values())
 
     def parts(self, node: Node) -> list[Node]:
-        """Return the ops that an op decodes from, each once; no other op may use them."""
+        """Return the stored ops that an op decodes from, each once; others may use them too."""
         found: dict[Node, None] = {}
         for key in sorted(node.op.inputs):
             producer = self._graph.producer(node, key)
@@ -180,6 +194,17 @@ class Decoder:
         return list(found)
 
     def _stored_values(self, node: Node) -> list[Any]:
+        """Return the numbers that are stored for an op; a text, such as a type, is none."""
+        return [value for value in self._all_values(node) if self._is_numeric(node, value)]
+
+    def _is_numeric(self, node: Node, value: Any) -> bool:
+        try:
+            return values.type_of(value.type) is not None
+        except PackageError as error:
+            msg = f"{node.name}: {error}"
+            raise PackageError(msg) from error
+
+    def _all_values(self, node: Node) -> list[Any]:
         found = [node.op.attributes["val"]] if node.op.type == "const" else []
         if is_constexpr(node):
             for key in sorted(set(node.op.attributes) - {"name"}):
@@ -190,7 +215,7 @@ class Decoder:
                 if stored is not None:
                     found.append(stored)
                 elif producer is not None:
-                    found.extend(self._stored_values(producer[0]))
+                    found.extend(self._all_values(producer[0]))
         return found
 
     def value(self, node: Node) -> Compressed | None:
@@ -380,7 +405,7 @@ class Decoder:
             "constexpr_blockwise_shift_scale": self._blockwise_shift_scale,
             "constexpr_lut_to_sparse": self._lut_to_sparse,
             "constexpr_sparse_blockwise_shift_scale": self._sparse_blockwise_shift_scale,
-            "constexpr_cast": self._cast,
+            _CAST: self._cast,
         }.get(node.op.type)
         if decode is None:
             msg = f"{node.name}: a compressed weight must be of a known kind, got {node.op.type}"
@@ -425,7 +450,11 @@ class Decoder:
         return [mask, Tensor(scale.dtype, dense[mask.values != 0])]
 
     def _cast(self, node: Node) -> list[Tensor]:
-        return [values.of_array(self._need(node, "source_val").values.astype(np.float32))]
+        source = self._need(node, "source_val")
+        if source.dtype.name != "float16":
+            msg = f"source_val must be float16, got {source.dtype.name}"
+            raise ValueError(msg)
+        return [values.of_array(source.values.astype(np.float32))]
 
 
 def _check_declared(node: Node, dtype: str, shape: tuple[int, ...]) -> None:
