@@ -15,7 +15,7 @@ from milpress._parallel import in_order
 from milpress.errors import VerificationError
 from milpress.formats import Sparse
 from milpress.mil import values
-from milpress.mil.constexpr import Decoder, is_constexpr
+from milpress.mil.constexpr import Decoder, is_compressed, is_constexpr
 from milpress.mil.package import Package
 from milpress.mil.program import Graph, Node, Scope
 from milpress.mil.treatments import Promise, Records, Step, bias_digest, promise_of
@@ -262,7 +262,11 @@ class Comparison:
         if not steps:
             fail(f"{name}: a weight that was not treated must be unchanged, got another")
         promise = promise_of(steps)
-        if promise != "pruned" and is_constexpr(one) and not self._was_only_pruned(one):
+        if (
+            promise != "pruned"
+            and is_compressed(one, self._graphs[0])
+            and not self._was_only_pruned(one)
+        ):
             promise = "none"
         return self._check_promise(source, other, name, promise, steps)
 

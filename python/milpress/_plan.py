@@ -190,6 +190,8 @@ def plan_weight(weight: Weight, wishes: Wishes, current: Opset) -> Plan:
 def _unsuitable(weight: Weight, wishes: Wishes) -> str:
     if weight.is_compressed and not wishes.joint:
         return "compressed already"
+    if constexpr.is_constexpr(weight.node) and not wishes.joint:
+        return "stored as float16 and cast, which coremltools leaves"
     if not weight.dtype.is_float:
         return f"{weight.dtype.name} is neither float16 nor float32"
     if weight.node.is_block_output:

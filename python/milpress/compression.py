@@ -21,7 +21,7 @@ from milpress._rewrite import Counter, Order, Rewriter, Sink, Treated, is_own
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.formats import Custom, PalettizeConfig
 from milpress.mil import opset, treatments, values
-from milpress.mil.constexpr import Decoder, is_part
+from milpress.mil.constexpr import Decoder, is_constexpr, is_part
 from milpress.mil.package import Package, Staged, check_destination, n_package_bytes
 from milpress.mil.program import Node
 from milpress.mil.weights import Site, Weight, sites, weight_files, weights
@@ -283,6 +283,8 @@ def decompress(
 ) -> Report:
     """Store every compressed weight of a package densely, as it is decoded.
 
+    Weights that are stored as float16 and cast become dense float32 too, as with coremltools.
+
     Parameters
     ----------
     source, destination
@@ -456,6 +458,7 @@ class _Job:
         ) as made:
             for site, plans in self._planned:
                 parts = self._parts_to_replace(plans.values())
+                unwritten = set(parts)
                 biases = self._biases_to_correct(plans, rewriter)
                 for node in site.graph.nodes:
                     plan = plans.get(node)
@@ -463,12 +466,16 @@ class _Job:
                         self._progress(done, total, plan.weight.name)
                         order = orders.get(node)
                         written = self._write(
-                            plan, sizes[node], rewriter, parts, biases, order, made
+                            plan, sizes[node], rewriter, unwritten, biases, order, made
                         )
                         reports.append(written)
                         done += reports[-1].bytes_before
                     elif node not in parts and node not in biases:
                         rewriter.copy(node)
+                needed = site.graph.needed(unwritten)
+                for part in parts:
+                    if part in needed:
+                        rewriter.copy(part)
                 self._correct_biases(biases, rewriter)
                 site.graph.apply()
         if not any(report.status == "compressed" for report in reports):
@@ -492,11 +499,11 @@ class _Job:
         return orders
 
     def _parts_to_replace(self, plans: Iterable[Plan]) -> dict[Node, None]:
-        """Return the ops whose results compressed weights that are treated again decode from."""
+        """Return the ops from which weights that are treated are decoded."""
         return {
             part: None
             for plan in plans
-            if plan.treatments and plan.weight.is_compressed
+            if plan.treatments and is_constexpr(plan.weight.node)
             for part in Decoder(plan.weight.graph, self._package).parts(plan.weight.node)
         }
 
@@ -536,7 +543,7 @@ class _Job:
         plan: Plan,
         before: int,
         rewriter: Rewriter,
-        parts: Collection[Node],
+        unwritten: set[Node],
         later: Collection[Node],
         order: Order | None,
         made: Iterator[Treated | UnsupportedError | None],
@@ -570,7 +577,8 @@ class _Job:
                     raise UnsupportedError(msg) from error
                 plan = plan.left(str(error))
                 for part in Decoder(weight.graph, self._package).parts(weight.node):
-                    if part in parts:
+                    if part in unwritten:
+                        unwritten.remove(part)
                         rewriter.copy(part)
         if not plan.treatments and weight.node not in later:
             rewriter.copy(weight.node)
@@ -622,9 +630,9 @@ def _decompress_weights(package: Package, sink: Sink) -> list[WeightReport]:
         compressed = {
             weight.node: weight
             for weight in weights(site.prefix, site.graph)
-            if weight.is_compressed
+            if is_constexpr(weight.node)
         }
-        parts = {node for node in site.graph.nodes if is_part(node)}
+        parts = [node for node in site.graph.nodes if is_part(node)]
         for node in site.graph.nodes:
             weight = compressed.get(node)
             if weight is None:
@@ -645,6 +653,10 @@ def _decompress_weights(package: Package, sink: Sink) -> list[WeightReport]:
                     bytes_after=after,
                 )
             )
+        needed = site.graph.needed(parts)
+        for part in parts:
+            if part in needed:
+                rewriter.copy(part)
         site.graph.remove(parts)
         site.graph.apply()
     return reports

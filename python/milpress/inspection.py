@@ -12,6 +12,16 @@ from milpress.mil.program import Graph, Node
 from milpress.mil.weights import sites, weights
 from milpress.report import Inspection, StoredWeight
 
+# What an op decodes a weight from.
+_CODES = (
+    "indices",
+    "indices_nonzero_data",
+    "data",
+    "quantized_data",
+    "nonzero_data",
+    "source_val",
+)
+
 
 def inspect(source: str | os.PathLike[str]) -> Inspection:
     """List functions, ops and weights of a package.
@@ -72,7 +82,7 @@ def _stored_as(node: Node, graph: Graph) -> str:
 
 def _described(node: Node) -> str:
     kind = str(node.op.type).removeprefix("constexpr_")
-    for parameter in ("indices", "indices_nonzero_data", "data", "quantized_data", "nonzero_data"):
+    for parameter in _CODES:
         stored = None
         if parameter in node.op.attributes:
             stored = node.op.attributes[parameter]

@@ -229,7 +229,7 @@ def _change(weight: Weight, package: Package, largest: int) -> tuple[_Change | N
     layer = None if use is None else use.node
     kind = "" if layer is None else layer.op.type
     bias, reason = None, ""
-    if weight.is_compressed or not weight.dtype.is_float:
+    if constexpr.is_constexpr(weight.node) or not weight.dtype.is_float:
         reason = "not a dense float"
     elif layer is None or len(weight.node.uses) != 1 or weight.node.is_block_output:
         reason = "not used by one op"

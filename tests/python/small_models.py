@@ -146,6 +146,34 @@ def nested(target: str, dtype: type) -> Any:
     return prog
 
 
+def casts(target: str, dtype: type) -> Any:
+    """Weights stored as float16 and cast, one of them in a branch, and one of float32."""
+
+    @mb.program(
+        input_specs=[
+            mb.TensorSpec(shape=(1, 64), dtype=types.fp32),
+            mb.TensorSpec(shape=(1,), dtype=types.bool),
+        ],
+        opset_version=TARGETS[target],
+    )
+    def prog(x: Any, flag: Any) -> Any:
+        def cast(seed: int, name: str) -> Any:
+            return mb.constexpr_cast(
+                source_val=weight(64, 64, seed=seed), output_dtype="fp32", name=name
+            )
+
+        x = mb.linear(x=x, weight=cast(0, "halves"), name="first")
+        x = mb.linear(x=x, weight=weight(64, 64, dtype=np.float32, seed=1), name="second")
+        outer = cast(2, "outer")
+        return mb.cond(
+            pred=mb.squeeze(x=flag),
+            _true_fn=lambda: mb.linear(x=x, weight=outer, name="again"),
+            _false_fn=lambda: mb.linear(x=x, weight=cast(3, "inner"), name="otherwise"),
+        )
+
+    return prog
+
+
 def recurrent(target: str, dtype: type) -> Any:
     """An LSTM."""
 
@@ -253,4 +281,5 @@ PROGRAMS = {
     "nested": nested,
     "recurrent": recurrent,
     "awkward": awkward,
+    "casts": casts,
 }

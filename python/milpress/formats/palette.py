@@ -125,13 +125,27 @@ class Palette:
     bits
         Width of an index.
     vector_axis
-        Axis along which the elements of a vector lie, if ``vector_size`` is above 1.
+        Axis of ``codes`` along which the elements of a vector lie, if ``vector_size`` is above 1.
+        One that counts from the end is held as counted from the front.
+
+    Raises
+    ------
+    ConfigError
+        If ``codes`` has no such axis, or vectors have none.
     """
 
     codes: NDArray[np.uint8]
     lut: Floats | Quantized
     bits: int
     vector_axis: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.vector_axis is not None:
+            axis = normalized_axis(self.vector_axis, self.codes.ndim)
+            object.__setattr__(self, "vector_axis", axis)
+        elif self.vector_size > 1:
+            msg = f"vector_axis must be given with vectors of {self.vector_size}, got none"
+            raise ConfigError(msg)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -71,12 +71,16 @@ def tensor_of(dtype: DType, array: NDArray[Any]) -> Tensor:
 def constant(value: Any, source: WeightSource) -> Any:
     """Return a stored value: a tensor, a text, or a list of texts or numbers.
 
+    One that is a dictionary, or nothing, is returned as the model has it: no op takes any.
+
     Raises
     ------
     PackageError
         If it is damaged, or of another kind.
     """
     kind = value.type.WhichOneof("choice")
+    if kind in ("dictionaryType", None):
+        return value
     if kind == "listType":
         items = [constant(item, source) for item in value.immediateValue.list.values]
         return [item.item() if isinstance(item, Tensor) else item for item in items]

@@ -358,11 +358,18 @@ class _Binder:
             None not in kind.shape and math.prod(kind.fixed_shape) <= _MAX_EAGER_ELEMENTS
         )
         if small and not is_constexpr(node):
-            value = constant(node.op.attributes["val"], self._source)
+            value = self._constant(node.op.attributes["val"], node)
         else:
             value = Weight(node, self._decoder, self._budget)
         names[output.name] = self._slot(value, kind)
         self._stored_names[names[output.name]] = output.name
+
+    def _constant(self, value: Any, node: Node) -> Any:
+        try:
+            return constant(value, self._source)
+        except PackageError as error:
+            msg = f"{self._place_of(node)}: {error}"
+            raise PackageError(msg) from error
 
     def _find(self, name: str, names: ChainMap[str, int]) -> int:
         if name not in names:
@@ -387,7 +394,7 @@ class _Binder:
         settings: dict[str, Any] = {}
         reads: dict[str, int | list[int]] = {}
         for parameter, bindings in _bindings(op):
-            slots = [self._bound(binding, names) for binding in bindings]
+            slots = [self._bound(binding, names, node) for binding in bindings]
             held = [self._stored[slot] for slot in slots]
             is_known = all(value is not None for value in held)
             scalars = all(isinstance(value, Tensor) and not value.ndim for value in held)
@@ -425,10 +432,10 @@ class _Binder:
         self._operands.setdefault(operand_name(node.name, parameter), []).append(slot)
         return slot
 
-    def _bound(self, binding: Any, names: ChainMap[str, int]) -> int:
+    def _bound(self, binding: Any, names: ChainMap[str, int], node: Node) -> int:
         if binding.WhichOneof("choice") == "name":
             return self._find(binding.name, names)
-        return self._slot(constant(binding.value, self._source))
+        return self._slot(self._constant(binding.value, node))
 
     def _caster(self, item: Any) -> Caster | None:
         kind = values.type_of(item.type)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress import _core
 from milpress.errors import PackageError
 from milpress.formats import (
     Compressed,
@@ -24,10 +21,10 @@ from milpress.formats import (
     Sparse,
     Treatment,
 )
-from milpress.mil import dtypes, values
-from milpress.mil.dtypes import DType
+from milpress.mil import decoding, dtypes, values
 from milpress.mil.program import CONSTEXPR, Graph, Node, new_const
 from milpress.mil.schema import messages
+from milpress.mil.stages import stages
 from milpress.mil.values import Tensor, WeightSink, WeightSource
 
 Namer: TypeAlias = Callable[[str], str]
@@ -45,26 +42,8 @@ DECODED = frozenset(
         "sparse_to_dense",
     )
 )
+_CAST = f"{CONSTEXPR}cast"
 _SUFFIXES = {PalettizeConfig: "palettized", QuantizeConfig: "quantized", PruneConfig: "sparsified"}
-
-
-@dataclass(frozen=True, slots=True)
-class _Output:
-    """What an op makes for the next one: its place among the op's outputs, and its type."""
-
-    index: int
-    dtype: DType
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Stage:
-    """An op of a chain: its parameters are stored, or outputs of the stage of that name."""
-
-    kind: str
-    role: str
-    parameters: dict[str, Any]  # Tensor or (role, _Output)
-    outputs: tuple[_Output, ...] = ()
 
 
 def emit(
@@ -84,7 +63,7 @@ def emit(
     """
     made: dict[str, Any] = {}
     written: dict[int, Any] = {}
-    *inner, last = _stages(value, early=early)
+    *inner, last = stages(value, early=early)
     for stage in (*inner, last):
         stage_name = name if stage is last else names(f"{name}_{stage.role}")
         op = messages().Operation(type=stage.kind)
@@ -129,7 +108,7 @@ def payload_bytes(value: Compressed, *, early: bool) -> int:
     """Return how many bytes `emit` stores for a value."""
     stored = {
         id(given): given
-        for stage in _stages(value, early=early)
+        for stage in stages(value, early=early)
         for given in stage.parameters.values()
         if isinstance(given, Tensor)
     }
@@ -147,122 +126,22 @@ def suffixed(name: str, before: Compressed | None, treatment: Treatment) -> str:
     return name
 
 
-def _stages(value: Compressed, *, early: bool) -> list[_Stage]:
-    if isinstance(value, Masked):
-        return _masked_stages(value)
-    if isinstance(value, Quantized):
-        if early:
-            parameters = _early_parameters(value)
-            return [_Stage("constexpr_affine_dequantize", "", parameters)]
-        return [_Stage("constexpr_blockwise_shift_scale", "", _quantized_parameters(value))]
-    if isinstance(value, Palette):
-        if early:
-            return [_Stage("constexpr_lut_to_dense", "", _early_parameters(value))]
-        before, lut = _lut(value)
-        parameters = {"indices": _codes(value, value.codes), "lut": lut, **_vector_axis(value)}
-        return [*before, _Stage("constexpr_lut_to_dense", "", parameters)]
-    if early:
-        return [_Stage("constexpr_sparse_to_dense", "", _early_parameters(value))]
-    mask = Tensor(dtypes.by_name("uint1"), value.mask().view(np.uint8))
-    parameters = {"mask": mask, "nonzero_data": _tensor(value.nonzeros)}
-    return [_Stage("constexpr_sparse_to_dense", "", parameters)]
-
-
-def _masked_stages(value: Masked) -> list[_Stage]:
-    inner = value.value
-    uint1 = dtypes.by_name("uint1")
-    mask = Tensor(uint1, value.code_mask().view(np.uint8))
-    codes = _codes(inner, value.nonzero_codes())
-    scale = inner.scale if isinstance(inner, Quantized) else inner.entries
-    size = inner.vector_size if isinstance(inner, Palette) else 1
-    kept = _Output(0, uint1, inner.shape)
-    nonzeros = _Output(1, dtypes.of_array(scale), (codes.values.size * size,))
-    if isinstance(inner, Palette):
-        role = "nonzero_data_0_palettized"
-        before, lut = _lut(inner, f"{role}_")
-        parameters = {
-            "indices_mask": mask,
-            "indices_nonzero_data": codes,
-            "lut": lut,
-            **_vector_axis(inner),
-        }
-        stage = _Stage("constexpr_lut_to_sparse", role, parameters, (kept, nonzeros))
-        last: dict[str, Any] = {"mask": (role, kept), "nonzero_data": (role, nonzeros)}
-        return [*before, stage, _Stage("constexpr_sparse_to_dense", "", last)]
-    role = "nonzero_data_0_quantized"
-    quantized = _quantized_parameters(inner)
-    del quantized["data"]
-    parameters = {"data_mask": mask, "nonzero_data": codes, **quantized}
-    stage = _Stage("constexpr_sparse_blockwise_shift_scale", role, parameters, (kept, nonzeros))
-    last = {"mask": mask, "nonzero_data": (role, nonzeros)}
-    return [stage, _Stage("constexpr_sparse_to_dense", "", last)]
-
-
-def _codes(value: Palette | Quantized, codes: NDArray[Any]) -> Tensor:
-    name = f"uint{value.bits}" if isinstance(value, Palette) else value.dtype
-    return Tensor(dtypes.by_name(name), codes)
-
-
-def _lut(value: Palette, prefix: str = "") -> tuple[list[_Stage], Tensor | tuple[str, _Output]]:
-    """Return the stage that decodes a quantized table, if it is one, and the parameter."""
-    lut = value.lut
-    if not isinstance(lut, Quantized):
-        return [], _tensor(lut)
-    role = f"{prefix}lut_0_quantized"
-    output = _Output(0, dtypes.of_array(lut.scale), lut.shape)
-    parameters = _quantized_parameters(lut)
-    stage = _Stage("constexpr_blockwise_shift_scale", role, parameters, (output,))
-    return [stage], (role, output)
-
-
-def _vector_axis(value: Palette) -> dict[str, Tensor]:
-    return (
-        {} if value.vector_axis is None else {"vector_axis": _tensor(np.int32(value.vector_axis))}
-    )
-
-
-def _quantized_parameters(value: Quantized) -> dict[str, Any]:
-    parameters = {"data": _codes(value, value.codes), "scale": _tensor(value.scale)}
-    if value.offset is not None:
-        parameters["offset"] = _codes(value, value.offset)
-    return parameters
-
-
-def _early_parameters(value: Palette | Quantized | Sparse) -> dict[str, Any]:
-    if isinstance(value, Quantized):
-        axes = [axis for axis, n in enumerate(value.scale.shape) if n > 1]
-        axis = axes[0] if axes else 0
-        zero_point = np.zeros(value.scale.shape, value.codes.dtype)
-        if value.offset is not None:
-            zero_point = value.offset
-        return {
-            "axis": _tensor(np.int32(axis)),
-            "quantized_data": _tensor(value.codes),
-            "scale": _tensor(value.scale.squeeze()),
-            "zero_point": _tensor(zero_point.squeeze()),
-        }
-    shape = _tensor(np.array(value.shape, np.uint32))
-    if isinstance(value, Palette):
-        # iOS16 has no indices of 3 bits.
-        bits = 4 if value.bits == 3 else value.bits
-        lut = value.entries.reshape(-1)
-        lut = np.pad(lut, (0, 2**bits - lut.size), "edge")
-        return {"indices": _packed(value.codes, bits), "lut": _tensor(lut), "shape": shape}
-    return {"mask": _tensor(value.bitmask), "nonzero_data": _tensor(value.nonzeros), "shape": shape}
-
-
-def _packed(codes: NDArray[np.uint8], bits: int) -> Tensor:
-    return _tensor(_core.pack(codes.reshape(-1), bits))
-
-
-def _tensor(array: Any) -> Tensor:
-    array = np.asarray(array)
-    return Tensor(dtypes.of_array(array), array)
-
-
 def is_constexpr(node: Node) -> bool:
     """Whether an op makes a weight from a compressed one."""
     return bool(node.op.type.startswith(CONSTEXPR))
+
+
+def is_compressed(node: Node, graph: Graph) -> bool:
+    """Whether an op makes a weight from codes or from what pruning left.
+
+    One of a ``constexpr_cast`` is dense, as long as what it casts is: its values are all stored.
+    """
+    if not is_constexpr(node):
+        return False
+    if node.op.type != _CAST:
+        return True
+    found = graph.producer(node, "source_val")
+    return found is not None and is_constexpr(found[0])
 
 
 def is_part(node: Node) -> bool:
@@ -273,6 +152,11 @@ def is_part(node: Node) -> bool:
         and not node.is_block_output
         and all(is_constexpr(use.node) for use in node.uses)
     )
+
+
+def _is_early(node: Node) -> bool:
+    """Whether an op has the form of iOS16, which holds codes as bytes and says the shape."""
+    return "shape" in node.op.attributes or "shape" in node.op.inputs
 
 
 class Decoder:
@@ -300,7 +184,7 @@ class Decoder:
         return list(found.values())
 
     def parts(self, node: Node) -> list[Node]:
-        """Return the ops that an op decodes from, each once; no other op may use them."""
+        """Return the stored ops that an op decodes from, each once; others may use them too."""
         found: dict[Node, None] = {}
         for key in sorted(node.op.inputs):
             producer = self._graph.producer(node, key)
@@ -310,6 +194,17 @@ class Decoder:
         return list(found)
 
     def _stored_values(self, node: Node) -> list[Any]:
+        """Return the numbers that are stored for an op; a text, such as a type, is none."""
+        return [value for value in self._all_values(node) if self._is_numeric(node, value)]
+
+    def _is_numeric(self, node: Node, value: Any) -> bool:
+        try:
+            return values.type_of(value.type) is not None
+        except PackageError as error:
+            msg = f"{node.name}: {error}"
+            raise PackageError(msg) from error
+
+    def _all_values(self, node: Node) -> list[Any]:
         found = [node.op.attributes["val"]] if node.op.type == "const" else []
         if is_constexpr(node):
             for key in sorted(set(node.op.attributes) - {"name"}):
@@ -320,7 +215,7 @@ class Decoder:
                 if stored is not None:
                     found.append(stored)
                 elif producer is not None:
-                    found.extend(self._stored_values(producer[0]))
+                    found.extend(self._all_values(producer[0]))
         return found
 
     def value(self, node: Node) -> Compressed | None:
@@ -333,12 +228,8 @@ class Decoder:
         """
         with _fitting(node):
             made = self._value(node)
-        if made is not None and node.type is not None and made.shape != node.type.shape:
-            msg = (
-                f"{node.name}: {node.op.type} must make the declared shape "
-                f"{node.type.shape}, got {made.shape}"
-            )
-            raise PackageError(msg)
+        if made is not None:
+            _check_declared(node, "", made.shape)
         return made
 
     def dense(self, node: Node) -> Tensor:
@@ -350,17 +241,27 @@ class Decoder:
             If its parameters don't fit each other, or the op is not known.
         """
         if node.op.type == "const":
-            return values.read(node.op.attributes["val"], self._source)
+            return self._read(node, "val", node.op.attributes["val"])
         made = self.value(node)
         with _fitting(node):
-            return self._outputs(node)[-1] if made is None else _tensor(made.dense())
+            tensor = self._outputs(node)[-1] if made is None else values.of_array(made.dense())
+        if len(node.op.outputs) == 1:
+            _check_declared(node, tensor.dtype.name, tensor.values.shape)
+        return tensor
+
+    def _read(self, node: Node, parameter: str, value: Any) -> Tensor:
+        try:
+            return values.read(value, self._source)
+        except PackageError as error:
+            msg = f"{node.name}: {parameter}: {error}"
+            raise PackageError(msg) from error
 
     def _tensor(self, node: Node, parameter: str) -> Tensor | None:
         if parameter in node.op.attributes:
-            return values.read(node.op.attributes[parameter], self._source)
+            return self._read(node, parameter, node.op.attributes[parameter])
         stored = self._graph.constant(node, parameter)
         if stored is not None:
-            return values.read(stored, self._source)
+            return self._read(node, parameter, stored)
         found = self._graph.producer(node, parameter)
         if found is None:
             return None
@@ -385,7 +286,7 @@ class Decoder:
         if kind == "constexpr_affine_dequantize":
             return self._affine(node)
         if kind == "constexpr_blockwise_shift_scale":
-            return _quantized(
+            return decoding.quantized_of(
                 self._need(node, "data"), self._need(node, "scale"), self._tensor(node, "offset")
             )
         if kind == "constexpr_lut_to_dense":
@@ -397,32 +298,37 @@ class Decoder:
             return self._sparse(node)
         return None
 
-    def _affine(self, node: Node) -> Quantized:
-        data, scale, zero_point = (
-            self._need(node, key) for key in ("quantized_data", "scale", "zero_point")
+    def _affine(self, node: Node) -> Quantized | None:
+        """Return the value, or ``None`` where the codes' type can't hold the zero point."""
+        data, scale, zero_point = self._affine_parameters(node)
+        offset = decoding.offset_as(zero_point, data)
+        return None if offset is None else decoding.quantized_of(data, scale, offset)
+
+    def _affine_parameters(self, node: Node) -> tuple[Tensor, Tensor, Tensor]:
+        data = self._need(node, "quantized_data")
+        axis = decoding.axis_of(self._need(node, "axis"), data.values.ndim)
+        return decoding.affine_of(
+            data, self._need(node, "scale"), self._need(node, "zero_point"), axis
         )
-        axis = _axis(self._need(node, "axis"), data.values.ndim)
-        made = _quantized(
-            data, _spread(scale, data, axis), _spread(zero_point, data, axis, like=scale)
-        )
-        if made is None:
-            msg = f"{node.name}: data and zero point must be of one type of 8 bits"
-            raise PackageError(msg)
-        return made
 
     def _palette(self, node: Node) -> Palette | None:
-        indices = self._need(node, "indices")
-        if "shape" not in node.op.attributes:
-            return self._palette_of(node, indices)
-        lut = self._need(node, "lut")
+        if not _is_early(node):
+            return self._palette_of(node, self._need(node, "indices"))
+        codes, lut = self._early_table(node)
         if not lut.dtype.is_float:
-            msg = f"lut must be float16 or float32, got {lut.dtype.name}"
+            return None
+        return Palette(codes=codes.values, lut=lut.values, bits=codes.dtype.bits)
+
+    def _early_table(self, node: Node) -> tuple[Tensor, Tensor]:
+        """Return indices and table of an op of iOS16 as one of iOS18 has them."""
+        lut, shape = self._need(node, "lut"), decoding.shape_of(self._need(node, "shape"))
+        bits = max(lut.values.size - 1, 1).bit_length()
+        if bits not in (1, 2, 4, 6, 8) or lut.values.shape != (2**bits,):
+            msg = f"lut must be a vector of 2, 4, 16, 64 or 256, got the shape {lut.values.shape}"
             raise ValueError(msg)
-        shape = _shape(self._need(node, "shape"))
-        bits = (lut.values.size - 1).bit_length()
-        codes = _unpacked(indices, bits, shape)
+        codes = decoding.unpacked(self._need(node, "indices"), bits, shape)
         table = lut.values.reshape((1,) * len(shape) + (-1, 1))
-        return Palette(codes=codes, lut=table, bits=bits)
+        return Tensor(dtypes.by_name(f"uint{bits}"), codes), Tensor(lut.dtype, table)
 
     def _palette_of(self, node: Node, indices: Tensor) -> Palette | None:
         """Return the palette of an op of iOS18, whose table may be quantized."""
@@ -434,12 +340,12 @@ class Decoder:
         if len(lut.shape) != rank + 2 or lut.shape[rank] != 2**indices.dtype.bits:
             msg = f"lut must have {rank + 2} dimensions and 2**bits entries"
             raise ValueError(msg)
-        _check_blocks(indices.values.shape, lut.shape[:rank])
+        decoding.check_blocks(indices.values.shape, lut.shape[:rank])
         return Palette(
             codes=indices.values,
             lut=lut,
             bits=indices.dtype.bits,
-            vector_axis=None if axis is None else _axis(axis, rank),
+            vector_axis=None if axis is None else decoding.axis_of(axis, rank),
         )
 
     def _lut(self, node: Node) -> NDArray[Any] | Quantized | None:
@@ -456,75 +362,117 @@ class Decoder:
         value: Palette | Quantized | None = None
         if inner.op.type == "constexpr_lut_to_sparse":
             mask = self._need(inner, "indices_mask")
-            codes = _scattered(mask, self._need(inner, "indices_nonzero_data"))
+            codes = decoding.scattered(mask, self._need(inner, "indices_nonzero_data"))
             value = self._palette_of(inner, codes)
         elif inner.op.type == "constexpr_sparse_blockwise_shift_scale":
             mask = self._need(inner, "data_mask")
-            codes = _scattered(mask, self._need(inner, "nonzero_data"))
-            value = _quantized(codes, self._need(inner, "scale"), self._tensor(inner, "offset"))
+            codes = decoding.scattered(mask, self._need(inner, "nonzero_data"))
+            value = decoding.quantized_of(
+                codes, self._need(inner, "scale"), self._tensor(inner, "offset")
+            )
         if value is None:
             return None
-        bitmask = _bitmask(mask.values)
+        bitmask = decoding.bitmask_of(mask.values)
         made = Masked(bitmask=bitmask, value=value)
         same = np.array_equal(made.mask(), self._need(node, "mask").values != 0)
         return made if same else None
 
     def _sparse(self, node: Node) -> Sparse | None:
-        mask, nonzeros = self._need(node, "mask"), self._need(node, "nonzero_data")
+        mask, nonzeros = self._kept(node), self._need(node, "nonzero_data")
         if not nonzeros.dtype.is_float:
             return None
-        if "shape" in node.op.attributes:
-            kept = _unpacked(mask, 1, _shape(self._need(node, "shape")))
-        else:
-            kept = mask.values
-        _check_kept(kept, nonzeros)
-        return Sparse(shape=kept.shape, bitmask=_bitmask(kept), nonzeros=nonzeros.values)
+        decoding.check_kept(mask.values, nonzeros)
+        return Sparse(
+            shape=mask.values.shape,
+            bitmask=decoding.bitmask_of(mask.values),
+            nonzeros=nonzeros.values,
+        )
+
+    def _kept(self, node: Node) -> Tensor:
+        """Return the mask of an op, one element a weight."""
+        mask = self._need(node, "mask")
+        if not _is_early(node):
+            return mask
+        shape = decoding.shape_of(self._need(node, "shape"))
+        return Tensor(dtypes.by_name("uint1"), decoding.unpacked(mask, 1, shape))
 
     def _outputs(self, node: Node) -> list[Tensor]:
         """Return all outputs of an op that is no palette, quantized or sparse weight by itself."""
         decode = {
+            "constexpr_affine_dequantize": self._affine_dequantize,
             "constexpr_sparse_to_dense": self._sparse_to_dense,
             "constexpr_lut_to_dense": self._lut_to_dense,
             "constexpr_blockwise_shift_scale": self._blockwise_shift_scale,
             "constexpr_lut_to_sparse": self._lut_to_sparse,
             "constexpr_sparse_blockwise_shift_scale": self._sparse_blockwise_shift_scale,
-            "constexpr_cast": self._cast,
+            _CAST: self._cast,
         }.get(node.op.type)
         if decode is None:
             msg = f"{node.name}: a compressed weight must be of a known kind, got {node.op.type}"
             raise PackageError(msg)
         return decode(node)
 
+    def _affine_dequantize(self, node: Node) -> list[Tensor]:
+        data, scale, zero_point = self._affine_parameters(node)
+        return [Tensor(scale.dtype, decoding.affine(data, scale, zero_point))]
+
     def _sparse_to_dense(self, node: Node) -> list[Tensor]:
-        return [_scattered(self._need(node, "mask"), self._need(node, "nonzero_data"))]
+        return [decoding.scattered(self._kept(node), self._need(node, "nonzero_data"))]
 
     def _lut_to_dense(self, node: Node) -> list[Tensor]:
-        codes, lut = self._need(node, "indices"), self._need(node, "lut")
+        if _is_early(node):
+            codes, lut = self._early_table(node)
+        else:
+            codes, lut = self._need(node, "indices"), self._need(node, "lut")
         axis = self._tensor(node, "vector_axis")
-        return [Tensor(lut.dtype, _look_up(codes.values, lut, axis))]
+        return [Tensor(lut.dtype, decoding.look_up(codes.values, lut, axis))]
 
     def _blockwise_shift_scale(self, node: Node) -> list[Tensor]:
         data, scale = self._need(node, "data"), self._need(node, "scale")
-        return [Tensor(scale.dtype, _shift_scale(data, scale, self._tensor(node, "offset")))]
+        return [
+            Tensor(scale.dtype, decoding.shift_scale(data, scale, self._tensor(node, "offset")))
+        ]
 
     def _lut_to_sparse(self, node: Node) -> list[Tensor]:
         mask, lut = self._need(node, "indices_mask"), self._need(node, "lut")
-        codes = _scattered(mask, self._need(node, "indices_nonzero_data")).values
+        codes = decoding.scattered(mask, self._need(node, "indices_nonzero_data")).values
         axis = self._tensor(node, "vector_axis")
-        dense = _look_up(codes, lut, axis)
+        dense = decoding.look_up(codes, lut, axis)
         kept = mask.values
         if axis is not None:
-            kept = np.repeat(kept, lut.values.shape[-1], _axis(axis, kept.ndim))
+            kept = np.repeat(kept, lut.values.shape[-1], decoding.axis_of(axis, kept.ndim))
         return [Tensor(mask.dtype, kept), Tensor(lut.dtype, dense[kept != 0])]
 
     def _sparse_blockwise_shift_scale(self, node: Node) -> list[Tensor]:
         mask, scale = self._need(node, "data_mask"), self._need(node, "scale")
-        data = _scattered(mask, self._need(node, "nonzero_data"))
-        dense = _shift_scale(data, scale, self._tensor(node, "offset"))
+        data = decoding.scattered(mask, self._need(node, "nonzero_data"))
+        dense = decoding.shift_scale(data, scale, self._tensor(node, "offset"))
         return [mask, Tensor(scale.dtype, dense[mask.values != 0])]
 
     def _cast(self, node: Node) -> list[Tensor]:
-        return [_tensor(self._need(node, "source_val").values.astype(np.float32))]
+        source = self._need(node, "source_val")
+        if source.dtype.name != "float16":
+            msg = f"source_val must be float16, got {source.dtype.name}"
+            raise ValueError(msg)
+        return [values.of_array(source.values.astype(np.float32))]
+
+
+def _check_declared(node: Node, dtype: str, shape: tuple[int, ...]) -> None:
+    """Refuse another type (unless empty) or shape than an op's output declares."""
+    declared = node.type
+    if declared is None:
+        return
+    if shape != declared.shape:
+        msg = (
+            f"{node.name}: {node.op.type} must make the declared shape {declared.shape}, "
+            f"got {shape}"
+        )
+        raise PackageError(msg)
+    if dtype and dtype != declared.dtype.name:
+        msg = (
+            f"{node.name}: {node.op.type} must make the declared {declared.dtype.name}, got {dtype}"
+        )
+        raise PackageError(msg)
 
 
 @contextlib.contextmanager
@@ -537,119 +485,3 @@ def _fitting(node: Node) -> Iterator[None]:
             raise
         msg = f"{node.name}: the parameters of {node.op.type} must fit each other: {error}"
         raise PackageError(msg) from error
-
-
-def _axis(tensor: Tensor, rank: int) -> int:
-    if tensor.values.size != 1 or tensor.values.dtype.kind not in "iu":
-        msg = f"an axis must be one integer, got {tensor.dtype.name}{list(tensor.values.shape)}"
-        raise ValueError(msg)
-    axis = int(tensor.values.reshape(-1)[0])
-    if not -rank <= axis < rank:
-        msg = f"an axis must be one of {rank}, got {axis}"
-        raise ValueError(msg)
-    return axis
-
-
-def _unpacked(packed: Tensor, bits: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    n_codes = math.prod(shape)
-    if packed.values.dtype != np.uint8 or packed.values.size != (n_codes * bits + 7) // 8:
-        msg = (
-            f"{n_codes} codes of {bits} bits must be {(n_codes * bits + 7) // 8} bytes of uint8, "
-            f"got {packed.values.size} elements of {packed.dtype.name}"
-        )
-        raise ValueError(msg)
-    return _core.unpack(packed.values.reshape(-1), bits, n_codes).reshape(shape)
-
-
-def _bitmask(mask: NDArray[Any]) -> NDArray[np.uint8]:
-    return _core.pack(np.ascontiguousarray(mask != 0).view(np.uint8).reshape(-1), 1)
-
-
-def _check_kept(mask: NDArray[Any], nonzeros: Tensor) -> None:
-    n_kept = np.count_nonzero(mask)
-    if nonzeros.values.shape != (n_kept,):
-        msg = (
-            f"there must be as many values as the mask keeps, {n_kept}, "
-            f"got the shape {nonzeros.values.shape}"
-        )
-        raise ValueError(msg)
-
-
-def _scattered(mask: Tensor, nonzeros: Tensor) -> Tensor:
-    _check_kept(mask.values, nonzeros)
-    dense = np.zeros(mask.values.shape, nonzeros.values.dtype)
-    dense[mask.values != 0] = nonzeros.values
-    return Tensor(nonzeros.dtype, dense)
-
-
-def _quantized(data: Tensor, scale: Tensor, offset: Tensor | None) -> Quantized | None:
-    """Return the value, or ``None`` where codes or offsets are of types that it can't hold."""
-    if data.values.dtype not in (np.int8, np.uint8) or not scale.dtype.is_float:
-        return None
-    if offset is not None and offset.dtype != data.dtype:
-        return None
-    if data.dtype.bits not in (4, 8):
-        return None
-    _check_blocks(data.values.shape, scale.values.shape)
-    if offset is not None and offset.values.shape != scale.values.shape:
-        msg = f"offset must have the shape of scale, {scale.values.shape}, got another"
-        raise ValueError(msg)
-    return Quantized(
-        codes=data.values,
-        scale=scale.values,
-        offset=None if offset is None else offset.values,
-        bits=data.dtype.bits,
-    )
-
-
-def _check_blocks(shape: tuple[int, ...], grid: tuple[int, ...]) -> None:
-    if len(shape) != len(grid) or any(
-        n < 1 or size % n for size, n in zip(shape, grid, strict=True)
-    ):
-        msg = f"blocks must divide the shape {shape}, got {grid} of them"
-        raise ValueError(msg)
-
-
-def _spread(tensor: Tensor, data: Tensor, axis: int, like: Tensor | None = None) -> Tensor:
-    """Give a vector or scalar of iOS16 the rank of the data."""
-    numbers = tensor.values
-    if like is not None and numbers.ndim == 0:
-        numbers = np.full(like.values.shape, numbers)
-    shape = [1] * data.values.ndim
-    if numbers.ndim:
-        shape[axis] = numbers.size
-    return Tensor(tensor.dtype, numbers.reshape(shape))
-
-
-def _shape(tensor: Tensor) -> tuple[int, ...]:
-    sizes = tensor.values
-    if sizes.ndim != 1 or sizes.dtype.kind not in "iu" or (sizes < 0).any():
-        msg = f"a shape must be a vector of sizes, got {tensor.dtype.name}{list(sizes.shape)}"
-        raise ValueError(msg)
-    return tuple(int(size) for size in sizes)
-
-
-def _repeat(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    _check_blocks(shape, array.shape[: len(shape)])
-    for axis, size in enumerate(shape):
-        array = np.repeat(array, size // array.shape[axis], axis)
-    return array
-
-
-def _shift_scale(data: Tensor, scale: Tensor, offset: Tensor | None) -> NDArray[Any]:
-    shape = data.values.shape
-    result = data.values.astype(scale.values.dtype)
-    if offset is not None:
-        result = result - _repeat(offset.values, shape).astype(scale.values.dtype)
-    return np.asarray(result * _repeat(scale.values, shape))
-
-
-def _look_up(codes: NDArray[Any], lut: Tensor, vector_axis: Tensor | None) -> NDArray[Any]:
-    axis = None if vector_axis is None else _axis(vector_axis, codes.ndim)
-    _check_blocks(codes.shape, lut.values.shape[:-2])
-    palette = Palette(codes=codes, lut=lut.values, bits=8, vector_axis=axis)
-    if lut.dtype.is_float:
-        return palette.dense()
-    # Integer tables are looked up as floats, which hold every 8-bit integer exactly.
-    as_float = Palette(codes=codes, lut=lut.values.astype(np.float32), bits=8, vector_axis=axis)
-    return as_float.dense().astype(lut.values.dtype)

@@ -200,11 +200,31 @@ class Graph:
         self._before.setdefault(node, []).extend(ops)
 
     def remove(self, nodes: Iterable[Node]) -> None:
-        """Note ops to be taken out by `apply`."""
+        """Note ops to be taken out by `apply`, if nothing that stays uses them."""
         self._removed.update(nodes)
+
+    def needed(self, nodes: Iterable[Node]) -> set[Node]:
+        """Return those of some ops that other ops use, as the graph is by now."""
+        candidates = set(nodes)
+        if not candidates:
+            return set()
+        names = {name for scope in self.scopes if scope.block for name in scope.block.outputs}
+        for node in self.nodes:
+            for op in self._before.get(node, []):
+                names.update(_names_in(op))
+            if node not in candidates:
+                names.update(_names_in(node.op))
+        found = set()
+        # An op comes after those that it uses.
+        for node in reversed(self.nodes):
+            if node in candidates and any(item.name in names for item in node.op.outputs):
+                found.add(node)
+                names.update(_names_in(node.op))
+        return found
 
     def apply(self) -> None:
         """Carry out the noted insertions and removals. The graph is of no use afterwards."""
+        self._removed -= self.needed(self._removed)
         changed = {id(node.scope) for node in (*self._before, *self._removed)}
         # Innermost blocks first: rebuilding a list copies its ops with the blocks in them.
         for scope in reversed([scope for scope in self.scopes if id(scope) in changed]):
@@ -215,6 +235,14 @@ class Graph:
                     ops.extend([] if node in self._removed else [node.op])
             del scope.block.operations[:]
             scope.block.operations.extend(ops)
+
+
+def _names_in(op: Any) -> Iterator[str]:
+    """Yield the names of what an op uses; those in blocks of its own aside."""
+    for argument in op.inputs.values():
+        for binding in argument.arguments:
+            if binding.WhichOneof("choice") == "name":
+                yield binding.name
 
 
 def new_op(kind: str, name: str) -> Any:

@@ -49,6 +49,12 @@ class Tensor(NamedTuple):
     values: NDArray[Any]
 
 
+def of_array(array: Any) -> Tensor:
+    """Return an array, or a number of a NumPy type, as a tensor."""
+    array = np.asarray(array)
+    return Tensor(dtypes.of_array(array), array)
+
+
 class WeightSource(Protocol):
     """Gives the reader of the weight file that a model names.
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from milpress.errors import PackageError
 from milpress.mil import values
-from milpress.mil.constexpr import is_constexpr
+from milpress.mil.constexpr import is_compressed, is_constexpr
 from milpress.mil.dtypes import DType
 from milpress.mil.package import Package, Program
 from milpress.mil.program import Graph, Node
@@ -57,8 +57,8 @@ class Weight:
 
     @property
     def is_compressed(self) -> bool:
-        """Whether it is stored compressed."""
-        return is_constexpr(self.node)
+        """Whether it is stored compressed; one that is only cast is not."""
+        return is_compressed(self.node, self.graph)
 
     @property
     def decoded_by(self) -> tuple[str, ...]:
@@ -142,10 +142,16 @@ def weights(prefix: str, graph: Graph) -> Iterator[Weight]:
         if not node.is_stored or len(node.op.outputs) != 1:
             continue
         used = any(not is_constexpr(use.node) for use in node.uses) or node.is_block_output
-        tensor_type = node.type
-        if not used or tensor_type is None or tensor_type.dtype.name == "bool":
+        if not used:
             continue
-        shape = tensor_type.fixed_shape
+        try:
+            tensor_type = node.type
+            if tensor_type is None or tensor_type.dtype.name == "bool":
+                continue
+            shape = tensor_type.fixed_shape
+        except PackageError as error:
+            msg = f"{prefix}{node.name}: {error}"
+            raise PackageError(msg) from error
         if math.prod(shape) >= MIN_WEIGHT_ELEMENTS:
             yield Weight(prefix, node, graph, tensor_type.dtype, shape)
 

@@ -155,12 +155,13 @@ def traits_after(
 
 def _table_grid(weight: Weight, treatment: PalettizeConfig) -> dict[str, Any]:
     output, _ = weight.channel_axes or (0, 1)
+    rank = len(weight.shape)
     n_channels = weight.shape[output]
     if treatment.channel_scale:
         return {"granularity": "per_channel", "channels_per_table": 1}
     if treatment.group_size is None:
         return {"granularity": "per_tensor", "channels_per_table": n_channels}
-    if treatment.channel_axis not in (None, output):
+    if treatment.channel_axis is not None and treatment.channel_axis % rank != output:
         return {"granularity": "per_block", "channels_per_table": n_channels}
     size = min(treatment.group_size, n_channels)
     return {"granularity": _group_name(size, n_channels), "channels_per_table": size}
@@ -224,13 +225,18 @@ def _of_palette(node: Node, weight: Weight) -> dict[str, Any]:
 
 
 def _of_affine(node: Node, graph: Graph) -> dict[str, Any]:
-    data, scale = _type(node, graph, "quantized_data"), _type(node, graph, "scale")
+    data, scale, zero_point = (
+        _type(node, graph, parameter) for parameter in ("quantized_data", "scale", "zero_point")
+    )
     if data is None or scale is None:
         return {}
+    is_vector = any(
+        kind is not None and kind.shape not in ((), (1,)) for kind in (scale, zero_point)
+    )
     return {
         "bits": data.dtype.bits,
         "codes": data.dtype.name,
-        "granularity": "per_channel" if scale.shape else "per_tensor",
+        "granularity": "per_channel" if is_vector else "per_tensor",
     }
 
 

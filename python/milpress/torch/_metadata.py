@@ -27,7 +27,14 @@ from milpress.formats import (
     Sparse,
     sparsify,
 )
-from milpress.formats._layout import Floats, as_weight, block_grid, from_rows, to_rows
+from milpress.formats._layout import (
+    Floats,
+    as_weight,
+    block_grid,
+    from_rows,
+    normalized_axis,
+    to_rows,
+)
 from milpress.formats.joint import masked
 from milpress.formats.palette import Bits, fold, split_vectors
 from milpress.torch._weights import RECURRENT, Weight, whole
@@ -212,8 +219,10 @@ def _palette(
         raise UnsupportedError(msg)
     missing = 2**bits - lut.shape[-2]
     lut = np.pad(lut, [(0, 0)] * array.ndim + [(0, missing), (0, 0)], "edge")
-    axis = int(buffers.get("vector_axis", np.int64(0))) if lut.shape[-1] > 1 else None
     size = lut.shape[-1]
+    axis = None
+    if size > 1:
+        axis = normalized_axis(int(buffers.get("vector_axis", np.int64(0))), array.ndim)
     shape = tuple(n // size if i == axis else n for i, n in enumerate(array.shape))
     palette = Palette(codes=np.zeros(shape, np.uint8), lut=lut, bits=bits, vector_axis=axis)
     scale = buffers.get("palettization_scale")

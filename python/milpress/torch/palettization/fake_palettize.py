@@ -292,7 +292,8 @@ class FakePalettize(nn.Module):
         if kind in (torch.float16, torch.bfloat16):
             return tables.to(kind).to(tables.dtype)
         array = tables.float().cpu().contiguous().numpy()
-        palette = Palette(codes=np.zeros((len(array),), np.uint8), lut=array, bits=self.n_bits)
+        codes = np.zeros((len(array),), np.uint8)
+        palette = Palette(codes=codes, lut=array, bits=self.n_bits, vector_axis=0)
         entries = with_integer_lut(palette, cast("torch.dtype", kind)).entries
         return torch.from_numpy(np.ascontiguousarray(entries)).to(tables)
 
