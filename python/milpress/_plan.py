@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeAlias
 
-from milpress.errors import CompressionError, UnsupportedError
+from milpress._settling import Asked, Settled, settle
+from milpress.errors import CompressionError, ConfigError, UnsupportedError
 from milpress.formats import (
     Blocks,
     PalettizeConfig,
@@ -18,11 +19,12 @@ from milpress.formats import (
 )
 from milpress.formats.palette import folded_bytes
 from milpress.mil import constexpr, opset
+from milpress.mil.constexpr import Decoder
 from milpress.mil.opset import Opset
 from milpress.mil.package import Package
 from milpress.mil.program import Node
-from milpress.mil.weights import Site, Weight, sites, weights
-from milpress.recipe import Recipe, describe
+from milpress.mil.weights import Site, Weight, blob_places, sites, weights
+from milpress.recipe import Keep, Recipe, Step, describe
 from milpress.report import Status
 
 OnIndivisible: TypeAlias = Literal["divisor", "leave"]
@@ -44,6 +46,10 @@ class Wish:
         Why it can't be had, if that is known.
     needs
         What of it takes an iOS18 model, beyond what the treatments tell.
+    settled
+        How it came about, if ops that use the weight ask for different things.
+    conflict
+        The error for who wants no such thing settled; empty if there is nothing to settle.
     """
 
     needs: str = ""
@@ -51,6 +57,12 @@ class Wish:
     min_size: int = 0
     on_indivisible: OnIndivisible = "divisor"
     reason: str = ""
+    settled: str = ""
+    conflict: str = ""
+
+    def for_size(self, size: int) -> tuple[Treatment, ...]:
+        """Return what is asked for a weight of so many elements."""
+        return self.treatments if size >= self.min_size else ()
 
 
 class Wishes(Protocol):
@@ -72,6 +84,9 @@ class Wishes(Protocol):
     ) -> CompressionError:
         """Return the error that says that a program's opset can't hold a treatment."""
 
+    def advice(self, weights: Sequence[Weight]) -> str:
+        """Return how to say what holds for weights themselves, whatever uses them."""
+
 
 @dataclass(frozen=True, slots=True)
 class RecipeWishes:
@@ -84,9 +99,26 @@ class RecipeWishes:
     def wish(self, weight: Weight) -> Wish:
         """Return the treatments of all steps that mean the weight."""
         found = self.recipe.treatments_for(weight.name, weight.op_types)
-        return Wish(
+        wish = Wish(
             treatments=tuple(treatment for treatment, _ in found),
             min_size=max((min_size for _, min_size in found), default=0),
+        )
+        settled = [_settled_step(step, weight) for step in self.recipe.steps]
+        notes = "; ".join(each.note for each in settled if each.note)
+        if not notes:
+            return wish
+        treatments = tuple(treatment for each in settled for treatment in each.treatments)
+        if treatments == wish.for_size(weight.size):
+            return replace(wish, settled=notes)
+        winner = Wish(treatments=treatments) if treatments else None
+        return settled_wish(wish, winner, notes, f"{notes}; {self.advice([weight])}")
+
+    def advice(self, weights: Sequence[Weight]) -> str:
+        """Return the rule that says what holds for weights by their names."""
+        rules = ", ".join(f"{{name: {weight.name}, keep: true}}" for weight in weights)
+        return (
+            f"a step's first rule must say what holds, such as {rules}, or with a treatment in "
+            "place of keep"
         )
 
     def too_early(
@@ -100,6 +132,30 @@ class RecipeWishes:
         return UnsupportedError(msg)
 
 
+def _settled_step(step: Step, weight: Weight) -> Settled:
+    """Return what a step of a recipe asks for a weight, if it says so by the ops that use it."""
+    choices = step.choices(weight.name, weight.op_types)
+    if not choices:
+        chosen, least = step.treatment_for(weight.name, weight.op_types)
+        choices = [("", chosen, least)]
+    by = {use.node.op.type: f"{use.node.op.type} {use.node.op_name}" for use in weight.node.uses}
+    asked = [
+        Asked(
+            by.get(kind, kind),
+            () if isinstance(chosen, Keep) or weight.size < least else (chosen,),
+        )
+        for kind, chosen, least in choices
+    ]
+    return settle(weight, asked)
+
+
+def settled_wish(asked: Wish, winner: Wish | None, settled: str, conflict: str) -> Wish:
+    """Return what comes of a wish if another wins; ``None`` is to leave the weight."""
+    if winner is None:
+        return replace(asked, reason=settled, conflict=conflict)
+    return replace(winner, settled=settled, conflict=conflict)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """What is to happen to one weight: treatments, or none and why."""
@@ -108,11 +164,13 @@ class Plan:
     status: Status
     treatments: tuple[Treatment, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    settled: str = ""
+    conflict: str = ""
 
     @property
     def note(self) -> str:
-        """All notes in one text."""
-        return "; ".join(self.notes)
+        """All notes in one text, and how the wish came about."""
+        return "; ".join((*self.notes, *([self.settled] if self.settled else [])))
 
     def carried_out(self, treatments: tuple[Treatment, ...], notes: tuple[str, ...]) -> Plan:
         """Return the plan as it was carried out, and why some treatments were not."""
@@ -120,7 +178,7 @@ class Plan:
 
     def left(self, note: str) -> Plan:
         """Return the plan to leave the weight as it is although it was asked for."""
-        return replace(self, status="left", treatments=(), notes=(note,))
+        return replace(self, status="left", treatments=(), notes=(note,), settled="")
 
 
 def plan_package(
@@ -134,31 +192,72 @@ def plan_package(
         If a program's opset can't hold a treatment; with ``strict``, also if a weight does not
         suit its own.
     """
+    found = list(sites(package))
+    asked = {
+        weight.node: (weight, wishes.wish(weight))
+        for site in found
+        for weight in weights(site.prefix, site.graph)
+    }
+    _settle_shared(asked, wishes, package)
     planned = []
-    for site in sites(package):
+    for site in found:
         current = opset.by_name(site.function.opset)
-        plans = (
-            plan_weight(weight, wishes, current) for weight in weights(site.prefix, site.graph)
-        )
-        planned.append((site, {plan.weight.node: plan for plan in plans}))
+        plans = {
+            node: plan_weight(asked[node][0], wishes, current, asked[node][1])
+            for node in site.graph.nodes
+            if node in asked
+        }
+        planned.append((site, plans))
     if strict:
-        for _, by_node in planned:
-            for plan in by_node.values():
-                if plan.status != "not asked" and plan.note:
-                    msg = f"{plan.weight.name}: {plan.note}"
-                    raise UnsupportedError(msg)
+        _refuse_notes(plan for _, plans in planned for plan in plans.values())
     return planned
 
 
-def plan_weight(weight: Weight, wishes: Wishes, current: Opset) -> Plan:
-    """Resolve the treatments of one weight in a program of an opset.
+def _refuse_notes(plans: Iterable[Plan]) -> None:
+    for plan in plans:
+        if plan.status != "not asked" and plan.conflict:
+            msg = f"{plan.weight.name}: {plan.conflict}"
+            raise ConfigError(msg)
+        if plan.status != "not asked" and plan.notes:
+            msg = f"{plan.weight.name}: {plan.note}"
+            raise UnsupportedError(msg)
+
+
+def _settle_shared(
+    asked: dict[Node, tuple[Weight, Wish]], wishes: Wishes, package: Package
+) -> None:
+    """Let weights that are stored once, as functions share them, be treated alike."""
+    stored: dict[tuple[tuple[str, int], ...], list[Node]] = {}
+    for node, (weight, _) in asked.items():
+        places = blob_places(Decoder(weight.graph, package).stored_values(node))
+        if places:
+            stored.setdefault(places, []).append(node)
+    for nodes in stored.values():
+        found = [asked[node] for node in nodes]
+        kept = [() if wish.reason else wish.for_size(weight.size) for weight, wish in found]
+        if len(set(kept)) == 1:
+            continue
+        settled = settle(
+            found[0][0],
+            [Asked(weight.name, each) for (weight, _), each in zip(found, kept, strict=True)],
+        )
+        note = f"stored once for {' and '.join(weight.name for weight, _ in found)}: {settled.note}"
+        conflict = f"{note}; {wishes.advice([weight for weight, _ in found])}"
+        winner = found[kept.index(settled.treatments)][1] if settled.treatments else None
+        for node, (weight, wish), each in zip(nodes, found, kept, strict=True):
+            if each != settled.treatments:
+                asked[node] = weight, settled_wish(wish, winner, note, conflict)
+
+
+def plan_weight(weight: Weight, wishes: Wishes, current: Opset, wish: Wish | None = None) -> Plan:
+    """Resolve the treatments of one weight in a program of an opset; ``wish`` if it is known.
 
     Raises
     ------
     CompressionError
         If the opset can't hold a treatment.
     """
-    wish = wishes.wish(weight)
+    wish = wish or wishes.wish(weight)
     reason = ""
     if not wish.treatments:
         reason = "not selected"
@@ -169,8 +268,8 @@ def plan_weight(weight: Weight, wishes: Wishes, current: Opset) -> Plan:
     elif "int" in weight.dtype.name:
         reason = f"{weight.dtype.name}, not a float"
     if reason:
-        return Plan(weight, "not asked", notes=(reason,))
-    plan = Plan(weight, "compressed", wish.treatments)
+        return Plan(weight, "not asked", notes=(reason,), settled=wish.settled)
+    plan = Plan(weight, "compressed", wish.treatments, settled=wish.settled, conflict=wish.conflict)
     reason = wish.reason or _unsuitable(weight, wishes)
     if reason:
         return plan.left(reason)

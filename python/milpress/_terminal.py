@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
 import typer
 
+from milpress import _json
 from milpress.errors import printable
 
 _Made = TypeVar("_Made")
@@ -64,4 +64,4 @@ def print_text(text: str) -> None:
 
 def print_json(data: dict[str, Any]) -> None:
     """Print JSON."""
-    typer.echo(json.dumps(data, indent=2))
+    typer.echo(_json.text(data, indent=2))

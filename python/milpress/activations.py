@@ -6,26 +6,25 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence, Sized
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
+from milpress.activation_report import Activation, ActivationReport
 from milpress.errors import ConfigError, InputError
 from milpress.formats import QuantizeConfig, quantize
+from milpress.joining import Joining
 from milpress.mil import activations as mil
 from milpress.mil import opset
-from milpress.mil.activations import Parameters, Placement, Value
+from milpress.mil.activations import Parameters, Placement
+from milpress.mil.joins import Value
 from milpress.mil.package import Package
 from milpress.mil.program import Node
 from milpress.mil.weights import Site, sites
 from milpress.ranges import CalibrationConfig, Engine, Observer, Range
-from milpress.report import escaped, named_table
 from milpress.samples import Data, RandomSamples, Samples
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from milpress.interpreter import Feature
 
 Progress: TypeAlias = Callable[[int, int, str], None]
@@ -38,107 +37,6 @@ FIRST_OPSET = opset.by_target("iOS17")
 _GREATEST = {"float16": 65504.0, "float32": float(np.finfo(np.float32).max)}
 # Where zero is the code in the middle, the other type of 8 bits has it at 0.
 _SHIFTED = {("int8", -128): "uint8", ("uint8", 128): "int8"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Activation:
-    """A computed value that is quantized.
-
-    Parameters
-    ----------
-    name
-        Its name in the graph.
-    shape
-        Its shape; ``None`` where that varies.
-    dtype
-        Type of the codes.
-    scale, zero_point
-        A code stands for ``scale * (code - zero_point)``.
-    low, high
-        The range that was found.
-    note
-        Why it is not quantized although it was asked for; empty if it is.
-    """
-
-    name: str
-    shape: tuple[int | None, ...]
-    dtype: str
-    scale: float
-    zero_point: int
-    low: float
-    high: float
-    note: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the activation as JSON can hold it."""
-        return {
-            "name": self.name,
-            "shape": list(self.shape),
-            "dtype": self.dtype,
-            "scale": self.scale,
-            "zero_point": self.zero_point,
-            "low": self.low,
-            "high": self.high,
-            "note": self.note,
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ActivationReport:
-    """What was quantized, and from how many samples its ranges are.
-
-    Parameters
-    ----------
-    activations
-        Each value, once for each kind of codes.
-    n_samples
-        Samples that were run.
-    n_pairs
-        Pairs of ``quantize`` and ``dequantize`` that were inserted.
-    notes
-        What concerns the whole model, such as a raised opset.
-    """
-
-    activations: tuple[Activation, ...]
-    n_samples: int
-    n_pairs: int
-    notes: tuple[str, ...] = ()
-
-    @property
-    def summary(self) -> str:
-        """One line."""
-        n_left = sum(bool(each.note) for each in self.activations)
-        left = f", {n_left} left" if n_left else ""
-        return (
-            f"{len(self.activations) - n_left} activations quantized by {self.n_samples} "
-            f"samples{left}"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON can hold it."""
-        return {
-            "n_samples": self.n_samples,
-            "n_pairs": self.n_pairs,
-            "notes": list(self.notes),
-            "activations": [each.to_dict() for each in self.activations],
-        }
-
-    def __rich__(self) -> Table:
-        """Return the activations as a table."""
-        table = named_table("activation", "shape", "codes")
-        for heading in ("least", "greatest", "scale", "zero point"):
-            table.add_column(heading, justify="right")
-        for each in self.activations:
-            table.add_row(
-                escaped(each.name),
-                "x".join("?" if size is None else str(size) for size in each.shape),
-                escaped(each.note) if each.note else each.dtype,
-                f"{each.low:.4g}",
-                f"{each.high:.4g}",
-                f"{each.scale:.4g}",
-                str(each.zero_point),
-            )
-        return table
 
 
 def quantize_activations(
@@ -195,18 +93,16 @@ def quantize_activations(
     calibration = calibration or CalibrationConfig()
     chosen = _chosen(package, function)
     notes = _raised(package, chosen)
-    jobs = [_Job(site, codes_of, calibration) for site in _sites(package, chosen)]
+    jobs = [_Job(package, site, codes_of, calibration) for site in _sites(package, chosen)]
     observers = {name: observer for job in jobs for name, observer in job.observers.items()}
     with _engine(package, chosen, calibration.engine) as engine:
         n_samples = _observe(engine, samples, observers, taps_at_once, progress)
     made = mil.read(package.model)
     before = len(made.pairs)
-    activations: list[Activation] = []
     for job in jobs:
         pairs = job.insert()
         prefix = job.site.prefix
         made.pairs.update({f"{prefix}{k}": f"{prefix}{v}" for k, v in pairs.items()})
-        activations.extend(job.activations)
     n_pairs = len(made.pairs) - before
     if n_pairs:
         settings: dict[str, Any] = {"calibration": calibration.calibration, "samples": n_samples}
@@ -217,7 +113,11 @@ def quantize_activations(
         made.settings.append(settings)
         mil.record(package.model, made)
     return ActivationReport(
-        activations=tuple(activations), n_samples=n_samples, n_pairs=n_pairs, notes=tuple(notes)
+        activations=tuple(each for job in jobs for each in job.activations),
+        n_samples=n_samples,
+        n_pairs=n_pairs,
+        notes=(*notes, *(note for job in jobs for note in job.notes)),
+        shared=tuple(names for job in jobs for names in job.shared),
     )
 
 
@@ -263,7 +163,9 @@ def _sites(package: Package, chosen: _Chosen) -> list[Site]:
 class _Job:
     """A graph whose activations are to be quantized, and what looks at them."""
 
-    def __init__(self, site: Site, codes_of: CodesOf, calibration: CalibrationConfig) -> None:
+    def __init__(
+        self, package: Package, site: Site, codes_of: CodesOf, calibration: CalibrationConfig
+    ) -> None:
         def setting_of(node: Node) -> QuantizeConfig | None:
             return codes_of(node.op_name, node.op.type)
 
@@ -272,12 +174,12 @@ class _Job:
         self._calibration = calibration
         self._placement: Placement[QuantizeConfig] = mil.place(site.graph, setting_of)
         self._prefix = "".join(f"{part}/" for part in site.program.place)
-        shared: dict[int, Observer] = {}
-        self._observers: dict[Value, Observer] = {
-            value: shared.setdefault(group, calibration.observer())
-            for value, group in self._placement.sharing().items()
-        }
+        self._wanted = self._placement.wanted
+        self._joining = Joining(site.graph, package, self._wanted)
+        self._observers = {value: calibration.observer() for value in self._joining.observed}
+        self._unions: dict[tuple[Value, ...], Observer] = {}
         self._known: dict[tuple[Value, QuantizeConfig], Parameters | None] = {}
+        self._late: list[Value] = []
 
     @property
     def observers(self) -> dict[str, Observer]:
@@ -289,9 +191,45 @@ class _Job:
             self._observers[value] = found.setdefault(name, self._observers[value])
         return found
 
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of ranges beyond those of single values."""
+        return [
+            *(
+                f"{self._named(join.made)}: the range of {self._named(small.name)}, which it "
+                f"concatenates, is {small.ratio:.0f} times smaller than that of the others; each "
+                "part has a range of its own"
+                for join, small in self._joining.parted
+            ),
+            *(
+                f"{self._named(value)}: no sample gave it a finite value; it has the range that "
+                "it shares"
+                for value in self._late
+            ),
+        ]
+
+    @property
+    def shared(self) -> list[tuple[str, ...]]:
+        """The names of the values that have one range, for each such range."""
+        return [tuple(map(self._named, group)) for group in self._joining.groups]
+
     def insert(self) -> dict[str, str]:
         """Put the pairs into the graph."""
+        codes = next((setting for settings in self._wanted.values() for setting in settings), None)
+        if codes is not None:
+            self._joining.settle(lambda group: self._range(group, codes), codes)
         return mil.insert(self.site.graph, self._placement, self._parameters)
+
+    def _named(self, value: Value | str) -> str:
+        return f"{self.site.prefix}{value if isinstance(value, str) else value.name}"
+
+    def _range(self, group: Sequence[Value], codes: QuantizeConfig) -> Range | None:
+        """Return the range of what several values were together."""
+        key = tuple(group)
+        if key not in self._unions:
+            observers = dict.fromkeys(self._observers[value] for value in group)
+            self._unions[key] = Observer.union(list(observers))
+        return self._unions[key].range(self._calibration, codes)
 
     def _parameters(self, value: Value, codes: QuantizeConfig) -> Parameters | None:
         key = value, codes
@@ -302,37 +240,45 @@ class _Job:
     def _found(self, value: Value, codes: QuantizeConfig) -> Parameters | None:
         kind = self._placement.types[value]
         limit = _GREATEST[kind.dtype.name]
-        found = self._observers[value].range(self._calibration, codes)
-        name = f"{self.site.prefix}{value.name}"
-        if found is None:
-            note = "no sample gave it a finite value"
-            self.activations.append(
-                Activation(
-                    name=name,
-                    shape=kind.shape,
-                    dtype=codes.dtype,
-                    scale=math.nan,
-                    zero_point=0,
-                    low=math.nan,
-                    high=math.nan,
-                    note=note,
-                )
-            )
-            return None
-        found = Range(max(found.low, -limit), min(found.high, limit))
-        made = parameters_of(found, codes, kind.dtype.storage)
+        found = self._range(self._joining.group(value), codes)
+        if found is not None:
+            found = Range(max(found.low, -limit), min(found.high, limit))
+        note = self._reason_to_leave(value, found, codes)
+        made = None
+        if found is not None and not note:
+            made = parameters_of(found, codes, kind.dtype.storage)
+            if self._observers[value].seen is None:
+                self._late.append(value)
+        low, high = (math.nan, math.nan) if found is None else found
         self.activations.append(
             Activation(
-                name=name,
+                name=self._named(value),
                 shape=kind.shape,
-                dtype=made.dtype,
-                scale=float(made.scale),
-                zero_point=made.zero_point or 0,
-                low=found.low,
-                high=found.high,
+                dtype=codes.dtype if made is None else made.dtype,
+                scale=math.nan if made is None else float(made.scale),
+                zero_point=0 if made is None else made.zero_point or 0,
+                low=low,
+                high=high,
+                note=note,
             )
         )
         return made
+
+    def _reason_to_leave(self, value: Value, found: Range | None, codes: QuantizeConfig) -> str:
+        """Return why a value can't be quantized; empty if it can."""
+        observer = self._observers[value]
+        if observer.has_infinities or observer.has_nans:
+            what = "an infinity" if observer.has_infinities else "NaN"
+            return f"a sample gave it {what}, which no code stands for"
+        if found is None:
+            return "no sample gave it a finite value"
+        lost = self._joining.lost(value, found, codes)
+        if lost is None:
+            return ""
+        return (
+            f"codes would lose {self._named(lost.name)}, which it is made of and whose range is "
+            f"{lost.ratio:.0f} times smaller"
+        )
 
 
 def parameters_of(found: Range, codes: QuantizeConfig, dtype: np.dtype[Any]) -> Parameters:

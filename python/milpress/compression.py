@@ -33,7 +33,7 @@ from milpress.samples import Data
 from milpress.verification import Verification, compare_packages
 
 if TYPE_CHECKING:
-    from milpress.activations import ActivationReport
+    from milpress.activation_report import ActivationReport
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 OnUnsupported: TypeAlias = Literal["leave", "error"]
@@ -243,11 +243,14 @@ def compress_package(
             )
         notes = raise_opsets(package, target)
         activations = None if before is None else before(package)
+        left: list[str] = []
         if activations is not None:
             notes.extend(activations.notes)
             may_be_idle = may_be_idle or activations.n_pairs > 0
+            left = [f"{each.name}: {each.note}" for each in activations.activations if each.note]
         planned = plan_package(package, wishes, strict=strict)
         job = _Job(package, planned, strict, wishes.may_grow, may_be_idle, progress, rewriter)
+        job.left = left
         if calibration is not None and samples is not None:
             statistics = Statistics(calibration, package)
             job.calibrate(statistics, bias_correction=samples.bias_correction)
@@ -431,6 +434,8 @@ class _Job:
         self._corrects = False
         self._moments: SecondMoments | None = None
         self._layers: list[tuple[Weight, Node, NDArray[np.float64]]] = []
+        # What else was left, and why.
+        self.left: list[str] = []
 
     def calibrate(self, statistics: Statistics, *, bias_correction: bool) -> None:
         """Let errors count as statistics say, and correct biases."""
@@ -604,10 +609,11 @@ class _Job:
     def _check_idle(self, reports: list[WeightReport]) -> None:
         if self._may_be_idle:
             return
-        left = [report for report in reports if report.status == "left"]
-        reasons = [f"{report.name}: {report.note}" for report in left[:3]] or ["none was selected"]
+        left = [f"{each.name}: {each.note}" for each in reports if each.status == "left"]
+        reasons = [*left, *self.left][:3] or ["none was selected"]
+        what = "weight or activation" if self.left else "weight"
         msg = (
-            f"{self._package.path}: some weight must be compressed, got none ({'; '.join(reasons)})"
+            f"{self._package.path}: some {what} must be compressed, got none ({'; '.join(reasons)})"
         )
         raise UnsupportedError(msg)
 

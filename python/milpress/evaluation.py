@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from milpress import _json
 from milpress.errors import ConfigError
 from milpress.report import decibels, escaped, human_snr, named_table
 from milpress.samples import Data, Samples
@@ -78,7 +79,7 @@ class OutputEvaluation:
         for key in ("snr_db", "cosine", "top1", "kl", "max_error"):
             value = getattr(self, key)
             if value is not None:
-                found[key] = _json(value)
+                found[key] = _json.number(value)
         if self.kl is not None:
             found["kl_of"] = self.kl_of
         return found
@@ -110,8 +111,8 @@ class OpEvaluation:
         return {
             "name": self.name,
             "op_type": self.op_type,
-            "snr_db": _json(self.snr_db),
-            "own_snr_db": _json(self.own_snr_db),
+            "snr_db": _json.number(self.snr_db),
+            "own_snr_db": _json.number(self.own_snr_db),
         }
 
 
@@ -569,7 +570,3 @@ def _shown(output: OutputEvaluation, metric: Metric) -> str:
     if metric == "kl" and output.kl_of == "softmax":
         return f"{value:.4g} (softmax)"
     return {"cosine": f"{value:.6f}", "top1": f"{value:.1%}"}.get(metric, f"{value:.4g}")
-
-
-def _json(number: float) -> float | str:
-    return number if math.isfinite(number) else str(number)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import math
 import os
 import threading
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from milpress import _json
 from milpress.errors import CompressionError, ConfigError, InputError
 from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package, system_errors
@@ -134,7 +134,7 @@ class Calibration:
                 for each in self.layers
             ],
         }
-        arrays: dict[str, Any] = {"head": np.array(json.dumps(head))}
+        arrays: dict[str, Any] = {"head": np.array(_json.text(head))}
         for i, each in enumerate(self.layers):
             arrays |= {f"first_{i}": each.first, f"second_{i}": each.second}
         data = io.BytesIO()
@@ -158,7 +158,7 @@ class Calibration:
         """
         try:
             with system_errors(Path(path)), np.load(path, allow_pickle=False) as file:
-                head = json.loads(str(file["head"]))
+                head = _json.read(str(file["head"]))
                 if head["milpress_calibration"] != _VERSION:
                     msg = f"version {head['milpress_calibration']!r}"
                     raise ValueError(msg)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -78,9 +78,9 @@ class CalibrationConfig:
 class Observer:
     """Looks at arrays of values, one after the other, and keeps a bounded summary.
 
-    Values that are not finite are passed over. The summary does not depend on the order of the
-    arrays, nor on how values are spread over them: the width of a bin is a power of two, so that
-    bins of one width are unions of those of a smaller one.
+    Of values that are not finite it is noted only that there were some. The summary does not depend
+    on the order of the arrays, nor on how values are spread over them: the width of a bin is a
+    power of two, so that bins of one width are unions of those of a smaller one.
 
     Parameters
     ----------
@@ -91,6 +91,7 @@ class Observer:
     def __init__(self, *, with_histogram: bool) -> None:
         self._with_histogram = with_histogram
         self._seen: Range | None = None
+        self._has_infinities = self._has_nans = False
         # Zeros are exact in whatever range, and counted apart; the histogram is of the others.
         self._n_zeros = 0
         self._counted: Range | None = None
@@ -103,6 +104,40 @@ class Observer:
         """The least and the greatest finite value so far; ``None`` before the first."""
         return self._seen
 
+    @property
+    def has_infinities(self) -> bool:
+        """Whether a value was infinite."""
+        return self._has_infinities
+
+    @property
+    def has_nans(self) -> bool:
+        """Whether a value was no number."""
+        return self._has_nans
+
+    @classmethod
+    def union(cls, parts: Sequence[Observer]) -> Observer:
+        """Return what would be known had one observer seen what several saw, all of one kind."""
+        whole = cls(with_histogram=parts[0]._with_histogram)
+        for part in parts:
+            whole._join(part)
+        return whole
+
+    def _join(self, other: Observer) -> None:
+        self._has_infinities |= other._has_infinities
+        self._has_nans |= other._has_nans
+        if other._seen is not None:
+            self._seen = _union(self._seen, other._seen)
+        self._n_zeros += other._n_zeros
+        if other._counted is None:
+            return
+        self._counted = _union(self._counted, other._counted)
+        counted = Observer(with_histogram=True)
+        counted._exponent, counted._first = other._exponent, other._first
+        counted._counts = other._counts
+        for each in (self, counted):
+            each._widen(_exponent(self._counted))
+        self._insert(counted._first, counted._counts)
+
     def add(self, values: NDArray[Any]) -> None:
         """Look at an array."""
         flat = np.ascontiguousarray(values).reshape(-1)
@@ -112,6 +147,8 @@ class Observer:
     def _add(self, values: NDArray[Any]) -> None:
         found = _range_of(values)
         if not all(map(math.isfinite, found)):
+            self._has_infinities |= bool(np.isinf(values).any())
+            self._has_nans |= bool(np.isnan(values).any())
             values = values[np.isfinite(values)]
             if not values.size:
                 return
@@ -142,19 +179,22 @@ class Observer:
     def _count(self, values: NDArray[Any]) -> None:
         # Products with powers of two are exact.
         places = np.floor(values.astype(np.float64) * 2.0**-self._exponent).astype(np.int64)
-        first, last = int(places.min()), int(places.max())
+        first = int(places.min())
+        self._insert(first, np.bincount(places - first))
+
+    def _insert(self, first: int, counts: NDArray[np.int64]) -> None:
+        """Add counts of neighbouring bins, of which the first has that place."""
         if not self._counts.size:
             self._first = first
         begin = min(self._first, first)
-        end = max(self._first + self._counts.size, last + 1)
+        end = max(self._first + self._counts.size, first + counts.size)
         if end - begin > self._counts.size:
             grown = np.zeros(end - begin, np.int64)
             start = self._first - begin
             grown[start : start + self._counts.size] = self._counts
             self._first, self._counts = begin, grown
         start = first - self._first
-        counted = np.bincount(places - first)
-        self._counts[start : start + counted.size] += counted
+        self._counts[start : start + counts.size] += counts
 
     def range(self, config: CalibrationConfig, codes: QuantizeConfig) -> Range | None:
         """Return the range of what was seen, for codes of a kind.

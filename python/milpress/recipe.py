@@ -110,6 +110,20 @@ class Step:
             return self.treatment, self.select.min_size
         return Keep(), 0
 
+    def choices(
+        self, name: str, op_types: Sequence[str]
+    ) -> list[tuple[str, Treatment | Keep, int]]:
+        """Return what is said for each kind of op that uses a weight, as `treatment_for` does.
+
+        Kinds that nothing is said for are left out.
+        """
+        found: list[tuple[str, Treatment | Keep, int]] = []
+        for kind in op_types:
+            is_meant = self.treatment is not None and self.select.matches(name, (kind,))
+            if is_meant or any(rule.select.matches(name, (kind,)) for rule in self.rules):
+                found.append((kind, *self.treatment_for(name, (kind,))))
+        return found
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ActivationStep:

@@ -6,12 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from milpress import _json
 from milpress.errors import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from milpress.activations import ActivationReport
+    from milpress.activation_report import ActivationReport
 
 Status = Literal["compressed", "left", "not asked"]
 
@@ -63,7 +64,6 @@ class WeightReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON can hold it; an infinite ratio becomes ``"inf"``."""
-        infinite = self.snr_db is not None and math.isinf(self.snr_db)
         return {
             "name": self.name,
             "op_types": list(self.op_types),
@@ -74,7 +74,7 @@ class WeightReport:
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "bits_per_weight": self.bits_per_weight,
-            "snr_db": "inf" if infinite else self.snr_db,
+            "snr_db": _json.number(self.snr_db),
         }
 
 
@@ -152,7 +152,6 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON can hold it."""
-        snr = self.snr_db
         return {
             "version": 1,
             "source": self.source,
@@ -164,7 +163,7 @@ class Report:
             "package_bytes_after": self.package_bytes_after,
             "ratio": self.ratio,
             "bits_per_weight": self.bits_per_weight,
-            "snr_db": "inf" if snr is not None and math.isinf(snr) else snr,
+            "snr_db": _json.number(self.snr_db),
             "verified": self.verified,
             "seconds": self.seconds,
             "notes": list(self.notes),

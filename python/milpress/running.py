@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 import os
 import time
 import zipfile
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from milpress import _json
 from milpress.errors import DestinationError, InputError, PackageNotFoundError
 from milpress.mil.package import system_errors
 from milpress.report import escaped, named_table
@@ -53,12 +53,12 @@ class Output:
             shown |= {"shape": list(self.value.shape), "dtype": self.value.dtype.name}
         elif isinstance(self.value, dict):
             items = self.value.items()
-            shown["value"] = [{"label": k, "probability": _json(v)} for k, v in items]
+            shown["value"] = [{"label": k, "probability": _json.number(v)} for k, v in items]
         else:
             shown["value"] = self.value
         if self.statistics is not None:
             names = ("min", "max", "mean")
-            shown |= {k: _json(v) for k, v in zip(names, self.statistics, strict=True)}
+            shown |= {k: _json.number(v) for k, v in zip(names, self.statistics, strict=True)}
         return shown
 
 
@@ -236,7 +236,3 @@ def _shape_and_type(value: Any) -> tuple[str, str]:
     if isinstance(value, dict):
         return str(len(value)), "probabilities"
     return escaped(repr(value)), "label"
-
-
-def _json(number: float) -> float | str:
-    return number if math.isfinite(number) else str(number)

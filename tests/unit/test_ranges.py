@@ -49,6 +49,19 @@ def test_ranges_depend_neither_on_the_order_of_arrays_nor_on_how_they_are_cut(ar
     assert observed(arrays[::-1]).range(config, codes) == together.range(config, codes)
 
 
+@given(arrays=batches, kind=st.sampled_from(KINDS), codes=st.sampled_from(CODES))
+@settings(max_examples=60, deadline=None)
+def test_observers_together_know_what_one_would(arrays, kind, codes):
+    config = CalibrationConfig(calibration=kind, percentile=90)
+    parts = [observed([array]) for array in arrays]
+    alone = [part.range(config, codes) for part in parts]
+    whole = Observer.union([*parts, observed([])])
+    assert whole.seen == observed(arrays).seen
+    assert whole.range(config, codes) == observed(arrays).range(config, codes)
+    assert Observer.union([whole, *parts]).seen == whole.seen
+    assert [part.range(config, codes) for part in parts] == alone
+
+
 @given(arrays=batches)
 @settings(max_examples=60, deadline=None)
 def test_minmax_and_a_percentile_of_100_hold_just_what_was_seen(arrays):
@@ -133,9 +146,14 @@ def test_even_values_are_not_clipped(codes):
         assert found.high >= 2 ** (-1 / 16) - 1e-6, kind
 
 
-def test_values_that_are_not_finite_are_passed_over():
+def test_values_that_are_not_finite_are_noted_and_passed_over():
     observer = observed([np.float32([-np.inf, 1, np.nan, -2]), np.float32([np.inf])])
     assert observer.seen == Range(-2.0, 1.0)
+    for whole in (observer, Observer.union([observed([np.float32([1])]), observer])):
+        assert whole.has_infinities
+        assert whole.has_nans
+    assert not observed([np.float32([1, np.inf])]).has_nans
+    assert not observed([np.float32([1, np.nan])]).has_infinities
     assert observed([np.float32([np.nan])]).range(CalibrationConfig(), CODES[0]) is None
 
 

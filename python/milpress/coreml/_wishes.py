@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from milpress._plan import Wish
+from milpress._plan import Wish, settled_wish
+from milpress._settling import Asked, settle
 from milpress.coreml.config import (
     CompressionGranularity,
     OpCompressorConfig,
@@ -14,6 +16,7 @@ from milpress.coreml.config import (
     OpPalettizerConfig,
     OpThresholdPrunerConfig,
     OptimizationConfig,
+    advice,
 )
 from milpress.errors import CompressionError, ConfigError, UnsupportedError
 from milpress.formats import (
@@ -80,10 +83,29 @@ class ConfigWishes:
     may_grow: bool = True
 
     def wish(self, weight: Weight) -> Wish:
-        """Return what the config that holds for the weight asks for."""
+        """Return what the configs that hold for the weight ask for."""
         name = weight.node.op_name
         children = [(use.node.op_name, use.node.op.type) for use in weight.node.uses]
-        config = self.config.config_for(name, children)
+        configs = self.config.configs_for(name, children)
+        wishes = [self._wish(weight, config) for config in configs]
+        kept = [wish.for_size(weight.size) for wish in wishes]
+        if len(set(kept)) < 2:
+            return _of_alike(wishes)
+        by = [f"{kind} {op_name}" for op_name, kind in children]
+        settled = settle(weight, list(map(Asked, by, kept)))
+        other = next(i for i, each in enumerate(kept) if each != kept[0])
+        conflict = self.config.conflict(name, children, 0, other)
+        winners = [
+            wish
+            for wish, each in zip(wishes, kept, strict=True)
+            if each and each == settled.treatments
+        ]
+        asked = next(wish for wish, each in zip(wishes, kept, strict=True) if each)
+        winner = _of_alike(winners) if winners else None
+        return settled_wish(asked, winner, settled.note, conflict)
+
+    def _wish(self, weight: Weight, config: OpCompressorConfig | None) -> Wish:
+        """Return what one config asks for a weight."""
         if config is None:
             return Wish()
         threshold = 2048 if config.weight_threshold is None else config.weight_threshold
@@ -95,7 +117,10 @@ class ConfigWishes:
         elif isinstance(config, (OpMagnitudePrunerConfig, OpThresholdPrunerConfig)):
             treatment = _prune(config)
         else:
-            msg = f"{name}: a config must be one of milpress.coreml, got {type(config).__name__}"
+            msg = (
+                f"{weight.node.op_name}: a config must be one of milpress.coreml, "
+                f"got {type(config).__name__}"
+            )
             raise ConfigError(msg)
         return Wish(
             treatments=(treatment,),
@@ -116,6 +141,10 @@ class ConfigWishes:
         if needs not in _NEEDS:
             return joint_needs_ios18()
         return UnsupportedError(_SINCE.format(_NEEDS[needs]))
+
+    def advice(self, weights: Sequence[Weight]) -> str:
+        """Return the configs that say what holds for weights by their names."""
+        return advice(list(dict.fromkeys(weight.node.op_name for weight in weights)))
 
     def _needs(self, config: Any) -> str:
         """Return what of a config takes an iOS18 model, whatever the size of a group or block."""
@@ -139,6 +168,13 @@ class ConfigWishes:
                 "please make sure to use per-tensor quantization, got another granularity"
             )
             raise UnsupportedCombinationError(msg)
+
+
+def _of_alike(wishes: Sequence[Wish]) -> Wish:
+    """Return one of wishes that come to the same, which says what any of them says."""
+    wish = next((wish for wish in wishes if wish.treatments), Wish())
+    is_left = any(each.treatments and each.on_indivisible == "leave" for each in wishes)
+    return replace(wish, on_indivisible="leave") if is_left else wish
 
 
 def _palettize(config: OpPalettizerConfig, seed: int) -> PalettizeConfig:

@@ -605,28 +605,57 @@ class OptimizationConfig:
             If the ops that use the weight have different configs, or there is one for the op type
             ``"const"``.
         """
+        configs = self.configs_for(name, children)
+        if not configs:
+            return None
+        for i, config in enumerate(configs):
+            if config != configs[0]:
+                raise ConfigError(self.conflict(name, children, 0, i))
+        return configs[0]
+
+    def configs_for(
+        self, name: str, children: Sequence[tuple[str, str]]
+    ) -> list[OpCompressorConfig | None]:
+        """Return what each of the ops that use a weight has; the weight's own config alone if any.
+
+        Parameters
+        ----------
+        name, children
+            As of `config_for`.
+
+        Raises
+        ------
+        ConfigError
+            If there is a config for the op type ``"const"``.
+        """
         key = self._key_for(name)
         if key is not None:
-            return self.op_name_configs[key]
+            return [self.op_name_configs[key]]
         if "const" in self.op_type_configs:
             msg = (
                 "const ops cannot be set by the `set_op_type` function. Please use `set_global` "
                 f"or, for {name!r} alone, `set_op_name`"
             )
             raise ConfigError(msg)
-        if not children:
-            return None
-        (first, _), *_ = children
-        configs = [self.config_of_op(*child) for child in children]
-        for (other, _), config in zip(children, configs, strict=True):
-            if config != configs[0]:
-                msg = (
-                    f"compression config conflict detected between ops {first} and {other}, which "
-                    f"share the weight {name}. {first} has config {configs[0]} while {other} has "
-                    f"{config}."
-                )
-                raise ConfigError(msg)
-        return configs[0]
+        return [self.config_of_op(*child) for child in children]
+
+    def conflict(self, name: str, children: Sequence[tuple[str, str]], one: int, other: int) -> str:
+        """Return the error that says that two of the ops that use a weight don't agree.
+
+        Parameters
+        ----------
+        name, children
+            As of `config_for`.
+        one, other
+            Places of the two.
+        """
+        names = [children[i][0] for i in (one, other)]
+        configs = [self.config_of_op(*children[i]) for i in (one, other)]
+        return (
+            f"compression config conflict detected between ops {' and '.join(names)}, which share "
+            f"the weight {name}. {names[0]} has config {configs[0]} while {names[1]} has "
+            f"{configs[1]}. {advice([name])}"
+        )
 
     def is_explicit(self, name: str) -> bool:
         """Whether a weight has a config by its own name, or a pattern that fits it."""
@@ -765,6 +794,15 @@ class OptimizationConfig:
             *self.op_name_configs.values(),
         )
         return [config for config in found if config is not None]
+
+
+def advice(names: Sequence[str]) -> str:
+    """Return how a config says what holds for weights, whatever the ops that use them have."""
+    lines = ", ".join(f"{name!r}: None" for name in names)
+    return (
+        "The weight must have a config by its own name where these differ: "
+        f"op_name_configs={{{lines}}} leaves it, a config in place of None compresses it."
+    )
 
 
 def _kind_named(name: Any, place: str) -> type[OpCompressorConfig]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
+from milpress import _json
 from milpress._structure import Decibels, structured
 from milpress.device import stats
 from milpress.errors import PackageNotFoundError, ResultError
@@ -480,7 +479,7 @@ def read_json(path: str | os.PathLike[str]) -> tuple[Any, str]:
         msg = f"{path}: a result must have at most {MAX_RESULT_BYTES} bytes, got more"
         raise ResultError(msg)
     try:
-        return json.loads(data, parse_constant=_no_constant), hashlib.sha256(data).hexdigest()
+        return _json.read(data), hashlib.sha256(data).hexdigest()
     except (ValueError, RecursionError) as error:
         msg = f"{path}: a result must be JSON, got: {error}"
         raise ResultError(msg) from error
@@ -508,16 +507,11 @@ def save(result: Result, path: str | os.PathLike[str]) -> None:
         If it breaks a rule; nothing is written then.
     """
     path = Path(path)
-    text = json.dumps(parse(result.to_dict(), str(path)).to_dict(), indent=1, allow_nan=False)
+    text = _json.text(parse(result.to_dict(), str(path)).to_dict(), indent=1)
     with system_errors(path):
         temporary = path.with_name(f".{path.name}.milpress")
         temporary.write_text(f"{text}\n", encoding="utf-8")
         temporary.replace(path)
-
-
-def _no_constant(name: str) -> Any:
-    msg = f"a number must be finite, got {name}"
-    raise ValueError(msg)
 
 
 def _plain(value: Any) -> Any:
@@ -527,9 +521,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, float) and math.isinf(value):
-        return "inf" if value > 0 else "-inf"
-    return value
+    return _json.number(value) if isinstance(value, float) else value
 
 
 def check_origin(result: Result, origin: str | os.PathLike[str], place: str) -> None:

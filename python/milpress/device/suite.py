@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milpress import _yaml
+from milpress import _json, _yaml
 from milpress.compression import compress
 from milpress.device import benchmark, schema
 from milpress.device.benchmark import Candidate
@@ -230,7 +229,7 @@ def _make(
     if variant.recipe.activations is not None:
         samples = RandomSamples(8, seed) if data is None else data
     report = compress(source, path, variant.recipe, sample_data=samples)
-    text = json.dumps(report.to_dict(), indent=1)
+    text = _json.text(report.to_dict(), indent=1)
     with system_errors(reports):
         (reports / f"{variant.name}.json").write_text(text, encoding="utf-8")
     words = [] if variant.recipe.activations is None else ["8-bit activations"]

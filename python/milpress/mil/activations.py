@@ -6,7 +6,6 @@ again and a verification can compare what is left with the source.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,8 +13,10 @@ from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
+from milpress import _json
 from milpress.errors import PackageError, VerificationError
 from milpress.mil import dtypes, values
+from milpress.mil.joins import Value, home, type_of
 from milpress.mil.program import Graph, Node, Scope, new_const, new_op
 from milpress.mil.schema import messages
 from milpress.mil.values import TensorType, WeightSource
@@ -35,19 +36,6 @@ _INPUTS = {
 }
 # An op of the above and one of these behind it are one step of the hardware.
 _FUSED = frozenset({"leaky_relu", "tanh", "scaled_tanh", "sigmoid", "relu", "relu6"})
-
-
-class Value(NamedTuple):
-    """A computed value: the scope that defines it, and its name there."""
-
-    scope: Scope
-    name: str
-
-    def __hash__(self) -> int:
-        return hash((id(self.scope), self.name))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Value) and self.scope is other.scope and self.name == other.name
 
 
 class Parameters(NamedTuple):
@@ -82,7 +70,6 @@ class Placement(Generic[Setting]):
     before: list[tuple[_Use, Value, Setting]] = field(default_factory=list)
     after: dict[Value, tuple[Node, Setting]] = field(default_factory=dict)
     types: dict[Value, TensorType] = field(default_factory=dict)
-    groups: dict[Value, int] = field(default_factory=dict)
 
     @property
     def wanted(self) -> dict[Value, list[Setting]]:
@@ -94,18 +81,6 @@ class Placement(Generic[Setting]):
             if setting not in found.setdefault(value, []):
                 found[value].append(setting)
         return found
-
-    def sharing(self) -> dict[Value, int]:
-        """Return the group of each value that has to be observed; one group has one range.
-
-        All values that are joined or come of joining, by chains of ``concat``, are one group.
-        """
-        wanted = self.wanted
-        needed = {self.groups[value] for value in wanted if value in self.groups}
-        found = {value: group for value, group in self.groups.items() if group in needed}
-        n_groups = len(self.groups)
-        alone = [value for value in wanted if value not in found]
-        return found | {value: n_groups + i for i, value in enumerate(alone)}
 
 
 class _Consumers:
@@ -137,20 +112,6 @@ class _Consumers:
         value = home(node.scope, binding.name)
         kind = type_of(value)
         return value if kind is not None and kind.dtype.is_float else None
-
-
-def home(scope: Scope, name: str) -> Value:
-    """Return the value that a name stands for in a scope."""
-    place: Scope | None = scope
-    while place is not None and name not in place.names:
-        place = place.parent
-    return Value(scope if place is None else place, name)
-
-
-def type_of(value: Value) -> TensorType | None:
-    """Return the type of a value, if it is a tensor."""
-    declared = value.scope.names[value.name][1]
-    return None if declared is None else values.type_of(declared)
 
 
 def place(graph: Graph, setting_of: Callable[[Node], Setting | None]) -> Placement[Setting]:
@@ -191,7 +152,6 @@ def place(graph: Graph, setting_of: Callable[[Node], Setting | None]) -> Placeme
             value = home(last.scope, last.name)
             placement.after[value] = (last, setting)
             placement.types[value] = _float_type(value)
-    placement.groups = _joined(graph)
     return placement
 
 
@@ -233,28 +193,6 @@ def _last_of_step(
     if not after[0] and not after[1]:
         return core
     return None if is_quantized(*after) else plain[0]
-
-
-def _joined(graph: Graph) -> dict[Value, int]:
-    """Return the group of each value that a ``concat`` takes or makes."""
-    groups: dict[Value, int] = {}
-    for node in graph.nodes:
-        if node.op.type != "concat" or node.type is None or not node.type.dtype.is_float:
-            continue
-        members = [home(node.scope, node.name)]
-        for binding in node.op.inputs["values"].arguments:
-            if binding.WhichOneof("choice") == "name":
-                value = home(node.scope, binding.name)
-                producer = value.scope.names[value.name][0]
-                if producer is None or not producer.is_stored:
-                    members.append(value)
-        old = {groups[member] for member in members if member in groups}
-        group = min(old, default=len(groups))
-        for value, known in groups.items():
-            if known in old:
-                groups[value] = group
-        groups.update(dict.fromkeys(members, group))
-    return groups
 
 
 def insert(
@@ -424,7 +362,7 @@ def read(model: Any) -> Record:
     if KEY not in metadata:
         return Record()
     try:
-        data = json.loads(metadata[KEY])
+        data = _json.read(metadata[KEY])
         if data["version"] != 1:
             msg = f"version {data['version']!r}"
             raise ValueError(msg)
@@ -438,7 +376,7 @@ def read(model: Any) -> Record:
 def record(model: Any, made: Record) -> None:
     """Write a record into the model."""
     data = {"version": 1, "settings": made.settings, "pairs": made.pairs}
-    model.description.metadata.userDefined[KEY] = json.dumps(data, separators=(",", ":"))
+    model.description.metadata.userDefined[KEY] = _json.text(data, separators=(",", ":"))
 
 
 def forget(model: Any) -> None:

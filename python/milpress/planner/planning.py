@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import yaml
 
+from milpress import _json
 from milpress._parallel import in_order
 from milpress.compression import Progress, raise_opsets, thread_limit
 from milpress.errors import ConfigError, UnsupportedError
@@ -112,7 +113,7 @@ class PlannedWeight:
             "treatment": None if self.treatment is None else treatment_dict(self.treatment),
             "n_bytes": self.n_bytes,
             "bits_per_weight": self.bits_per_weight,
-            "snr_db": _json(self.snr_db),
+            "snr_db": _json.number(self.snr_db),
             "is_estimate": self.is_estimate,
             "error": self.error,
             "shares_with": self.shares_with,
@@ -143,7 +144,7 @@ class CurvePoint:
         return {
             "package_bytes": self.package_bytes,
             "bits_per_weight": self.bits_per_weight,
-            "snr_db": _json(self.snr_db),
+            "snr_db": _json.number(self.snr_db),
         }
 
 
@@ -239,7 +240,7 @@ class Plan:
             "n_bytes": self.n_bytes,
             "package_bytes": self.package_bytes,
             "bits_per_weight": self.bits_per_weight,
-            "snr_db": _json(self.snr_db),
+            "snr_db": _json.number(self.snr_db),
             "scored_by": self.scored_by,
             "formats": list(self.formats),
             "weights": [weight.to_dict() for weight in self.weights],
@@ -866,7 +867,3 @@ def _shown(weight: PlannedWeight) -> str:
     if weight.snr_db is None:
         return ""
     return f"{'about ' if weight.is_estimate else ''}{human_snr(weight.snr_db)}"
-
-
-def _json(number: float | None) -> float | str | None:
-    return "inf" if number is not None and math.isinf(number) else number

@@ -1,0 +1,43 @@
+"""JSON as its standard has it: without NaN and infinities, which other readers refuse."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def number(value: float | None) -> float | str | None:
+    """Return a number as JSON can hold it: in words, such as ``"inf"``, if it is not finite."""
+    return value if value is None or math.isfinite(value) else str(float(value))
+
+
+def plain(data: Any) -> Any:
+    """Return dictionaries and lists with every number as `number` gives it."""
+    if isinstance(data, Mapping):
+        return {key: plain(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [plain(value) for value in data]
+    return number(data) if isinstance(data, float) else data
+
+
+def text(data: Any, **settings: Any) -> str:
+    """Return data as JSON; ``settings`` are of `json.dumps`."""
+    return json.dumps(plain(data), allow_nan=False, **settings)
+
+
+def read(data: str | bytes) -> Any:
+    """Return what JSON holds.
+
+    Raises
+    ------
+    ValueError
+        If it is no JSON, or has a number that is not finite.
+    """
+    return json.loads(data, parse_constant=_no_constant)
+
+
+def _no_constant(name: str) -> Any:
+    msg = f"a number must be finite, got {name}"
+    raise ValueError(msg)
