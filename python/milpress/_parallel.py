@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -37,3 +39,38 @@ def in_order(
                 yield waiting.popleft().result()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+class Room:
+    """So much of something, of which threads take what they need, in the order in which they ask.
+
+    Parameters
+    ----------
+    size
+        How much there is. Who asks for more gets it once nobody else has any.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._left = self._size = size
+        self._queue: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def taken(self, amount: int) -> Iterator[None]:
+        """Wait until there is so much left, and have it in this block."""
+        amount = min(amount, self._size)
+        place = object()
+        with self._changed:
+            self._queue.append(place)
+            try:
+                self._changed.wait_for(lambda: self._queue[0] is place and self._left >= amount)
+                self._left -= amount
+            finally:
+                self._queue.remove(place)
+                self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += amount
+                self._changed.notify_all()

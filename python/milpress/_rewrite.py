@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 from milpress import _core
 from milpress.errors import UnsupportedError
 from milpress.formats import Compressed, Treatment, compress, feedback
-from milpress.formats.feedback import Factor, FeedbackConfig
+from milpress.formats._layout import Floats
+from milpress.formats.feedback import Factor
 from milpress.mil import constexpr, values
 from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package
@@ -20,6 +22,9 @@ from milpress.mil.program import Node
 from milpress.mil.treatments import bias_digest
 from milpress.mil.weights import Weight, blob_places, blob_values, weight_files
 from milpress.placement import Kernels, kernels_for
+
+if TYPE_CHECKING:
+    from milpress.second_moments import Inputs
 
 
 class Sink(Protocol):
@@ -111,9 +116,9 @@ class Order:
     """A weight and what is to be done to it.
 
     ``key`` is that of all weights that share the result, ``None`` if none does; all but the first
-    of them are repeated. ``n_bytes`` are stored now. What ``importance``, ``correct`` and
-    ``second``, the second moments to feed errors back by, return must be the same for weights that
-    share a blob.
+    of them are repeated. ``n_bytes`` are stored now. What ``importance``, called with the weight's
+    elements, and ``correct`` return must be the same for weights that share a blob; so must
+    ``inputs``, to feed errors back by.
     """
 
     weight: Weight
@@ -122,9 +127,9 @@ class Order:
     key: Any
     is_repeated: bool
     n_bytes: int
-    importance: Callable[[], NDArray[np.float32] | None] | None = None
+    importance: Callable[[Floats], NDArray[np.float32] | None] | None = None
     correct: Correct | None = None
-    second: Callable[[], NDArray[np.float32] | None] | None = None
+    inputs: Inputs | None = None
 
 
 class _Written(NamedTuple):
@@ -189,7 +194,9 @@ class Rewriter:
 
     def _treated(self, order: Order) -> Treated:
         decoder = Decoder(order.weight.graph, self._package)
-        return _treated(order, decoder, self._kernels)
+        room = contextlib.nullcontext() if order.inputs is None else order.inputs.room()
+        with room:
+            return _treated(order, decoder, self._kernels)
 
     def order(
         self, weight: Weight, treatments: Sequence[Treatment], *, early: bool, **advice: Any
@@ -369,7 +376,6 @@ def _rename_uses(node: Node, name: str) -> None:
 def _treated(order: Order, decoder: Decoder, kernels: Kernels) -> Treated:
     """Apply treatments one after the other, those that suit."""
     weight = order.weight
-    importance = None if order.importance is None else order.importance()
     output, inputs = weight.channel_axes or (0, 1)
     made: Any = None
     if weight.is_compressed:
@@ -377,21 +383,25 @@ def _treated(order: Order, decoder: Decoder, kernels: Kernels) -> Treated:
         if made is None:
             msg = "compressed already, in a way that milpress does not build on"
             raise UnsupportedError(msg)
+    dense: Any = None
+    if made is None or order.importance is not None or order.correct is not None:
+        dense = decoder.dense(weight.node).values
+    importance = None if order.importance is None else order.importance(dense)
     suffix = ""
     applied: list[Treatment] = []
     notes: list[str] = []
     fed_back: list[bool] = []
-    factor = None
+    factors = None
     for treatment in order.treatments:
-        source = decoder.dense(weight.node).values if made is None else made
-        is_fed_back = order.second is not None and feedback.suits(source, treatment)
+        source = dense if made is None else made
+        is_fed_back = order.inputs is not None and feedback.suits(source, treatment)
         try:
-            if is_fed_back and factor is None:
-                factor = _factor(order)
-            if is_fed_back and factor is not None:
-                after = feedback.compress(source, treatment, factor, importance=importance)
+            if is_fed_back and factors is None:
+                factors = _factors(order, dense)
+            is_fed_back = is_fed_back and factors is not None and feedback.fits(factors, treatment)
+            if is_fed_back and factors is not None:
+                after = feedback.compress(source, treatment, factors, importance=importance)
             else:
-                is_fed_back = False
                 after = compress(
                     source,
                     treatment,
@@ -412,14 +422,12 @@ def _treated(order: Order, decoder: Decoder, kernels: Kernels) -> Treated:
         raise UnsupportedError(msg)
     corrections: Corrections = {}
     if order.correct is not None:
-        dense = decoder.dense(weight.node).values.astype(np.float64)
-        corrections = order.correct(dense - made.dense())
+        corrections = order.correct(dense.astype(np.float64) - made.dense())
     return Treated(made, suffix, tuple(applied), tuple(notes), corrections, tuple(fed_back))
 
 
-def _factor(order: Order) -> Factor | None:
+def _factors(order: Order, values: Floats) -> tuple[Factor, ...] | None:
     """Return what samples say of a weight's inputs together, if errors can be fed back."""
-    if order.weight.channel_axes not in (None, (0, 1)) or order.second is None:
+    if order.weight.channel_axes not in (None, (0, 1)) or order.inputs is None:
         return None
-    second = order.second()
-    return None if second is None else feedback.factorize(second, FeedbackConfig())
+    return order.inputs.factors(values)

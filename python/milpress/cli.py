@@ -167,6 +167,10 @@ def compress(
         bool,
         typer.Option("--feedback", help="Let weights make up for the errors of others: GPTQ."),
     ] = False,
+    feedback_memory: Annotated[
+        str | None,
+        typer.Option(help="With --feedback: memory that it may take, as 8GB [4GB]."),
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail if a weight does not suit its treatment.")
     ] = False,
@@ -229,6 +233,9 @@ def compress(
             calibration_mask=calibration_mask,
             bias_correction=bias_correction,
             feedback=feedback,
+            feedback_memory=None
+            if feedback_memory is None
+            else _planning_commands.n_bytes_of(feedback_memory),
         )
     )
     _print_report(report, as_json=as_json, wrote=not dry_run)

@@ -25,11 +25,13 @@ from milpress.mil.constexpr import Decoder, is_constexpr, is_part
 from milpress.mil.package import Package, Staged, check_destination, n_package_bytes
 from milpress.mil.program import Node
 from milpress.mil.weights import Site, Weight, sites, weight_files, weights
-from milpress.moments import Calibration, SecondMoments, Statistics, calibrate
+from milpress.moments import Calibration, calibrate
 from milpress.placement import DeviceName, using
 from milpress.recipe import Recipe, describe, treatment_dict
 from milpress.report import Report, WeightReport
 from milpress.samples import Data
+from milpress.second_moments import Inputs, SecondMoments, checked_memory
+from milpress.uses import Statistics
 from milpress.verification import Verification, compare_packages
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ def compress(
     calibration_mask: str | None = None,
     bias_correction: bool = False,
     feedback: bool = False,
+    feedback_memory: int | None = None,
 ) -> Report:
     """Compress the weights of a package into another package.
 
@@ -99,6 +102,11 @@ def compress(
         Whether the error of each column of a convolution's or linear layer's weight is fed back to
         the columns after it, by what ``sample_data`` show of its inputs together (GPTQ, SparseGPT).
         Takes samples, not their moments.
+    feedback_memory
+        Bytes that this may take beside the model, on all threads together; by default
+        4,000,000,000, on any machine. Errors of a layer that takes more (12 times the square of its
+        inputs and less) are fed back within blocks of its inputs, or not at all; the report says
+        so.
 
     Returns
     -------
@@ -132,6 +140,7 @@ def compress(
         mask=calibration_mask,
         bias_correction=bias_correction,
         feedback=feedback,
+        feedback_memory=feedback_memory,
     )
     if recipe.activations is not None and samples is None:
         msg = "sample_data must be given to quantize activations, got none"
@@ -181,6 +190,7 @@ class SampleSettings:
     mask: str | None = None
     bias_correction: bool = False
     feedback: bool = False
+    feedback_memory: int | None = None
 
     @classmethod
     def of(cls, data: Data | Calibration | None, **settings: Any) -> SampleSettings | None:
@@ -191,6 +201,11 @@ class SampleSettings:
         ConfigError
             If something is set that takes samples.
         """
+        memory = settings.get("feedback_memory")
+        checked_memory(memory)
+        if memory is not None and not settings.get("feedback"):
+            msg = "feedback_memory must come with feedback, got none"
+            raise ConfigError(msg)
         if data is not None:
             if isinstance(data, Calibration) and settings.get("feedback"):
                 msg = "feedback must come with samples, got their moments alone"
@@ -256,7 +271,15 @@ def compress_package(
             job.calibrate(statistics, bias_correction=samples.bias_correction)
             notes.append(f"calibrated with {calibration.n_samples} samples")
             if samples.feedback and not isinstance(samples.data, Calibration):
-                job.feed_back(SecondMoments(package.reopened(), samples.data, mask=samples.mask))
+                job.feed_back(
+                    SecondMoments(
+                        package.reopened(),
+                        samples.data,
+                        mask=samples.mask,
+                        wanted=job.layers_in_order(),
+                        memory=checked_memory(samples.feedback_memory),
+                    )
+                )
                 notes.append("errors fed back")
         if dry_run:
             counter = Counter()
@@ -442,6 +465,13 @@ class _Job:
         self._statistics = statistics
         self._corrects = bias_correction
 
+    def layers_in_order(self) -> Iterator[tuple[str, ...]]:
+        """Yield, for each weight that is treated, the layers by whose inputs its errors count."""
+        for _, plans in self._planned:
+            for plan in plans.values():
+                if plan.treatments:
+                    yield self._layers_of(plan.weight)
+
     def feed_back(self, moments: SecondMoments) -> None:
         """Let errors of each column be made up for by those after it."""
         self._moments = moments
@@ -557,14 +587,16 @@ class _Job:
         name = weight.name  # that of the source; compressing changes it
         after = before
         if order is not None:
-            notes = self._note(weight)
+            notes, layers = self._note(weight), self._layers_of(weight)
             try:
                 done = rewriter.compress(order, next(made), may_grow=self._may_grow)
                 if done.notes and self._strict:
                     raise UnsupportedError("; ".join(done.notes))
                 notes = (*done.notes, *notes)
-                if self._moments is not None and not all(done.fed_back):
-                    notes = (*notes, "errors not fed back")
+                if self._moments is not None:
+                    fed_back = all(done.fed_back)
+                    note = self._moments.note(layers, plan.treatments, is_fed_back=fed_back)
+                    notes = (*notes, *([note] if note else []))
                 plan, after = plan.carried_out(done.treatments, notes), done.n_bytes
                 self._layers.extend(
                     (weight, use.node, done.corrections[f"{weight.prefix}{use.node.name}"])
@@ -598,13 +630,19 @@ class _Job:
         if self._corrects:
             advice["correct"] = functools.partial(statistics.correct, weight)
         if self._moments is not None:
-            layers = statistics.layers_of(weight)
-            advice["second"] = functools.partial(self._moments.of, layers, weight.shape)
+            evenly = functools.partial(statistics.evenly, weight)
+            layers = self._layers_of(weight)
+            advice["inputs"] = Inputs(self._moments, layers, weight.shape, evenly)
         return advice
 
     def _note(self, weight: Weight) -> tuple[str, ...]:
-        unknown = self._statistics is not None and not self._statistics.knows(weight)
-        return ("not calibrated",) if unknown else ()
+        if self._statistics is None:
+            return ()
+        note = self._statistics.note(weight, feedback=self._moments is not None)
+        return (note,) if note else ()
+
+    def _layers_of(self, weight: Weight) -> tuple[str, ...]:
+        return () if self._statistics is None else tuple(self._statistics.layers_of(weight))
 
     def _check_idle(self, reports: list[WeightReport]) -> None:
         if self._may_be_idle:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 import os
-import threading
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,9 +16,8 @@ from numpy.typing import NDArray
 
 from milpress import _json
 from milpress.errors import CompressionError, ConfigError, InputError
-from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package, system_errors
-from milpress.mil.weights import Weight, blob_places, sites, weight_files, weights
+from milpress.mil.weights import sites, weight_files
 from milpress.samples import Data, Samples
 
 if TYPE_CHECKING:
@@ -32,8 +29,6 @@ DEFAULT_MASK = "attention_mask"
 _VERSION = 2
 # Of the mean: what a channel counts that the samples never excite.
 _LEAST_IMPORTANCE = 1e-3
-# Of sums of products that are kept at a time.
-_MOST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -183,42 +178,6 @@ class Calibration:
             raise InputError(msg) from error
 
 
-class Statistics:
-    """A calibration, by weights, of which those that share a blob count as one."""
-
-    def __init__(self, calibration: Calibration, package: Package) -> None:
-        by_weight: dict[str, list[LayerMoments]] = {}
-        for each in calibration.layers:
-            by_weight.setdefault(each.weight, []).append(each)
-        self._layers: dict[str, list[LayerMoments]] = {}
-        twins: dict[Any, list[LayerMoments]] = {}
-        for site in sites(package):
-            decoder = Decoder(site.graph, package)
-            for weight in weights(site.prefix, site.graph):
-                places = blob_places(decoder.stored_values(weight.node))
-                key = (places, weight.shape) if places else weight.name
-                shared = twins.setdefault(key, [])
-                shared.extend(by_weight.get(weight.name, ()))
-                self._layers[weight.name] = shared
-
-    def layers_of(self, weight: Weight) -> list[str]:
-        """Return the layers that a weight's blob is used in."""
-        return [each.layer for each in self._layers[weight.name]]
-
-    def knows(self, weight: Weight) -> bool:
-        """Whether there are moments of what a weight is multiplied by."""
-        return bool(self._layers[weight.name])
-
-    def importance(self, weight: Weight) -> NDArray[np.float32] | None:
-        """Return what `importance` does for all layers that a weight's blob is used in."""
-        return importance(self._layers[weight.name], weight.shape)
-
-    def correct(self, weight: Weight, error: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
-        """Return, by layer, what an error of the weight takes from its outputs on average."""
-        found = {each.layer: each.mean_error(error) for each in self._layers[weight.name]}
-        return {layer: mean for layer, mean in found.items() if mean is not None}
-
-
 def calibrate(
     source: str | os.PathLike[str] | Package,
     data: Data | Calibration,
@@ -272,7 +231,7 @@ def calibrate(
     package = source if isinstance(source, Package) else Package(source)
     if isinstance(data, Calibration):
         return _checked(data, package)
-    jobs = list(_jobs(package, data, load))
+    jobs = list(jobs_of(package, data, load))
     names = {feature.name for program, _, _ in jobs for feature in program.inputs}
     if mask is not None and mask not in names:
         msg = f"mask must be one of the inputs {', '.join(sorted(names))}, got {mask!r}"
@@ -306,116 +265,6 @@ def calibrate(
     return made
 
 
-class SecondMoments:
-    """Sums of products of the inputs of layers, computed when they are asked for.
-
-    They take the square of a layer's inputs, so that only those of some layers are kept, one after
-    the other in the order of the graph; for each such part, the samples are run once.
-
-    Parameters
-    ----------
-    package
-        The package, as it is before its weights change.
-    data, mask, progress
-        As of `calibrate`.
-    """
-
-    def __init__(
-        self,
-        package: Package,
-        data: Data,
-        *,
-        mask: str | None = None,
-        progress: Progress | None = None,
-    ) -> None:
-        from milpress.interpreter import load
-
-        self._jobs = list(_jobs(package, data, load))
-        names = {feature.name for program, _, _ in self._jobs for feature in program.inputs}
-        self._mask = DEFAULT_MASK if mask is None and DEFAULT_MASK in names else mask
-        self._progress = progress or (lambda *_: None)
-        self._lock = threading.Lock()
-        self._parts: list[list[str]] = []
-        self._part_of: dict[str, int] = {}
-        self._at_hand: tuple[int, dict[str, Any]] = (-1, {})
-        size = _MOST_BYTES
-        for program, _, prefixes in self._jobs:
-            for layer in program.layers:
-                name = prefixes[layer.prefix] + layer.name
-                n_bytes = 4 * layer.groups * math.prod(layer.shape[1:]) ** 2
-                if not layer.takes_feedback or name in self._part_of:
-                    continue
-                if size + n_bytes > _MOST_BYTES:
-                    self._parts.append([])
-                    size = 0
-                size += n_bytes
-                self._part_of[name] = len(self._parts) - 1
-                self._parts[-1].append(name)
-
-    def of(self, layers: Sequence[str], shape: tuple[int, ...]) -> NDArray[np.float32] | None:
-        """Return the sums over all layers that use a weight of a shape.
-
-        They are of the shape ``(groups, n, n)``, where ``n`` is the size of an output channel;
-        ``None`` if errors of the weight can't be fed back.
-        """
-        if not layers or any(layer not in self._part_of for layer in layers):
-            return None
-        found = [self._sums(layer) for layer in layers]
-        if any(one is None or one.shape != found[0].shape for one in found):
-            return None
-        if len(found[0][0]) != math.prod(shape[1:]):
-            return None
-        return np.asarray(sum(found[1:], found[0]), np.float32)
-
-    def _sums(self, layer: str) -> Any:
-        part = self._part_of[layer]
-        with self._lock:
-            if self._at_hand[0] != part:
-                self._at_hand = (-1, {})
-                self._at_hand = part, self._computed(set(self._parts[part]))
-            return self._at_hand[1].get(layer)
-
-    def _computed(self, wanted: set[str]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for program, samples, prefixes in self._jobs:
-            layers = {
-                prefixes[layer.prefix] + layer.name: layer
-                for layer in program.layers
-                if prefixes[layer.prefix] + layer.name in wanted
-            }
-            sums: dict[Any, Any] = {}
-            for layer in layers.values():
-                sums.setdefault((layer.input, layer.key), (layer, layer.new_products()))
-            for sample in samples:
-                _add_products(program, sample, self._mask, sums)
-            for name, layer in layers.items():
-                products = sums[layer.input, layer.key][1]
-                if products.n_rows:
-                    found[name] = products.sums()
-        return found
-
-
-def _add_products(
-    program: Program, sample: dict[str, Any], mask_name: str | None, sums: dict[Any, Any]
-) -> None:
-    """Run one sample, and add the products of what layers are given."""
-    import torch
-
-    mask = None
-    if mask_name is not None and sample.get(mask_name) is not None:
-        mask = torch.from_numpy(np.asarray(sample[mask_name]) != 0)
-    by_input: dict[str, list[Any]] = {}
-    for (name, _), pair in sums.items():
-        by_input.setdefault(name, []).append(pair)
-
-    def observe(name: str, value: Any) -> None:
-        for layer, products in by_input[name]:
-            layer.add_products(value, mask, products)
-
-    state = program.make_state() if program.is_stateful else None
-    program.run(sample, taps=by_input, observe=observe, state=state)
-
-
 def _checked(calibration: Calibration, package: Package) -> Calibration:
     if calibration.package != package_digest(package):
         msg = f"a calibration must be of the package {package.path} itself, got that of another"
@@ -434,7 +283,7 @@ def package_digest(package: Package) -> str:
     return digest.hexdigest()
 
 
-def _jobs(
+def jobs_of(
     package: Package, data: Data, load: Callable[..., Program]
 ) -> Iterator[tuple[Program, Samples, dict[str, str]]]:
     """Yield each function that the samples suit, with the prefix of its weights for each model's.
@@ -525,15 +374,16 @@ class _Sums:
 
 
 def importance(
-    moments: Iterable[LayerMoments], shape: tuple[int, ...]
+    moments: Iterable[LayerMoments], shape: tuple[int, ...], *, evenly: float = 0.0
 ) -> NDArray[np.float32] | None:
     """Return what the squared error of each element of a weight counts, 1 on average.
 
     It is the sum of the second moments over all layers that use the weight: to first order, what
-    the error of the element adds to the squared error of their outputs. A channel that the samples
-    never excite keeps a thousandth. ``None`` if nothing is known.
+    the error of the element adds to the squared error of their outputs; and of ``evenly``, what an
+    error adds wherever it is. A channel that the samples never excite keeps a thousandth. ``None``
+    if no layer is known.
     """
-    total = np.zeros(shape)
+    total = np.full(shape, evenly, np.float64)
     n = 0
     for each in moments:
         total += each.second_for(shape)
@@ -541,7 +391,8 @@ def importance(
     mean = total.mean() if n else 0.0
     if not n or not np.isfinite(mean) or mean == 0:
         return None
-    return np.asarray(np.maximum(total / mean, _LEAST_IMPORTANCE), np.float32)
+    total /= mean
+    return np.asarray(np.maximum(total, _LEAST_IMPORTANCE, out=total), np.float32)
 
 
 def _expanded(blocks: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.float64]:

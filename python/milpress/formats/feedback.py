@@ -8,16 +8,18 @@ and Alistarh 2023, arXiv 2301.00774).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from milpress import _core
-from milpress.errors import ConfigError, UnsupportedError
+from milpress.errors import ConfigError
+from milpress.formats._factor import Factor, FeedbackConfig, factor_bytes, factorize
 from milpress.formats._layout import Floats, frozen
 from milpress.formats.joint import Compressed, Masked, Treatment, masked
 from milpress.formats.palette import KMeans, Palette, PalettizeConfig, Uniform
@@ -25,139 +27,49 @@ from milpress.formats.palette import palettize as palettize_nearest
 from milpress.formats.quantized import Blocks, PerBlock, PerTensor, QuantizeConfig, Quantized
 from milpress.formats.sparse import PruneConfig, Sparse, sparsify
 
+__all__ = [
+    "Factor",
+    "Factors",
+    "FeedbackConfig",
+    "compress",
+    "factor_bytes",
+    "factorize",
+    "fits",
+    "palettize",
+    "power_of_inputs",
+    "prune",
+    "quantize",
+    "suits",
+]
+
 _F32: TypeAlias = NDArray[np.float32]
+# One of all columns, or one for each block of them, in their order: errors stay within blocks.
+Factors: TypeAlias = Factor | Sequence[Factor]
 _Rounded: TypeAlias = tuple[_F32, NDArray[np.uint8], _F32, NDArray[np.uint8]]
-_SMALL = 64  # columns whose triangular factor is inverted directly
-_DAMPENINGS = 6  # tries, each with ten times the last one's
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FeedbackConfig:
-    """How errors are fed back.
-
-    Parameters
-    ----------
-    dampening
-        What is added to the diagonal of the second moments, relative to its mean: the more, the
-        less is fed back.
-    activation_order
-        Whether columns are rounded in the order of their inputs' power, the greatest first, instead
-        of that in which they stand.
-    panel_size
-        Columns that are rounded before the columns beyond them are updated, all at once.
-    """
-
-    dampening: float = 0.01
-    activation_order: bool = False
-    panel_size: int = 128
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.dampening < math.inf:
-            msg = f"dampening must be finite and not negative, got {self.dampening}"
-            raise ConfigError(msg)
-        if self.panel_size < 1:
-            msg = f"panel_size must be at least 1, got {self.panel_size}"
-            raise ConfigError(msg)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Factor:
-    """What is known of a layer's inputs, as the kernels take it.
-
-    Parameters
-    ----------
-    upper
-        float32 of shape ``(n_groups, n, n)``: the upper Cholesky factor of the inverse of the
-        second moments, for each group of a grouped convolution.
-    power
-        float32 of shape ``(n_groups, n)``: the diagonal of the second moments.
-    order
-        Of shape ``(n_groups, n)``: the columns of the weight in the order of the factor's; ``None``
-        for that in which they stand.
-    dampening
-        What it took, relative to the mean of the diagonal.
-    """
-
-    upper: _F32
-    power: _F32
-    order: NDArray[np.intp] | None
-    dampening: float
-
-
-def factorize(moments: NDArray[np.floating[Any]], config: FeedbackConfig) -> Factor:
-    """Prepare the second moments of a layer's inputs.
-
-    Parameters
-    ----------
-    moments
-        Of shape ``(n_groups, n, n)``: sums of products of inputs, for each group of a grouped
-        convolution, one group otherwise; in the order of the weight's elements after its first
-        axis.
-    config
-        How errors are fed back.
-
-    Raises
-    ------
-    UnsupportedError
-        If the moments are not finite.
-    """
-    if not np.isfinite(moments).all():
-        msg = "the inputs of the layer must be finite, got other values"
-        raise UnsupportedError(msg)
-    power = np.ascontiguousarray(np.diagonal(moments, axis1=1, axis2=2), np.float32)
-    order = None
-    if config.activation_order:
-        order = np.argsort(-power, axis=1, kind="stable")
-        moments = np.take_along_axis(moments, order[:, :, None], 1)
-        moments = np.take_along_axis(moments, order[:, None, :], 2)
-    mean = np.diagonal(moments, axis1=1, axis2=2).mean(axis=1, dtype=np.float64)
-    # Inputs that are always zero leave nothing to feed back.
-    unit = np.where(mean > 0, mean, 1)[:, None]
-    dampening = config.dampening
-    for _ in range(_DAMPENINGS):
-        # Upside down, a lower factor is an upper one.
-        reverse = np.array(moments[:, ::-1, ::-1], np.float64)
-        diagonal = np.einsum("gii->gi", reverse)
-        diagonal += np.where(mean > 0, dampening, 1)[:, None] * unit
-        try:
-            lower = np.linalg.cholesky(reverse)
-            break
-        except np.linalg.LinAlgError:
-            dampening = max(10 * dampening, 1e-4)
-    else:
-        msg = f"the inputs of the layer depend on each other too much, got dampening {dampening}"
-        raise UnsupportedError(msg)
-    del reverse
-    upper = _inverse_of_upper(np.ascontiguousarray(lower[:, ::-1, ::-1]))
-    return Factor(
-        upper=np.ascontiguousarray(upper, np.float32),
-        power=power,
-        order=order,
-        dampening=dampening,
-    )
-
-
-def _inverse_of_upper(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
-    n = matrix.shape[1]
-    if n <= _SMALL:
-        return np.triu(np.linalg.inv(matrix))
-    half = n // 2
-    inverse = np.zeros_like(matrix)
-    first, last = matrix[:, :half, :half], matrix[:, half:, half:]
-    inverse[:, :half, :half] = _inverse_of_upper(first)
-    inverse[:, half:, half:] = _inverse_of_upper(last)
-    across = inverse[:, :half, :half] @ matrix[:, :half, half:]
-    inverse[:, :half, half:] = -(across @ inverse[:, half:, half:])
-    return inverse
-
-
-def power_of_inputs(factor: Factor, shape: tuple[int, ...]) -> _F32:
+def power_of_inputs(factor: Factors, shape: tuple[int, ...]) -> _F32:
     """Return what an error of each element of a weight counts, if it is not fed back."""
-    n_groups = len(factor.power)
-    rows = np.repeat(factor.power, shape[0] // n_groups, axis=0)
+    power = np.concatenate([part.power for part in _parts(factor)], axis=1)
+    rows = np.repeat(power, shape[0] // len(power), axis=0)
     greatest = float(rows.max())
     rows = rows / greatest if greatest > 0 else np.ones_like(rows)
     return np.ascontiguousarray(rows.reshape(shape), np.float32)
+
+
+def fits(factor: Factors, treatment: Treatment) -> bool:
+    """Whether no n:m run of a treatment crosses the blocks of columns of factors."""
+    runs = treatment.n_m if isinstance(treatment, PruneConfig) else None
+    return runs is None or all(begin % runs[1] == 0 for begin in _begins(factor))
+
+
+def _parts(factor: Factors) -> tuple[Factor, ...]:
+    return (factor,) if isinstance(factor, Factor) else tuple(factor)
+
+
+def _begins(factor: Factors) -> list[int]:
+    widths = [part.power.shape[1] for part in _parts(factor)]
+    return [0, *accumulate(widths[:-1])]
 
 
 def suits(weight: Any, treatment: Treatment) -> bool:
@@ -181,7 +93,7 @@ def suits(weight: Any, treatment: Treatment) -> bool:
 def compress(
     weight: Floats | Sparse,
     treatment: Treatment,
-    factor: Factor,
+    factor: Factors,
     config: FeedbackConfig | None = None,
     *,
     importance: Any = None,
@@ -195,7 +107,8 @@ def compress(
     treatment
         What to do.
     factor, config
-        What is known of the inputs, and how errors are fed back.
+        What is known of the inputs, all together or in blocks of columns, and how errors are fed
+        back.
     importance
         Weight of each element in the squared error that tables make least; ``None`` takes the power
         of the inputs.
@@ -215,7 +128,7 @@ def compress(
 def quantize(
     weight: Floats,
     treatment: QuantizeConfig,
-    factor: Factor,
+    factor: Factors,
     config: FeedbackConfig | None = None,
     *,
     pruning: PruneConfig | None = None,
@@ -253,7 +166,7 @@ def quantize(
         If the granularity is another one, or a block does not divide the input channels.
     """
     bits = treatment.bits if bits is None else bits
-    grid = _Linear(weight, treatment, bits, len(factor.power), representable)
+    grid = _Linear(weight, treatment, bits, len(_parts(factor)[0].power), representable)
     codes, mask, _ = _feed_back(weight, grid, factor, config, pruning, kept)
     middle = 2 ** (bits - 1)
     scale, offset = grid.found()
@@ -273,7 +186,7 @@ def quantize(
 def palettize(
     weight: Floats,
     tables: Palette,
-    factor: Factor,
+    factor: Factors,
     config: FeedbackConfig | None = None,
     *,
     scale: Floats | None = None,
@@ -298,7 +211,7 @@ def palettize(
     kept
         Of the weight's shape: elements that are not zero already; ``None`` for all.
     """
-    grid = _Tables(weight.shape, tables, len(factor.power))
+    grid = _Tables(weight.shape, tables, len(_parts(factor)[0].power))
     scaled = weight
     if scale is not None:
         scaled = np.divide(weight, scale, dtype=np.float32)
@@ -310,7 +223,7 @@ def palettize(
 def prune(
     weight: Floats,
     pruning: PruneConfig,
-    factor: Factor,
+    factor: Factors,
     config: FeedbackConfig | None = None,
     *,
     kept: NDArray[np.bool_] | None = None,
@@ -503,7 +416,7 @@ class _Tables:
 def _feed_back(
     weight: Floats,
     grid: _Grid | None,
-    factor: Factor,
+    factor: Factors,
     config: FeedbackConfig | None,
     pruning: PruneConfig | None,
     kept: NDArray[np.bool_] | None,
@@ -514,7 +427,9 @@ def _feed_back(
     if pruning is not None and pruning.n_m is not None:
         n_m = pruning.n_m
         panel_size = -(-panel_size // n_m[1]) * n_m[1]
-    n_groups = len(factor.power)
+    begins = _begins(factor)
+    parts = _parts(factor)
+    n_groups = len(parts[0].power)
     shape = weight.shape
     # A copy of its own, which is rounded in place.
     matrices = np.array(weight, np.float32).reshape(n_groups, shape[0] // n_groups, -1)
@@ -524,19 +439,29 @@ def _feed_back(
     if kept is not None:
         mask = np.array(kept, np.uint8).reshape(matrices.shape)
     n_cols = matrices.shape[2]
-    for g, (rows, upper) in enumerate(zip(matrices, factor.upper, strict=True)):
-        order = None if factor.order is None else factor.order[g]
+    for g, rows in enumerate(matrices):
+        order = None
+        if parts[0].order is not None:
+            orders = (
+                part.order[g] + begin
+                for part, begin in zip(parts, begins, strict=True)
+                if part.order is not None
+            )
+            order = np.concatenate(list(orders))
         stride = n_cols if grid is None else grid.prepare(g, rows, order)
         rows = rows if order is None else np.ascontiguousarray(rows[:, order])
         zeros = None if not is_masked else mask[g] if order is None else mask[g][:, order]
         found = np.zeros(rows.shape, np.uint8)
-        for begin, end in pairwise(_edges(n_cols, panel_size, stride)):
+        for begin, end in pairwise(_edges(n_cols, panel_size, stride, begins)):
+            i = bisect_right(begins, begin) - 1
+            upper = parts[i].upper[g, begin - begins[i] :, :]
+            upper, last = upper[: end - begin], begins[i] + upper.shape[1]
             pending = rows[:, begin:]
             panel = _Panel(
                 begin,
                 end,
                 np.ascontiguousarray(rows[:, begin:end]),
-                np.ascontiguousarray(upper[begin:end, begin:end]),
+                np.ascontiguousarray(upper[:, begin - begins[i] : end - begins[i]]),
                 pending,
             )
             part = None
@@ -553,8 +478,8 @@ def _feed_back(
                 found[:, begin:end] = made
             if zeros is not None:
                 zeros[:, begin:end] = left
-            if end < n_cols:
-                rows[:, end:] -= errors @ upper[begin:end, end:]
+            if end < last:
+                rows[:, end:last] -= errors @ upper[:, end - begins[i] :]
         where = slice(None) if order is None else order
         matrices[g][:, where] = rows
         codes[g][:, where] = found
@@ -564,9 +489,9 @@ def _feed_back(
     return codes.reshape(shape), left_over, matrices.reshape(shape)
 
 
-def _edges(n_cols: int, panel_size: int, stride: int) -> list[int]:
+def _edges(n_cols: int, panel_size: int, stride: int, begins: Sequence[int]) -> list[int]:
     """Return where panels begin and end: none is larger than asked for, nor crosses a stride."""
-    return sorted({*range(0, n_cols, panel_size), *range(0, n_cols, stride), n_cols})
+    return sorted({*range(0, n_cols, panel_size), *range(0, n_cols, stride), *begins, n_cols})
 
 
 def _without_least(panel: _Panel, kept: NDArray[np.uint8], sparsity: float) -> NDArray[np.uint8]:

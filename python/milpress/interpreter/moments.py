@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from milpress.interpreter.constants import Weight
 from milpress.interpreter.graph import Function, Step, operand_name
 from milpress.interpreter.ops.convolution import transposed_pairs, window_extents, window_pairs
-from milpress.interpreter.products import Products, windows
+from milpress.interpreter.products import BlockProducts, windows
 
 # Of each op that multiplies one of its parameters by another: which by which. What the weights of
 # recurrent layers are multiplied by is shown by these themselves.
@@ -116,17 +116,17 @@ class Layer:
         """Whether errors can be fed back to later columns of the weight."""
         return self.kind in ("linear", "conv", *_RECURRENT)
 
-    def new_products(self) -> Products | None:
+    def new_products(self, edges: Sequence[int]) -> BlockProducts:
         """Return what `add_products` adds to.
 
-        ``None`` for what is no linear layer or convolution, whose weight has the output channels
-        first: errors are not fed back there.
+        Parameters
+        ----------
+        edges
+            Where blocks of columns begin and end, of which products are added up.
         """
-        if not self.takes_feedback:
-            return None
-        return Products(self.groups, int(np.prod(self.shape[1:], dtype=np.int64)))
+        return BlockProducts(self.groups, edges)
 
-    def add_products(self, x: Tensor, mask: Tensor | None, products: Products) -> None:
+    def add_products(self, x: Tensor, mask: Tensor | None, products: BlockProducts) -> None:
         """Add the products of pairs of the values that elements of the weight are multiplied by.
 
         Parameters

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -54,6 +55,37 @@ class Products:
         stripe = max(_STRIPE, -(-n // _N_STRIPES))
         for begin in range(0, n, stripe):
             yield begin, min(begin + stripe, n)
+
+
+class BlockProducts:
+    """Sums of products of pairs of columns that are in the same block.
+
+    Parameters
+    ----------
+    n_groups
+        As of `Products`.
+    edges
+        Where blocks of columns begin and end: 0 first, the number of columns last.
+    """
+
+    def __init__(self, n_groups: int, edges: Sequence[int]) -> None:
+        self._blocks = [
+            (slice(begin, end), Products(n_groups, end - begin)) for begin, end in pairwise(edges)
+        ]
+
+    @property
+    def n_rows(self) -> int:
+        """How many rows were added."""
+        return self._blocks[0][1].n_rows
+
+    def add(self, rows: Tensor) -> None:
+        """Add the products of rows."""
+        for columns, products in self._blocks:
+            products.add(rows[:, :, columns])
+
+    def sums(self) -> tuple[NDArray[np.float32], ...]:
+        """Return the sums of each block, of the shape ``(n_groups, n, n)``."""
+        return tuple(products.sums() for _, products in self._blocks)
 
 
 def windows(
