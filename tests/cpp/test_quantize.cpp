@@ -474,6 +474,81 @@ TEST_CASE_TEMPLATE("a searched row of zeros has scale 1, one that is not finite 
   }
 }
 
+template <typename T, typename Code>
+Result<T, Code> run_weighted(const std::vector<T>& weights, const std::vector<float>& importance,
+                             std::size_t n_rows, CodeRange range, bool fit) {
+  const std::size_t n_cols = weights.size() / n_rows;
+  Result<T, Code> result{std::vector<T>(n_rows), std::vector<Code>(fit ? n_rows : 0),
+                         std::vector<Code>(weights.size()), std::vector<T>(weights.size())};
+  quantize_mse_weighted<T, Code>({weights.data(), n_rows, n_cols},
+                                 {importance.data(), n_rows, n_cols}, range, result.scales,
+                                 result.offsets, {result.codes.data(), n_rows, n_cols});
+  dequantize<T, Code>({result.codes.data(), n_rows, n_cols}, result.scales, result.offsets,
+                      {result.decoded.data(), n_rows, n_cols});
+  return result;
+}
+
+template <typename T>
+void check_weighted(std::size_t n_rows, std::size_t n_cols, CodeRange range, bool fit) {
+  CAPTURE(n_cols);
+  CAPTURE(fit);
+  std::mt19937 random(static_cast<unsigned>(n_cols));
+  std::normal_distribution<float> normal(fit ? 0.5F : 0.0F, 1.0F);
+  std::vector<T> weights(n_rows * n_cols);
+  std::generate(weights.begin(), weights.end(), [&] { return from_float<T>(normal(random)); });
+  std::vector<float> importance(weights.size());
+  std::generate(importance.begin(), importance.end(), [&] {
+    return static_cast<float>(random() % 4) * static_cast<float>(random() % 2);
+  });
+  // Both ends of a row decide which ranges are tried. Other weights without importance don't count.
+  std::vector<T> others = weights;
+  for (std::size_t i = 0; i < others.size(); ++i) {
+    if (i % n_cols < 2) {
+      weights[i] = others[i] = from_float<T>(i % n_cols == 0 ? 6.0F : -5.0F);
+    } else if (importance[i] == 0) {
+      others[i] = from_float<T>(4 * std::sin(static_cast<float>(i)));
+    }
+  }
+  const auto result = run_weighted<T, std::int8_t>(weights, importance, n_rows, range, fit);
+  const auto same = run_weighted<T, std::int8_t>(others, importance, n_rows, range, fit);
+  CHECK(result.scales == same.scales);
+  CHECK(result.offsets == same.offsets);
+
+  std::vector<float> scaled = importance;
+  std::for_each(scaled.begin(), scaled.end(), [](float& share) { share *= 0x1p-30F; });
+  CHECK(run_weighted<T, std::int8_t>(weights, scaled, n_rows, range, fit).codes == result.codes);
+  const auto even = run_weighted<T, std::int8_t>(weights, std::vector<float>(weights.size(), 1.0F),
+                                                 n_rows, range, fit);
+  const auto searched = run<T, std::int8_t>(weights, n_rows, range, fit, Range::kSearched);
+  CHECK(even.scales == searched.scales);
+  CHECK(even.offsets == searched.offsets);
+  CHECK(even.codes == searched.codes);
+
+  const auto error = [&](const Result<T, std::int8_t>& of, std::size_t row) {
+    double sum = 0;
+    for (std::size_t i = row * n_cols; i < (row + 1) * n_cols; ++i) {
+      const double difference = double{to_float(weights[i])} - to_float(of.decoded[i]);
+      sum += importance[i] * difference * difference;
+    }
+    return sum;
+  };
+  const auto plain = run<T, std::int8_t>(weights, n_rows, range, fit);
+  for (std::size_t row = 0; row < n_rows; ++row) {
+    const double slack = 1 + static_cast<double>(n_cols) * 0x1p-53;
+    CHECK(error(result, row) <= error(plain, row) * slack);
+  }
+}
+
+TEST_CASE_TEMPLATE("a searched range is that of the weights with importance, by their shares", T,
+                   Half, float) {
+  for (const bool fit : {false, true}) {
+    check_weighted<T>(40, 33, {-8, 7}, fit);
+    check_weighted<T>(4, 2049, {-8, 7}, fit);
+    check_weighted<T>(2, 4500, {-7, 7}, fit);
+    check_weighted<T>(1, 140'000, {-8, 7}, fit);
+  }
+}
+
 TEST_CASE("a searched range is the same on one thread and on two, giant rows included") {
   for (const std::size_t n_rows : {1U, 3U, 6000U}) {
     std::vector<Half> weights(600'000);
