@@ -441,6 +441,21 @@ TEST_CASE("the greatest magnitude takes the lowest code, whatever its sign") {
   }
 }
 
+TEST_CASE_TEMPLATE("a searched row of one value comes back but for two roundings", T, Half, float) {
+  const double place = sizeof(T) == 2 ? 0x1p-11 : 0x1p-24;  // half a last place
+  for (const float value : {0.1F, -0.1F, 3.3F, 60000.0F, -60000.0F}) {
+    CAPTURE(value);
+    for (const CodeRange range : {CodeRange{-8, 7}, CodeRange{-7, 7}, CodeRange{-2, 1}}) {
+      const std::vector<T> weights(33, from_float<T>(value));
+      const auto result = run<T, std::int8_t>(weights, 1, range, false, Range::kSearched);
+      // Least squares gives the value over its code, rounded, and decoding rounds the product.
+      const double weight = to_float(weights[0]);
+      CHECK(std::abs(to_float(result.decoded[0]) - weight) <=
+            2 * (1 + place) * place * std::abs(weight));
+    }
+  }
+}
+
 TEST_CASE("one outlier among many weights is clipped") {
   std::vector<float> weights(1000);
   for (std::size_t i = 0; i < weights.size(); ++i) {
@@ -611,7 +626,7 @@ TEST_CASE_TEMPLATE("a row of zeros has scale 1, the offset nearest to 0, and dec
 
 TEST_CASE_TEMPLATE("a row of one value with an offset takes the whole range, from zero to it", T,
                    Half, float) {
-  const double places = sizeof(T) == 2 ? 0x1p-11 : 0x1p-24;  // half a last place
+  const double place = sizeof(T) == 2 ? 0x1p-11 : 0x1p-24;  // half a last place
   for (const Range of_row : {Range::kWhole, Range::kSearched}) {
     for (const float value : {0.1F, -0.1F, 1.0F, -1.0F, 31.875F, -31.875F, 60000.0F, -60000.0F}) {
       CAPTURE(value);
@@ -625,7 +640,7 @@ TEST_CASE_TEMPLATE("a row of one value with an offset takes the whole range, fro
         // The scale is rounded, and so is the product.
         const double weight = to_float(weights[0]);
         CHECK(std::abs(to_float(result.decoded[0]) - weight) <=
-              2 * (1 + places) * places * std::abs(weight));
+              2 * (1 + place) * place * std::abs(weight));
         if (std::abs(value) == 31.875F) {  // 255 eighths, or 15 times 17 of them
           CHECK(result.decoded == weights);
         }
