@@ -355,6 +355,40 @@ TEST_CASE("a mean is rounded to half once, not by way of float") {
   CHECK(fitted(weights, {1 + 0x1p-20F, 1}, 1) == std::vector<float>{1});
 }
 
+TEST_CASE_TEMPLATE("importance adds up exactly beyond 2^24, where floats leave integers out", T,
+                   Half, float) {
+  // One more of the second value than of the first moves the mean off the tie between them, which
+  // goes to the first.
+  const float next = 1 + (sizeof(T) == 2 ? 0x1p-10F : 0x1p-23F);
+  for (const std::size_t n : {3U, 1000U, 1U << 20}) {  // sorted, by bins, and in pieces
+    CAPTURE(n);
+    std::vector<T> weights(n);
+    std::vector<float> importance(n);
+    weights[0] = from_float<T>(1);
+    weights[1] = from_float<T>(next);
+    weights[2] = from_float<T>(next);
+    importance[0] = 0x1p24F;
+    importance[1] = 0x1p24F;
+    CHECK(fitted(weights, importance, 1) == std::vector<float>{1});
+    importance[2] = 1;
+    CHECK(fitted(weights, importance, 1) == std::vector<float>{next});
+  }
+}
+
+TEST_CASE("halves are counted exactly beyond 2^24") {
+  // The mean of so many ones and eight of 1026 is the tie between 1 and 1 + 2^-10; of one less, it
+  // is above.
+  constexpr std::size_t kOnes = 2048 * 8200 - 8;
+  static_assert(kOnes > std::size_t{1} << 24);
+  std::vector<Half> weights(kOnes, to_half(1));
+  weights.insert(weights.end(), 8, to_half(1026));
+  CHECK(value_counts(weights).weights == std::vector<double>{kOnes, 8});
+  CHECK(fitted(weights, {}, 1) == std::vector<float>{1});
+  weights.erase(weights.begin());
+  CHECK(value_counts(weights).weights == std::vector<double>{kOnes - 1, 8});
+  CHECK(fitted(weights, {}, 1) == std::vector<float>{1 + 0x1p-10F});
+}
+
 TEST_CASE("kmeans1d refuses shapes that don't fit and importance that isn't one") {
   const std::vector<float> weights = {1, 2, 3, 4};
   std::vector<float> luts(4);

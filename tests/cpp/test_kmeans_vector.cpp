@@ -245,6 +245,19 @@ TEST_CASE("importance pulls entries, and its unit doesn't matter") {
   CHECK(run(normal, 1, 16, 2, std::vector<float>(2000)) == run(normal, 1, 16, 2));
 }
 
+TEST_CASE("importance adds up exactly beyond 2^24, where floats leave integers out") {
+  constexpr std::size_t kOnes = 65'536;
+  std::vector<float> weights{1, -1};
+  for (std::size_t i = 0; i < kOnes; ++i) {
+    weights.insert(weights.end(), {2, -3});
+  }
+  std::vector<float> importance(kOnes + 1, 1.0F);
+  importance[0] = 256 * static_cast<float>(kOnes);
+  const auto result = run(weights, 1, 1, 2, importance);
+  CHECK(result.luts ==
+        std::vector<float>{static_cast<float>(258.0 / 257), static_cast<float>(-259.0 / 257)});
+}
+
 TEST_CASE("the magnitude of the weights doesn't matter") {
   std::vector<float> weights = normal_weights<float>(6000, 0.25F);
   std::for_each(weights.begin(), weights.end(),

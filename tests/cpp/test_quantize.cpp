@@ -1,6 +1,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <random>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "core/half.h"
+#include "core/order.h"
 #include "core/parallel.h"
 #include "kernels/fidelity.h"
 #include "kernels/quantize.h"
@@ -204,10 +206,10 @@ Naive<T> naive_codes(std::span<const T> row, CodeRange range, bool fit) {
   for (const T weight : row) {
     const float code = std::nearbyint(round(to_float(weight) / scale)) + offset;
     result.codes.push_back(std::clamp(code, code_min, code_max));
-    const double decoded = round(scale * (result.codes.back() - offset));
-    result.sound =
-        result.sound && std::isfinite(decoded) &&
-        std::abs(to_float(weight) - decoded) <= bound_of<T>(to_float(weight), decoded, scale);
+    const float decoded = round(scale * (result.codes.back() - offset));
+    result.sound = result.sound && std::isfinite(decoded) &&
+                   std::abs(to_float(weight) - decoded) <=
+                       half_step_bound<T>(to_float(weight), decoded, scale);
   }
   return result;
 }
@@ -251,6 +253,95 @@ TEST_CASE("scales, offsets and codes are those of coremltools wherever its own a
     check_naive<float, std::int8_t>({-127, 127}, fit);
     check_naive<float, std::uint8_t>(fit ? CodeRange{0, 15} : CodeRange{0, 14}, fit);
   }
+}
+
+// Where coremltools' arithmetic is not sound: the first of a few scales that restores both ends of
+// the range. First the one nearest to an equal share of the range, and its neighbours.
+template <typename T>
+struct Fallback {
+  std::size_t place;  // among the scales tried
+  float scale;
+  float offset;
+};
+
+template <typename T>
+float beside(T scale, int distance) {
+  return to_float(value_at(static_cast<decltype(order_key(scale))>(order_key(scale) + distance)));
+}
+
+template <typename T>
+bool restores(float weight, float scale, float offset, CodeRange range) {
+  const float code =
+      std::clamp(std::nearbyint(weight / scale) + offset, static_cast<float>(range.code_min),
+                 static_cast<float>(range.code_max));
+  const float decoded = round_to<T>(scale * (code - offset));
+  return std::isfinite(decoded) &&
+         std::abs(weight - decoded) <= half_step_bound<T>(weight, decoded, scale);
+}
+
+template <typename T>
+Fallback<T> fallback(float low, float high, CodeRange range, bool fit) {
+  const double share = (double{high} - low) / (range.code_max - range.code_min);
+  const T nearest = from_float<T>(static_cast<float>(share));
+  // With one step less, the greater end lies half a step beyond the outermost code.
+  const float greatest = std::max(high, -low);
+  const float n_steps = std::max(1.0F, std::nearbyint(greatest / to_float(nearest)));
+  const T wider = from_float<T>(greatest / (n_steps - 0.5F));
+  const std::vector<float> scales{to_float(nearest), beside(nearest, -1), beside(nearest, 1),
+                                  to_float(wider),   beside(wider, 1),    beside(wider, 2)};
+  for (std::size_t place = 0; place < scales.size(); ++place) {
+    const float scale = scales[place];
+    const auto code_min = static_cast<float>(range.code_min);
+    const auto code_max = static_cast<float>(range.code_max);
+    const float offset =
+        fit ? std::clamp(std::nearbyint(code_min - low / scale), code_min, code_max)
+            : std::trunc((code_min + code_max) / 2);
+    if (scale > 0 && std::isfinite(scale) && restores<T>(low, scale, offset, range) &&
+        restores<T>(high, scale, offset, range)) {
+      return {place, scale, offset};
+    }
+  }
+  return {scales.size(), 0, 0};
+}
+
+TEST_CASE_TEMPLATE("where coremltools' scale is not sound, the first sound one nearby is taken", T,
+                   Half, float) {
+  constexpr float kMax = sizeof(T) == 2 ? 65504.0F : std::numeric_limits<float>::max();
+  constexpr float kMin = sizeof(T) == 2 ? 0x1p-24F : 0x1p-149F;
+  std::mt19937 random(11);
+  std::uniform_real_distribution<float> unit(0.0F, 1.0F);
+  std::array<std::size_t, 7> n_at{};  // rows by the place of their scale
+  std::size_t n_different = 0;
+  for (int round = 0; round < 100'000; ++round) {
+    const bool fit = random() % 2 == 0;
+    const int code_max = 1 + static_cast<int>(random() % 127);
+    const CodeRange range{-code_max - static_cast<int>(random() % 2), code_max};
+    // Next to the largest number, or a few of the smallest.
+    float high = round % 2 == 0 ? kMax * (1 - unit(random) / 50 * static_cast<float>(random() % 2))
+                                : kMin * static_cast<float>(1 + random() % 3000);
+    float low = fit ? -high * unit(random) : -high;
+    if (random() % 2 == 0) {
+      std::swap(low, high);
+      low = -low;
+      high = -high;
+    }
+    const std::vector<T> row{from_float<T>(low), from_float<T>(high)};
+    low = to_float(row[0]);
+    high = to_float(row[1]);
+    if (low == high || naive_codes<T>(row, range, fit).sound) {
+      continue;
+    }
+    const Fallback<T> expected = fallback<T>(low, high, range, fit);
+    const auto result = run<T, std::int8_t>(row, 1, range, fit);
+    ++n_at[expected.place];
+    n_different += to_float(result.scales[0]) != expected.scale ? 1U : 0U;
+    n_different += fit && result.offsets[0] != expected.offset ? 1U : 0U;
+  }
+  CHECK(n_different == 0);
+  // Or the law would say little; hardly a row of halves needs the last.
+  const std::size_t n_used = sizeof(T) == 2 ? 5 : 6;
+  CHECK(std::all_of(n_at.begin(), n_at.begin() + n_used, [](std::size_t n) { return n > 100; }));
+  CHECK(n_at.back() == 0);
 }
 
 TEST_CASE("a block of one value comes back within half a step, whatever the value") {
@@ -350,6 +441,21 @@ TEST_CASE("the greatest magnitude takes the lowest code, whatever its sign") {
   }
 }
 
+TEST_CASE_TEMPLATE("a searched row of one value comes back but for two roundings", T, Half, float) {
+  const double place = sizeof(T) == 2 ? 0x1p-11 : 0x1p-24;  // half a last place
+  for (const float value : {0.1F, -0.1F, 3.3F, 60000.0F, -60000.0F}) {
+    CAPTURE(value);
+    for (const CodeRange range : {CodeRange{-8, 7}, CodeRange{-7, 7}, CodeRange{-2, 1}}) {
+      const std::vector<T> weights(33, from_float<T>(value));
+      const auto result = run<T, std::int8_t>(weights, 1, range, false, Range::kSearched);
+      // Least squares gives the value over its code, rounded, and decoding rounds the product.
+      const double weight = to_float(weights[0]);
+      CHECK(std::abs(to_float(result.decoded[0]) - weight) <=
+            2 * (1 + place) * place * std::abs(weight));
+    }
+  }
+}
+
 TEST_CASE("one outlier among many weights is clipped") {
   std::vector<float> weights(1000);
   for (std::size_t i = 0; i < weights.size(); ++i) {
@@ -380,6 +486,81 @@ TEST_CASE_TEMPLATE("a searched row of zeros has scale 1, one that is not finite 
       CHECK(std::isnan(to_float(result.scales[1])));
       CHECK(std::isnan(to_float(result.scales[2])));
     }
+  }
+}
+
+template <typename T, typename Code>
+Result<T, Code> run_weighted(const std::vector<T>& weights, const std::vector<float>& importance,
+                             std::size_t n_rows, CodeRange range, bool fit) {
+  const std::size_t n_cols = weights.size() / n_rows;
+  Result<T, Code> result{std::vector<T>(n_rows), std::vector<Code>(fit ? n_rows : 0),
+                         std::vector<Code>(weights.size()), std::vector<T>(weights.size())};
+  quantize_mse_weighted<T, Code>({weights.data(), n_rows, n_cols},
+                                 {importance.data(), n_rows, n_cols}, range, result.scales,
+                                 result.offsets, {result.codes.data(), n_rows, n_cols});
+  dequantize<T, Code>({result.codes.data(), n_rows, n_cols}, result.scales, result.offsets,
+                      {result.decoded.data(), n_rows, n_cols});
+  return result;
+}
+
+template <typename T>
+void check_weighted(std::size_t n_rows, std::size_t n_cols, CodeRange range, bool fit) {
+  CAPTURE(n_cols);
+  CAPTURE(fit);
+  std::mt19937 random(static_cast<unsigned>(n_cols));
+  std::normal_distribution<float> normal(fit ? 0.5F : 0.0F, 1.0F);
+  std::vector<T> weights(n_rows * n_cols);
+  std::generate(weights.begin(), weights.end(), [&] { return from_float<T>(normal(random)); });
+  std::vector<float> importance(weights.size());
+  std::generate(importance.begin(), importance.end(), [&] {
+    return static_cast<float>(random() % 4) * static_cast<float>(random() % 2);
+  });
+  // Both ends of a row decide which ranges are tried. Other weights without importance don't count.
+  std::vector<T> others = weights;
+  for (std::size_t i = 0; i < others.size(); ++i) {
+    if (i % n_cols < 2) {
+      weights[i] = others[i] = from_float<T>(i % n_cols == 0 ? 6.0F : -5.0F);
+    } else if (importance[i] == 0) {
+      others[i] = from_float<T>(4 * std::sin(static_cast<float>(i)));
+    }
+  }
+  const auto result = run_weighted<T, std::int8_t>(weights, importance, n_rows, range, fit);
+  const auto same = run_weighted<T, std::int8_t>(others, importance, n_rows, range, fit);
+  CHECK(result.scales == same.scales);
+  CHECK(result.offsets == same.offsets);
+
+  std::vector<float> scaled = importance;
+  std::for_each(scaled.begin(), scaled.end(), [](float& share) { share *= 0x1p-30F; });
+  CHECK(run_weighted<T, std::int8_t>(weights, scaled, n_rows, range, fit).codes == result.codes);
+  const auto even = run_weighted<T, std::int8_t>(weights, std::vector<float>(weights.size(), 1.0F),
+                                                 n_rows, range, fit);
+  const auto searched = run<T, std::int8_t>(weights, n_rows, range, fit, Range::kSearched);
+  CHECK(even.scales == searched.scales);
+  CHECK(even.offsets == searched.offsets);
+  CHECK(even.codes == searched.codes);
+
+  const auto error = [&](const Result<T, std::int8_t>& of, std::size_t row) {
+    double sum = 0;
+    for (std::size_t i = row * n_cols; i < (row + 1) * n_cols; ++i) {
+      const double difference = double{to_float(weights[i])} - to_float(of.decoded[i]);
+      sum += importance[i] * difference * difference;
+    }
+    return sum;
+  };
+  const auto plain = run<T, std::int8_t>(weights, n_rows, range, fit);
+  for (std::size_t row = 0; row < n_rows; ++row) {
+    const double slack = 1 + static_cast<double>(n_cols) * 0x1p-53;
+    CHECK(error(result, row) <= error(plain, row) * slack);
+  }
+}
+
+TEST_CASE_TEMPLATE("a searched range is that of the weights with importance, by their shares", T,
+                   Half, float) {
+  for (const bool fit : {false, true}) {
+    check_weighted<T>(40, 33, {-8, 7}, fit);
+    check_weighted<T>(4, 2049, {-8, 7}, fit);
+    check_weighted<T>(2, 4500, {-7, 7}, fit);
+    check_weighted<T>(1, 140'000, {-8, 7}, fit);
   }
 }
 
@@ -424,11 +605,47 @@ TEST_CASE("dequantize is scale times code minus offset, rounded once") {
   }
 }
 
-TEST_CASE("a row of zeros has scale 1 and decodes to zeros") {
-  for (const bool fit : {false, true}) {
-    const auto result = run<Half, std::uint8_t>(std::vector<Half>(40), 2, {0, 254}, fit);
-    CHECK(to_float(result.scales[0]) == 1);
-    CHECK(result.decoded == std::vector<Half>(40));
+TEST_CASE_TEMPLATE("a row of zeros has scale 1, the offset nearest to 0, and decodes to zeros", T,
+                   Half, float) {
+  for (const Range of_row : {Range::kWhole, Range::kSearched}) {
+    for (const auto& [range, offset] : std::vector<std::pair<CodeRange, int>>{
+             {{-128, 127}, 0}, {{-8, 7}, 0}, {{3, 15}, 3}, {{-15, -4}, -4}}) {
+      CAPTURE(range.code_min);
+      const auto result = run<T, std::int8_t>(std::vector<T>(40), 2, range, true, of_row);
+      CHECK(result.scales == std::vector<T>(2, from_float<T>(1)));
+      CHECK(result.offsets == std::vector<std::int8_t>(2, static_cast<std::int8_t>(offset)));
+      CHECK(result.codes == std::vector<std::int8_t>(40, static_cast<std::int8_t>(offset)));
+      CHECK(result.decoded == std::vector<T>(40));
+    }
+    const auto middle = run<T, std::uint8_t>(std::vector<T>(40), 2, {0, 254}, false, of_row);
+    CHECK(middle.scales == std::vector<T>(2, from_float<T>(1)));
+    CHECK(middle.codes == std::vector<std::uint8_t>(40, 127));
+    CHECK(middle.decoded == std::vector<T>(40));
+  }
+}
+
+TEST_CASE_TEMPLATE("a row of one value with an offset takes the whole range, from zero to it", T,
+                   Half, float) {
+  const double place = sizeof(T) == 2 ? 0x1p-11 : 0x1p-24;  // half a last place
+  for (const Range of_row : {Range::kWhole, Range::kSearched}) {
+    for (const float value : {0.1F, -0.1F, 1.0F, -1.0F, 31.875F, -31.875F, 60000.0F, -60000.0F}) {
+      CAPTURE(value);
+      for (const CodeRange range : {CodeRange{-128, 127}, CodeRange{-8, 7}}) {
+        const std::vector<T> weights(33, from_float<T>(value));
+        const auto result = run<T, std::int8_t>(weights, 1, range, true, of_row);
+        const int zero = value > 0 ? range.code_min : range.code_max;
+        const int outermost = value > 0 ? range.code_max : range.code_min;
+        CHECK(result.offsets[0] == zero);
+        CHECK(result.codes == std::vector<std::int8_t>(33, static_cast<std::int8_t>(outermost)));
+        // The scale is rounded, and so is the product.
+        const double weight = to_float(weights[0]);
+        CHECK(std::abs(to_float(result.decoded[0]) - weight) <=
+              2 * (1 + place) * place * std::abs(weight));
+        if (std::abs(value) == 31.875F) {  // 255 eighths, or 15 times 17 of them
+          CHECK(result.decoded == weights);
+        }
+      }
+    }
   }
 }
 
