@@ -39,7 +39,7 @@ class ScoreCache:
                     self._read(line)
 
     def _read(self, line: str) -> None:
-        with contextlib.suppress(ValueError, TypeError):
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
             key, numbers = json.loads(line)
             if isinstance(key, str) and isinstance(numbers, list):
                 self._known[key] = [float(number) for number in numbers]
