@@ -4,10 +4,13 @@
 #include <cstdint>
 #include <filesystem>
 #include <memory>
+#include <string_view>
 #include <system_error>
+#include <vector>
 
 #include "bindings/arrays.h"
 #include "bindings/register.h"
+#include "blob/messages.h"
 #include "blob/reader.h"
 #include "blob/writer.h"
 
@@ -33,6 +36,19 @@ std::uint64_t write(BlobWriter& writer, std::uint32_t dtype, const Bytes& data,
   return writer.write(dtype, std::as_bytes(in), padding_bits);
 }
 
+// Of the bytes of a file as Python reads them; they can't change meanwhile.
+py::array_t<std::uint64_t> counted(const py::bytes& data, const Bytes& kinds) {
+  const std::string_view text = data;
+  const std::span in(reinterpret_cast<const std::uint8_t*>(text.data()), text.size());
+  const auto kind_of = rows(kinds);
+  std::vector<std::uint64_t> counts;
+  {
+    const py::gil_scoped_release unlocked;
+    counts = milpress::count_messages(in, kind_of);
+  }
+  return py::array_t<std::uint64_t>(static_cast<py::ssize_t>(counts.size()), counts.data());
+}
+
 void translate_system_error(std::exception_ptr error) {
   try {
     std::rethrow_exception(error);
@@ -51,6 +67,9 @@ void translate_system_error(std::exception_ptr error) {
 void register_blob(py::module_& m) {
   py::register_exception<BlobError>(m, "BlobError", PyExc_ValueError);
   py::register_exception_translator(&translate_system_error);
+
+  m.def("count_messages", &counted, py::arg("data"), py::arg("kinds").noconvert(),
+        "How many messages of each kind the bytes of a protobuf message hold.");
 
   // Ordinary classes: pybind11's own metaclass serves static properties, of which there are none.
   const py::metaclass plain_type(reinterpret_cast<PyObject*>(&PyType_Type));

@@ -33,9 +33,13 @@ def read(data: str | bytes) -> Any:
     Raises
     ------
     ValueError
-        If it is no JSON, or has a number that is not finite.
+        If it is no JSON, nests too deep, or has a number that is not finite.
     """
-    return json.loads(data, parse_constant=_no_constant)
+    try:
+        return json.loads(data, parse_constant=_no_constant)
+    except RecursionError as error:
+        msg = "it must not nest deeper than Python can follow"
+        raise ValueError(msg) from error
 
 
 def _no_constant(name: str) -> Any:

@@ -171,7 +171,14 @@ class Calibration:
                     n_samples=int(head["n_samples"]),
                     layers=layers,
                 )
-        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            EOFError,
+            RecursionError,
+            zipfile.BadZipFile,
+        ) as error:
             if isinstance(error, CompressionError):
                 raise
             msg = f"{path}: must be a calibration that milpress saved, got another file: {error}"
