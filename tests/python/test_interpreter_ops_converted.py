@@ -255,6 +255,42 @@ def test_a_converted_module_gives_what_torch_gives(family, target, tmp_path):
         assert noise <= 1e-11 * np.square(expected).sum(), i
 
 
+class Packed(nn.Module):
+    """Runs a layer over sequences of several lengths."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.LSTM(4, 6, 2, batch_first=True)
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        return nn.utils.rnn.pad_packed_sequence(self.layer(packed)[0], batch_first=True)[0]
+
+
+@pytest.mark.parametrize("lengths", [[5, 2, 1], [2, 2, 1]])
+def test_an_lstm_of_packed_sequences_gives_what_torch_gives(lengths, tmp_path):
+    torch.manual_seed(0)
+    layer = Packed().eval().requires_grad_(False)
+    x, counts = torch.randn(3, lengths[0], 4), torch.tensor(lengths, dtype=torch.int32)
+    converted = ct.convert(
+        torch.jit.trace(layer, (x, counts)),
+        inputs=[
+            ct.TensorType(name="x", shape=x.shape),
+            ct.TensorType(name="lengths", shape=counts.shape, dtype=np.int32),
+        ],
+        minimum_deployment_target=ct.target.iOS17,
+        compute_precision=ct.precision.FLOAT32,
+        skip_model_load=True,
+    )
+    converted.save(str(tmp_path / "model.mlpackage"))
+    program = interpreter.load(tmp_path / "model.mlpackage")
+    (made,) = program(x=x.numpy(), lengths=counts.numpy()).values()
+    expected = layer(x, counts).numpy().astype(np.float64)
+    assert made.shape == expected.shape
+    # 110 dB: five digits and a half of float32's seven.
+    assert np.square(made - expected).sum() <= 1e-11 * np.square(expected).sum()
+
+
 def test_an_op_that_cannot_compute_says_which_it_is_and_where(tmp_path):
     @mb.program(
         input_specs=[mb.TensorSpec((3,)), mb.TensorSpec((2,), types.int32)],

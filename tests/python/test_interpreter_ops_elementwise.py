@@ -390,6 +390,22 @@ def test_whole_numbers_multiply_exactly():
     np.testing.assert_array_equal(computed("linear", x=x, weight=y.T), [[2**30 + 3]])
 
 
+KINDS = (np.float32, np.int32)
+
+
+@pytest.mark.parametrize("kind_of_x", KINDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_whole_numbers_and_floats_multiply(kind_of_x, kind):
+    rng = np.random.default_rng(0)
+    x = rng.integers(-9, 9, (2, 3, 4)).astype(kind_of_x)
+    weight, bias = rng.integers(-9, 9, (5, 4)).astype(kind), rng.integers(-9, 9, 5).astype(kind)
+    expected = x.astype(np.float64) @ weight.T
+    check(computed("matmul", x=x, y=weight, transpose_y=True), expected)
+    check(computed("matmul", x=weight, y=x, transpose_y=True), expected.mT)
+    check(computed("linear", x=x, weight=weight), expected)
+    check(computed("linear", x=x, weight=weight, bias=bias), expected + bias)
+
+
 @few
 @given(data=st.data(), sizes=st.tuples(*[st.integers(1, 3)] * 5))
 def test_an_einsum_is_what_coremltools_infers(data, sizes):

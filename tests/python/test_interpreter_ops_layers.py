@@ -481,6 +481,31 @@ def test_what_a_recurrent_layer_lacks_is_named():
         computed("lstm", activation="swish", **lstm)
 
 
+STATES = {"lstm": ("initial_h", "initial_c"), "gru": ("initial_h",), "rnn": ("initial_h",)}
+GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+
+
+@pytest.mark.parametrize("n_rows", [1, 2, 7])
+@pytest.mark.parametrize("opset", [IOS15, IOS18])
+@pytest.mark.parametrize("name", STATES)
+def test_an_initial_state_of_like_rows_is_that_of_every_sequence(name, opset, n_rows):
+    n_sequences, hidden = 3, 2
+    weights = {
+        "x": normal(4, n_sequences, 5),
+        "weight_ih": normal(GATES[name] * hidden, 5),
+        "weight_hh": normal(GATES[name] * hidden, hidden),
+    }
+    row = normal(hidden)
+    made, expected = (
+        computed(name, opset=opset, **weights, **dict.fromkeys(STATES[name], np.tile(row, (n, 1))))
+        for n in (n_rows, n_sequences)
+    )
+    check(made, expected)
+    states = dict.fromkeys(STATES[name], normal(2, hidden))
+    with pytest.raises(ValueError, match=r"initial_h must have a row for each of 3 .* got 2"):
+        computed(name, opset=opset, **weights, **states)
+
+
 # Resizing
 
 

@@ -229,6 +229,34 @@ def test_a_list_without_fixed_length_grows(make):
     np.testing.assert_array_equal(program(x=x)["reversed"], x[::-1])
 
 
+def growing(x, i):
+    ls = mb.make_list(init_length=1, elem_shape=(2,), dtype="fp32", dynamic_length=True)
+    untouched = mb.list_read(ls=ls, index=0, name="untouched")
+    ls = mb.list_write(ls=ls, index=mb.squeeze(x=i), value=x)
+    ls = mb.list_scatter(ls=ls, indices=[6], value=np.float32([[7, 8]]))
+    gathered = mb.list_gather(ls=ls, indices=[0, 1, 2, 3, 4, 5, 6], name="gathered")
+    return untouched, gathered
+
+
+def of_unknown_shape(x, i):
+    ls = mb.make_list(init_length=1, elem_shape=("n",), dtype="fp32", dynamic_length=True)
+    ls = mb.list_write(ls=ls, index=mb.squeeze(x=i), value=x)
+    return mb.list_gather(ls=ls, indices=[0, 1, 2, 3], name="gathered")
+
+
+def test_a_list_that_grows_past_its_end_has_zeros_between(make):
+    x = np.float32([3, 4])
+    made = load(make(growing, floats(2), ints(1)))(x=x, i=[3])
+    rows = np.zeros((7, 2))
+    rows[3], rows[6] = x, [7, 8]
+    np.testing.assert_array_equal(made["untouched"], [0, 0])
+    np.testing.assert_array_equal(made["gathered"], rows)
+    program = load(make(of_unknown_shape, floats(2), ints(1)))
+    np.testing.assert_array_equal(program(x=x, i=[3])["gathered"], rows[:4])
+    with pytest.raises(ExecutionError, match=r"index must be from 0 .* length .* 1, got -1"):
+        program(x=x, i=[-1])
+
+
 # States
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 
 import torch
@@ -57,6 +58,13 @@ def converted(x: Tensor, dtype: str) -> Tensor:
 def real(x: Tensor) -> Tensor:
     """Return values in a type in which fractions exist."""
     return x if x.is_floating_point() else x.to(torch.float64)
+
+
+def alike(*values: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return values in one type: from iOS17 on, integers meet floats in some ops."""
+    dtypes = [value.dtype for value in values if value is not None]
+    common = functools.reduce(torch.promote_types, dtypes)
+    return tuple(None if value is None else value.to(common) for value in values)
 
 
 def positive(axis: int, rank: int) -> int:

@@ -7,10 +7,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from milpress.interpreter.operator import operator
+from milpress.interpreter.ops.held import alike
 
 
 @operator("linear")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    x, weight, bias = alike(x, weight, bias)
     return functional.linear(x, weight, bias)
 
 
@@ -20,7 +22,7 @@ def matmul(x: Tensor, y: Tensor, transpose_x: bool = False, transpose_y: bool = 
         x = x.transpose(-1, -2)
     if transpose_y and y.dim() > 1:
         y = y.transpose(-1, -2)
-    return torch.matmul(x, y)
+    return torch.matmul(*alike(x, y))
 
 
 @operator("einsum")

@@ -13,36 +13,44 @@ from milpress.interpreter.ops.held import HELD_IN
 
 @dataclass(frozen=True, slots=True)
 class TensorList:
-    """A list; an item is ``None`` as long as its shape is not known.
+    """A list; an item is ``None`` until it is written.
 
-    Writing makes another list, which shares the items.
+    Until then it reads as zeros of the shape that all items share: ``blank``, or ``None`` as long
+    as that shape is not known. Writing makes another list, which shares the items.
     """
 
     items: tuple[Tensor | None, ...]
     grows: bool
+    blank: Tensor | None
 
     def at(self, index: int) -> Tensor:
         """Return an item."""
-        item = self.items[self._place(index)]
+        item = self.items[_within(index, len(self.items))]
         if item is None:
-            msg = f"an item must be written before it is read, got item {index}"
+            item = self.blank
+        if item is None:
+            msg = f"an item must be written before its shape is known, got item {index}"
             raise ValueError(msg)
         return item
 
     def replaced(self, values: dict[int, Tensor]) -> TensorList:
-        """Return the list with other values in some places."""
+        """Return the list with other values in some places; past the end, it grows if it may."""
         items = list(self.items)
+        if self.grows:
+            items.extend([None] * (max(values, default=0) + 1 - len(items)))
         for index, value in values.items():
-            if self.grows and index >= len(items):
-                items.extend([None] * (index + 1 - len(items)))
-            items[index if self.grows else self._place(index)] = value
-        return TensorList(tuple(items), self.grows)
+            items[_within(index, len(items))] = value
+        written = next(iter(values.values()), None)
+        unknown = self.blank is None and written is not None
+        blank = torch.zeros_like(written) if unknown else self.blank
+        return TensorList(tuple(items), self.grows, blank)
 
-    def _place(self, index: int) -> int:
-        if not 0 <= index < len(self.items):
-            msg = f"an index must be below the length of the list, {len(self.items)}, got {index}"
-            raise IndexError(msg)
-        return index
+
+def _within(index: int, length: int) -> int:
+    if not 0 <= index < length:
+        msg = f"an index must be from 0 to below the length of the list, {length}, got {index}"
+        raise IndexError(msg)
+    return index
 
 
 @operator("make_list")
@@ -53,8 +61,8 @@ def make_list(
     dtype: str = "fp32",
 ) -> TensorList:
     known = all(isinstance(size, int) and size >= 0 for size in elem_shape)
-    item = torch.zeros(elem_shape, dtype=HELD_IN[dtype]) if known else None
-    return TensorList((item,) * init_length, dynamic_length)
+    blank = torch.zeros(elem_shape, dtype=HELD_IN[dtype]) if known else None
+    return TensorList((None,) * init_length, dynamic_length, blank)
 
 
 @operator("list_read")

@@ -41,6 +41,29 @@ def _in_direction(x: Tensor, direction: str) -> Tensor:
     return x.flip(0) if direction == "reverse" else x
 
 
+def _initial(state: Tensor, x: Tensor, name: str) -> Tensor:
+    """Return a state with a row for each sequence.
+
+    What coremltools converts of packed sequences has as many rows as the first one has steps, all
+    of them alike.
+
+    Raises
+    ------
+    ValueError
+        If there are others, and they differ.
+    """
+    n_sequences = x.shape[1]
+    if state.shape[0] == n_sequences:
+        return state
+    if not state.shape[0] or not bool((state == state[:1]).all()):
+        msg = (
+            f"{name} must have a row for each of {n_sequences} sequences, or rows that are all "
+            f"alike, got {state.shape[0]}"
+        )
+        raise ValueError(msg)
+    return state[:1].expand(n_sequences, -1)
+
+
 def _seen(steps: list[Tensor], all_of_them: bool) -> Tensor:
     return torch.stack(steps if all_of_them else steps[-1:])
 
@@ -117,6 +140,7 @@ def lstm(
         _activation(cell_activation),
         _activation(activation),
     )
+    initial_h, initial_c = _initial(initial_h, x, "initial_h"), _initial(initial_c, x, "initial_c")
     ahead = _LongShortTermMemory(weight_ih, weight_hh, bias, peephole, *functions, clip)
     if direction != "bidirectional":
         steps, h, c = ahead.run(_in_direction(x, direction), initial_h, initial_c)
@@ -158,6 +182,7 @@ def _gru(
 ) -> tuple[Tensor, Tensor]:
     """Run a GRU; weights in the order reset, output, update gate."""
     gate, output = _activation(recurrent_activation), _activation(activation)
+    h = _initial(h, x, "initial_h")
     if bias is None:
         bias = torch.zeros(weight_hh.shape[0])
     weight_r, weight_o, weight_z = weight_hh.chunk(3)
@@ -255,7 +280,7 @@ def rnn(
     call: Call,
 ) -> tuple[Tensor, Tensor]:
     output = _activation(activation)
-    h = initial_h
+    h = initial_h = _initial(initial_h, x, "initial_h")
     steps = []
     for projected in functional.linear(_in_direction(x, direction), weight_ih, bias):
         h = output(projected + functional.linear(h, weight_hh))
