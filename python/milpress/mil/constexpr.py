@@ -22,9 +22,9 @@ from milpress.formats import (
     Treatment,
 )
 from milpress.mil import decoding, dtypes, values
+from milpress.mil.chains import stages
 from milpress.mil.program import CONSTEXPR, Graph, Node, new_const
 from milpress.mil.schema import messages
-from milpress.mil.stages import stages
 from milpress.mil.values import Tensor, WeightSink, WeightSource
 
 Namer: TypeAlias = Callable[[str], str]
