@@ -20,7 +20,7 @@ from milpress.formats.sparse import n_pruned
 # Weights looked at together, so that memory does not grow with the weight.
 _PIECE = 1 << 18
 
-_BITS = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
+_BITS: dict[int, np.dtype[Any]] = {2: np.dtype(np.uint16), 4: np.dtype(np.uint32)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class _Runs:
 
     @property
     def length(self) -> int:
-        return self.weights.shape[2]
+        return int(self.weights.shape[2])
 
     def n_gone(self) -> NDArray[np.int32]:
         """Return how many weights of each run are zero afterwards."""
@@ -50,7 +50,7 @@ class _Runs:
     def greatest_gone(self) -> NDArray[Any]:
         """Return the greatest magnitude of each run that is gone."""
         gone = np.where(self.stays, 0, self.magnitudes)
-        found = gone[:, :, 0].copy()
+        found: NDArray[Any] = gone[:, :, 0].copy()
         for i in range(1, self.length):
             np.maximum(found, gone[:, :, i], out=found)
         return found
@@ -58,7 +58,7 @@ class _Runs:
     def least_left(self) -> NDArray[Any]:
         """Return the least magnitude of each run that is left."""
         left = np.where(self.stays, self.magnitudes, np.iinfo(self.magnitudes.dtype).max)
-        found = left[:, :, 0].copy()
+        found: NDArray[Any] = left[:, :, 0].copy()
         for i in range(1, self.length):
             np.minimum(found, left[:, :, i], out=found)
         return found
@@ -202,7 +202,7 @@ def _runs(source: Floats, kept: NDArray[np.bool_], axis: int, length: int) -> It
     if end < n_channels:
         edges.append((end, n_channels, n_channels - end))
     bits = _BITS[source.itemsize]
-    arrays = (source.reshape(shape), source.reshape(-1).view(bits).reshape(shape), kept)
+    arrays: list[NDArray[Any]] = [source, source.reshape(-1).view(bits), kept]
     for outer in range(0, shape[0], n_outer):
         for begin, stop, size in edges:
             weights, encoded, stays = (

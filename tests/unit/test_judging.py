@@ -176,6 +176,7 @@ BY_TWO = {"sparsity": 0.5, "block_size": 2}
             "as many blocks as fit into 6 weights must be zero, got 4 weights",
         ),
         (BLOCKS, {"sparsity": 0.5}, BLOCKS > 9, "6 weights must be zero, got 12"),
+        (BLOCKS, {"sparsity": 0.5}, BLOCKS > 0, "6 weights must be zero, got 2"),
         (BLOCKS, {"sparsity": 0.5}, BLOCKS < 8, "9.0 was pruned, 0.0 was not"),
         (BLOCKS, {"threshold": 1}, BLOCKS > 2, "weights up to 1.0 must be zero, and no others"),
         (BLOCKS, {"threshold": 1}, BLOCKS > 0, "weights up to 1.0 must be zero, and no others"),
