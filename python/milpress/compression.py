@@ -134,7 +134,10 @@ def compress(
         feedback=feedback,
     )
     if recipe.activations is not None and samples is None:
-        msg = "sample_data must be given to quantize activations, got none"
+        msg = (
+            "samples must be given to quantize activations, as sample_data or by "
+            "--calibration-data, got none"
+        )
         raise ConfigError(msg)
     return compress_package(
         Package(source),
