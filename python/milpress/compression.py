@@ -632,7 +632,7 @@ def _decompress_weights(package: Package, sink: Sink) -> list[WeightReport]:
         decoder = Decoder(site.graph, package)
         compressed = {
             weight.node: weight
-            for weight in weights(site.prefix, site.graph)
+            for weight in weights(site.prefix, site.graph, least=0)
             if is_constexpr(weight.node)
         }
         parts = [node for node in site.graph.nodes if is_part(node)]
