@@ -280,7 +280,10 @@ def _check_output(path: Path, *, force: bool) -> None:
     if not path.absolute().parent.is_dir():
         msg = f"{path}: the folder of the destination must exist, got none"
         raise PackageNotFoundError(msg)
-    if path.is_dir() or (path.exists() and not force):
+    if path.is_dir():
+        msg = f"{path}: the destination must be a file, got a folder"
+        raise DestinationError(msg)
+    if path.exists() and not force:
         msg = f"{path}: the destination must be free, got an existing one; use --force"
         raise DestinationError(msg)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeAlias
@@ -12,6 +13,7 @@ from milpress.formats import (
     Blocks,
     PalettizeConfig,
     PerBlock,
+    PerChannel,
     PerTensor,
     PruneConfig,
     QuantizeConfig,
@@ -127,7 +129,8 @@ class RecipeWishes:
         """Return the error that says how to raise the model."""
         msg = (
             f"{name}: {describe(treatment)}: {needs} must be stored in an iOS18 model, got "
-            f"{current.target}; raise it with --upgrade-to iOS18 (target: iOS18 in a recipe)"
+            f"{current.target}; raise it with --upgrade-to iOS18 of milpress compress, or "
+            "target: iOS18 in a recipe or suite"
         )
         return UnsupportedError(msg)
 
@@ -354,7 +357,8 @@ def _fit(
         )
         if size is None:
             return None, note
-        return replace(treatment, granularity=PerBlock(size)), note
+        is_whole = size > treatment.granularity.size
+        return replace(treatment, granularity=PerChannel() if is_whole else PerBlock(size)), note
     if isinstance(treatment.granularity, Blocks):
         return _fit_blocks(weight, treatment, treatment.granularity, on_indivisible)
     return treatment, ""
@@ -368,13 +372,21 @@ def _fit_palette(
         return None, f"its {len(weight.shape)} dimensions have no axis {axis}"
     axis %= len(weight.shape)
     notes = []
+    is_smaller = False
     if treatment.group_size is not None:
         size, note = divisor_of(
-            "group", treatment.group_size, weight.shape, axis, output, on_indivisible
+            "group",
+            treatment.group_size,
+            weight.shape,
+            axis,
+            output,
+            on_indivisible,
+            multiple_of=treatment.vector_size,
         )
         if size is None:
             return None, note
-        treatment = replace(treatment, group_size=size)
+        is_smaller = size < treatment.group_size
+        treatment = replace(treatment, group_size=size if size <= treatment.group_size else None)
         notes.extend([note] if note else [])
     n = treatment.group_size or weight.shape[axis]
     if n % treatment.vector_size:
@@ -387,7 +399,23 @@ def _fit_palette(
         if table >= weight.size * itemsize:
             treatment = replace(treatment, channel_scale=False)
             notes.append("without scales, as tables with them would be larger than the weight")
+    if is_smaller and _is_larger(weight, treatment, axis):
+        treatment = replace(treatment, group_size=None)
+        notes = [f"one table, as those of {note} would be larger than the weight"]
     return treatment, "; ".join(notes)
+
+
+def _is_larger(weight: Weight, treatment: PalettizeConfig, axis: int) -> bool:
+    """Whether indices and tables of groups take as much as the weight does densely."""
+    if treatment.channel_scale or treatment.group_size is None:
+        return False
+    bits = treatment.bits or 8
+    n_tables = weight.shape[axis] // treatment.group_size
+    if n_tables == 1:
+        return False
+    table_bits = 2**bits * treatment.vector_size * weight.dtype.bits
+    code_bits = weight.size // treatment.vector_size * bits
+    return n_tables * table_bits + code_bits >= weight.size * weight.dtype.bits
 
 
 def _vectors_suit(weight: Weight, vector_size: int, axis: int) -> bool:
@@ -417,12 +445,22 @@ def _fit_blocks(
                 return None, f"a block size of {asked} does not divide axis {axis} of {n}"
             size = _largest_divisor(size, n)
         sizes.append(size)
+    for axis, n in reversed(list(enumerate(weight.shape))):
+        if sizes[axis] == 1 < blocks.shape[axis] and _has_too_many(weight, treatment, sizes):
+            sizes[axis] = n
     note = (
         ""
         if all(a in (0, b) for a, b in zip(blocks.shape, sizes, strict=True))
         else (f"blocks of {sizes}, as {list(blocks.shape)} do not divide the weight")
     )
     return replace(treatment, granularity=Blocks(tuple(sizes))), note
+
+
+def _has_too_many(weight: Weight, treatment: QuantizeConfig, sizes: Sequence[int]) -> bool:
+    """Whether codes and scales of such blocks take as much as the weight does densely."""
+    offset_bits = treatment.bits if treatment.offset or not treatment.signed else 0
+    block_bits = math.prod(sizes) * treatment.bits + weight.dtype.bits + offset_bits
+    return block_bits >= math.prod(sizes) * weight.dtype.bits
 
 
 def divisor_of(
@@ -432,18 +470,28 @@ def divisor_of(
     axis: int,
     output: int,
     on_indivisible: OnIndivisible,
+    multiple_of: int = 1,
 ) -> tuple[int | None, str]:
-    """Return the largest group or block that divides the channels; ``None`` if it would be 1."""
+    """Return the largest group or block that divides the channels, and how it differs.
+
+    All channels where that would be one by one; ``None`` where it is not to be another one.
+    """
     n = shape[axis]
     channels = f"{n} {'output' if axis == output else 'input'} channel{'s' * (n > 1)}"
-    size = _largest_divisor(asked, n)
-    if size == asked:
-        return size, ""
+    if asked <= n and n % asked == 0:
+        return asked, ""
     if on_indivisible == "leave":
         return None, f"{word} size {asked} does not divide {channels}"
-    if size == 1 and n > 1:
-        return None, f"no {word} size from 2 to {asked} divides {channels}"
-    return size, f"{word} size {size}, as {asked} does not divide {channels}"
+    found = (
+        size for size in range(min(asked, n), 1, -1) if n % size == 0 and size % multiple_of == 0
+    )
+    size = next(found, n)
+    if size <= asked:
+        return size, f"{word} size {size}, as {asked} does not divide {channels}"
+    whole = "one table" if word == "group" else f"one {word}"
+    least = max(2, multiple_of)
+    sizes = f"from {least} to {asked}" if least < asked else f"of {asked}"
+    return n, f"{whole}, as no {word} size {sizes} divides {channels}"
 
 
 def _largest_divisor(asked: int, n: int) -> int:

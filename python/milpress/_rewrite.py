@@ -276,9 +276,11 @@ class Rewriter:
         return inner
 
     def bias_of(self, weight: Weight, layer: Node) -> Node | None:
-        """Return the constant that is a layer's bias, if it is one."""
+        """Return the constant that is a layer's bias, if it is one; it may be cast."""
         found = weight.graph.producer(layer, "bias")
-        return found[0] if found is not None and found[0].op.type == "const" else None
+        if found is None or not found[0].is_stored:
+            return None
+        return None if constexpr.is_compressed(found[0], weight.graph) else found[0]
 
     def correct(self, weight: Weight, layer: Node, correction: NDArray[np.float64]) -> str:
         """Add to the bias of a layer; return the digest of the new one, empty if it can't have one.

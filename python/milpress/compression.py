@@ -143,7 +143,10 @@ def compress(
         feedback_memory=feedback_memory,
     )
     if recipe.activations is not None and samples is None:
-        msg = "sample_data must be given to quantize activations, got none"
+        msg = (
+            "samples must be given to quantize activations, as sample_data or by "
+            "--calibration-data, got none"
+        )
         raise ConfigError(msg)
     return compress_package(
         Package(source),
@@ -673,7 +676,7 @@ def _decompress_weights(package: Package, sink: Sink) -> list[WeightReport]:
         decoder = Decoder(site.graph, package)
         compressed = {
             weight.node: weight
-            for weight in weights(site.prefix, site.graph)
+            for weight in weights(site.prefix, site.graph, least=0)
             if is_constexpr(weight.node)
         }
         parts = [node for node in site.graph.nodes if is_part(node)]

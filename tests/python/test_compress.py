@@ -346,7 +346,7 @@ def test_a_weight_that_does_not_suit_is_left_and_named(build, tmp_path):
         milpress.Recipe.of(LATE["palette 4 group 16"]),
     )
     left = {weight.name: weight.note for weight in report.with_status("left")}
-    assert left["prime_weight_0"] == "no group size from 2 to 16 divides 61 output channels"
+    assert left["infinite_weight_0"] == "a weight must be finite, got inf at [4, 5]"
     assert len(report.asked) == len(left) + len(report.with_status("compressed"))
 
 

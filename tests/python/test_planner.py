@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -340,8 +341,17 @@ def test_names_that_look_like_patterns_mean_themselves(tmp_path):
         ({"target_bits": 4, "min_snr": 20}, ConfigError, "got bits and snr"),
         ({"target_bits": 0}, ConfigError, "must be a positive number, got 0"),
         ({"target_bits": float("nan")}, ConfigError, "must be a positive number, got nan"),
-        ({"target_bits": 1.0}, UnsupportedError, "the budget must be at least"),
+        (
+            {"target_bits": 1.0},
+            UnsupportedError,
+            r"target_bits must be at least 2\.\d\d, which the smallest formats and .*, got 1$",
+        ),
         ({"target_size": 1000}, UnsupportedError, "takes .* bytes at least, got 1000"),
+        (
+            {"target_size": 1000, "max_formats": 1},
+            UnsupportedError,
+            "takes .* bytes at least, got 1000",
+        ),
         ({"target_bits": 4, "formats": ["palette-5"]}, ConfigError, "bits must be one of"),
         ({"target_bits": 4, "formats": ["int5"]}, ConfigError, "a format must be such as"),
         ({"target_bits": 4, "formats": []}, ConfigError, "at least one treatment"),
@@ -354,6 +364,23 @@ def test_names_that_look_like_patterns_mean_themselves(tmp_path):
 def test_bad_settings_are_named(model, settings, error, message):
     with pytest.raises(error, match=message):
         plan(model, **settings)
+
+
+def test_the_least_bits_that_a_refusal_names_can_be_had(model):
+    with pytest.raises(UnsupportedError) as caught:
+        plan(model, target_bits=0.25)
+    least = float(re.search(r"at least (\d+\.\d\d),", str(caught.value)).group(1))
+    made = plan(model, target_bits=least)
+    assert least - 0.01 <= made.bits_per_weight <= least
+    with pytest.raises(UnsupportedError, match=f"at least {least:.2f}, .* got {least - 0.01:g}$"):
+        plan(model, target_bits=least - 0.01)
+
+
+def test_a_size_that_is_too_small_is_refused_in_the_size_of_the_package_with_samples_too(build):
+    source = build("lookup", dtype="fp32")
+    samples = [{"ids": np.arange(5, dtype=np.int32)}]
+    with pytest.raises(UnsupportedError, match=r"the package takes \d+ bytes at least, got 900"):
+        plan(source, target_size=900, sample_data=samples, min_size=10)
 
 
 def test_a_budget_that_is_not_reached_is_said(model):

@@ -205,6 +205,38 @@ def test_a_changed_byte_of_a_cast_weight_is_found(build, tmp_path):
         milpress.verify(build("casts"), bad)
 
 
+def test_cast_biases_are_made_dense_whatever_their_size_and_corrected(tmp_path):
+    @mb.program(input_specs=[mb.TensorSpec(shape=(4, 64))], opset_version=TARGETS["iOS18"])
+    def prog(x: Any) -> Any:
+        def cast(name: str, *shape: int) -> Any:
+            return mb.constexpr_cast(source_val=weight(*shape), output_dtype="fp32", name=name)
+
+        x = mb.linear(x=x, weight=cast("first", 64, 64), bias=cast("long", 64), name="y")
+        return mb.linear(x=x, weight=cast("second", 8, 64), bias=cast("short", 8), name="z")
+
+    source, dense, out = (tmp_path / f"{name}.mlpackage" for name in ("in", "dense", "out"))
+    save(prog, source, "iOS18")
+    milpress.decompress(source, dense)
+    assert {op for op, *_ in ops_of(dense)} == {"const", "linear"}
+    assert_coremltools_agrees(dense)
+
+    rng = np.random.default_rng(0)
+    samples = [{"x": rng.standard_normal((4, 64)).astype(np.float32) + 1} for _ in range(4)]
+    recipe = Recipe.of(f.PalettizeConfig(bits=2), min_size=10)
+    milpress.compress(source, out, recipe, sample_data=samples, bias_correction=True)
+    assert milpress.verify(source, out).n_corrected == 2
+
+    # The mean of the first layer's outputs is what it was, as close as float32 sums are.
+    before, after = decoded(source), decoded(out)
+    mean = np.concatenate([sample["x"] for sample in samples]).astype(np.float64).mean(0)
+    means = [
+        mean @ arrays[name].T.astype(np.float64) + arrays["long"]
+        for arrays, name in ((before, "first"), (after, "first_palettized"))
+    ]
+    assert np.abs(means[0] - mean @ after["first_palettized"].T - before["long"]).max() > 0.01
+    np.testing.assert_allclose(means[1], means[0], rtol=0, atol=64 * 2.0**-24 * 8)
+
+
 CODES = np.random.default_rng(0).integers(-120, 120, (64, 64)).astype(np.int8)
 ZEROS = {
     "uint8 beyond int8": np.uint8(215),

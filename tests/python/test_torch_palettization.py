@@ -276,6 +276,28 @@ def test_an_indivisible_group_takes_the_greatest_divisor_on_request():
     assert "group size 6" in report["weight"]["note"]
 
 
+@pytest.mark.parametrize("n", [97, 131])
+def test_a_prime_number_of_channels_gets_one_table_on_request(n):
+    settings = {"granularity": "per_grouped_channel", "group_size": 16}
+    model, report = palettize(nn.Linear(24, n), **settings, on_indivisible="divisor")
+    assert table(model, "weight").shape == (1, 1, 16, 1)
+    note = f"one table, as no group size from 2 to 16 divides {n} output channels"
+    assert note in report["weight"]["note"]
+    _, report = palettize(nn.Linear(24, n), **settings)
+    assert f"group size 16 does not divide {n} output channels" in report.left["weight"]
+
+
+def test_an_indivisible_group_is_a_multiple_of_vectors_on_request():
+    model, _ = palettize(
+        nn.Linear(64, 130),
+        granularity="per_grouped_channel",
+        group_size=16,
+        cluster_dim=2,
+        on_indivisible="divisor",
+    )
+    assert table(model, "weight").shape == (13, 1, 16, 2)
+
+
 def test_a_pruned_weight_keeps_its_zeros_and_its_table_is_of_the_others():
     torch.manual_seed(4)
     layer = nn.Linear(32, 32)

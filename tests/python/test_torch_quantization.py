@@ -184,6 +184,23 @@ def test_an_indivisible_block_takes_the_greatest_divisor_on_request():
     assert "block size 12" in report["weight"]["note"]
 
 
+@pytest.mark.parametrize(
+    ("layer", "block_size", "shape"),
+    [
+        (nn.Linear(97, 4), 16, (4, 1)),
+        (nn.Linear(4, 97), (16, 0), (1, 1)),
+        (nn.Linear(97, 131), (16, 16), (1, 1)),
+    ],
+)
+def test_prime_numbers_of_channels_are_one_block_on_request(layer, block_size, shape):
+    settings = {"granularity": "per_block", "block_size": block_size}
+    model, report = quantize(layer, **settings, on_indivisible="divisor")
+    assert model.get_buffer("_COREML_/weight/quantization_scale").shape == shape
+    assert "one block, as no block size from 2 to 16 divides" in report["weight"]["note"]
+    _, report = quantize(layer, **settings)
+    assert "block size 16 does not divide" in report.left["weight"]
+
+
 def test_a_pruned_weight_keeps_its_zeros():
     layer = nn.Linear(32, 32)
     with torch.no_grad():

@@ -151,7 +151,7 @@ def record_of_a_sparsity_in_words(d: Damaged) -> None:
 @pytest.mark.parametrize(
     ("name", "damage", "match"),
     [
-        ("each-iOS18", vector_axis_beyond_the_rank, "an axis must be one of 2, got 7"),
+        ("each-iOS18", vector_axis_beyond_the_rank, "an axis must be from -2 to 1, got 7"),
         ("early-iOS16", channel_axis_beyond_the_rank, "an axis must be one of 2, got 9"),
         ("early-iOS16", table_of_one_entry, "must"),
         ("early-iOS16", table_of_bfloat16, "lut must be float16 or float32, got bfloat16"),

@@ -104,6 +104,18 @@ def test_the_first_rule_that_matches_wins():
         ("{steps: [{palettize: {}, prune: {sparsity: 0.5}}]}", r"got palettize and prune"),
         ("{steps: [{quantize: {granularity: per_row}}]}", "granularity must be per_tensor or"),
         ("{steps: [{quantize: {offset: perhaps}}]}", "offset must be true or false"),
+        (
+            "{steps: [{prune: {n_m: [2, 4], axis: -1}}]}",
+            r"steps\[0\].prune: axis must be 0 or 1 .* got -1",
+        ),
+        (
+            "{steps: [{palettize: {group_size: -1}}]}",
+            r"steps\[0\].palettize: group_size must be at least 1, got -1",
+        ),
+        (
+            "{steps: [{quantize: {block_size: 0}}]}",
+            r"steps\[0\].quantize: block_size must be at least 1, got 0",
+        ),
         ("{steps: [{palettize: {}, rules: [{name: x}]}]}", r"rules\[0\] must have either keep"),
         ("{steps: [{palettize: {}, rules: [{keep: true, prune: {sparsity: 1}}]}]}", "either keep"),
         ("{steps: [{palettize: {}, select: {name: 're:('}}]}", "regular expression"),

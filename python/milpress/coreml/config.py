@@ -146,8 +146,8 @@ class OpPalettizerConfig(OpCompressorConfig):
         Weights of more elements than this are compressed; ``None`` stands for 2048.
     on_indivisible
         What to do with a weight whose channels ``group_size`` does not divide: ``"leave"`` it
-        uncompressed, or take the greatest ``"divisor"`` of the channels up to ``group_size``.
-        Not in coremltools, which leaves it.
+        uncompressed, or take the greatest ``"divisor"`` of the channels up to ``group_size``, or
+        one table where there is none. Not in coremltools, which leaves it.
 
     Raises
     ------
@@ -261,8 +261,8 @@ class OpLinearQuantizerConfig(OpCompressorConfig):
         Weights of more elements than this are compressed; ``None`` stands for 2048.
     on_indivisible
         What to do with a weight an axis of which the block size does not divide: ``"leave"`` it
-        uncompressed, or take the greatest ``"divisor"`` of the axis up to the block size. Not in
-        coremltools, which leaves it.
+        uncompressed, or take the greatest ``"divisor"`` of the axis up to the block size, or all
+        of it where there is none. Not in coremltools, which leaves it.
     range
         How the range of the integers is found: ``"minmax"`` takes that of the weights, ``"mse"``
         the one with the least mean squared error, which may clip some. Not in coremltools, which

@@ -208,12 +208,12 @@ class Graph:
         candidates = set(nodes)
         if not candidates:
             return set()
+        inserted = [op for ops in self._before.values() for op in ops]
         names = {name for scope in self.scopes if scope.block for name in scope.block.outputs}
-        for node in self.nodes:
-            for op in self._before.get(node, []):
-                names.update(_names_in(op))
-            if node not in candidates:
-                names.update(_names_in(node.op))
+        for op in (*inserted, *(node.op for node in self.nodes if node not in candidates)):
+            names.update(_names_in(op))
+        # An op that takes the place of another may have its name.
+        names.difference_update(item.name for op in inserted for item in op.outputs)
         found = set()
         # An op comes after those that it uses.
         for node in reversed(self.nodes):

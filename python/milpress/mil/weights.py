@@ -130,8 +130,10 @@ def sites(package: Package) -> Iterator[Site]:
                 yield Site(prefix, program, function_name, function, block, graph)
 
 
-def weights(prefix: str, graph: Graph) -> Iterator[Weight]:
+def weights(prefix: str, graph: Graph, *, least: int = MIN_WEIGHT_ELEMENTS) -> Iterator[Weight]:
     """Yield the weights of one graph, in order: those that some other op uses or a block returns.
+
+    Those of fewer than ``least`` elements are left out.
 
     Raises
     ------
@@ -152,7 +154,7 @@ def weights(prefix: str, graph: Graph) -> Iterator[Weight]:
         except PackageError as error:
             msg = f"{prefix}{node.name}: {error}"
             raise PackageError(msg) from error
-        if math.prod(shape) >= MIN_WEIGHT_ELEMENTS:
+        if math.prod(shape) >= least:
             yield Weight(prefix, node, graph, tensor_type.dtype, shape)
 
 

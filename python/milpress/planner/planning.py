@@ -627,12 +627,32 @@ class _Problem:
 
     def _chosen(self, options: list[list[Option]], goal: Goal) -> list[int]:
         if goal.kind == "bits":
+            self._check_bits(options, goal.number)
             whole = goal.number * self._size / 8
             budget, floor = (int(part * whole) - self._fixed_bytes for part in (1, _MET))
             return list(search.solve(options, budget, floor + 1).chosen)
         if goal.kind == "snr":
             return list(search.solve(options, self._smallest(options, goal.number)).chosen)
         return self._within_size(options, int(goal.number))
+
+    def _check_bits(self, options: list[list[Option]], number: float) -> None:
+        """Refuse fewer bits than the smallest formats take, with what is left as it is."""
+        least = _bytes_of(options, _smallest_of(options)) + self._fixed_bytes
+        if least > number * self._size / 8:
+            # Rounded up, so that what is said can be had.
+            bits = math.ceil(8 * least / self._size * 100 + 1e-6) / 100
+            msg = (
+                f"{self._package.path}: target_bits must be at least {bits:.2f}, which the "
+                f"smallest formats and what is left as it is take, got {number:g}"
+            )
+            raise UnsupportedError(msg)
+
+    def _check_size(self, options: list[list[Option]], size: int) -> None:
+        """Refuse a size that no package gets down to."""
+        least = self.package_bytes(options, _smallest_of(options))
+        if least > size:
+            msg = f"{self._package.path}: the package takes {least} bytes at least, got {size}"
+            raise UnsupportedError(msg)
 
     def _smallest(self, options: list[list[Option]], snr_db: float) -> int:
         """Return the least budget on the curve that gives the score."""
@@ -646,15 +666,8 @@ class _Problem:
 
     def _within_size(self, options: list[list[Option]], size: int) -> list[int]:
         """Choose such that the package has at most that size, whatever else is in it."""
-        smallest = [
-            min(range(len(some)), key=lambda i: (some[i].n_bytes, some[i].error))
-            for some in options
-        ]
-        best = smallest
-        if self.package_bytes(options, smallest) > size:
-            least = self.package_bytes(options, smallest)
-            msg = f"{self._package.path}: the package takes {least} bytes at least, got {size}"
-            raise UnsupportedError(msg)
+        self._check_size(options, size)
+        best = _smallest_of(options)
         rest = self.package_bytes(options, best) - _bytes_of(options, best)
         for _ in range(_MOST_TRIES):
             try:
@@ -697,7 +710,11 @@ class _Problem:
             return self._chosen(options, goal)
         rest = n_package_bytes(self._package.path) - sum(item.n_bytes for item in self._items)
         budget = int(goal.number) - rest - self._fixed_bytes
-        return list(search.solve(options, budget).chosen)
+        least = _bytes_of(options, _smallest_of(options))
+        if budget < least:
+            # By the guess nothing fits; by what the package takes the smallest may.
+            self._check_size(options, int(goal.number))
+        return list(search.solve(options, max(budget, least)).chosen)
 
     def package_bytes(self, options: list[list[Option]], chosen: Sequence[int]) -> int:
         """Return the size of the package that a choice makes."""
@@ -819,6 +836,13 @@ def _planned(
 
 def _decibels(relative: float) -> float:
     return math.inf if relative <= 0 else -10 * math.log10(relative)
+
+
+def _smallest_of(options: Sequence[Sequence[Option]]) -> list[int]:
+    """Return the smallest option of each item, of equals that of the least error."""
+    return [
+        min(range(len(some)), key=lambda i: (some[i].n_bytes, some[i].error)) for some in options
+    ]
 
 
 def _bytes_of(options: Sequence[Sequence[Option]], chosen: Sequence[int]) -> int:

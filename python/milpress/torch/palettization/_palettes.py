@@ -170,14 +170,21 @@ def fitted(
     axis = (weight.axes[config.channel_axis] if len(shape) > 1 else 0) if axis is None else axis
     notes = []
     group_size = config.group_size
-    if group_size is not None:
-        group_size, note = divisor_of(
-            "group", group_size, shape, axis, output, config.on_indivisible
-        )
-        if group_size is None:
-            raise UnsupportedError(note)
-        notes.extend([note] if note else [])
     vector_size = config.cluster_dim or 1
+    if group_size is not None:
+        size, note = divisor_of(
+            "group",
+            group_size,
+            shape,
+            axis,
+            output,
+            config.on_indivisible,
+            multiple_of=vector_size,
+        )
+        if size is None:
+            raise UnsupportedError(note)
+        group_size = size if size <= group_size else None
+        notes.extend([note] if note else [])
     n = group_size or shape[axis]
     if n % vector_size:
         msg = f"vectors of {vector_size} (cluster_dim) don't divide {n} channels"

@@ -131,7 +131,8 @@ palett_lambda, add_extra_centroid
         Without effect: memory is bounded, and tables start as the exact k-means tables.
     on_indivisible
         What to do where ``group_size`` does not divide the channels: ``"leave"`` the weight, or
-        take the greatest ``"divisor"`` up to it. Not in coremltools.
+        take the greatest ``"divisor"`` up to it, or one table where there is none. Not in
+        coremltools.
 
     Raises
     ------

@@ -46,8 +46,8 @@ class ModulePostTrainingPalettizerConfig(ModulePaletteConfig):
         not go with ``cluster_dim``.
     on_indivisible
         What to do with a weight whose channels ``group_size`` does not divide: ``"leave"`` it, or
-        take the greatest ``"divisor"`` of the channels up to ``group_size``. Not in coremltools,
-        which leaves it.
+        take the greatest ``"divisor"`` of the channels up to ``group_size``, or one table where
+        there is none. Not in coremltools, which leaves it.
     enable_fast_kmeans_mode, rounding_precision
         Accepted and without effect: weights are never rounded, k-means is exact and fast.
 

@@ -101,8 +101,8 @@ class ModulePostTrainingQuantizerConfig(ModuleOptimizationConfig):
         coremltools, which takes the former.
     on_indivisible
         What to do with a weight whose channels ``block_size`` does not divide: ``"leave"`` it, or
-        take the greatest ``"divisor"`` of the channels up to the size. Not in coremltools, which
-        leaves it.
+        take the greatest ``"divisor"`` of the channels up to the size, or all of them where there
+        is none. Not in coremltools, which leaves it.
 
     Raises
     ------
@@ -291,6 +291,8 @@ def _granularity(
             blocks[axis] = size
             notes.extend([note] if note else [])
     if all(size in (0, n) for size, n in zip(blocks, shape, strict=True)):
+        if notes:
+            return PerTensor(), notes
         msg = (
             f"blocks must cut some axis, got {sizes} for {list(shape)}; "
             "per_tensor and per_channel cut none"
