@@ -96,6 +96,16 @@ BUGS = (
     Bug("fused multiplication", "metal/kmeans.metal", "const float square = difference * difference;\n      distance = distance + square;", "distance = fma(difference, difference, distance);"),
     Bug("first of equal errors not taken", "metal/quantize.metal", "best == kSimdWidth || other < least", "best == kSimdWidth || !(least < other)"),
     Bug("greatest magnitude of one side", "metal/quantize.metal", "const float limit = max(abs(found.low), abs(found.high));", "const float limit = abs(found.high);"),
+    Bug("next scale below not tried", "metal/quantize.metal", "next_above<T>(nearest, -1)", "nearest"),
+    Bug("next scale below but one", "metal/quantize.metal", "next_above<T>(nearest, -1)", "next_above<T>(nearest, -2)"),
+    Bug("scale rounded down", "metal/quantize.metal", "const float nearest = round_to<T>(to_float(width / to_float64(p.code_max - p.code_min)));", "const float nearest = next_above<T>(round_to<T>(to_float(width / to_float64(p.code_max - p.code_min))), -1);"),
+    Bug("wider scale not tried", "metal/quantize.metal", "wider,   next_above<T>(wider, 1)", "nearest, next_above<T>(wider, 1)"),
+    Bug("next above the wider scale not tried", "metal/quantize.metal", "next_above<T>(wider, 1)", "wider"),
+    Bug("last scale not tried", "metal/quantize.metal", "i < 6; ++i", "i < 5; ++i"),
+    Bug("offset of a row of zeros in the middle", "metal/quantize.metal", "{1.0f, p.fits_offset != 0 ? clamp_code(0, p) : middle(p), 1}", "{1.0f, middle(p), 1}"),
+    Bug("offset of a row of zeros beyond the codes", "metal/quantize.metal", "{1.0f, p.fits_offset != 0 ? clamp_code(0, p) : middle(p), 1}", "{1.0f, p.fits_offset != 0 ? 0 : middle(p), 1}"),
+    Bug("range of a constant row not widened", "metal/quantize.metal", "if (is_finite(extremes.low) && is_finite(extremes.high)) {\n    extremes", "if (is_finite(extremes.low) && is_finite(extremes.high) && extremes.low != extremes.high) {\n    extremes"),
+    Bug("no search in a constant row", "metal/quantize.metal", "(found.low != 0 || found.high != 0)", "found.low != found.high"),
     Bug("negative scales not tried", "metal/quantize.metal", "(is_positive || (down != up && p.code_min < 0))", "is_positive"),
     Bug("a turn of least squares too few", "metal/quantize.metal", "kTurns = 2", "kTurns = 1"),
     Bug("doubles that round ties up", "metal/float64.h", "rest > 4 || (rest == 4 && (kept & 1) != 0)", "rest >= 4"),
@@ -125,6 +135,15 @@ BUGS = (
     Bug("groups of odd sizes", "csrc/metal/runtime.cpp", "std::min(wanted, most) / kSimdWidth * kSimdWidth", "std::min(wanted, most)"),
     Bug("counters of the digits not cleared", "csrc/metal/kernels.cpp", "    counts.fill_with_zeros();\n    Commands commands;\n    commands.add(kernel, grid, {&in, &counts}", "    Commands commands;\n    commands.add(kernel, grid, {&in, &counts}"),
     Bug("histograms not cleared", "csrc/metal/kernels.cpp", "    counts.fill_with_zeros();", "", 0),
+    Bug("queue without the lock", "csrc/metal/runtime.cpp", "    const std::lock_guard lock(mutex_);\n", "", 0),
+    Bug("kernels without the lock", "csrc/metal/runtime.cpp", "    const std::lock_guard lock(mutex_);\n", "", 1),
+    Bug("as many rows in the last batch as in the others", "csrc/metal/kernels.cpp", "std::min(at_once, weights.n_rows - first)", "at_once"),
+    Bug("weights of the first batch for all", "csrc/metal/kernels.cpp", "std::span<const Half>(weights.row(first)", "std::span<const Half>(weights.row(0)"),
+    Bug("mask of the first batch for all", "csrc/metal/kernels.cpp", "importance.row(first).data()", "importance.row(0).data()"),
+    Bug("tables of the first batch for all", "csrc/metal/kernels.cpp", "{luts.row(first + row)", "{luts.row(row)", 1),
+    Bug("row of another batch where all importance is 0", "csrc/metal/kernels.cpp", "{weights.row(first + row)", "{weights.row(row)"),
+    Bug("counts that a float does not hold", "csrc/metal/kernels.cpp", "kExact = 1U << 24", "kExact = 1U << 25"),
+    Bug("counts cut off at 2^24", "csrc/metal/kernels.cpp", "left -= part;", "left = 0;"),
     Bug("inputs exchanged", "csrc/metal/kernels.cpp", "{&in, &ties, &words}", "{&ties, &in, &words}"),
     Bug("no scan of the totals", "csrc/metal/kernels.cpp", "  add_scan(commands, kept, grid.n_groups);\n", ""),
     Bug("last word of the bitmask left out", "csrc/metal/kernels.cpp", "return (n_weights + kSimdWidth - 1) / kSimdWidth;", "return std::max<std::size_t>(1, n_weights / kSimdWidth);"),
@@ -209,6 +228,11 @@ class Tree:
             only = ["--no-skip", "--test-case=what fails is said"]
             if not self.run([host, *only], **ASAN, FAKE_METAL_FAULT=fault):
                 return f"fake runtime, {fault}"
+        threads = "build/metal/tests/metal/metal_threads_tests"
+        if not self.built("metal_threads_tests"):
+            return "C++ compiler, host"
+        if not self.run([threads, "--source-file=*test_threads.cpp"]):
+            return "fake runtime, thread sanitizer"
         return ""
 
     def rung_of(self, bug: Bug) -> str | None:

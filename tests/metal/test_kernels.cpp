@@ -224,6 +224,41 @@ TEST_CASE("kmeans1d counts the weights of importance 1 alone") {
                   metal::DeviceError);
 }
 
+// Threads have no part in how rows are cut into batches, and their sanitizer needs 800 MB here.
+#if !__has_feature(thread_sanitizer)
+// The GPU counts 1,024 rows at a time; what lies behind the weights is not the last batch's.
+TEST_CASE("kmeans1d gives every row of more than a batch the table of its oracle") {
+  constexpr std::size_t kRows = 1027;
+  constexpr std::size_t kCols = 5;
+  const std::vector<Half> weights = make<Half>(Data::kNormal, kRows * kCols);
+  check_kmeans1d(weights, {}, kRows, 2);
+  std::vector<float> importance(weights.size());
+  for (std::size_t i = 0; i < importance.size(); ++i) {
+    importance[i] = i % 3 == 0 ? 1.0F : 0.0F;
+  }
+  // In a row of either batch all are 0, which counts as equal.
+  for (const std::size_t row : {2U, 1025U}) {
+    std::fill_n(importance.begin() + static_cast<std::ptrdiff_t>(row * kCols), kCols, 0.0F);
+  }
+  check_kmeans1d(weights, importance, kRows, 2);
+}
+#endif
+
+TEST_CASE("kmeans1d counts exactly beyond 2^24, where floats leave integers out") {
+  if (is_quick()) {
+    return;
+  }
+  // Their mean is the tie between 1 and 1 + 2^-10, which goes to 1; of one 1 less, it is above. A
+  // float holds one 1 less.
+  constexpr std::uint32_t kOnes = 7 * (2048 * 1171 - 1);
+  static_assert(static_cast<float>(kOnes) == kOnes - 1);
+  std::vector<Half> weights(kOnes, from_float<Half>(1));
+  weights.insert(weights.end(), 7, from_float<Half>(1172));
+  Half lut{};
+  metal::kmeans1d<Half>({weights.data(), 1, weights.size()}, {}, {&lut, 1, 1});
+  CHECK(to_float(lut) == 1);
+}
+
 // ---------------------------------------------------------------------------------------------
 // Integer codes
 
@@ -268,6 +303,45 @@ TEST_CASE_TEMPLATE("quantize gives the scales, offsets and codes of its oracle",
     }
   });
   check_all_quantize<T>(make<T>(Data::kMixed, 2 * 9001), 2, false);
+}
+
+// Next to the largest number and among the smallest, where the first scale that comes to mind
+// restores few rows, and one of the five after it is taken.
+TEST_CASE_TEMPLATE("quantize tries the scales of its oracle in its order", T, Half, float) {
+  constexpr bool kIsHalf = sizeof(T) == 2;
+  constexpr float kMax = kIsHalf ? 65504.0F : std::numeric_limits<float>::max();
+  constexpr float kMin = kIsHalf ? 0x1p-24F : 0x1p-149F;
+  const std::size_t n_rows = is_quick() ? 200 : 1000;
+  std::mt19937 random(12);
+  std::uniform_real_distribution<float> unit(0.0F, 1.0F);
+  std::vector<T> weights;
+  for (std::size_t row = 0; row < n_rows; ++row) {
+    const float share = row % 4 < 2 ? 1.0F : 1 - unit(random) / 50;
+    const float end = row % 2 == 0 ? kMax * share : kMin * static_cast<float>(1 + random() % 3000);
+    const float sign = row % 3 == 0 ? -1.0F : 1.0F;
+    weights.push_back(from_float<T>(sign * end));
+    weights.push_back(from_float<T>(-sign * end * unit(random)));
+  }
+  for (const bool fits_offset : {false, true}) {
+    for (const int code_max : {1, 7, 31, 32, 127}) {
+      CAPTURE(code_max);
+      check_quantize<T, std::int8_t>(weights, n_rows, {-code_max, code_max}, fits_offset, false);
+      check_quantize<T, std::int8_t>(weights, n_rows, {-code_max - 1, code_max}, fits_offset,
+                                     false);
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("rows of zeros and of one value have the scale and offset of the oracle", T,
+                   Half, float) {
+  for (const float value : {0.0F, 0.1F, -0.1F, 31.875F, -31.875F, 60000.0F, -60000.0F}) {
+    CAPTURE(value);
+    const std::vector<T> weights(3 * 33, from_float<T>(value));
+    for (const bool searches : {false, true}) {
+      check_all_quantize<T>(weights, 3, searches);
+      check_quantize<T, std::int8_t>(weights, 3, {3, 15}, true, searches);  // 0 is no code
+    }
+  }
 }
 
 TEST_CASE_TEMPLATE("quantize_mse gives the scales, offsets and codes of its oracle", T, Half,
