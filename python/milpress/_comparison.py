@@ -302,8 +302,11 @@ class Comparison:
     def _check_unpromised(self, source: Any, other: Node, name: str) -> WeightCheck:
         """Report the error of a weight of which nothing is recorded."""
         value = self._decoders[1].value(other)
+        decoded = self._decoders[1].dense(other).values if value is None else value.dense()
+        kinds = [f"{array.dtype}{list(array.shape)}" for array in (source, decoded)]
+        if kinds[0] != kinds[1]:
+            fail(f"{name}: it must be decoded as {kinds[0]}, got {kinds[1]}")
         promise = "pruned" if value is not None and is_pruned(source, value) else "none"
-        decoded = self._decoders[1].dense(other).values
         signal, noise, _ = _core.compare(source.reshape(-1), decoded.reshape(-1))
         return WeightCheck(name=name, promise=promise, signal=signal, noise=noise)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,11 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from milpress import _core
-from milpress._pruned import too_few_zeros, wrong_blocks, wrong_runs
+from milpress._pruned import too_few_zeros, too_many_zeros, wrong_blocks, wrong_runs
 from milpress.formats import Compressed, Masked, Palette, Quantized, Sparse
-from milpress.formats._layout import Floats, to_rows
+from milpress.formats._layout import Floats, from_rows, to_rows
+from milpress.formats.palette import reassigned
 from milpress.formats.sparse import n_pruned
-from milpress.mil.treatments import Promise, Step
+from milpress.mil.treatments import Promise, Step, promise_of
 
 
 class Judgement(NamedTuple):
@@ -62,9 +64,7 @@ def judge(
 
 def is_pruned(source: Floats, value: Compressed) -> bool:
     """Whether a weight is its source, but for what is zero."""
-    if not isinstance(value, Sparse) or _dtype(value) != source.dtype:
-        return False
-    return not _judge_pruned(source, value, {}).wrong
+    return isinstance(value, Sparse) and not _judge_pruned(source, value, {}).wrong
 
 
 def _dtype(value: Compressed) -> np.dtype[Any]:
@@ -138,20 +138,82 @@ def _by_vectors(value: Compressed, settings: Mapping[str, Any]) -> Mapping[str, 
 
 def _wrong_zeros(source: Floats, value: Compressed, steps: tuple[Step, ...]) -> str:
     """Judge what is zero in a weight of which more than that may have changed."""
-    pruned = [i for i, step in enumerate(steps) if "prune" in step]
-    if not pruned:
+    found = [i for i, step in enumerate(steps) if "prune" in step]
+    if not found:
         if isinstance(value, Masked) and (source[~value.mask()] != 0).any():
             return "weights that were not zero are dropped"
         return ""
-    settings = steps[pruned[0]]["prune"]
-    if pruned[0] == 0 and "feedback" not in settings:
-        if not isinstance(value, Masked):
-            return _another_kind(value)
-        if _by_vectors(value, settings) is not settings:
-            return ""  # a vector stays if one of its weights does
-        kept = value.mask()
+    settings = steps[found[0]]["prune"]
+    if "feedback" in settings:
+        return too_few_zeros(value.dense() == 0, settings)
+    if not isinstance(value, Masked):
+        return _another_kind(value)
+    if found[0] > 0:
+        return _wrong_zeros_of_codes(source, value, steps)
+    kept = value.mask()
+    if not isinstance(value.value, Palette) or value.value.vector_axis is None:
         return _judge_zeros(source, _packed(kept), source[kept], settings).wrong
-    return too_few_zeros(value.dense() == 0, _by_vectors(value, settings))
+    # A vector stays if one of its weights does.
+    zero = source == 0
+    if "threshold" in settings and (np.abs(source[~kept]) > _limit(source, settings)).any():
+        return f"weights above {_limit(source, settings)} must not be zero"
+    return too_many_zeros(zero | ~kept, zero, settings)
+
+
+def _wrong_zeros_of_codes(source: Floats, value: Masked, steps: tuple[Step, ...]) -> str:
+    """Judge what is zero where a weight was pruned after it got codes."""
+    coding, inner = steps[0], value.value
+    settings = next(step["prune"] for step in steps if "prune" in step)
+    is_last = len(steps) == 2 and "feedback" not in next(iter(coding.values()))
+    by_table = isinstance(inner, Palette) and not isinstance(inner.lut, Quantized)
+    if is_last and (by_table or isinstance(inner, Quantized)):
+        wrong = _wrong_codes(source, value, coding)
+        if wrong:
+            return wrong
+        is_nearest = promise_of([coding]) == "nearest"
+        if isinstance(inner, Palette) and inner.vector_size == 1 and is_nearest:
+            # The codes that were dropped are known.
+            return _judge_pruned(reassigned(inner, source).dense(), value, settings).wrong
+    zero, shown = value.dense() == 0, _by_vectors(value, settings)
+    return too_few_zeros(zero, shown) or too_many_zeros(
+        zero, _may_be_zero(source, inner, coding), shown
+    )
+
+
+def _wrong_codes(source: Floats, value: Masked, coding: Step) -> str:
+    """Judge the codes that are left, if more is promised of them than their number."""
+    inner, promise = value.value, promise_of([coding])
+    is_of_kind = isinstance(inner, Palette) == ("palettize" in coding)
+    if promise == "none" or not is_of_kind:
+        return ""
+    judged = np.where(value.mask(), source, inner.dense())
+    return judge(judged, inner, promise, (coding,)).wrong
+
+
+def _may_be_zero(source: Floats, inner: Palette | Quantized, coding: Step) -> NDArray[np.bool_]:
+    """Return which weights may have the code of zero, whatever is known of the others."""
+    if isinstance(inner, Quantized):
+        if next(iter(coding.values())).keys() & {"range", "feedback"}:
+            return np.ones(source.shape, np.bool_)
+        # Half a step, and what rounding adds to it, is less than a whole one.
+        steps = from_rows(
+            np.repeat(np.abs(inner.scale).reshape(-1, 1), math.prod(inner.block_shape), axis=1),
+            inner.shape,
+            inner.block_shape,
+        )
+        return np.abs(source) <= steps
+    has_zero = (inner.entries == 0).any(axis=(-2, -1))
+    found = np.broadcast_to(has_zero.reshape(-1, 1), (has_zero.size, math.prod(inner.group_shape)))
+    flags = from_rows(np.ascontiguousarray(found), inner.codes.shape, inner.group_shape)
+    if inner.vector_axis is not None:
+        flags = np.repeat(flags, inner.vector_size, inner.vector_axis)
+    return flags
+
+
+def _limit(source: Floats, settings: Mapping[str, Any]) -> float:
+    """Return a threshold in the weight's precision."""
+    with np.errstate(over="ignore"):
+        return float(source.dtype.type(settings["threshold"]))
 
 
 def _judge_zeros(
@@ -175,8 +237,7 @@ def _judge_zeros(
         elif n_zeros != expected:
             wrong = f"{expected} weights must be zero, got {n_zeros}"
     elif "threshold" in settings:
-        with np.errstate(over="ignore"):
-            limit = float(flat.dtype.type(settings["threshold"]))
+        limit = _limit(source, settings)
         if greatest_pruned > limit or (nonzeros.size and least_kept <= limit):
             wrong = f"weights up to {limit} must be zero, and no others"
     return Judgement(signal, noise, wrong)

@@ -89,11 +89,11 @@ def wrong_runs(source: Floats, kept: NDArray[np.bool_], settings: Mapping[str, A
         return _no_axis(axis, source.ndim)
     for runs in _runs(source, kept, axis, m):
         n_gone = runs.n_gone()
-        expected = np.maximum(_n_of_run(n, m, runs), runs.n_before())
+        expected = np.maximum(_n_of_run(n, m, runs.length), runs.n_before())
         wrong = np.flatnonzero(n_gone != expected)
         if wrong.size:
             wanted, got = expected.flat[wrong[0]], n_gone.flat[wrong[0]]
-            return _wrong_number(wanted, got, runs, axis)
+            return _wrong_number(wanted, got, runs.length, axis)
         gone, left = runs.greatest_gone(), runs.least_left()
         wrong = np.flatnonzero(gone > left)
         if wrong.size:
@@ -164,29 +164,66 @@ def too_few_zeros(zero: NDArray[np.bool_], settings: Mapping[str, Any]) -> str:
     axis = settings.get("axis", 1 if "n_m" in settings else 0)
     if settings.keys() & {"n_m", "block_size"} and axis >= zero.ndim:
         return _no_axis(axis, zero.ndim)
-    left = ~zero
     if "n_m" in settings:
         n, m = settings["n_m"]
-        for runs in _runs(left.astype(np.float16), left, axis, m):
-            least = int(runs.n_gone().min())
-            if least < _n_of_run(n, m, runs):
-                return _wrong_number(_n_of_run(n, m, runs), least, runs, axis)
+        for length, n_gone in _zeros_of_runs(zero, axis, m):
+            expected, least = _n_of_run(n, m, length), int(n_gone.min())
+            if least < expected:
+                return _wrong_number(expected, least, length, axis)
         return ""
     if "block_size" not in settings:
         n_found = int(np.count_nonzero(zero))
         return f"{n_zeros} weights must be zero, got {n_found}" if n_found < n_zeros else ""
     size = settings["block_size"]
     n_found = sum(
-        int(np.count_nonzero(runs.n_gone() == runs.length)) * runs.length
-        for runs in _runs(left.astype(np.float16), left, axis, size)
+        int(np.count_nonzero(n_gone == length)) * length
+        for length, n_gone in _zeros_of_runs(zero, axis, size)
     )
     if n_found < zero.size and n_found + size <= n_zeros:
         return _too_few_blocks(n_zeros, n_found)
     return ""
 
 
-def _n_of_run(n: int, m: int, runs: _Runs) -> int:
-    return max(0, n - (m - runs.length))
+def too_many_zeros(
+    zero: NDArray[np.bool_], free: NDArray[np.bool_], settings: Mapping[str, Any]
+) -> str:
+    """Return in words which weights must not be zero; empty if none is said to be left.
+
+    ``free`` are those that may have been zero before they were pruned.
+    """
+    if "n_m" in settings:
+        (n, m), axis = settings["n_m"], settings.get("axis", 1)
+        if axis >= zero.ndim:
+            return _no_axis(axis, zero.ndim)
+        for (length, n_gone), (_, n_free) in zip(
+            _zeros_of_runs(zero, axis, m), _zeros_of_runs(free, axis, m), strict=True
+        ):
+            expected = np.maximum(_n_of_run(n, m, length), n_free)
+            wrong = np.flatnonzero(n_gone > expected)
+            if wrong.size:
+                wanted, got = expected.flat[wrong[0]], n_gone.flat[wrong[0]]
+                return _wrong_number(wanted, got, length, axis)
+        return ""
+    if "sparsity" not in settings:
+        return ""
+    n_zeros, n_before = n_pruned(zero.size, settings["sparsity"]), int(np.count_nonzero(free))
+    # Of a block that is kept some may be zero, and no others go for them.
+    n_most = n_zeros + n_before if "block_size" in settings else max(n_zeros, n_before)
+    n_found = int(np.count_nonzero(zero))
+    return f"at most {n_most} weights must be zero, got {n_found}" if n_found > n_most else ""
+
+
+def _zeros_of_runs(
+    zero: NDArray[np.bool_], axis: int, length: int
+) -> Iterator[tuple[int, NDArray[np.int32]]]:
+    """Yield the length of runs along an axis, and how many weights of each are zero."""
+    left = ~zero
+    for runs in _runs(left.astype(np.float16), left, axis, length):
+        yield runs.length, runs.n_gone()
+
+
+def _n_of_run(n: int, m: int, length: int) -> int:
+    return max(0, n - (m - length))
 
 
 def _runs(source: Floats, kept: NDArray[np.bool_], axis: int, length: int) -> Iterator[_Runs]:
@@ -215,8 +252,8 @@ def _runs(source: Floats, kept: NDArray[np.bool_], axis: int, length: int) -> It
             yield _Runs(weights, magnitudes, stays & (magnitudes != 0))
 
 
-def _wrong_number(wanted: int, got: int, runs: _Runs, axis: int) -> str:
-    return f"{wanted} weights of a run of {runs.length} along axis {axis} must be zero, got {got}"
+def _wrong_number(wanted: int, got: int, length: int, axis: int) -> str:
+    return f"{wanted} weights of a run of {length} along axis {axis} must be zero, got {got}"
 
 
 def _too_few_blocks(n_zeros: int, n_found: int) -> str:

@@ -508,6 +508,24 @@ def test_a_mask_of_a_chain_is_stored_once(coding, build, tmp_path):
     assert found.bytes_after == sum(values.n_stored_bytes(value) for value in stored)
 
 
+def scales_of_another_type(e: Edited) -> None:
+    """Decode to another type than what the op says that it makes."""
+    stored = use(e.op("both_quantized"), "scale").value
+    numbers = values.read(stored, e.package).values.astype(np.float32)
+    values.write_numbers(stored, "float32", numbers)
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_a_weight_that_decodes_to_another_type_than_its_source_is_refused(is_recorded, made):
+    source, out = made("shared", INT8)
+    tampered = Edited(out)
+    scales_of_another_type(tampered)
+    if not is_recorded:
+        treatments.forget(tampered.model)
+    message = "^both: it must be decoded as float16.*, got float32"
+    refused(source, tampered.reopened(), message)
+
+
 def test_what_was_decompressed_is_equal(made, tmp_path):
     _, out = made("shared", INT8)
     dense = tmp_path / "dense.mlpackage"

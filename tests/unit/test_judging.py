@@ -11,25 +11,23 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from judged_weights import (
+    INT8,
+    LUT8,
+    NORMAL,
+    PALETTE,
+    PRUNINGS,
+    sparse,
+    steps_of,
+    with_tables,
+)
 
-from milpress import _core, _pruned
+from milpress import _pruned
 from milpress import formats as f
 from milpress._judging import is_pruned, judge
 from milpress.errors import ConfigError, PackageError
-from milpress.formats import feedback
 from milpress.mil import treatments
 from milpress.mil.schema import messages
-from milpress.recipe import treatment_dict
-
-
-def steps_of(*configs: f.Treatment) -> tuple[Any, ...]:
-    return tuple(treatment_dict(config) for config in configs)
-
-
-def sparse(source: np.ndarray, kept: np.ndarray, nonzeros: np.ndarray | None = None) -> f.Sparse:
-    bitmask = _core.pack(np.ascontiguousarray(kept).view(np.uint8).reshape(-1), 1)
-    nonzeros = source[kept] if nonzeros is None else nonzeros
-    return f.Sparse(shape=source.shape, bitmask=bitmask, nonzeros=nonzeros)
 
 
 def wrong(source: np.ndarray, kept: np.ndarray, **settings: Any) -> str:
@@ -205,198 +203,6 @@ def test_a_threshold_beyond_float16_prunes_everything():
     assert wrong(source, value.mask(), threshold=1e30) == ""
 
 
-# Chains
-
-NORMAL = np.random.default_rng(3).standard_normal((16, 16)).astype(np.float16)
-INT8, PALETTE = f.QuantizeConfig(), f.PalettizeConfig(bits=3)
-LUT8 = f.QuantizeConfig(granularity=f.PerTensor())
-PRUNINGS = {
-    "n_m": f.PruneConfig(n_m=(2, 4)),
-    "n_m axis 0": f.PruneConfig(n_m=(1, 3), axis=0),
-    "blocks": f.PruneConfig(sparsity=0.5, block_size=2),
-    "sparsity": f.PruneConfig(sparsity=0.5),
-    "threshold": f.PruneConfig(threshold=0.7),
-}
-
-
-def chained(source: np.ndarray, *configs: f.Treatment) -> Any:
-    value: Any = source
-    for config in configs:
-        value = f.compress(value, config)
-    return value
-
-
-def with_mask(value: f.Masked, mask: np.ndarray) -> f.Masked:
-    """Return a value with another mask; codes that it had dropped are 0."""
-    return replace(value, bitmask=_core.pack(mask.view(np.uint8).reshape(-1), 1))
-
-
-@pytest.mark.parametrize("pruning", PRUNINGS)
-@pytest.mark.parametrize("codings", [(INT8,), (PALETTE,), (f.PalettizeConfig(bits=4), LUT8)])
-def test_a_mask_under_codes_is_judged_as_one_of_weights(pruning, codings):
-    configs = (PRUNINGS[pruning], *codings)
-    value, steps = chained(NORMAL, *configs), steps_of(*configs)
-    promise = treatments.promise_of(steps)
-    assert judge(NORMAL, value, promise, steps).wrong == ""
-    none = np.zeros_like(value.mask())
-    assert "zero" in judge(NORMAL, with_mask(value, none), promise, steps).wrong
-    for more in (True, False):
-        mask = value.mask().copy()
-        mask[tuple(np.argwhere(mask != more)[0])] = more
-        assert judge(NORMAL, with_mask(value, mask), promise, steps).wrong
-
-
-@pytest.mark.parametrize("pruning", PRUNINGS)
-@pytest.mark.parametrize("coding", [INT8, PALETTE])
-def test_a_coded_weight_that_is_pruned_later_is_judged_as_a_dense_one(pruning, coding):
-    before = chained(NORMAL, coding)
-    value = f.compress(before, PRUNINGS[pruning])
-    source, steps = before.dense(), steps_of(PRUNINGS[pruning])
-    assert judge(source, value, "pruned", steps).wrong == ""
-    mask = value.mask()
-    mask[tuple(np.argwhere(mask)[0])] = False
-    assert judge(source, with_mask(value, mask), "pruned", steps).wrong
-    codes = value.value.codes.copy()
-    codes[tuple(np.argwhere(value.mask())[0])] ^= 1
-    changed = replace(value, value=replace(value.value, codes=codes))
-    assert "not pruned are changed" in judge(source, changed, "pruned", steps).wrong
-
-
-@pytest.mark.parametrize("sparsity", [0.5, 0.51])
-@pytest.mark.parametrize("axis", [0, 1])
-def test_a_palette_of_vectors_that_is_pruned_later_loses_the_least_vectors(sparsity, axis):
-    config = f.PalettizeConfig(bits=4, vector_size=2, channel_axis=axis)
-    before, pruning = chained(NORMAL, config), f.PruneConfig(sparsity=sparsity)
-    value, steps = f.compress(before, pruning), steps_of(pruning)
-    source = before.dense()
-    assert judge(source, value, "pruned", steps).wrong == ""
-    mask = value.code_mask()
-    first, last = np.argwhere(mask)[0], np.argwhere(~mask)[0]
-    mask[tuple(first)] = False
-    assert "blocks, got" in judge(source, with_mask(value, mask), "pruned", steps).wrong
-    mask[tuple(last)] = True
-    assert judge(source, with_mask(value, mask), "pruned", steps).wrong
-
-
-@pytest.mark.parametrize(
-    ("pruning", "message"),
-    [
-        ("n_m", "2 weights of a run of 4 along axis 1 must be zero, got 1"),
-        ("n_m axis 0", "1 weights of a run of 3 along axis 0 must be zero, got 0"),
-        ("blocks", "as many blocks as fit into 128 weights must be zero, got 126 weights"),
-        ("sparsity", "128 weights must be zero, got 127"),
-    ],
-)
-@pytest.mark.parametrize("coding", [INT8, f.PalettizeConfig(bits=8)])
-def test_a_chain_that_is_pruned_last_has_the_zeros_that_were_promised(pruning, message, coding):
-    configs = coding, PRUNINGS[pruning]
-    value, steps = chained(NORMAL + np.float16(4), *configs), steps_of(*configs)
-    source = NORMAL + np.float16(4)  # so that nothing decodes to zero by itself
-    assert judge(source, value, "none", steps).wrong == ""
-    mask = value.mask()
-    mask[tuple(np.argwhere(~mask)[0])] = True
-    changed = with_mask(value, mask)
-    inner = replace(changed.value, codes=np.where(mask, 5, changed.value.codes).astype(np.uint8))
-    if isinstance(inner, f.Quantized):
-        inner = replace(inner, codes=inner.codes.astype(np.int8))
-    assert judge(source, replace(changed, value=inner), "none", steps).wrong == message
-
-
-def test_a_palette_of_vectors_that_is_pruned_last_has_the_zeros_that_were_promised():
-    configs = f.PalettizeConfig(bits=4, vector_size=2), f.PruneConfig(sparsity=0.5)
-    source = NORMAL + np.float16(4)
-    value, steps = chained(source, *configs), steps_of(*configs)
-    assert judge(source, value, "none", steps).wrong == ""
-    mask = value.code_mask()
-    mask[tuple(np.argwhere(~mask)[0])] = True
-    found = judge(source, with_mask(value, mask), "none", steps).wrong
-    assert found == "as many blocks as fit into 128 weights must be zero, got 126 weights"
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"n_m": [2, 4]}, "2 weights of a run of 4 along axis 1 must be zero, got 0"),
-        ({"sparsity": 0.5}, "128 weights must be zero, got 127"),
-    ],
-)
-def test_a_weight_whose_errors_were_fed_back_has_the_zeros_that_were_promised(settings, message):
-    source = NORMAL.reshape(16, 2, 2, 4)
-    steps = ({"prune": {**settings, "feedback": True}},)
-    kept = np.ones(source.shape, bool)
-    kept[..., :2] = False
-    assert judge(source, sparse(source, kept, -source[kept]), "none", steps).wrong == ""
-    kept[0, 0, 0, 0] = True
-    kept[0, 0, 0, 1] = "n_m" in settings
-    assert judge(source, sparse(source, kept, -source[kept]), "none", steps).wrong == message
-
-
-@pytest.mark.parametrize("n_groups", [1, 2, 8])
-@pytest.mark.parametrize("pruning", [f.PruneConfig(sparsity=0.29), f.PruneConfig(n_m=(2, 4))])
-def test_what_is_pruned_with_feedback_has_the_zeros_that_are_promised(pruning, n_groups):
-    source = np.random.default_rng(1).standard_normal((8, 5, 3)).astype(np.float32)
-    inputs = np.random.default_rng(2).standard_normal((n_groups, 40, 15))
-    moments = np.matmul(inputs.transpose(0, 2, 1), inputs).astype(np.float32)
-    factor = feedback.factorize(moments, feedback.FeedbackConfig())
-    value = feedback.prune(source, pruning, factor)
-    ((kind, settings),) = treatment_dict(pruning).items()
-    steps = ({kind: {**settings, "feedback": True}},)
-    assert judge(source, value, "none", steps).wrong == ""
-
-
-@pytest.mark.parametrize(
-    ("first", "second"), [(PRUNINGS["n_m"], INT8), (PRUNINGS["sparsity"], PALETTE)]
-)
-def test_codes_of_a_pruned_weight_leave_out_zeros_only(first, second):
-    before = f.sparsify(NORMAL, first)
-    value, source, steps = f.compress(before, second), before.dense(), steps_of(second)
-    promise = treatments.promise_of(steps)
-    assert judge(source, value, promise, steps).wrong == ""
-    mask = value.mask()
-    mask[tuple(np.argwhere(mask)[0])] = False
-    for word in (promise, "none"):
-        found = judge(source, with_mask(value, mask), word, steps).wrong
-        assert found == "weights that were not zero are dropped"
-
-
-# Kinds and types
-
-
-@pytest.mark.parametrize(
-    ("value", "steps", "got"),
-    [
-        (f.palettize(NORMAL, PALETTE), steps_of(INT8), "Palette"),
-        (f.quantize(NORMAL, INT8), steps_of(PALETTE), "Quantized"),
-        (f.sparsify(NORMAL, PRUNINGS["sparsity"]), steps_of(INT8), "Sparse"),
-        (f.palettize(NORMAL, PALETTE), steps_of(PRUNINGS["sparsity"]), "Palette"),
-        (
-            f.palettize(NORMAL, PALETTE),
-            steps_of(PRUNINGS["sparsity"], f.PalettizeConfig(bits=4), LUT8),
-            "Palette",
-        ),
-    ],
-)
-def test_a_weight_of_another_kind_than_recorded_is_refused(value, steps, got):
-    found = judge(NORMAL, value, treatments.promise_of(steps), steps).wrong
-    assert found == f"the weight must be compressed as recorded, got {got}"
-
-
-@pytest.mark.parametrize("config", [PALETTE, INT8, PRUNINGS["sparsity"]])
-def test_a_weight_that_decodes_to_another_type_is_refused(config):
-    value, steps = f.compress(NORMAL.astype(np.float32), config), steps_of(config)
-    promise = treatments.promise_of(steps)
-    found = judge(NORMAL, value, promise, steps).wrong
-    assert found == "it must be decoded as float16, got float32"
-    assert not is_pruned(NORMAL, value)
-
-
-def test_of_an_unrecorded_weight_is_known_whether_it_is_its_source_but_for_zeros():
-    value = f.sparsify(NORMAL, PRUNINGS["n_m"])
-    assert is_pruned(NORMAL, value)
-    assert not is_pruned(NORMAL, replace(value, nonzeros=value.nonzeros + np.float16(1)))
-    assert not is_pruned(NORMAL, f.palettize(NORMAL, PALETTE))
-
-
 # Codes
 
 
@@ -404,10 +210,6 @@ def with_code(value: f.Palette | f.Quantized, change: int) -> Any:
     codes = value.codes.copy()
     codes[0, 0] = codes[0, 0] - change if codes[0, 0] >= change else codes[0, 0] + change
     return replace(value, codes=codes)
-
-
-def with_tables(value: f.Palette, order: slice) -> f.Palette:
-    return replace(value, lut=np.ascontiguousarray(value.lut[..., order, :]))
 
 
 VECTORS = f.PalettizeConfig(bits=3, vector_size=2)
@@ -438,6 +240,43 @@ def test_codes_that_are_not_the_best_are_refused(config, change, message):
     assert judge(NORMAL, value, promise, steps).wrong == ""
     found = judge(NORMAL, change(value), promise, steps).wrong
     assert re.search(message, found), found
+
+
+# Kinds and types
+
+
+@pytest.mark.parametrize(
+    ("value", "steps", "got"),
+    [
+        (f.palettize(NORMAL, PALETTE), steps_of(INT8), "Palette"),
+        (f.quantize(NORMAL, INT8), steps_of(PALETTE), "Quantized"),
+        (f.sparsify(NORMAL, PRUNINGS["sparsity"]), steps_of(INT8), "Sparse"),
+        (f.palettize(NORMAL, PALETTE), steps_of(PRUNINGS["sparsity"]), "Palette"),
+        (
+            f.palettize(NORMAL, PALETTE),
+            steps_of(PRUNINGS["sparsity"], f.PalettizeConfig(bits=4), LUT8),
+            "Palette",
+        ),
+    ],
+)
+def test_a_weight_of_another_kind_than_recorded_is_refused(value, steps, got):
+    found = judge(NORMAL, value, treatments.promise_of(steps), steps).wrong
+    assert found == f"the weight must be compressed as recorded, got {got}"
+
+
+@pytest.mark.parametrize("config", [PALETTE, INT8, PRUNINGS["sparsity"]])
+def test_a_weight_that_decodes_to_another_type_is_refused(config):
+    value, steps = f.compress(NORMAL.astype(np.float32), config), steps_of(config)
+    promise = treatments.promise_of(steps)
+    found = judge(NORMAL, value, promise, steps).wrong
+    assert found == "it must be decoded as float16, got float32"
+
+
+def test_of_an_unrecorded_weight_is_known_whether_it_is_its_source_but_for_zeros():
+    value = f.sparsify(NORMAL, PRUNINGS["n_m"])
+    assert is_pruned(NORMAL, value)
+    assert not is_pruned(NORMAL, replace(value, nonzeros=value.nonzeros + np.float16(1)))
+    assert not is_pruned(NORMAL, f.palettize(NORMAL, PALETTE))
 
 
 # The record
