@@ -171,6 +171,10 @@ def compress(
         str | None,
         typer.Option(help="With --feedback: memory that it may take, as 8GB [4GB]."),
     ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Keep finished weights here; a run that was interrupted goes on."),
+    ] = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail if a weight does not suit its treatment.")
     ] = False,
@@ -236,6 +240,7 @@ def compress(
             feedback_memory=None
             if feedback_memory is None
             else _planning_commands.n_bytes_of(feedback_memory),
+            checkpoint=checkpoint,
         )
     )
     _print_report(report, as_json=as_json, wrote=not dry_run)

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from milpress import _core
+from milpress._checkpoint import Checkpoint, check_folder
 from milpress._parallel import in_order
 from milpress._plan import Plan, RecipeWishes, Wishes, plan_package
 from milpress._rewrite import Counter, Order, Rewriter, Sink, Treated, is_own
@@ -25,7 +26,7 @@ from milpress.mil.constexpr import Decoder, is_constexpr, is_part
 from milpress.mil.package import Package, Staged, check_destination, n_package_bytes
 from milpress.mil.program import Node
 from milpress.mil.weights import Site, Weight, sites, weight_files, weights
-from milpress.moments import Calibration, calibrate
+from milpress.moments import Calibration, calibrate, package_digest
 from milpress.placement import DeviceName, using
 from milpress.recipe import Recipe, describe, treatment_dict
 from milpress.report import Report, WeightReport
@@ -59,6 +60,7 @@ def compress(
     bias_correction: bool = False,
     feedback: bool = False,
     feedback_memory: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Compress the weights of a package into another package.
 
@@ -107,6 +109,9 @@ def compress(
         4,000,000,000, on any machine. Errors of a layer that takes more (12 times the square of its
         inputs and less) are fed back within blocks of its inputs, or not at all; the report says
         so.
+    checkpoint
+        A folder to keep compressed weights in until all are done. If a run was interrupted, it goes
+        on from there.
 
     Returns
     -------
@@ -162,6 +167,7 @@ def compress(
         dry_run=dry_run,
         before=None if samples is None else _activations(recipe, samples.data, progress),
         samples=samples if recipe.steps else None,
+        checkpoint=checkpoint,
     )
 
 
@@ -194,6 +200,11 @@ class SampleSettings:
     bias_correction: bool = False
     feedback: bool = False
     feedback_memory: int | None = None
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What results depend on besides the samples."""
+        return (self.bias_correction, self.feedback, checked_memory(self.feedback_memory))
 
     @classmethod
     def of(cls, data: Data | Calibration | None, **settings: Any) -> SampleSettings | None:
@@ -239,6 +250,7 @@ def compress_package(
     before: Callable[[Package], ActivationReport] | None = None,
     samples: SampleSettings | None = None,
     rewriter: type[Rewriter] = Rewriter,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Do what `compress` does, with an open package and any way to say what is wished.
 
@@ -250,6 +262,8 @@ def compress_package(
         if not dry_run:
             check_destination(package.path, Path(destination), force=force)
         names = weight_files(package)
+        if checkpoint is not None:
+            check_folder(checkpoint, [package.path, Path(destination)])
         calibration = None
         if samples is not None:
             calibration = calibrate(
@@ -284,6 +298,12 @@ def compress_package(
                     )
                 )
                 notes.append("errors fed back")
+        files = None
+        if checkpoint is not None and not dry_run:
+            digests = [package_digest(package), "" if calibration is None else calibration.data]
+            used = () if samples is None else samples.identity
+            files = Checkpoint(checkpoint, [*digests, *used])
+            job.keep(files)
         if dry_run:
             counter = Counter()
             reports = job.run(counter)
@@ -297,6 +317,8 @@ def compress_package(
                 staged.copy_rest(set(names))
                 reports = job.run(staged)
                 verification, size = _complete(package, staged, verify=verify)
+        if files is not None:
+            files.clear()
     notes.extend(kernels.notes)
     report = _report(package, destination, reports, notes, size, verification, started)
     return replace(report, activations=activations)
@@ -459,6 +481,7 @@ class _Job:
         self._statistics: Statistics | None = None
         self._corrects = False
         self._moments: SecondMoments | None = None
+        self._files: Checkpoint | None = None
         self._layers: list[tuple[Weight, Node, NDArray[np.float64]]] = []
         # What else was left, and why.
         self.left: list[str] = []
@@ -479,6 +502,10 @@ class _Job:
         """Let errors of each column be made up for by those after it."""
         self._moments = moments
 
+    def keep(self, files: Checkpoint) -> None:
+        """Keep each weight in files as soon as it is treated, and take from them what is kept."""
+        self._files = files
+
     def run(self, sink: Sink) -> list[WeightReport]:
         """Write to a sink, and record in the model what was done and is promised of it."""
         rewriter = self._rewriter(self._package, sink)
@@ -492,7 +519,7 @@ class _Job:
         done = 0
         orders = self._orders(rewriter)
         with contextlib.closing(
-            in_order(rewriter.treated, orders.values(), _n_threads(orders.values()))
+            in_order(self._maker(rewriter), orders.values(), _n_threads(orders.values()))
         ) as made:
             for site, plans in self._planned:
                 parts = self._parts_to_replace(plans.values())
@@ -522,6 +549,23 @@ class _Job:
             treatments.record(self._package.model, self._records)
         self._progress(total, total, "")
         return reports
+
+    def _maker(self, rewriter: Rewriter) -> Callable[[Order], Treated | UnsupportedError | None]:
+        """Return what makes a weight, or takes it from files."""
+        files = self._files
+        if files is None:
+            return rewriter.treated
+
+        def make(order: Order) -> Treated | UnsupportedError | None:
+            made = None if order.is_repeated else files.load(order)
+            if made is None:
+                found = rewriter.treated(order)
+                if isinstance(found, Treated):
+                    files.save(order, found)
+                return found
+            return made
+
+        return make
 
     def _orders(self, rewriter: Rewriter) -> dict[Node, Order]:
         """Return what is to be done to each weight that is treated, in the order of writing."""

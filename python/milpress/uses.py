@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -129,7 +130,8 @@ class Statistics:
             signal += float(squares.sum())
             with np.errstate(invalid="ignore"):  # of inputs that are not finite
                 outputs += sum(float((second[rows] * squares).sum()) for second in seconds)
-        if signal == 0:  # no error is made of zeros, whatever it counts
+        # No error is made of zeros, whatever it counts; what is not finite is refused by itself.
+        if signal == 0 or not math.isfinite(signal) or not math.isfinite(outputs):
             return 0.0
         return _SHARE * outputs / signal * len(uses.alike) / len(uses.count)
 
