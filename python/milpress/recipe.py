@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -424,13 +424,10 @@ def treatment_from_dict(kind: str, settings: Any, place: str = "the recipe") -> 
     """
     place = f"{place}.{kind}"
     form = _Form(settings, place)
-    make: Callable[[_Form, str], Treatment] = {
-        "quantize": _quantize_config,
-        "palettize": _palettize_config,
-        "prune": _prune_config,
-    }[kind]
     try:
-        return make(form, place)
+        if kind == "quantize":
+            return _quantize_config(form, place)
+        return _palettize_config(form, place) if kind == "palettize" else _prune_config(form, place)
     except ConfigError as error:
         if str(error).startswith(place):
             raise

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from milpress.errors import PackageError
 from milpress.mil import dtypes, values
 from milpress.mil.constexpr import Decoder
-from milpress.mil.program import Graph
+from milpress.mil.program import Graph, Node
 from milpress.mil.schema import messages
 from milpress.mil.values import Tensor
 
@@ -26,30 +26,43 @@ def tensor(array: Any, dtype: str = "") -> Tensor:
     return Tensor(dtypes.by_name(dtype or array.dtype.name), array)
 
 
-def decode(
+def op_of(
     kind: str,
-    parameters: Mapping[str, Any],
-    output: Tensor,
-    *,
+    parameters: Mapping[str, Tensor | str],
+    *outputs: Tensor,
+    name: str = "w",
     early: bool = False,
-) -> Tensor:
-    """Decode an op whose parameters are stored with it; all of it is declared to be ``output``."""
+) -> Any:
+    """Return an op whose parameters are stored with it, or outputs of another of that name."""
     op = messages().Operation(type=f"constexpr_{kind}")
-    op.attributes["name"].CopyFrom(values.string("w"))
-    for name, given_value in parameters.items():
-        place = op.attributes[name] if early else op.inputs[name].arguments.add().value
+    op.attributes["name"].CopyFrom(values.string(name))
+    for parameter, given_value in parameters.items():
         if isinstance(given_value, str):
-            place.CopyFrom(values.string(given_value))
-        else:
-            values.write(place, given_value, file_name=None, early=early, sink=None)
-    item = op.outputs.add(name="w")
-    values.set_type(item.type, output.dtype, output.values.shape)
+            op.inputs[parameter].arguments.add().name = given_value
+            continue
+        place = op.attributes[parameter] if early else op.inputs[parameter].arguments.add().value
+        values.write(place, given_value, file_name=None, early=early, sink=None)
+    for i, output in enumerate(outputs):
+        item = op.outputs.add(name=f"{name}_{i}" if len(outputs) > 1 else name)
+        values.set_type(item.type, output.dtype, output.values.shape)
+    return op
+
+
+def last_of(*ops: Any) -> tuple[Decoder, Node]:
+    """Return a decoder of a block of ops, and the last of them."""
     function = messages().Model().mlProgram.functions["main"]
     block = function.block_specializations["CoreML8"]
-    block.operations.append(op)
+    block.operations.extend(ops)
     graph = Graph(function, block)
-    (node,) = graph.nodes
-    return Decoder(graph, None).dense(node)
+    return Decoder(graph, None), graph.nodes[-1]
+
+
+def decode(
+    kind: str, parameters: Mapping[str, Tensor | str], output: Tensor, *, early: bool = False
+) -> Tensor:
+    """Decode one op, which declares to make what ``output`` is."""
+    decoder, node = last_of(op_of(kind, parameters, output, early=early))
+    return decoder.dense(node)
 
 
 def assert_same(ours: Tensor, theirs: np.ndarray) -> None:
@@ -300,3 +313,42 @@ AFFINE = {"quantized_data": tensor(np.zeros((2, 4), np.int8)), "zero_point": ten
 def test_parameters_that_do_not_fit_are_refused_with_the_op(kind, parameters, early, message):
     with pytest.raises(PackageError, match=message):
         decode(kind, parameters, tensor(np.zeros((2, 4), np.float32)), early=early)
+
+
+def test_an_op_that_declares_another_type_or_shape_is_refused():
+    parameters = {"indices": CODES, "lut": tensor(np.zeros((1, 1, 2, 1), np.float32))}
+    with pytest.raises(PackageError, match=r"w: .* must make the declared float16, got float32"):
+        decode("lut_to_dense", parameters, tensor(np.zeros((2, 4), np.float16)))
+    shapes = r"the declared shape \(4, 2\), got \(2, 4\)"
+    with pytest.raises(PackageError, match=shapes):
+        decode("lut_to_dense", parameters, tensor(np.zeros((4, 2), np.float32)))
+
+
+@pytest.mark.parametrize("are_same", [True, False])
+def test_codes_pruned_by_one_mask_and_spread_by_another_decode_by_the_second(are_same):
+    inner_mask = np.array([[1, 0, 1, 0], [0, 1, 0, 1]], np.uint8)
+    outer_mask = inner_mask if are_same else 1 - inner_mask
+    codes = np.array([1, 2, 3, 4], np.int8)
+    scale = np.array([[2], [3]], np.float32)
+    _, kept = ops.constexpr_sparse_blockwise_shift_scale.decompress(inner_mask, codes, scale, None)
+    expected = ops.constexpr_sparse_to_dense.decompress(kept, outer_mask)
+    inner = op_of(
+        "sparse_blockwise_shift_scale",
+        {
+            "data_mask": tensor(inner_mask, "uint1"),
+            "nonzero_data": tensor(codes),
+            "scale": tensor(scale),
+        },
+        tensor(inner_mask, "uint1"),
+        tensor(kept),
+        name="inner",
+    )
+    outer = op_of(
+        "sparse_to_dense",
+        {"mask": tensor(outer_mask, "uint1"), "nonzero_data": "inner_1"},
+        tensor(expected),
+    )
+    decoder, node = last_of(inner, outer)
+    assert_same(decoder.dense(node), expected)
+    # What a mask and codes alone can't say is not taken for it.
+    assert (decoder.value(node) is not None) == are_same

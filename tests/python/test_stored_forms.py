@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
 from coremltools.converters.mil.mil import types
+from coremltools.optimize._utils import select_input_output_channel_axis
 from oracles import assert_coremltools_agrees, decoded, ops_of
 from small_models import TARGETS, save, weight
 
@@ -21,7 +22,10 @@ from milpress import coreml, interpreter
 from milpress import formats as f
 from milpress.errors import PackageError, VerificationError
 from milpress.mil import values
+from milpress.mil.package import Package
+from milpress.mil.program import new_const
 from milpress.mil.schema import messages
+from milpress.mil.weights import sites, weights
 from milpress.recipe import Recipe, Step
 
 PALETTE = f.PalettizeConfig(bits=4)
@@ -332,6 +336,81 @@ def test_vectors_along_an_axis_from_the_end_go_through_every_command(tmp_path, s
     np.testing.assert_array_equal(kept, np.where(kept != 0, expected, 0))
     assert np.count_nonzero(kept) == expected.size // 4
     assert_coremltools_agrees(out)
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("parameter", ["x", "y"])
+def test_channels_of_a_factor_lie_where_coremltools_has_them(tmp_path, parameter, transposed, rank):
+    array = weight(*[2] * (rank - 2), 24, 24)
+
+    @mb.program(
+        input_specs=[mb.TensorSpec(shape=array.shape, dtype=types.fp16)],
+        opset_version=TARGETS["iOS18"],
+    )
+    def prog(x: Any) -> Any:
+        factor = mb.const(val=array, name="w")
+        other = "y" if parameter == "x" else "x"
+        given = {parameter: factor, other: x, f"transpose_{parameter}": transposed}
+        return mb.matmul(**given)
+
+    save(prog, tmp_path / "in.mlpackage", "iOS18")
+    (op,) = (op for op in prog.functions["main"].operations if op.name == "w")
+    inputs, output = select_input_output_channel_axis(op)
+    (site,) = sites(Package(tmp_path / "in.mlpackage"))
+    (found,) = weights(site.prefix, site.graph)
+    assert found.channel_axes == (output, inputs)
+
+
+def with_shared_parts(source: Path, path: Path) -> Path:
+    """Save a package of palettes such that those of matrices take their table from one constant."""
+    shutil.copytree(source, path)
+    package = Package(path)
+    (function,) = package.model.mlProgram.functions.values()
+    (block,) = function.block_specializations.values()
+    palettes = [
+        op
+        for op in block.operations
+        if op.type == "constexpr_lut_to_dense" and op.outputs[0].type.tensorType.rank == 2
+    ]
+    table = messages().Value()
+    table.CopyFrom(palettes[0].inputs["lut"].arguments[0].value)
+    for op in palettes:
+        op.inputs["lut"].arguments[0].name = "table"
+    rest = list(block.operations)
+    del block.operations[:]
+    block.operations.append(new_const("table", table))
+    block.operations.extend(rest)
+    package.model_path.write_bytes(package.model.SerializeToString())
+    return path
+
+
+def test_what_several_weights_decode_from_stays_as_long_as_one_does(build, tmp_path):
+    small = tmp_path / "small.mlpackage"
+    recipe = Recipe.of(f.PalettizeConfig(bits=6), min_size=10)
+    milpress.compress(build("layers"), small, recipe)
+    source = with_shared_parts(small, tmp_path / "in.mlpackage")
+    before = decoded(source)
+    names = [name for name, array in before.items() if array.ndim == 2]
+    assert len(names) > 3
+    for taken in (names[:1], names[-1:], names):
+        out = tmp_path / "out.mlpackage"
+        rules = {
+            "steps": [{"prune": {"sparsity": 0.5}, "select": {"name": f"re:{'|'.join(taken)}"}}]
+        }
+        report = milpress.compress(source, out, Recipe.from_dict(rules), force=True)
+        assert {w.name for w in report.with_status("compressed")} == set(taken)
+        assert ("table" in {op[3][0] for op in ops_of(out)}) == (taken != names)
+        after = decoded(out)
+        for name in before.keys() - set(taken):
+            np.testing.assert_array_equal(after[name], before[name])
+        assert_coremltools_agrees(out)
+    dense = tmp_path / "dense.mlpackage"
+    milpress.decompress(source, dense)
+    assert "table" not in {op[3][0] for op in ops_of(dense)}
+    after = decoded(dense)
+    for name, array in before.items():
+        np.testing.assert_array_equal(after[name], array)
 
 
 def extra(kind: str) -> Any:

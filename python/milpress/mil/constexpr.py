@@ -338,7 +338,10 @@ class Decoder:
         axis = self._tensor(node, "vector_axis")
         rank = indices.values.ndim
         if len(lut.shape) != rank + 2 or lut.shape[rank] != 2**indices.dtype.bits:
-            msg = f"lut must have {rank + 2} dimensions and 2**bits entries"
+            msg = (
+                f"lut must have {rank + 2} dimensions and {2**indices.dtype.bits} entries, got the "
+                f"shape {lut.shape}"
+            )
             raise ValueError(msg)
         decoding.check_blocks(indices.values.shape, lut.shape[:rank])
         return Palette(
