@@ -105,6 +105,8 @@ class RecipeWishes:
             treatments=tuple(treatment for treatment, _ in found),
             min_size=max((min_size for _, min_size in found), default=0),
         )
+        if len(weight.op_types) < 2 or weight.size < wish.min_size:
+            return wish
         settled = [_settled_step(step, weight) for step in self.recipe.steps]
         notes = "; ".join(each.note for each in settled if each.note)
         if not notes:

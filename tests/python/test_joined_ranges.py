@@ -149,16 +149,41 @@ def text_of(report: Any) -> str:
     return capture.get()
 
 
-@pytest.mark.parametrize(("small", "is_left"), [(1 / 15, False), (1 / 16, True)])
-def test_a_part_is_small_from_a_sixteenth_on(tmp_path, small, is_left):
+def halves(behind: Any = None) -> Any:
+    """Two inputs that are concatenated, and a layer behind them or what is made of them."""
+
     @program(x=(1, 4), z=(1, 4))
     def prog(x: Any, z: Any) -> Any:
         joined = mb.concat(values=[x, z], axis=1, name="joined")
-        return mb.linear(x=joined, weight=np.eye(8, dtype=np.float16), name="y")
+        taken = joined if behind is None else behind(joined)
+        return mb.linear(x=taken, weight=np.eye(8, dtype=np.float16), name="y")
 
-    one = np.float32([[1, -1, 0.5, 0]])
-    made = Made(prog, tmp_path, [{"x": one, "z": np.float16(small) * one}])
+    return prog
+
+
+@pytest.mark.parametrize(
+    ("mode", "low", "high", "is_left"),
+    [
+        ("linear_symmetric", -1 / 15, 1 / 15, False),
+        ("linear_symmetric", -1 / 16, 1 / 16, True),
+        ("linear_symmetric", 0, -1 / 16, True),
+        # Codes with a zero point divide the range from -1 to 1, not its greater half.
+        ("linear", 0, 1 / 7, False),
+        ("linear", 0, 1 / 8, True),
+        ("linear_symmetric", 0, 1 / 8, False),
+    ],
+)
+def test_a_part_is_small_from_a_sixteenth_on(tmp_path, mode, low, high, is_left):
+    data = [{"x": np.float32([[1, -1, 0.5, 0]]), "z": np.float32([[low, high, 0, 0]])}]
+    made = Made(halves(), tmp_path, data, config={"mode": mode})
     assert made.left == ({"joined"} if is_left else set())
+
+
+def test_what_relu_leaves_of_a_part_counts_behind_it(tmp_path):
+    data = [{"x": np.float32([[1, -1, 0.5, 0]]), "z": np.float32([[0.01, -1, 0.005, 0]])}]
+    made = Made(halves(lambda joined: mb.relu(x=joined, name="behind")), tmp_path, data)
+    assert made.left == {"behind"}
+    assert made.report.notes == ()
 
 
 def test_a_chain_is_parted_where_sizes_differ_and_nowhere_else(tmp_path):
@@ -177,8 +202,7 @@ def test_a_chain_is_parted_where_sizes_differ_and_nowhere_else(tmp_path):
     made = Made(prog, tmp_path)
     assert made.left == {"abc", "e"}
     shared = [set(names) for names in made.report.shared]
-    assert {"a", "b", "ab"} in shared
-    assert not any("c" in names for names in shared)
+    assert shared == [{"a", "b", "ab"}]
     assert len(made.scales["a"] | made.scales["b"] | made.scales["ab"]) == 1
     assert made.decibels() > 25  # five values on the way, 39 dB each
 
@@ -244,6 +268,21 @@ def test_stacked_values_share_no_range_and_are_not_lost(tmp_path):
     assert made.report.shared == ()
 
 
+def test_only_concatenation_shares_ranges(tmp_path):
+    @program(x=(1, 4), z=(1, 4))
+    def prog(x: Any, z: Any) -> Any:
+        a = mb.linear(x=x, weight=np.eye(4, dtype=np.float16), name="a")
+        b = mb.linear(x=z, weight=np.eye(4, dtype=np.float16), name="b")
+        stacked = mb.stack(values=[a, b], axis=0, name="stacked")
+        return mb.linear(x=stacked, weight=np.eye(4, dtype=np.float16), name="y")
+
+    data = [{"x": np.float32([[1, -1, 0.5, 0]]), "z": np.float32([[0.5, -0.5, 0.25, 0]])}]
+    made = Made(prog, tmp_path, data)
+    assert made.left == set()
+    assert made.report.shared == ()
+    assert made.scales["a"] != made.scales["b"]
+
+
 def test_a_small_constant_that_is_joined_is_not_lost(tmp_path):
     @program(x=SHAPE)
     def prog(x: Any) -> Any:
@@ -257,6 +296,20 @@ def test_a_small_constant_that_is_joined_is_not_lost(tmp_path):
     assert made.left == {"joined"}
     assert "places" in made.by_name["joined"].note
     assert made.decibels() > 30
+
+
+def test_infinities_of_a_constant_make_no_part_small(tmp_path):
+    @program(x=(1, 4))
+    def prog(x: Any) -> Any:
+        mask = mb.const(val=np.float16([[-np.inf, 1, 0.5, 0]]), name="mask")
+        a = mb.linear(x=x, weight=np.eye(4, dtype=np.float16), name="a")
+        p = mb.softmax(x=mb.concat(values=[a, mask], axis=1, name="joined"), axis=-1, name="p")
+        b = mb.linear(x=a, weight=np.eye(4, dtype=np.float16), name="b")
+        return mb.concat(values=[p, b], axis=1, name="y")
+
+    made = Made(prog, tmp_path, [{"x": np.float32([[1, -1, 0.5, 0]])}])
+    assert made.left == set()
+    assert made.report.notes == ()
 
 
 def test_zeros_have_a_code_in_whatever_range(tmp_path):
