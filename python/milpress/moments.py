@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from milpress._files import write_whole
 from milpress.errors import CompressionError, ConfigError, InputError
 from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package, system_errors
@@ -139,13 +140,8 @@ class Calibration:
             arrays |= {f"first_{i}": each.first, f"second_{i}": each.second}
         data = io.BytesIO()
         np.savez(data, **arrays)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
         with system_errors(path):
-            try:
-                draft.write_bytes(data.getvalue())
-                draft.replace(path)
-            finally:
-                draft.unlink(missing_ok=True)
+            write_whole(path, data.getvalue())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
