@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import zipfile
 from collections.abc import Sequence
@@ -15,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from milpress import _json
+from milpress._files import write_whole
 from milpress._rewrite import Order, Treated
 from milpress.errors import CompressionError, ConfigError, DestinationError
 from milpress.formats import Custom, Masked, Palette, PalettizeConfig, Quantized, Sparse
@@ -87,7 +88,7 @@ class Checkpoint:
                 path.open("rb") as raw,
                 np.load(raw, allow_pickle=False) as file,
             ):
-                head = json.loads(str(file["head"]))
+                head = _json.read(str(file["head"]))
                 matches = head["identity"] == self._identity_of(order)
                 made = _treated(head, file, order) if matches else None
         except _DAMAGES as error:
@@ -127,15 +128,10 @@ class Checkpoint:
         }
         data = io.BytesIO()
         named: dict[str, Any] = {f"array_{i}": array for i, array in enumerate(arrays)}
-        np.savez(data, head=np.array(json.dumps(head)), **named)
-        draft = path.with_name(f"{path.name}.{os.getpid()}.new")
+        np.savez(data, head=np.array(_json.text(head)), **named)
         with system_errors(path):
             self._folder.mkdir(parents=True, exist_ok=True)
-            try:
-                draft.write_bytes(data.getvalue())
-                draft.replace(path)
-            finally:
-                draft.unlink(missing_ok=True)
+            write_whole(path, data.getvalue())
         self._kept.add(path)
 
     def clear(self) -> None:

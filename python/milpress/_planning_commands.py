@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -240,7 +241,11 @@ def n_bytes_of(text: str) -> int:
         msg = f"a size must be such as 12MB, 500kB or 48000, got {text!r}"
         raise ConfigError(msg)
     power: int = " kmg".index(found[2].lower() or " ")
-    return round(float(found[1]) * 1000.0**power)
+    size = float(found[1]) * 1000.0**power
+    if math.isinf(size):
+        msg = f"a size must be one that a file can have, got {text[:20]}..."
+        raise ConfigError(msg)
+    return round(size)
 
 
 def _check_output(path: Path | None, *, force: bool) -> None:
@@ -253,7 +258,8 @@ def _check_output(path: Path | None, *, force: bool) -> None:
 
 
 def _write(path: Path, text: str) -> None:
+    from milpress._files import write_whole
     from milpress.mil.package import system_errors
 
     with system_errors(path):
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text.encode())

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, TypeVar
 
 import typer
 
 from milpress import _json
-from milpress.errors import printable
+from milpress.errors import StorageError, printable
 
 _Made = TypeVar("_Made")
 
@@ -53,15 +56,35 @@ def print_table(table: Any) -> None:
     """Print a table, as wide as the terminal, or as 140 columns."""
     from rich.console import Console
 
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            # Of its own it would exit, with the code of a failed verification.
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
     width = None if sys.stdout.isatty() else 140
-    Console(width=width).print(table)
+    with _output():
+        Output(width=width).print(table)
 
 
 def print_text(text: str) -> None:
     """Print a line, without what would steer a terminal."""
-    typer.echo(printable(text))
+    with _output():
+        typer.echo(printable(text))
 
 
 def print_json(data: dict[str, Any]) -> None:
     """Print JSON."""
-    typer.echo(_json.text(data, indent=2))
+    with _output():
+        typer.echo(_json.text(data, indent=2))
+
+
+@contextlib.contextmanager
+def _output() -> Iterator[None]:
+    """Say of what can't be printed that it is the output."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(error.errno or 0, reason, "standard output") from error

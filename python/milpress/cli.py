@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
-from milpress import __version__, _bench_commands, _planning_commands
+from milpress import __version__, _bench_commands, _planning_commands, _root
 from milpress._planning_commands import TargetBits, TargetSize
 from milpress._terminal import (
     Json,
@@ -18,10 +17,11 @@ from milpress._terminal import (
     WeightThreshold,
     print_found,
     print_json,
+    print_table,
     print_text,
     with_progress,
 )
-from milpress.errors import CompressionError, ConfigError, InputError, VerificationError
+from milpress.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from milpress.placement import DeviceName
@@ -380,12 +380,8 @@ def evaluate(
         return
     print_found(str(compressed), found, found.summary)
     if per_op:
-        from rich.console import Console
-
         n_exact = sum(op.own_snr_db == math.inf for op in found.ops)
-        Console(width=None if sys.stdout.isatty() else 140).print(
-            found.ops_table(most=len(found.ops) - n_exact)
-        )
+        print_table(found.ops_table(most=len(found.ops) - n_exact))
         print_text(f"{n_exact} other values have no error of their own")
         if found.n_uncompared:
             print_text(f"{found.n_uncompared} values could not be compared")
@@ -561,13 +557,18 @@ _bench_commands.register(app)
 _planning_commands.register(app)
 
 
-def main() -> None:
-    """Run the command line: exit code 0, 1 for a failed verification, 2 for all other errors."""
-    try:
-        app()
-    except CompressionError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(1 if isinstance(error, VerificationError) else 2) from None
-    except KeyboardInterrupt:
-        typer.echo("interrupted", err=True)
-        raise SystemExit(130) from None
+def call() -> int:
+    """Call the command that this process was given; what goes wrong is raised.
+
+    Returns
+    -------
+    int
+        The exit code that a command asks for.
+    """
+    code = typer.main.get_command(app).main(standalone_mode=False)
+    return code if isinstance(code, int) else 0
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with its code; signals are then handled as before."""
+    raise SystemExit(_root.run())

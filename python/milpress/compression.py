@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 Progress: TypeAlias = Callable[[int, int, str], None]
 OnUnsupported: TypeAlias = Literal["leave", "error"]
 
+_MOST_THREADS = 4096
+
 
 def compress(
     source: str | os.PathLike[str],
@@ -428,10 +430,13 @@ def thread_limit(threads: int | None) -> Iterator[None]:
     Raises
     ------
     ConfigError
-        If the number is below 1.
+        If the number is below 1, or above what any machine has.
     """
     if threads is not None and threads < 1:
         msg = f"threads must be at least 1, got {threads}"
+        raise ConfigError(msg)
+    if threads is not None and threads > _MOST_THREADS:
+        msg = f"threads must be at most {_MOST_THREADS}, got {threads}"
         raise ConfigError(msg)
     before = _core.set_thread_limit(threads or 0)
     try:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from milpress import _json
+from milpress._files import write_whole
 from milpress.errors import CompressionError, ConfigError, InputError
 from milpress.mil.package import Package, system_errors
 from milpress.mil.weights import sites, weight_files
@@ -134,13 +135,8 @@ class Calibration:
             arrays |= {f"first_{i}": each.first, f"second_{i}": each.second}
         data = io.BytesIO()
         np.savez(data, **arrays)
-        draft = path.with_name(f".{path.name}.{os.getpid()}")
         with system_errors(path):
-            try:
-                draft.write_bytes(data.getvalue())
-                draft.replace(path)
-            finally:
-                draft.unlink(missing_ok=True)
+            write_whole(path, data.getvalue())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Calibration:
@@ -171,14 +167,7 @@ class Calibration:
                     n_samples=int(head["n_samples"]),
                     layers=layers,
                 )
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            EOFError,
-            RecursionError,
-            zipfile.BadZipFile,
-        ) as error:
+        except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             if isinstance(error, CompressionError):
                 raise
             msg = f"{path}: must be a calibration that milpress saved, got another file: {error}"

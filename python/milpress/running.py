@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from milpress import _json
+from milpress._files import write_whole
 from milpress.errors import DestinationError, InputError, PackageNotFoundError
 from milpress.mil.package import system_errors
 from milpress.report import escaped, named_table
@@ -223,11 +224,14 @@ def _write(path: Path, outputs: Mapping[str, Any]) -> None:
         else:
             arrays[name] = np.asarray(value)
     # Not by np.savez, which can't take every name.
-    with system_errors(path), zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
+    whole = io.BytesIO()
+    with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as file:
         for name, array in arrays.items():
             data = io.BytesIO()
             np.save(data, array, allow_pickle=False)
             file.writestr(f"{name}.npy", data.getvalue())
+    with system_errors(path):
+        write_whole(path, whole.getvalue())
 
 
 def _shape_and_type(value: Any) -> tuple[str, str]:

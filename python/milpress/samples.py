@@ -29,6 +29,9 @@ Data: TypeAlias = (
 )
 
 
+_MOST_RANDOM = 10**9
+
+
 @dataclass(frozen=True, slots=True)
 class RandomSamples:
     """Random inputs, where there are no real ones.
@@ -52,6 +55,9 @@ class RandomSamples:
     def __post_init__(self) -> None:
         if self.n < 1:
             msg = f"there must be at least 1 random sample, got {self.n}"
+            raise ConfigError(msg)
+        if self.n > _MOST_RANDOM:
+            msg = f"there must be at most {_MOST_RANDOM} random samples, got {self.n}"
             raise ConfigError(msg)
 
 

@@ -191,6 +191,20 @@ def test_machines_are_named_where_they_differ(tmp_path):
     assert "Apple M4" in shown
 
 
+def test_runs_are_named_where_there_are_several(tmp_path):
+    made = [result("measured"), result("measured", created="2026-03-04T05:06:07Z", run_id="b")]
+    paths = [tmp_path / f"{i}.json" for i in range(2)]
+    for path, each in zip(paths, made, strict=True):
+        schema.save(each, path)
+    shown = run("bench", "compare", *paths).stdout
+    lines = [line for line in shown.splitlines() if line.strip().startswith("tiny ")]
+    assert ["1, 2026-01-01 00:00" in line for line in lines] == [True, True, False, False]
+    assert ["2, 2026-03-04 05:06" in line for line in lines] == [False, False, True, True]
+    data = json.loads(run("bench", "compare", *paths, "--json").stdout)
+    assert [row["run_id"] for row in data["rows"]] == ["1"] * 3 + ["b"] * 3
+    assert "2026-01-01" not in run("bench", "compare", paths[0]).stdout
+
+
 def test_an_invalid_result_is_exit_code_1(tmp_path):
     path = tmp_path / "r.json"
     data = result("cpu_reference").to_dict()

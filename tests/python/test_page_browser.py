@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import browser
 import pytest
-from device_results import entry, model, result
+from device_results import entry, failed, model, result
 from test_page import bench, compression, evaluation, hostile, published, write
 
 from milpress import page
@@ -342,6 +343,97 @@ def test_a_page_of_little_is_whole_too(contents, tab, tmp_path):
     tab.open(tmp_path / "r.html")
     assert tab.complaints == []
     assert len(texts(tab, "footer tbody tr")) == 1
+
+
+def benchmarks() -> dict[str, Any]:
+    """Return runs that know more or less of the packages they are of."""
+    tiny, small = (entry("measured", "CPU_AND_NE", name) for name in ("tiny", "small"))
+    blind = replace(small, accuracy=None)
+    broken = failed("measured", "ALL", "small")
+    return {
+        "everything": result("measured", tiny, small),
+        "latencies alone": result("measured", replace(tiny, accuracy=None), blind),
+        "an accuracy of the original alone": result("measured", tiny, blind),
+        "failures without an accuracy": result("measured", replace(broken, accuracy=None)),
+        "the original alone": result("measured", tiny),
+        "failures alone": result("measured", broken),
+        "a failure of the rest": result("measured", tiny, broken),
+        "an interpreter": bench("cpu_reference"),
+        "an estimate": result("estimate"),
+        "a replay": result("replay"),
+    }
+
+
+REPORTS: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "a compression": {"made": compression()},
+    "a compression of another": {"made": compression("strange", source="stranger")},
+    "a compression of nothing": {"made": compression(weights=[], snr_db=None)},
+    "an evaluation": {"found": evaluation()},
+    "an evaluation without a number": {
+        "found": evaluation(ops=[], outputs=[{"name": "y", "snr_db": "nan", "kl": "inf"}])
+    },
+    "an evaluation that diverges": {
+        "made": compression(),
+        "found": evaluation(outputs=[{"name": "y", "snr_db": "-inf", "kl": "inf", "top1": 0.5}]),
+    },
+    "both": {"made": compression(), "found": evaluation()},
+}
+
+
+# What a page of these has, by the words of what it was made of.
+@pytest.mark.parametrize("reports", REPORTS)
+@pytest.mark.parametrize("run", [None, *benchmarks()])
+def test_every_combination_is_drawn(run, reports, tab, tmp_path):
+    contents = dict(REPORTS[reports])
+    if run is not None:
+        contents["run"] = benchmarks()[run]
+    if not contents:
+        contents["published"] = published()
+    page.write(write(tmp_path, **contents), tmp_path / "r.html", title="a page")
+    page.write(write(tmp_path, **contents), tmp_path / "r.md")
+    tab.open(tmp_path / "r.html")
+    assert tab.complaints == []
+    # The script has run to its end: the last thing it does is to draw the weights.
+    weights = contents["made"]["weights"] if "made" in contents else None
+    drawn = "document.querySelectorAll('#layers .layer[data-name]').length"
+    assert tab.evaluate(drawn) == len(weights or [])
+    assert len(texts(tab, "#layers .head")) == (weights is not None)
+    # No place for a chart is left empty, and each table can be sorted and filtered.
+    assert tab.evaluate(
+        "[...document.querySelectorAll('.charts .card > div')].every((e) => e.childElementCount)"
+    )
+    assert tab.evaluate("document.documentElement.dataset.theme") in ("light", "dark")
+    headers = "document.querySelectorAll('table.sortable thead th')"
+    assert tab.evaluate(f"[...{headers}].every((e) => e.firstChild.tagName === 'BUTTON')")
+    tab.evaluate(
+        f"[...{headers}].forEach((e) => {{ e.firstChild.click(); e.firstChild.click(); }})"
+    )
+    tab.evaluate(
+        """for (const input of document.querySelectorAll('input[type=search]')) {
+            input.value = 'small';
+            input.dispatchEvent(new Event('input'));
+        }"""
+    )
+    tab.evaluate(
+        "document.querySelectorAll('.group button, #legend button').forEach((b) => b.click())"
+    )
+    n_packages = len(texts(tab, "#packages-table tbody tr"))
+    if n_packages:
+        (shown,) = texts(tab, "#shown")
+        assert shown.endswith(f" of {n_packages} shown")
+    assert tab.complaints == []
+
+
+def test_what_is_infinitely_bad_is_not_drawn_as_exact(tab, tmp_path):
+    bad = evaluation(outputs=[{"name": "y", "kl": "inf"}])
+    good = evaluation("good", outputs=[{"name": "y", "kl": 0.5}])
+    made = {"a": compression(), "b": compression("good"), "c": bad, "d": good}
+    page.write(write(tmp_path, **made), tmp_path / "r.html")
+    tab.open(tmp_path / "r.html")
+    labels = "[...document.querySelectorAll('#size-chart .dot')].map((e) => e.ariaLabel)"
+    assert sorted(label.split(":")[0] for label in tab.evaluate(labels)) == ["good", "tiny"]
+    assert tab.complaints == []
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,86 @@ def test_what_is_known_of_a_package_is_put_together(tmp_path):
     assert made.title == "tiny"
 
 
+@pytest.mark.parametrize("made", [compression, evaluation])
+@pytest.mark.parametrize("version", [0, 2, "1", None, True, 1.0])
+def test_a_report_of_another_version_is_refused(made, version, tmp_path):
+    (path,) = write(tmp_path, a=made(version=version))
+    line = failed_call("report", path, "-o", tmp_path / "r.html")
+    assert line.startswith(f"error: {path}: version must be 1, got {version!r}; make")
+    data = made()
+    del data["version"]
+    (path,) = write(tmp_path, a=data)
+    assert "version must be 1, got None" in failed_call("report", path, "-o", tmp_path / "r.html")
+
+
+def places(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return where in JSON numbers are."""
+    if isinstance(data, dict):
+        return [place for key, item in data.items() for place in places(item, (*path, key))]
+    if isinstance(data, list):
+        return [place for i, item in enumerate(data) for place in places(item, (*path, i))]
+    return [path] if isinstance(data, (int, float)) and not isinstance(data, bool) else []
+
+
+def changed(data: Any, place: tuple[Any, ...], value: Any) -> Any:
+    made = json.loads(json.dumps(data))
+    inner = made
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    return made
+
+
+@pytest.mark.parametrize(
+    "data",
+    [compression(asked=2, compressed=1, left=1, ratio=2.5, seconds=0.5), evaluation()],
+    ids=["compression", "evaluation"],
+)
+def test_a_text_for_a_number_is_refused_wherever_it_is(data, tmp_path):
+    found = places(data)
+    assert len(found) > 10
+    for place in found:
+        for value in ("12", "<b>", [], {}, True):
+            (path,) = write(tmp_path, a=changed(data, place, value))
+            with pytest.raises(errors.ResultError, match=r"^.*a\.json: .*, got ") as caught:
+                page.collect([path])
+            assert str(place[-1]).removeprefix("-") in str(caught.value), place
+
+
+@pytest.mark.parametrize(
+    ("place", "made"),
+    [
+        (("package_bytes_after",), compression),
+        (("weights", 1, "bytes_after"), compression),
+        (("weights", 0, "bits_per_weight"), compression),
+        (("n_samples",), evaluation),
+    ],
+)
+def test_what_counts_is_not_negative(place, made, tmp_path):
+    (path,) = write(tmp_path, a=changed(made(), place, -1))
+    with pytest.raises(errors.ResultError, match=f"{place[-1]} must be at least 0, got -1"):
+        page.collect([path])
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "{" * 5, '{"a": NaN}', "\ud800", ""])
+def test_what_is_no_json_is_a_sentence(text, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    assert "a.json: a result must be JSON, got: " in failed_call("report", path)
+
+
+def test_two_runs_of_one_package_are_told_apart(tmp_path):
+    later = bench(created="2026-03-04T05:06:07+00:00", run_id="2")
+    paths = write(tmp_path, a=bench(), b=later)
+    for name in ("r.html", "r.md"):
+        page.write(paths, tmp_path / name)
+        text = (tmp_path / name).read_text().replace("\\", "")
+        assert "run 1, 2026-01-01 00:00" in text
+        assert "run 2, 2026-03-04 05:06" in text
+    page.write(paths[:1], tmp_path / "r.md")
+    assert "run 1" not in (tmp_path / "r.md").read_text()
+
+
 def test_packages_with_one_name_in_two_folders_stay_apart(tmp_path):
     one = compression(destination="a/m.mlpackage")
     two = compression(destination="b/m.mlpackage")

@@ -48,6 +48,16 @@ def units_words(result: Result, entry: Entry) -> str:
     return units
 
 
+def run_names(results: Sequence[Result]) -> dict[int, str]:
+    """Return what each run is called beside others, by its identity: a number and when it was."""
+    names: dict[int, str] = {}
+    for result in results:
+        if id(result) not in names:
+            created = result.created[:16].replace("T", " ")
+            names[id(result)] = f"{len(names) + 1}, {created}"
+    return names
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """A configuration beside its baseline.
@@ -58,6 +68,8 @@ class Row:
         The configuration.
     units, where
         What it ran in, and on what machine, in words.
+    run, run_id
+        Which of the results it is of, in words, and the identifier of that.
     ratio
         How many times the baseline's latency its own is, and whether the two took turns; ``None``
         if there is no baseline, or it is the baseline.
@@ -68,6 +80,8 @@ class Row:
     entry: Entry
     units: str
     where: str
+    run: str = ""
+    run_id: str = ""
     ratio: Ratio | float | None = None
     is_paired: bool = False
 
@@ -99,6 +113,8 @@ class Comparison:
             "rows": [
                 {
                     "id": row.entry.id,
+                    "run": row.run,
+                    "run_id": row.run_id,
                     "machine": row.where,
                     "status": row.entry.status,
                     "median_ms": None if row.latency is None else row.latency.median,
@@ -115,13 +131,16 @@ class Comparison:
     def __rich__(self) -> Table:
         """Return the rows as a table."""
         several = len({row.where for row in self.rows}) > 1
-        table = named_table("configuration", "units", *(["machine"] if several else []))
+        runs = len({row.run for row in self.rows}) > 1
+        headings = ["configuration", "units"] + ["machine"] * several + ["run"] * runs
+        table = named_table(*headings)
         for heading in ("size", "SNR dB", "median ms", "95 %", "p90", "p99", "ratio"):
             table.add_column(heading, justify="right")
         for row in self.rows:
             entry, latency = row.entry, row.latency
             cells = [escaped(entry.model.name), escaped(row.units)]
             cells += [escaped(row.where)] if several else []
+            cells += [escaped(row.run)] if runs else []
             cells.append(human_bytes(entry.model.package_bytes))
             cells.append("" if entry.accuracy is None else human_snr(entry.accuracy.snr_db))
             if entry.failure is not None:
@@ -175,9 +194,13 @@ def compare(results: Sequence[Result], *, baseline: str | None = None) -> Compar
         msg = f"the baseline must be one of {', '.join(names)}, got {baseline!r}"
         raise ConfigError(msg)
     baseline = baseline or (names[0] if names else "")
+    names_of_runs = run_names(results)
     rows: list[Row] = []
     for result in results:
-        rows += [_row(entry, result, entries, baseline) for entry in result.entries]
+        named = {"run": names_of_runs[id(result)], "run_id": result.run_id}
+        rows += [
+            replace(_row(entry, result, entries, baseline), **named) for entry in result.entries
+        ]
     return Comparison(kind=kinds[0], rows=tuple(rows))
 
 

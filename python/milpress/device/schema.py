@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from milpress import _json
+from milpress._files import write_whole
 from milpress._structure import Decibels, structured
 from milpress.device import stats
 from milpress.errors import PackageNotFoundError, ResultError
 from milpress.mil.package import system_errors
 
 SCHEMA = "milpress-bench/1"
-MAX_RESULT_BYTES = 256 << 20
+# Parsed, JSON takes up to 25 times its size.
+MAX_RESULT_BYTES = 64 << 20
 
 Kind: TypeAlias = Literal["measured", "cpu_reference", "estimate", "replay", "fake"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -480,7 +482,7 @@ def read_json(path: str | os.PathLike[str]) -> tuple[Any, str]:
         raise ResultError(msg)
     try:
         return _json.read(data), hashlib.sha256(data).hexdigest()
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         msg = f"{path}: a result must be JSON, got: {error}"
         raise ResultError(msg) from error
 
@@ -509,9 +511,7 @@ def save(result: Result, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     text = _json.text(parse(result.to_dict(), str(path)).to_dict(), indent=1)
     with system_errors(path):
-        temporary = path.with_name(f".{path.name}.milpress")
-        temporary.write_text(f"{text}\n", encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, f"{text}\n".encode())
 
 
 def _plain(value: Any) -> Any:

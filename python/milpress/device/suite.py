@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from milpress import _json, _yaml
+from milpress._files import write_whole
 from milpress.compression import compress
 from milpress.device import benchmark, schema
 from milpress.device.benchmark import Candidate
@@ -231,7 +232,7 @@ def _make(
     report = compress(source, path, variant.recipe, sample_data=samples)
     text = _json.text(report.to_dict(), indent=1)
     with system_errors(reports):
-        (reports / f"{variant.name}.json").write_text(text, encoding="utf-8")
+        write_whole(reports / f"{variant.name}.json", text.encode())
     words = [] if variant.recipe.activations is None else ["8-bit activations"]
     words += [
         describe(step.treatment) for step in variant.recipe.steps if step.treatment is not None

@@ -368,7 +368,7 @@ def read(model: Any) -> Record:
             raise ValueError(msg)
         pairs = {str(name): str(codes) for name, codes in data["pairs"].items()}
         return Record(pairs, [dict(setting) for setting in data["settings"]])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         msg = f"the user metadata {KEY} must be a record of version 1, got another text: {error}"
         raise PackageError(msg) from error
 

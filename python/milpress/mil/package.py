@@ -7,7 +7,6 @@ import fcntl
 import json
 import mmap
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from milpress import _core
+from milpress import _core, _files
 from milpress.errors import (
     CompressionError,
     DestinationError,
@@ -38,7 +37,6 @@ _FREE_MEMORY = 16 << 20
 MAX_MANIFEST_BYTES = 1 << 20
 _MAX_PIPELINE_DEPTH = 8
 _MODEL_PATH = "@model_path/"
-_STAGE_MARK = ".milpress-"
 
 
 class Program(NamedTuple):
@@ -136,6 +134,11 @@ class Package:
         if name.startswith("/") or "\0" in name or any(part in ("", ".", "..") for part in parts):
             msg = f"{self.path}: the name of a file must stay inside the package, got {name!r}"
             raise PackageError(msg)
+        try:
+            os.fsencode(name)
+        except UnicodeEncodeError as error:
+            msg = f"{self.path}: the name of a file must be text, got {name!r}"
+            raise PackageError(msg) from error
         path = folder / name
         if path.resolve() != self.path.resolve() / path.relative_to(self.path):
             msg = f"{self.path}: a file must be no symbolic link, got {name!r}"
@@ -259,9 +262,7 @@ class Staged:
 
     def __exit__(self, *_: object) -> None:
         self._writers.clear()
-        with contextlib.suppress(OSError):
-            _restore(self._folder, self._destination)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        _files.end_draft(self._folder)
         if self._lock is not None:
             os.close(self._lock)
 
@@ -365,24 +366,32 @@ def check_destination(source: Path, destination: Path, *, force: bool) -> None:
 def _create_stage(destination: Path) -> tuple[Path, int]:
     # The lock tells a folder in use from one whose process was killed. It is taken after the
     # folder exists; whoever finds it unlocked in between deletes it, and we try again.
+    def take_back(folder: Path) -> None:
+        with contextlib.suppress(OSError):
+            _restore(folder, destination)
+        _files.remove(folder)
+
     for _ in range(100):
-        folder = destination.absolute().with_name(
-            f".{destination.name}{_STAGE_MARK}{secrets.token_hex(4)}"
-        )
-        folder.mkdir()
+        folder = _files.draft_of(destination.absolute(), take_back)
+        try:
+            folder.mkdir()
+        except OSError:
+            _files.end_draft(folder)
+            raise
         with contextlib.suppress(OSError):
             descriptor = os.open(folder, os.O_RDONLY)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if folder.exists():
                 return folder, descriptor
             os.close(descriptor)
+        _files.end_draft(folder)
     msg = f"{destination}: no temporary folder could be made beside it"
     raise StorageError(msg)
 
 
 def _sweep(destination: Path) -> None:
     """Remove what a killed run left beside this destination."""
-    pattern = f".{destination.name}{_STAGE_MARK}"
+    pattern = f".{destination.name}{_files.DRAFT_MARK}"
     for folder in destination.absolute().parent.iterdir():
         if not folder.name.startswith(pattern) or folder.is_symlink() or not folder.is_dir():
             continue

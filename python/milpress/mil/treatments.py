@@ -129,7 +129,7 @@ def read(model: Any) -> Records:
                 found.by_source[str(source)] = Record(steps, str(result))
         for layer, digest in data.get("biases", {}).items():
             found.biases[str(layer)] = str(digest)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         msg = f"the user metadata {KEY} must be a record of version 1, got another text: {error}"
         raise PackageError(msg) from error
     return found

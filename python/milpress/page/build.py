@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from milpress._files import write_whole
 from milpress.errors import ConfigError
 from milpress.mil.package import system_errors
 from milpress.page import html, markdown
@@ -53,5 +54,5 @@ def write(
     page = collect(sources, title=title)
     text = _WRITERS[path.suffix](page)
     with system_errors(path):
-        path.write_text(text, encoding="utf-8")
+        write_whole(path, text.encode())
     return page

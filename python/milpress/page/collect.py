@@ -6,7 +6,7 @@ import math
 import os
 import posixpath
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,6 +15,7 @@ from milpress.device import schema
 from milpress.device.schema import Entry, Result
 from milpress.errors import ConfigError, ResultError, printable
 
+VERSION = 1
 LITERATURE_SCHEMA = "milpress-literature/1"
 
 # Metrics of an evaluation, in words, and whether more is better.
@@ -54,8 +55,14 @@ class Compression:
     bits_per_weight: float
     snr_db: Metric | None
     weights: tuple[Weight, ...]
+    version: int = 0
     notes: tuple[str, ...] = ()
     verified: bool = False
+    asked: int = 0
+    compressed: int = 0
+    left: int = 0
+    ratio: float = 0.0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +97,9 @@ class Evaluated:
     is_random: bool
     precision: str
     outputs: tuple[OutputMetrics, ...]
+    version: int = 0
     ops: tuple[OpMetrics, ...] = ()
+    n_uncompared: int = 0
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -324,16 +333,42 @@ def _content(data: Any, place: str) -> Content:
     if str(data.get("schema") if keys else "").startswith("milpress-bench/"):
         return schema.parse(data, place)
     if {"original", "compressed", "outputs"} <= keys:
+        _check_version(data, place)
         evaluated: Evaluated = structured(data, Evaluated, place, strict=False)
+        _check_counts(evaluated, place)
         return evaluated
     if {"source", "destination", "weights"} <= keys:
+        _check_version(data, place)
         compression: Compression = structured(data, Compression, place, strict=False)
+        _check_counts(compression, place)
+        for i, weight in enumerate(compression.weights):
+            _check_counts(weight, f"{place}: weights[{i}]")
         return compression
     msg = (
         f"{place}: a report must be of what `milpress compress --json`, `evaluate --json` or "
         f"`bench` wrote, got {'another object' if keys else type(data).__name__}"
     )
     raise ResultError(msg)
+
+
+def _check_version(data: dict[str, Any], place: str) -> None:
+    version = data.get("version")
+    if type(version) is not int or version != VERSION:
+        msg = (
+            f"{place}: version must be {VERSION}, got {version!r}; make the report again with this "
+            "milpress"
+        )
+        raise ResultError(msg)
+
+
+def _check_counts(content: Any, place: str) -> None:
+    """Refuse negative counts, sizes and bits, which nothing has."""
+    for item in fields(content):
+        value = getattr(content, item.name)
+        is_number = type(value) is int or (type(value) is float and item.name != "snr_db")
+        if is_number and value < 0:
+            msg = f"{place}: {item.name} must be at least 0, got {value}"
+            raise ResultError(msg)
 
 
 class _Packages:

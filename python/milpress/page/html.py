@@ -141,6 +141,7 @@ def _data(page: Page) -> str:
                 "runs": [
                     {
                         "package": numbers[id(run.package)],
+                        "run": printable(run.name),
                         "median": run.latency.median,
                         "ci95": list(run.latency.ci95),
                         "p90": run.latency.p90,
@@ -444,7 +445,8 @@ def _latency_row(run: words.Run, is_device: bool) -> str:
         return f"{value:.3f}" if value < 100 else f"{value:.1f}"
 
     cells = [
-        f'<td class="name"><i class="dotmark {run.package.family}"></i>{_e(run.package.name)}</td>',
+        f'<td class="name"><i class="dotmark {run.package.family}"></i>{_e(run.package.name)}'
+        f"{f' <small>run {_e(run.name)}</small>' if run.name else ''}</td>",
         _cell(latency.median, number),
         f'<td class="n" data-v="{low}">{number(low)} to {number(high)}</td>',
         _cell(latency.p90, number),

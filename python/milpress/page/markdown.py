@@ -71,7 +71,7 @@ def _latencies(page: Page) -> list[str]:
             parts.append(f"**{group.stamp}**")
         rows = [
             [
-                run.package.name,
+                f"{run.package.name}, run {run.name}" if run.name else run.package.name,
                 f"{run.latency.median:.3f}",
                 f"{run.latency.ci95[0]:.3f} to {run.latency.ci95[1]:.3f}",
                 f"{run.latency.p90:.3f}",

@@ -24,7 +24,7 @@
   const ms = (n) => `${n >= 100 ? n.toFixed(0) : n >= 10 ? n.toFixed(1) : n.toFixed(3)} ms`;
   const metricText = (name, value) => {
     if (value === null || value === undefined) return "";
-    if (value === "inf") return "exact";
+    if (value === "inf") return name === "snr_db" ? "exact" : "infinite";
     if (value === "-inf" || value === "nan") return "not a number";
     if (name === "snr_db") return `${value.toFixed(1)} dB`;
     if (name === "top1") return `${(100 * value).toFixed(1)} %`;
@@ -75,7 +75,7 @@
   const chart = (points, options) => {
     const W = options.wide ? WIDE : NARROW;
     const metric = data.metrics.find((m) => m.name === state.metric);
-    const drawn = points.filter((p) => isShown(p.item) && p.value !== null && p.value !== undefined && p.value !== "nan" && p.value !== "-inf");
+    const drawn = points.filter((p) => isShown(p.item) && p.value !== null && p.value !== undefined && p.value !== "nan" && p.value !== "-inf" && (metric.more || p.value !== "inf"));
     if (!drawn.length) return h("p", { class: "empty" }, points.length ? "Nothing here matches the filter and has this metric." : "No data.");
     const finite = drawn.filter((p) => p.value !== "inf");
     let [yLow, yHigh] = finite.length ? spread(Math.min(...finite.map((p) => p.value)), Math.max(...finite.map((p) => p.value)), 0.12) : [0, 1];
@@ -163,10 +163,11 @@
     }
     for (const group of data.groups) {
       const place = $(`#${group.id}`);
+      if (!place) continue; // without an accuracy to draw against, latencies stand in tables alone
       const points = group.runs.map((run) => ({ item: data.packages[run.package], x: run.median, interval: run.ci95, value: data.packages[run.package].metrics[state.metric], run }));
       place.replaceChildren(chart(points, {
         label: `Latency against accuracy, ${group.title}`, axis: group.axis, scale: () => ({ by: 1, unit: "ms" }), stamp: group.stamp,
-        pairs: (p) => [["median", ms(p.x)], ["95 % interval", `${ms(p.run.ci95[0])} to ${ms(p.run.ci95[1])}`], ["p90 / p99", `${ms(p.run.p90)} / ${ms(p.run.p99)}`], ["predictions", p.run.n], ["size", bytes(p.item.bytes)], ["these are", group.kindText]],
+        pairs: (p) => [["run", p.run.run], ["median", ms(p.x)], ["95 % interval", `${ms(p.run.ci95[0])} to ${ms(p.run.ci95[1])}`], ["p90 / p99", `${ms(p.run.p90)} / ${ms(p.run.p99)}`], ["predictions", p.run.n], ["size", bytes(p.item.bytes)], ["these are", group.kindText]],
         say: (p) => ms(p.x),
       }));
     }

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from milpress.device.comparison import device_words, units_words
+from milpress.device.comparison import device_words, run_names, units_words
 from milpress.device.schema import Distribution, Entry, Kind, Result
 from milpress.errors import printable
 from milpress.page.collect import METRICS, Evaluated, Literature, Package, Page
@@ -39,11 +39,12 @@ class Banner:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """An entry of a group, and its latency."""
+    """An entry of a group, and its latency; ``name`` says which run, if the group is of several."""
 
     package: Package
     entry: Entry
     latency: Distribution
+    name: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,19 +143,22 @@ def groups(page: Page) -> list[Group]:
                 units_words(result, entry),
             )
             found.setdefault(key, []).append((result, package, entry))
-    return [_group(runs) for runs in found.values()]
+    names = run_names(page.results)
+    return [_group(runs, names) for runs in found.values()]
 
 
-def _group(found: Sequence[tuple[Result, Package, Entry]]) -> Group:
+def _group(found: Sequence[tuple[Result, Package, Entry]], names: dict[int, str]) -> Group:
     result, _, first = found[0]
     timings = [entry.timing for _, _, entry in found if entry.timing is not None]
     is_core = all(timing.core is not None for timing in timings)
+    is_of_several = len({id(result) for result, _, _ in found}) > 1
     runs = []
-    for _, package, entry in found:
+    for one, package, entry in found:
         timing = entry.timing
         latency = None if timing is None else timing.core if is_core else timing.e2e
         if latency is not None:
-            runs.append(Run(package=package, entry=entry, latency=latency))
+            name = names[id(one)] if is_of_several else ""
+            runs.append(Run(package=package, entry=entry, latency=latency, name=name))
     return Group(
         kind=result.provenance.kind,
         effective=result.provenance.effective,
