@@ -712,6 +712,35 @@ TEST_CASE("a giant row is coded like any other, on one thread and on two") {
   check_giant<float, std::int8_t>({-127, 127}, false);
 }
 
+TEST_CASE_TEMPLATE("a giant row has the scale and codes of a short one, whatever its magnitude", T,
+                   Half, float) {
+  constexpr float kMax = sizeof(T) == 2 ? 65504.0F : std::numeric_limits<float>::max();
+  constexpr float kMin = sizeof(T) == 2 ? 0x1p-24F : 0x1p-149F;
+  std::mt19937 random(13);
+  std::uniform_real_distribution<float> unit(-1.0F, 1.0F);
+  for (const float magnitude : {kMax, 1.0F, 300 * kMin}) {
+    CAPTURE(magnitude);
+    std::vector<T> part(1001, from_float<T>(magnitude));
+    std::generate(part.begin() + 1, part.end(),
+                  [&] { return from_float<T>(magnitude * unit(random)); });
+    std::vector<T> weights(4 * 131072 + 5);
+    for (std::size_t i = 0; i < weights.size(); ++i) {
+      weights[i] = part[i % part.size()];
+    }
+    for (const bool fit : {false, true}) {
+      const auto expected = run<T, std::int8_t>(part, 1, {-127, 127}, fit);
+      const auto result = run<T, std::int8_t>(weights, 1, {-127, 127}, fit);
+      CHECK(result.scales == expected.scales);
+      CHECK(result.offsets == expected.offsets);
+      std::size_t n_different = 0;
+      for (std::size_t i = 0; i < weights.size(); ++i) {
+        n_different += result.codes[i] == expected.codes[i % part.size()] ? 0U : 1U;
+      }
+      CHECK(n_different == 0);
+    }
+  }
+}
+
 TEST_CASE("shapes and ranges that don't fit are refused") {
   const std::vector<Half> weights(8);
   std::vector<Half> scales(2);
