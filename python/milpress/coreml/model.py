@@ -145,6 +145,10 @@ def _class() -> type[Any]:
             if is_temp_package:
                 self._files = _TemporaryFiles(Path(self.package_path))
 
+        def __del__(self) -> None:
+            # From coremltools 9.1 on, any copy of an MLModel takes the package with it when it goes.
+            pass
+
         @property
         def _mil_program(self) -> Any:
             if not self._is_program_read:
