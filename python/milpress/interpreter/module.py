@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from milpress.interpreter.constants import Weight, held_as
 from milpress.interpreter.graph import Block, Frame, Function
-from milpress.interpreter.states import BufferCell
+from milpress.interpreter.states import Cell
 
 
 class ProgramModule(nn.Module):
     """A program whose weights are parameters and whose other constants and states are buffers.
 
-    Made by `milpress.interpreter.Program.to_torch`. Parameters don't ask for gradients.
+    Made by `milpress.interpreter.Program.to_torch`. Parameters don't ask for gradients. Gradients
+    flow through what a call writes to a state and reads again, and end where a call begins: what a
+    state was before is a number.
 
     Parameters
     ----------
@@ -84,12 +86,16 @@ class ProgramModule(nn.Module):
         frame = Frame(list(function.stored), torch.Generator().manual_seed(self._seed))
         for slot, name in self._attributes.items():
             frame.slots[slot] = getattr(self, name)
+        # A copy, as gradients may want what the state was when it has changed.
+        cells = {name: Cell(getattr(self, name).detach().clone()) for name in self._states.values()}
         for slot, name in self._states.items():
-            frame.slots[slot] = BufferCell(getattr(self, name))
+            frame.slots[slot] = cells[name]
         for name, tensor in zip(self._inputs, inputs, strict=True):
             parameter = function.inputs[name]
             frame.write(parameter.slot, parameter.cast(tensor))
         made = dict(zip(function.outputs, function.block.run(frame), strict=True))
+        for name, cell in cells.items():
+            getattr(self, name).copy_(cell.read().detach())
         results = tuple(made[name] for name in self._outputs)
         return results[0] if len(results) == 1 else results
 
