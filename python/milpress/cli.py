@@ -310,6 +310,8 @@ def run(
         print_json(report.to_dict())
     else:
         print_found(report.source, report, report.summary)
+        for note in report.notes:
+            print_text(note)
 
 
 @app.command()
@@ -367,6 +369,8 @@ def evaluate(
         print_json(found.to_dict())
         return
     print_found(str(compressed), found, found.summary)
+    for note in found.notes:
+        print_text(note)
     if per_op:
         from rich.console import Console
 

@@ -18,10 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from milpress.errors import CompressionError, ConfigError, InputError
+from milpress.jobs import jobs_of
 from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package, system_errors
 from milpress.mil.weights import Weight, blob_places, sites, weight_files, weights
-from milpress.samples import Data, Samples
+from milpress.samples import Data
 
 if TYPE_CHECKING:
     from milpress.interpreter import Program
@@ -102,12 +103,15 @@ class Calibration:
         How many.
     layers
         In the order of the graph.
+    notes
+        What there is to know of how the samples were run.
     """
 
     package: str
     data: str
     n_samples: int
     layers: tuple[LayerMoments, ...]
+    notes: tuple[str, ...] = ()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to an ``.npz`` file, which `load` reads.
@@ -123,6 +127,7 @@ class Calibration:
             "package": self.package,
             "data": self.data,
             "n_samples": self.n_samples,
+            "notes": list(self.notes),
             "layers": [
                 {
                     "layer": each.layer,
@@ -175,6 +180,7 @@ class Calibration:
                     data=str(head["data"]),
                     n_samples=int(head["n_samples"]),
                     layers=layers,
+                    notes=tuple(map(str, head.get("notes", ()))),
                 )
         except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             if isinstance(error, CompressionError):
@@ -267,12 +273,10 @@ def calibrate(
     DependencyError
         If torch is not installed.
     """
-    from milpress.interpreter import load
-
     package = source if isinstance(source, Package) else Package(source)
     if isinstance(data, Calibration):
         return _checked(data, package)
-    jobs = list(_jobs(package, data, load))
+    jobs = list(jobs_of(package, data))
     names = {feature.name for program, _, _ in jobs for feature in program.inputs}
     if mask is not None and mask not in names:
         msg = f"mask must be one of the inputs {', '.join(sorted(names))}, got {mask!r}"
@@ -300,7 +304,13 @@ def calibrate(
         found.extend(sums.found(prefixes))
     if progress is not None:
         progress(total, total, "")
-    made = Calibration(package=key[0], data=key[1], n_samples=total, layers=tuple(found))
+    made = Calibration(
+        package=key[0],
+        data=key[1],
+        n_samples=total,
+        layers=tuple(found),
+        notes=tuple(dict.fromkeys(note for job in jobs for note in job.notes)),
+    )
     if cache is not None:
         made.save(cache)
     return made
@@ -328,9 +338,7 @@ class SecondMoments:
         mask: str | None = None,
         progress: Progress | None = None,
     ) -> None:
-        from milpress.interpreter import load
-
-        self._jobs = list(_jobs(package, data, load))
+        self._jobs = list(jobs_of(package, data))
         names = {feature.name for program, _, _ in self._jobs for feature in program.inputs}
         self._mask = DEFAULT_MASK if mask is None and DEFAULT_MASK in names else mask
         self._progress = progress or (lambda *_: None)
@@ -432,47 +440,6 @@ def package_digest(package: Package) -> str:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def _jobs(
-    package: Package, data: Data, load: Callable[..., Program]
-) -> Iterator[tuple[Program, Samples, dict[str, str]]]:
-    """Yield each function that the samples suit, with the prefix of its weights for each model's.
-
-    Raises
-    ------
-    InputError
-        If they suit none.
-    """
-    names: list[str | None] = [None]
-    if not package.programs[0].place:
-        names = list(package.programs[0].functions)
-    if isinstance(data, Iterator):
-        data = tuple(data)
-    refused: InputError | None = None
-    n_suited = 0
-    for name in names:
-        program = load(package, name)
-        try:
-            samples = Samples(data, program.inputs)
-        except InputError as error:
-            refused = refused or error
-            continue
-        n_suited += 1
-        yield program, samples, _prefixes(package, program)
-    if refused is not None and not n_suited:
-        raise refused
-
-
-def _prefixes(package: Package, program: Program) -> dict[str, str]:
-    """Return what weights' names begin with, by what the names of the model's values begin with."""
-    found = {}
-    for site in sites(package):
-        place = "".join(f"{part}/" for part in site.program.place)
-        is_run = site.block == site.function.block_specializations[site.function.opset]
-        if program.functions.get(place) == site.function_name and is_run:
-            found[place] = site.prefix
-    return found
 
 
 class _Sums:

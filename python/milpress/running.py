@@ -78,6 +78,9 @@ class RunReport:
         Wall time of the run, loading excluded.
     written
         The file that the outputs are in, if they were to be written.
+    notes
+        What else there is to know: stages of pipelines that were passed by, pictures that were
+        resized.
     """
 
     source: str
@@ -85,6 +88,7 @@ class RunReport:
     outputs: tuple[Output, ...]
     seconds: float
     written: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -101,6 +105,7 @@ class RunReport:
             "seconds": self.seconds,
             "outputs": [output.to_dict() for output in self.outputs],
             "written": self.written,
+            "notes": list(self.notes),
         }
 
     def __rich__(self) -> Table:
@@ -173,6 +178,7 @@ def run(
         outputs=tuple(Output(name=name, value=value) for name, value in made.items()),
         seconds=seconds,
         written=None if path is None else str(path),
+        notes=program.notes,
     )
 
 

@@ -174,6 +174,11 @@ class Samples(Iterable[dict[str, Any]]):
         """Whether they stand in for real ones."""
         return self._random is not None
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to know of how they were read, in sentences."""
+        return ()
+
     def __len__(self) -> int:
         if self._random is not None:
             return self._random.n
@@ -248,12 +253,17 @@ class Samples(Iterable[dict[str, Any]]):
         missing = [
             name
             for name, feature in self._inputs.items()
-            if name not in shapes and feature.default is None
+            if name not in shapes and feature.is_required
         ]
         if unknown or missing:
+            wanted = ", ".join(
+                f"{name} ({feature.origin})" if feature.origin else name
+                for name, feature in self._inputs.items()
+                if not feature.is_unused
+            )
             msg = (
-                f"{source.place}: there must be an array for each of the inputs "
-                f"{', '.join(self._inputs)}, got {', '.join(shapes) or 'none'}"
+                f"{source.place}: there must be an array for each of the inputs {wanted}, got "
+                f"{', '.join(shapes) or 'none'}"
             )
             raise InputError(msg)
         if all(_takes(self._inputs[name], shape) for name, shape in shapes.items()):
@@ -280,7 +290,12 @@ class Samples(Iterable[dict[str, Any]]):
     def _made(self, random: RandomSamples) -> Iterator[dict[str, Any]]:
         rng = np.random.default_rng(random.seed)
         for _ in range(random.n):
-            yield {name: _random_array(feature, rng) for name, feature in self._inputs.items()}
+            yield {
+                name: _random_array(feature, rng)
+                for name, feature in self._inputs.items()
+                if feature.is_required or feature.kind in ("array", "image")
+                if not feature.is_unused
+            }
 
 
 def _random_array(feature: Feature, rng: np.random.Generator) -> NDArray[Any]:
