@@ -278,7 +278,7 @@ def run(
         typer.Option(
             "--input",
             metavar="NAME=FILE.npy",
-            help="An input's array; or a FILE.npz that holds them by name. Once for each.",
+            help="An input's array, or its picture; or a FILE.npz that holds them by name.",
         ),
     ] = None,
     function: Annotated[
@@ -322,7 +322,9 @@ def evaluate(
     ],
     data: Annotated[
         Path | None,
-        typer.Option(help="Samples: an .npz file with an array for each input, or a folder."),
+        typer.Option(
+            help="Samples: an .npz file of the inputs' arrays, or a folder, also of pictures."
+        ),
     ] = None,
     random: Annotated[
         int | None, typer.Option(help="So many random samples instead. They say little.")
@@ -385,16 +387,18 @@ def evaluate(
 
 def _arrays(options: list[str]) -> dict[str, Any]:
     """Return the arrays that ``--input`` options name."""
+    from milpress.pictures import is_picture
     from milpress.running import read_arrays
 
     arrays: dict[str, Any] = {}
     for option in options:
         name, equals, path = option.partition("=")
-        found = read_arrays(Path(path if equals else option))
+        file = Path(path if equals else option)
+        found: dict[str, Any] = {"": file} if is_picture(file) else read_arrays(file)
         if equals and found.keys() == {""}:
             found = {name: found[""]}
         elif equals or "" in found:
-            msg = f"--input must be NAME=FILE.npy or FILE.npz, got {option!r}"
+            msg = f"--input must be NAME=FILE.npy, NAME=PICTURE or FILE.npz, got {option!r}"
             raise InputError(msg)
         twice = found.keys() & arrays.keys()
         if twice:

@@ -279,14 +279,14 @@ def evaluate(
         raise ConfigError(msg)
     from milpress.interpreter import load
 
-    programs = [
+    one, other = (
         load(path, function, precision=precision, seed=seed) for path in (original, compressed)
-    ]
-    _check_alike(*programs)
-    samples = Samples(data, programs[0].inputs)
-    outputs = {feature.name: _Output() for feature in programs[0].outputs}
-    boxes = Boxes(*programs)
-    inside = _Inside(*programs, boxes) if per_op else None
+    )
+    _check_alike(one, other)
+    samples = Samples(data, one.inputs)
+    outputs = {feature.name: _Output() for feature in one.outputs}
+    boxes = Boxes(one, other)
+    inside = _Inside(one, other, boxes) if per_op else None
     note = progress or (lambda *_: None)
     for i, sample in enumerate(samples):
         note(i, len(samples), "comparing")
@@ -307,7 +307,7 @@ def evaluate(
         outputs=tuple(output.found(name, metrics) for name, output in outputs.items()),
         ops=() if inside is None else inside.found(),
         n_uncompared=0 if inside is None else inside.n_uncompared,
-        notes=(*programs[0].notes, *boxes.notes),
+        notes=(*one.notes, *samples.notes, *boxes.notes),
     )
 
 

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from milpress.errors import DestinationError, InputError, PackageNotFoundError
 from milpress.mil.package import system_errors
+from milpress.pictures import Picture
 from milpress.report import escaped, named_table
+from milpress.samples import picture_or_array, resized
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -138,7 +140,8 @@ def run(
     source
         Path of an ``.mlpackage``.
     inputs
-        Arrays by the names of the inputs. The states of a stateful model begin as zeros.
+        Arrays by the names of the inputs; of an image, also the path of a picture (PNG or JPEG),
+        which is resized if need be. The states of a stateful model begin as zeros.
     function
         Which function of a package with several.
     precision
@@ -158,7 +161,7 @@ def run(
     UnsupportedOpError
         If the interpreter does not cover an op.
     DependencyError
-        If torch is not installed.
+        If torch is not installed, or for a picture Pillow.
     PackageError
         If the source is no package of ML programs.
     """
@@ -166,9 +169,16 @@ def run(
 
     path = None if output is None else _destination(Path(output), force=force)
     program = load(source, function, precision=precision, seed=seed)
+    features = {feature.name: feature for feature in program.inputs}
+    given = {
+        name: picture_or_array(value, features[name]) if name in features else value
+        for name, value in inputs.items()
+    }
+    pictures = [value for value in given.values() if isinstance(value, Picture)]
+    given |= {name: value.array() for name, value in given.items() if isinstance(value, Picture)}
     state = program.make_state() if program.is_stateful else None
     started = time.perf_counter()
-    made = program.run(inputs, state=state).outputs
+    made = program.run(given, state=state).outputs
     seconds = time.perf_counter() - started
     if path is not None:
         _write(path, made)
@@ -178,7 +188,7 @@ def run(
         outputs=tuple(Output(name=name, value=value) for name, value in made.items()),
         seconds=seconds,
         written=None if path is None else str(path),
-        notes=program.notes,
+        notes=(*program.notes, *([resized(pictures)] if resized(pictures) else [])),
     )
 
 

@@ -140,9 +140,9 @@ class PipelineModule(nn.Module):
         seed: int,
     ) -> None:
         super().__init__()
+        # By a plain list too, which has types.
         self.stages = nn.ModuleList(stage.module for stage in stages)
-        self._taken = [stage.inputs for stage in stages]
-        self._given = [stage.outputs for stage in stages]
+        self._stages = tuple(stages)
         self._prefixes = tuple(prefixes)
         self._inputs = inputs
         self._outputs = outputs
@@ -153,14 +153,14 @@ class PipelineModule(nn.Module):
         """Path of the attribute that holds each weight and constant, by its name in the program."""
         return {
             prefix + name: f"stages.{i}.{path}"
-            for i, (prefix, stage) in enumerate(zip(self._prefixes, self.stages, strict=True))
-            for name, path in stage.attributes.items()
+            for i, (prefix, stage) in enumerate(zip(self._prefixes, self._stages, strict=True))
+            for name, path in stage.module.attributes.items()
         }
 
     def reset_states(self) -> None:
         """Set all states to zero."""
-        for stage in self.stages:
-            stage.reset_states()
+        for stage in self._stages:
+            stage.module.reset_states()
 
     def forward(self, *inputs: Tensor) -> Any:
         """Return the output, or the outputs as a tuple."""
@@ -172,7 +172,7 @@ class PipelineModule(nn.Module):
         givers = {feature.name: feature for feature in self._inputs}
         known: dict[str, Any] = dict(given)
         computed: set[str] = set()
-        for stage, taken, made in zip(self.stages, self._taken, self._given, strict=True):
+        for stage in self._stages:
             own = {
                 feature.name: passed_on(
                     givers[feature.name],
@@ -182,11 +182,11 @@ class PipelineModule(nn.Module):
                 )
                 if feature.name in known
                 else filled(feature)
-                for feature in taken
+                for feature in stage.inputs
             }
-            known |= stage.run(own, generator)
-            givers |= {feature.name: feature for feature in made}
-            computed |= {feature.name for feature in made}
+            known |= stage.module.run(own, generator)
+            givers |= {feature.name: feature for feature in stage.outputs}
+            computed |= {feature.name for feature in stage.outputs}
         return {feature.name: known[feature.name] for feature in self._outputs}
 
 

@@ -56,8 +56,9 @@ class Model:
 
     def module(self, seed: int) -> ProgramModule:
         """Return the model as a torch module."""
-        names = [[each.name for each in some] for some in (self.inputs, self.outputs)]
-        return ProgramModule(self.function, *map(tuple, names), seed)
+        inputs = tuple(feature.name for feature in self.inputs)
+        outputs = tuple(feature.name for feature in self.outputs)
+        return ProgramModule(self.function, inputs, outputs, seed)
 
     def run(self, given: Mapping[str, Any], run: Run) -> dict[str, Any]:
         """Return the outputs in the forms of features."""

@@ -50,7 +50,7 @@ def kept_boxes(confidence: Tensor, coordinates: Tensor, settings: Settings) -> T
     order = torch.sort(best, descending=True, stable=True).indices
     left = order[best[order] >= settings.confidence]
     # Positions alone decide; float64 keeps small boxes far from the origin apart.
-    center, size = coordinates.double().split(2, 1)
+    center, size = coordinates[:, :2].double(), coordinates[:, 2:].double()
     low, high, area = center - size / 2, center + size / 2, size.prod(1)
     kept = []
     while len(left):

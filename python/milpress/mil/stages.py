@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from google.protobuf.unknown_fields import UnknownFieldSet
+from google.protobuf import unknown_fields
+
+# Their stub lacks that they can be iterated.
+_fields: Any = unknown_fields.UnknownFieldSet
 
 # Fields of a model that hold what it is.
 _KINDS = {
@@ -49,5 +52,5 @@ def kind_of(model: Any) -> str:
         return "ML program" if model.HasField("mlProgram") else "pipeline"
     if model.HasField("nonMaximumSuppression"):
         return "non-maximum suppression"
-    numbers = [field.field_number for field in UnknownFieldSet(model)]
+    numbers = [field.field_number for field in _fields(model)]
     return next((_KINDS[number] for number in numbers if number in _KINDS), "")
