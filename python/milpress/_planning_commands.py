@@ -201,10 +201,11 @@ def planned_recipe(
     threads: int | None,
 ) -> Recipe:
     """Return the recipe of least error within a budget."""
+    from milpress.errors import printable
     from milpress.planner import plan as make_plan
     from milpress.recipe import DEFAULT_MIN_SIZE
 
-    return with_progress(
+    made = with_progress(
         lambda progress: make_plan(
             model,
             target_bits=target_bits,
@@ -215,7 +216,10 @@ def planned_recipe(
             threads=threads,
             progress=progress,
         )
-    ).recipe
+    )
+    for note in made.notes:
+        typer.echo(printable(note), err=True)
+    return made.recipe
 
 
 def warn_of_risks(package: Path) -> None:

@@ -96,7 +96,7 @@ def quantize_activations(
     jobs = [_Job(package, site, codes_of, calibration) for site in _sites(package, chosen)]
     observers = {name: observer for job in jobs for name, observer in job.observers.items()}
     with _engine(package, chosen, calibration.engine) as engine:
-        n_samples = _observe(engine, samples, observers, taps_at_once, progress)
+        n_samples = _observe(engine, samples, observers, taps_at_once, progress, notes)
     made = mil.read(package.model)
     before = len(made.pairs)
     for job in jobs:
@@ -304,6 +304,9 @@ class _Engine(Protocol):
     @property
     def inputs(self) -> tuple[Feature, ...]: ...
 
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+
     def look(
         self, sample: Mapping[str, Any], taps: Sequence[str], observe: Callable[[str, Any], None]
     ) -> None: ...
@@ -317,6 +320,7 @@ class _Interpreter:
 
         self._program = interpreter.load(package, function)
         self.inputs = self._program.inputs
+        self.notes = self._program.notes
 
     def look(
         self, sample: Mapping[str, Any], taps: Sequence[str], observe: Callable[[str, Any], None]
@@ -344,14 +348,17 @@ def _observe(
     observers: Mapping[str, Observer],
     taps_at_once: int,
     progress: Progress | None,
+    notes: list[str],
 ) -> int:
-    """Run the samples and let observers look; return how many there were."""
+    """Run the samples and let observers look; return how many there were, and note how."""
 
     def look(name: str, value: Any) -> None:
         observers[name].add(value)
 
     if isinstance(samples, (str, os.PathLike, RandomSamples, Mapping)):
         samples = Samples(samples, engine.inputs)
+        notes.extend(samples.notes)
+    notes.extend(engine.notes)
     total = len(samples) if isinstance(samples, Sized) else 0
     names = list(observers)
     size = len(names) if taps_at_once == -1 else taps_at_once

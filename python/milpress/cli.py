@@ -290,7 +290,7 @@ def run(
         typer.Option(
             "--input",
             metavar="NAME=FILE.npy",
-            help="An input's array; or a FILE.npz that holds them by name. Once for each.",
+            help="An input's array, or its picture; or a FILE.npz that holds them by name.",
         ),
     ] = None,
     function: Annotated[
@@ -322,6 +322,8 @@ def run(
         print_json(report.to_dict())
     else:
         print_found(report.source, report, report.summary)
+        for note in report.notes:
+            print_text(note)
 
 
 @app.command()
@@ -332,7 +334,9 @@ def evaluate(
     ],
     data: Annotated[
         Path | None,
-        typer.Option(help="Samples: an .npz file with an array for each input, or a folder."),
+        typer.Option(
+            help="Samples: an .npz file of the inputs' arrays, or a folder, also of pictures."
+        ),
     ] = None,
     random: Annotated[
         int | None, typer.Option(help="So many random samples instead. They say little.")
@@ -379,6 +383,8 @@ def evaluate(
         print_json(found.to_dict())
         return
     print_found(str(compressed), found, found.summary)
+    for note in found.notes:
+        print_text(note)
     if per_op:
         n_exact = sum(op.own_snr_db == math.inf for op in found.ops)
         print_table(found.ops_table(most=len(found.ops) - n_exact))
@@ -389,16 +395,18 @@ def evaluate(
 
 def _arrays(options: list[str]) -> dict[str, Any]:
     """Return the arrays that ``--input`` options name."""
+    from milpress.pictures import is_picture
     from milpress.running import read_arrays
 
     arrays: dict[str, Any] = {}
     for option in options:
         name, equals, path = option.partition("=")
-        found = read_arrays(Path(path if equals else option))
+        file = Path(path if equals else option)
+        found: dict[str, Any] = {"": file} if is_picture(file) else read_arrays(file)
         if equals and found.keys() == {""}:
             found = {name: found[""]}
         elif equals or "" in found:
-            msg = f"--input must be NAME=FILE.npy or FILE.npz, got {option!r}"
+            msg = f"--input must be NAME=FILE.npy, NAME=PICTURE or FILE.npz, got {option!r}"
             raise InputError(msg)
         twice = found.keys() & arrays.keys()
         if twice:

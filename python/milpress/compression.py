@@ -289,6 +289,7 @@ def compress_package(
             statistics = Statistics(calibration, package)
             job.calibrate(statistics, bias_correction=samples.bias_correction)
             notes.append(f"calibrated with {calibration.n_samples} samples")
+            notes.extend(note for note in calibration.notes if note not in notes)
             if samples.feedback and not isinstance(samples.data, Calibration):
                 job.feed_back(
                     SecondMoments(

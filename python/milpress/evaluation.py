@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from milpress import _json
+from milpress._boxes import Boxes
 from milpress.errors import ConfigError
 from milpress.report import decibels, escaped, human_snr, named_table
 from milpress.samples import Data, Samples
@@ -137,6 +138,9 @@ class Evaluation:
         for.
     n_uncompared
         Values inside that only one of the models has, or has in another shape.
+    notes
+        What else there is to know: stages of pipelines that were passed by, boxes that were kept,
+        pictures that were resized.
     """
 
     original: str
@@ -147,6 +151,7 @@ class Evaluation:
     outputs: tuple[OutputEvaluation, ...]
     ops: tuple[OpEvaluation, ...] = ()
     n_uncompared: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def snr_db(self) -> float | None:
@@ -179,6 +184,7 @@ class Evaluation:
             "outputs": [output.to_dict() for output in self.outputs],
             "ops": [op.to_dict() for op in self.ops],
             "n_uncompared": self.n_uncompared,
+            "notes": list(self.notes),
         }
 
     def __rich__(self) -> Table:
@@ -274,18 +280,19 @@ def evaluate(
         raise ConfigError(msg)
     from milpress.interpreter import load
 
-    programs = [
+    one, other = (
         load(path, function, precision=precision, seed=seed) for path in (original, compressed)
-    ]
-    _check_alike(*programs)
-    samples = Samples(data, programs[0].inputs)
-    outputs = {feature.name: _Output() for feature in programs[0].outputs}
-    inside = _Inside(*programs) if per_op else None
+    )
+    _check_alike(one, other)
+    samples = Samples(data, one.inputs)
+    outputs = {feature.name: _Output() for feature in one.outputs}
+    boxes = Boxes(one, other)
+    inside = _Inside(one, other, boxes) if per_op else None
     note = progress or (lambda *_: None)
     for i, sample in enumerate(samples):
         note(i, len(samples), "comparing")
         made = (
-            [_run(program, sample).outputs for program in programs]
+            [boxes.original(sample).outputs, boxes.compressed(sample).outputs]
             if inside is None
             else inside.run(sample)
         )
@@ -301,6 +308,7 @@ def evaluate(
         outputs=tuple(output.found(name, metrics) for name, output in outputs.items()),
         ops=() if inside is None else inside.found(),
         n_uncompared=0 if inside is None else inside.n_uncompared,
+        notes=(*one.notes, *samples.notes, *boxes.notes),
     )
 
 
@@ -313,11 +321,6 @@ def _check_alike(original: Program, compressed: Program) -> None:
                 f"{', '.join(names[1])}"
             )
             raise ConfigError(msg)
-
-
-def _run(program: Program, sample: Mapping[str, Any], **watch: Any) -> Any:
-    state = program.make_state() if program.is_stateful else None
-    return program.run(sample, state=state, **watch)
 
 
 class _Output:
@@ -422,8 +425,9 @@ class _Inside:
     twice: as it is, and with each value replaced by the original's once it is compared.
     """
 
-    def __init__(self, original: Program, compressed: Program) -> None:
-        self._programs = (original, compressed)
+    def __init__(self, original: Program, compressed: Program, boxes: Boxes) -> None:
+        self._boxes = boxes
+        self._kinds = original.op_types
         theirs = compressed.values
         kinds = original.values
         self._names = [
@@ -433,7 +437,7 @@ class _Inside:
         self._apart |= {name for name in kinds if name in theirs and kinds[name] != theirs[name]}
         self._compared = {
             name
-            for name in original.op_types
+            for name in self._kinds
             if (kind := kinds[name]) is not None and kind.dtype.is_float
         }
         self._carried: dict[str, _Errors] = {}
@@ -446,15 +450,14 @@ class _Inside:
 
     def run(self, sample: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Run both models on a sample, and return their outputs."""
-        original, compressed = self._programs
         with _Kept() as kept:
-            first = _run(original, sample, taps=self._names, observe=kept.add)
+            first = self._boxes.original(sample, self._names, kept.add)
             kept.rewind()
 
             def compare(name: str, value: Any) -> None:
                 self._add(self._carried, name, kept.next(name), value)
 
-            second = _run(compressed, sample, taps=self._names, observe=compare)
+            second = self._boxes.compressed(sample, self._names, compare)
             kept.rewind()
 
             def replace(name: str, value: Any) -> Any:
@@ -463,7 +466,7 @@ class _Inside:
                 same = expected is not None and expected.shape == value.shape
                 return expected if same else value
 
-            _run(compressed, sample, taps=self._names, observe=_ignore, replace=replace)
+            self._boxes.compressed(sample, self._names, replace=replace)
         return [first.outputs, second.outputs]
 
     def _add(self, errors: dict[str, _Errors], name: str, expected: Any, value: Any) -> None:
@@ -477,11 +480,10 @@ class _Inside:
 
     def found(self) -> tuple[OpEvaluation, ...]:
         """Return what was found, the greatest errors of ops' own first."""
-        kinds = self._programs[0].op_types
         found = [
             OpEvaluation(
                 name=name,
-                op_type=kinds[name],
+                op_type=self._kinds[name],
                 snr_db=self._carried[name].snr_db,
                 own_snr_db=self._own[name].snr_db,
             )
@@ -489,10 +491,6 @@ class _Inside:
             if name in self._carried and name in self._own
         ]
         return tuple(sorted(found, key=lambda op: (op.own_snr_db, op.snr_db)))
-
-
-def _ignore(name: str, value: Any) -> None:
-    """Look at a value without keeping it."""
 
 
 class _Kept:

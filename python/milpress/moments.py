@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from milpress import _json
 from milpress._files import write_whole
 from milpress.errors import CompressionError, ConfigError, InputError
+from milpress.jobs import jobs_of
 from milpress.mil.package import Package, system_errors
-from milpress.mil.weights import sites, weight_files
-from milpress.samples import Data, Samples
+from milpress.mil.weights import weight_files
+from milpress.samples import Data
 
 if TYPE_CHECKING:
     from milpress.interpreter import Program
@@ -98,12 +99,15 @@ class Calibration:
         How many.
     layers
         In the order of the graph.
+    notes
+        What there is to know of how the samples were run.
     """
 
     package: str
     data: str
     n_samples: int
     layers: tuple[LayerMoments, ...]
+    notes: tuple[str, ...] = ()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to an ``.npz`` file, which `load` reads.
@@ -119,6 +123,7 @@ class Calibration:
             "package": self.package,
             "data": self.data,
             "n_samples": self.n_samples,
+            "notes": list(self.notes),
             "layers": [
                 {
                     "layer": each.layer,
@@ -166,6 +171,7 @@ class Calibration:
                     data=str(head["data"]),
                     n_samples=int(head["n_samples"]),
                     layers=layers,
+                    notes=tuple(map(str, head.get("notes", ()))),
                 )
         except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             if isinstance(error, CompressionError):
@@ -222,12 +228,10 @@ def calibrate(
     DependencyError
         If torch is not installed.
     """
-    from milpress.interpreter import load
-
     package = source if isinstance(source, Package) else Package(source)
     if isinstance(data, Calibration):
         return _checked(data, package)
-    jobs = list(jobs_of(package, data, load))
+    jobs = list(jobs_of(package, data))
     names = {feature.name for program, _, _ in jobs for feature in program.inputs}
     if mask is not None and mask not in names:
         msg = f"mask must be one of the inputs {', '.join(sorted(names))}, got {mask!r}"
@@ -255,7 +259,13 @@ def calibrate(
         found.extend(sums.found(prefixes))
     if progress is not None:
         progress(total, total, "")
-    made = Calibration(package=key[0], data=key[1], n_samples=total, layers=tuple(found))
+    made = Calibration(
+        package=key[0],
+        data=key[1],
+        n_samples=total,
+        layers=tuple(found),
+        notes=tuple(dict.fromkeys(note for job in jobs for note in job.notes)),
+    )
     if cache is not None:
         made.save(cache)
     return made
@@ -277,47 +287,6 @@ def package_digest(package: Package) -> str:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def jobs_of(
-    package: Package, data: Data, load: Callable[..., Program]
-) -> Iterator[tuple[Program, Samples, dict[str, str]]]:
-    """Yield each function that the samples suit, with the prefix of its weights for each model's.
-
-    Raises
-    ------
-    InputError
-        If they suit none.
-    """
-    names: list[str | None] = [None]
-    if not package.programs[0].place:
-        names = list(package.programs[0].functions)
-    if isinstance(data, Iterator):
-        data = tuple(data)
-    refused: InputError | None = None
-    n_suited = 0
-    for name in names:
-        program = load(package, name)
-        try:
-            samples = Samples(data, program.inputs)
-        except InputError as error:
-            refused = refused or error
-            continue
-        n_suited += 1
-        yield program, samples, _prefixes(package, program)
-    if refused is not None and not n_suited:
-        raise refused
-
-
-def _prefixes(package: Package, program: Program) -> dict[str, str]:
-    """Return what weights' names begin with, by what the names of the model's values begin with."""
-    found = {}
-    for site in sites(package):
-        place = "".join(f"{part}/" for part in site.program.place)
-        is_run = site.block == site.function.block_specializations[site.function.opset]
-        if program.functions.get(place) == site.function_name and is_run:
-            found[place] = site.prefix
-    return found
 
 
 class _Sums:

@@ -18,7 +18,9 @@ from milpress import _json
 from milpress._files import write_whole
 from milpress.errors import DestinationError, InputError, PackageNotFoundError
 from milpress.mil.package import system_errors
+from milpress.pictures import Picture
 from milpress.report import escaped, named_table
+from milpress.samples import picture_or_array, resized
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -79,6 +81,9 @@ class RunReport:
         Wall time of the run, loading excluded.
     written
         The file that the outputs are in, if they were to be written.
+    notes
+        What else there is to know: stages of pipelines that were passed by, pictures that were
+        resized.
     """
 
     source: str
@@ -86,6 +91,7 @@ class RunReport:
     outputs: tuple[Output, ...]
     seconds: float
     written: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def summary(self) -> str:
@@ -102,6 +108,7 @@ class RunReport:
             "seconds": self.seconds,
             "outputs": [output.to_dict() for output in self.outputs],
             "written": self.written,
+            "notes": list(self.notes),
         }
 
     def __rich__(self) -> Table:
@@ -134,7 +141,8 @@ def run(
     source
         Path of an ``.mlpackage``.
     inputs
-        Arrays by the names of the inputs. The states of a stateful model begin as zeros.
+        Arrays by the names of the inputs; of an image, also the path of a picture (PNG or JPEG),
+        which is resized if need be. The states of a stateful model begin as zeros.
     function
         Which function of a package with several.
     precision
@@ -154,7 +162,7 @@ def run(
     UnsupportedOpError
         If the interpreter does not cover an op.
     DependencyError
-        If torch is not installed.
+        If torch is not installed, or for a picture Pillow.
     PackageError
         If the source is no package of ML programs.
     """
@@ -162,9 +170,16 @@ def run(
 
     path = None if output is None else _destination(Path(output), force=force)
     program = load(source, function, precision=precision, seed=seed)
+    features = {feature.name: feature for feature in program.inputs}
+    given = {
+        name: picture_or_array(value, features[name]) if name in features else value
+        for name, value in inputs.items()
+    }
+    pictures = [value for value in given.values() if isinstance(value, Picture)]
+    given |= {name: value.array() for name, value in given.items() if isinstance(value, Picture)}
     state = program.make_state() if program.is_stateful else None
     started = time.perf_counter()
-    made = program.run(inputs, state=state).outputs
+    made = program.run(given, state=state).outputs
     seconds = time.perf_counter() - started
     if path is not None:
         _write(path, made)
@@ -174,6 +189,7 @@ def run(
         outputs=tuple(Output(name=name, value=value) for name, value in made.items()),
         seconds=seconds,
         written=None if path is None else str(path),
+        notes=(*program.notes, *([resized(pictures)] if resized(pictures) else [])),
     )
 
 

@@ -9,19 +9,23 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from milpress.errors import CompressionError, ConfigError, InputError, PackageNotFoundError
 from milpress.mil.package import system_errors
+from milpress.pictures import SUFFIXES, Picture, is_picture
 
 if TYPE_CHECKING:
     from milpress.interpreter import Feature
 
 # Its functions have no types.
 _formats: Any = np.lib.format
+
+_FILES = f".npz or .npy files, or pictures ({', '.join(SUFFIXES)})"
+_N_NAMED = 3
 
 Shape: TypeAlias = tuple[int, ...]
 Data: TypeAlias = (
@@ -74,17 +78,39 @@ class _Source(Protocol):
     def arrays(self) -> Mapping[str, Any]:
         """Return the arrays."""
 
+    @property
+    def pictures(self) -> list[Picture]:
+        """The pictures among them."""
+
 
 @dataclass(frozen=True, slots=True)
-class _Arrays:
+class _Given:
+    """Arrays, and files that hold one each, by the names of their inputs."""
+
     place: str
     given: Mapping[str, Any]
 
     def shapes(self) -> dict[str, Shape]:
-        return {name: tuple(np.shape(array)) for name, array in self.given.items()}
+        return {
+            name: value.shape if isinstance(value, Picture) else tuple(np.shape(_read(value)))
+            for name, value in self.given.items()
+        }
 
     def arrays(self) -> Mapping[str, Any]:
-        return self.given
+        return {name: _read(value) for name, value in self.given.items()}
+
+    @property
+    def pictures(self) -> list[Picture]:
+        return [value for value in self.given.values() if isinstance(value, Picture)]
+
+
+def _read(value: Any) -> Any:
+    if isinstance(value, Picture):
+        return value.array()
+    if isinstance(value, Path):
+        with _reading(value):
+            return np.load(value, mmap_mode="r", allow_pickle=False)
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,27 +131,13 @@ class _Npz:
                     found[member.removesuffix(".npy")] = tuple(read(data)[0])
             return found
 
+    @property
+    def pictures(self) -> list[Picture]:
+        return []
+
     def arrays(self) -> Mapping[str, Any]:
         with _reading(self.path), np.load(self.path, allow_pickle=False) as file:
             return dict(file)
-
-
-@dataclass(frozen=True, slots=True)
-class _Npys:
-    """Files that hold one array each, by the names of their inputs."""
-
-    place: str
-    paths: Mapping[str, Path]
-
-    def shapes(self) -> dict[str, Shape]:
-        return {name: tuple(array.shape) for name, array in self.arrays().items()}
-
-    def arrays(self) -> Mapping[str, Any]:
-        found = {}
-        for name, path in self.paths.items():
-            with _reading(path):
-                found[name] = np.load(path, mmap_mode="r", allow_pickle=False)
-        return found
 
 
 @contextlib.contextmanager
@@ -151,17 +163,20 @@ class Samples(Iterable[dict[str, Any]]):
     Parameters
     ----------
     data
-        An ``.npz`` file with an array for each input; a folder of them; ``.npy`` files, which in a
-        folder are named after the inputs unless the model has one only; a dictionary of arrays; or
-        an iterable of them; or `RandomSamples`.
+        An ``.npz`` file with an array for each input; a folder of them; ``.npy`` files, and of
+        images pictures (PNG or JPEG), which in a folder are named after the inputs unless only one
+        must be given; a dictionary of arrays or paths of pictures; or an iterable of them; or
+        `RandomSamples`. A picture is resized to a size that its input may have: `notes` says so.
     inputs
         The model's.
 
     Raises
     ------
     InputError
-        If an array is missing, unknown or of a shape that its input can't have; file and input are
-        named.
+        If an array is missing, unknown or of a shape that its input can't have, or a picture can't
+        be read; file and input are named.
+    DependencyError
+        If there are pictures, and Pillow is not installed.
     PackageNotFoundError
         If nothing is at the path.
     """
@@ -179,6 +194,13 @@ class Samples(Iterable[dict[str, Any]]):
     def is_random(self) -> bool:
         """Whether they stand in for real ones."""
         return self._random is not None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to know of how they were read, in sentences."""
+        pictures = [picture for source in self._sources for picture in source.pictures]
+        note = resized(pictures)
+        return (note,) if note else ()
 
     def __len__(self) -> int:
         if self._random is not None:
@@ -213,7 +235,7 @@ class Samples(Iterable[dict[str, Any]]):
         if isinstance(data, (str, os.PathLike)):
             yield from self._in_files(Path(data))
         elif isinstance(data, Mapping):
-            yield _Arrays("the samples", data)
+            yield self._given("the samples", data)
         elif isinstance(data, Iterable) and not hasattr(data, "__array__"):
             for i, item in enumerate(data):
                 if not isinstance(item, Mapping):
@@ -222,7 +244,7 @@ class Samples(Iterable[dict[str, Any]]):
                         f"{type(item).__name__}"
                     )
                     raise InputError(msg)
-                yield _Arrays(f"sample {i}", item)
+                yield self._given(f"sample {i}", item)
         else:
             msg = (
                 "samples must be a path, a dictionary of arrays by input or several of them, got "
@@ -230,22 +252,76 @@ class Samples(Iterable[dict[str, Any]]):
             )
             raise InputError(msg)
 
+    def _given(self, place: str, given: Mapping[str, Any]) -> _Given:
+        """Return a sample, of which those values that name pictures are read when needed."""
+        return _Given(
+            place,
+            {
+                name: picture_or_array(value, self._inputs[name]) if name in self._inputs else value
+                for name, value in given.items()
+            },
+        )
+
     def _in_files(self, path: Path) -> Iterator[_Source]:
         if not path.exists():
             msg = f"{path}: samples must be there, got nothing"
             raise PackageNotFoundError(msg)
+        if not path.is_dir() and path.suffix not in (".npz", ".npy") and not is_picture(path):
+            msg = f"{path}: samples must be {_FILES}, or a folder of them, got another"
+            raise InputError(msg)
         with system_errors(path):
             files = sorted(path.iterdir()) if path.is_dir() else [path]
-        yield from (_Npz(file) for file in files if file.suffix == ".npz")
+        files = [file for file in files if not file.name.startswith(".") or file == path]
+        packed = [file for file in files if file.suffix == ".npz"]
         single = [file for file in files if file.suffix == ".npy"]
-        if not path.is_dir() and path.suffix not in (".npz", ".npy"):
-            msg = f"{path}: samples must be an .npz or .npy file or a folder of them, got another"
+        pictures = [file for file in files if is_picture(file) and not file.is_dir()]
+        if not (packed or single or pictures):
+            _refuse_folder(path, files)
+        if not any(feature.kind == "image" for feature in self._inputs.values()) and (
+            packed or single
+        ):
+            pictures = []  # They are of something else.
+        by_name = self._are_named_after_inputs([*single, *pictures])
+        if pictures and (packed or (single and not by_name)):
+            msg = (
+                f"{path}: samples must be pictures or arrays, got {(packed or single)[0].name} "
+                f"beside {pictures[0].name}"
+            )
             raise InputError(msg)
-        if len(self._inputs) == 1:
-            name = next(iter(self._inputs))
-            yield from (_Npys(str(file), {name: file}) for file in single)
-        elif single:
-            yield _Npys(str(path), {file.stem: file for file in single})
+        yield from (_Npz(file) for file in packed)
+        if by_name:
+            yield self._by_name(path, [*single, *pictures])
+        else:
+            for file in (*single, *pictures):
+                (name, *_) = self._wanted
+                yield _Given(str(file), {name: self._file(file, name)})
+
+    @property
+    def _wanted(self) -> list[str]:
+        """Names of the inputs that must be given, or of all that may be, if none must."""
+        used = [name for name, feature in self._inputs.items() if not feature.is_unused]
+        return [name for name in used if self._inputs[name].is_required] or used
+
+    def _are_named_after_inputs(self, files: Sequence[Path]) -> bool:
+        """Whether files are one sample of several inputs, not a sample each of the only one."""
+        named = [file for file in files if file.stem in self._inputs]
+        used = [feature for feature in self._inputs.values() if not feature.is_unused]
+        return len(used) != 1 and bool(files) and (bool(named) or len(self._wanted) != 1)
+
+    def _by_name(self, path: Path, files: Sequence[Path]) -> _Given:
+        given: dict[str, Any] = {}
+        for file in files:
+            if file.stem in given:
+                msg = (
+                    f"{path}: there must be one file for each input, got {file.name} beside another"
+                )
+                raise InputError(msg)
+            known = file.stem in self._inputs
+            given[file.stem] = self._file(file, file.stem) if known else file
+        return _Given(str(path), given)
+
+    def _file(self, file: Path, name: str) -> Any:
+        return Picture(file, self._inputs[name]) if is_picture(file) else file
 
     def _count(self, source: _Source) -> int | None:
         """Return how many samples a source's leading axes count; ``None`` if it is one sample."""
@@ -254,12 +330,17 @@ class Samples(Iterable[dict[str, Any]]):
         missing = [
             name
             for name, feature in self._inputs.items()
-            if name not in shapes and feature.default is None
+            if name not in shapes and feature.is_required
         ]
         if unknown or missing:
+            wanted = ", ".join(
+                f"{name} ({feature.origin})" if feature.origin else name
+                for name, feature in self._inputs.items()
+                if not feature.is_unused
+            )
             msg = (
-                f"{source.place}: there must be an array for each of the inputs "
-                f"{', '.join(self._inputs)}, got {', '.join(shapes) or 'none'}"
+                f"{source.place}: there must be an array for each of the inputs {wanted}, got "
+                f"{', '.join(shapes) or 'none'}"
             )
             raise InputError(msg)
         if all(_takes(self._inputs[name], shape) for name, shape in shapes.items()):
@@ -286,7 +367,50 @@ class Samples(Iterable[dict[str, Any]]):
     def _made(self, random: RandomSamples) -> Iterator[dict[str, Any]]:
         rng = np.random.default_rng(random.seed)
         for _ in range(random.n):
-            yield {name: _random_array(feature, rng) for name, feature in self._inputs.items()}
+            yield {
+                name: _random_array(feature, rng)
+                for name, feature in self._inputs.items()
+                if feature.is_required or feature.kind in ("array", "image")
+                if not feature.is_unused
+            }
+
+
+def picture_or_array(value: Any, feature: Feature) -> Any:
+    """Return what a user gives for an input: the picture that a path names, or the value itself.
+
+    Raises
+    ------
+    InputError
+        If the path names no picture, or the input is no image.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        return value
+    picture = Picture(Path(value), feature)
+    if not picture.path.is_file():
+        msg = f"{picture.path}: a picture must be there, got nothing"
+        raise PackageNotFoundError(msg)
+    return picture
+
+
+def resized(pictures: Sequence[Picture]) -> str:
+    """Return a sentence that says how many pictures are resized; empty if none is."""
+    changed = [(one, *sizes) for one in pictures if (sizes := one.sizes())[0] != sizes[1]]
+    if not changed:
+        return ""
+    first, before, after = changed[0]
+    example = f"{before[0]}x{before[1]} to {after[0]}x{after[1]} (height x width)"
+    if len(pictures) == 1:
+        return f"{first.path.name} was resized from {example}"
+    return (
+        f"{len(changed)} of {len(pictures)} pictures were resized, {first.path.name} from {example}"
+    )
+
+
+def _refuse_folder(path: Path, files: Sequence[Path]) -> NoReturn:
+    names = [f"the folder {file.name}" if file.is_dir() else file.name for file in files]
+    got = f"{', '.join(names[:_N_NAMED])}{', ...' * (len(names) > _N_NAMED)}" if names else "none"
+    msg = f"{path}: there must be samples, got {got}; they are {_FILES}"
+    raise InputError(msg)
 
 
 def _random_array(feature: Feature, rng: np.random.Generator) -> NDArray[Any]:

@@ -18,8 +18,9 @@ from milpress.errors import ConfigError
 from milpress.formats import PruneConfig, Treatment, feedback
 from milpress.formats._layout import Floats
 from milpress.formats.feedback import Factor, FeedbackConfig
+from milpress.jobs import jobs_of
 from milpress.mil.package import Package
-from milpress.moments import DEFAULT_MASK, Progress, jobs_of
+from milpress.moments import DEFAULT_MASK, Progress
 from milpress.report import human_bytes
 from milpress.samples import Data
 
@@ -144,10 +145,9 @@ class SecondMoments:
         wanted: Iterable[Sequence[str]] = (),
         memory: int = DEFAULT_MEMORY,
     ) -> None:
-        from milpress.interpreter import load
 
         self._memory = checked_memory(memory)
-        self._jobs = list(jobs_of(package, data, load))
+        self._jobs = list(jobs_of(package, data))
         names = {feature.name for program, _, _ in self._jobs for feature in program.inputs}
         self._mask = DEFAULT_MASK if mask is None and DEFAULT_MASK in names else mask
         self._progress = progress or (lambda *_: None)

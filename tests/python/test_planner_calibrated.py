@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import coremltools as ct
 import numpy as np
 import pytest
 from command_line import failed, run
@@ -302,32 +301,3 @@ def test_a_cache_in_a_folder_that_takes_no_files_is_said(model, monkeypatch):
     made = milpress.plan(model, target_bits=4)
     assert any("scores could not be kept in" in note for note in made.notes)
     assert not ScoreCache(cache.path_for(model)).get("nothing", 1)
-
-
-def test_weights_of_a_function_that_is_not_run_are_refused_unless_they_stay(tmp_path):
-    def program(seed: int) -> Any:
-        @mb.program(
-            input_specs=[mb.TensorSpec(shape=(1, 64), dtype=types.fp16)],
-            opset_version=TARGETS["iOS18"],
-        )
-        def prog(x: Any) -> Any:
-            x = mb.linear(x=x, weight=weight(64, 64), name="common")
-            return mb.linear(x=x, weight=weight(96, 64, seed=seed), name="own")
-
-        return prog
-
-    description = ct.utils.MultiFunctionDescriptor()
-    for seed in (1, 2):
-        path = save(program(seed), tmp_path / f"{seed}.mlpackage", "iOS18")
-        description.add_function(str(path), "main", f"function{seed}")
-    description.default_function_name = "function1"
-    both = tmp_path / "both.mlpackage"
-    ct.utils.save_multifunction(description, str(both))
-    settings = {"target_bits": 6, "sample_data": samples(4), "use_cache": False}
-    with pytest.raises(UnsupportedError, match=r"function2/.*every weight must be used"):
-        milpress.plan(both, **settings)
-    made = milpress.plan(both, keep=["re:function2/.*own.*"], **(settings | {"target_bits": 10}))
-    shared, own = {one.name: one for one in made.weights if "bias" not in one.name}, "own"
-    kept = [one for name, one in shared.items() if name.startswith("function2") and own in name]
-    assert [one.format for one in kept] == ["keep"]
-    assert len([one for one in made.weights if one.shares_with is not None]) == 1

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress.errors import UnsupportedOpError
+from milpress.errors import UnsupportedError, UnsupportedOpError
 from milpress.mil.package import Package, system_errors
 
 if TYPE_CHECKING:
@@ -43,10 +43,19 @@ def features_of(package: Package, function: str | None = None) -> tuple[Feature,
     from milpress.mil.values import type_of
 
     try:
-        return load(package, function).inputs
+        found = load(package, function).inputs
     except UnsupportedOpError:
         if package.model.WhichOneof("choice") != "mlProgram":
             raise
+    else:
+        for feature in found:
+            if feature.origin:
+                msg = (
+                    f"{package.path}: a benchmark must give the package's own inputs, got "
+                    f"{feature.name}, {feature.origin}"
+                )
+                raise UnsupportedError(msg)
+        return tuple(feature for feature in found if not feature.is_unused)
     described_by = description_of(package, function)
     name = function or package.model.description.defaultFunctionName or "main"
     types = {item.name: type_of(item.type) for item in package.programs[0].functions[name].inputs}

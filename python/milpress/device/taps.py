@@ -65,6 +65,7 @@ class CoreMLTaps:
         description = files.description_of(package, self._function)
         self._is_stateful = bool(description.state)
         self.inputs: tuple[Feature, ...] = files.features_of(package, self._function)
+        self.notes: tuple[str, ...] = ()
 
     def __enter__(self) -> CoreMLTaps:
         return self

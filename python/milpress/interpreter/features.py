@@ -27,6 +27,14 @@ _KINDS: dict[str | None, Kind] = {
 _LAYOUTS: dict[int, Layout] = {10: "gray", 20: "RGB", 30: "BGR", 40: "gray float16"}
 
 
+class Probabilities(dict[Any, float]):
+    """The probability of each label, and the tensor that they are of, which has gradients."""
+
+    def __init__(self, labels: Sequence[Any], tensor: Tensor) -> None:
+        super().__init__(zip(labels, tensor.tolist(), strict=True))
+        self.tensor = tensor
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Feature:
     """An input or output of a model.
@@ -51,6 +59,10 @@ class Feature:
         What fills an optional input that is not given; ``None`` if it must be given.
     default_shape
         Shape of an optional input that is not given.
+    origin
+        Where an input comes from that is no input of the package, in words; else empty.
+    is_unused
+        Whether nothing that is run takes it: it may be given, and is not looked at.
     """
 
     name: str
@@ -62,6 +74,13 @@ class Feature:
     layout: Layout = ""
     default: float | None = None
     default_shape: tuple[int, ...] = ()
+    origin: str = ""
+    is_unused: bool = False
+
+    @property
+    def is_required(self) -> bool:
+        """Whether an input must be given."""
+        return self.default is None and not self.is_unused
 
     @property
     def shape_text(self) -> str:
@@ -76,6 +95,8 @@ class Feature:
 
     def admits(self, shape: tuple[int, ...]) -> bool:
         """Whether an input may have a shape."""
+        if self.is_unused:
+            return True
         if self.shapes:
             return shape in self.shapes
         bounds = self.bounds or tuple((size or 0, size) for size in self.shape)
@@ -104,7 +125,7 @@ def described(item: Any, declared: TensorType | None) -> Feature:
         return _image(item, declared)
     array = item.type.multiArrayType
     shapes = tuple(tuple(each.shape) for each in array.enumeratedShapes.shapes)
-    bounds = tuple(_bounds(size) for size in array.shapeRange.sizeRanges)
+    bounds = tuple(size_range(size) for size in array.shapeRange.sizeRanges)
     default = array.WhichOneof("choice")
     return Feature(
         name=item.name,
@@ -132,7 +153,7 @@ def _image(item: Any, declared: TensorType) -> Feature:
     bounds: tuple[tuple[int, int | None], ...] = ()
     if image.HasField("imageSizeRange"):
         sizes = (image.imageSizeRange.heightRange, image.imageSizeRange.widthRange)
-        bounds = ((1, 1), (n_channels, n_channels), *(_bounds(size) for size in sizes))
+        bounds = ((1, 1), (n_channels, n_channels), *(size_range(size) for size in sizes))
     return Feature(
         name=item.name,
         kind="image",
@@ -144,7 +165,8 @@ def _image(item: Any, declared: TensorType) -> Feature:
     )
 
 
-def _bounds(size: Any) -> tuple[int, int | None]:
+def size_range(size: Any) -> tuple[int, int | None]:
+    """Return the least and the greatest size that a description allows; ``None`` is no limit."""
     return size.lowerBound, size.upperBound if size.upperBound >= 0 else None
 
 
@@ -157,17 +179,18 @@ def check_names(features: Sequence[Feature], given: Mapping[str, Any]) -> None:
         If it is not so.
     """
     known = {feature.name for feature in features}
-    missing = any(given.get(each.name) is None and each.default is None for each in features)
+    missing = any(given.get(each.name) is None and each.is_required for each in features)
     if missing or not given.keys() <= known:
-        wanted = ", ".join(f"{each.name} ({_described(each)})" for each in features) or "none"
+        used = [each for each in features if not each.is_unused]
+        wanted = ", ".join(f"{each.name} ({_described(each)})" for each in used) or "none"
         msg = f"the inputs must be {wanted}, got {', '.join(given) or 'none'}"
         raise InputError(msg)
 
 
 def _described(feature: Feature) -> str:
-    if feature.kind == "image":
-        return f"{feature.layout} image {feature.shape_text}"
-    return f"{feature.dtype} {feature.shape_text}"
+    kind = f"{feature.layout} image" if feature.kind == "image" else feature.dtype
+    origin = f", {feature.origin}" if feature.origin else ""
+    return f"{kind} {feature.shape_text}{origin}"
 
 
 def taken(feature: Feature, given: Any) -> Tensor:
@@ -179,12 +202,50 @@ def taken(feature: Feature, given: Any) -> Tensor:
         If it is of a type or shape that the input can't have.
     """
     array = _array(feature, given)
-    tensor = _pixels(feature, array) if feature.kind == "image" else array
+    return _fitting(feature, _pixels(feature, array) if feature.kind == "image" else array)
+
+
+def _fitting(feature: Feature, tensor: Tensor) -> Tensor:
     if not feature.admits(tuple(tensor.shape)):
         got = _times(tensor.shape)
         msg = f"input {feature.name!r} must have the shape {feature.shape_text}, got {got}"
         raise InputError(msg)
     return tensor
+
+
+def passed_on(giver: Feature, taker: Feature, value: Any, *, is_computed: bool) -> Tensor:
+    """Return a tensor that has the form of one feature as a model of a pipeline takes another.
+
+    What an earlier model has computed is rounded, if it is an image, as it is by `given_back`; but
+    gradients go through that.
+
+    Raises
+    ------
+    InputError
+        If it is of a type or shape that the input can't have.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return taken(taker, value)
+    if not taker.dtype.startswith("float"):
+        return taken(taker, value.detach())
+    if giver.kind == "image":
+        value = _as_pixels(giver, value) if is_computed else value
+        if {giver.layout, taker.layout} == {"RGB", "BGR"}:
+            value = value.flip(1)
+    return _fitting(taker, value.to(torch.float32))
+
+
+def _as_pixels(feature: Feature, planes: Tensor) -> Tensor:
+    """Return planes as numbers that an image can hold, with the gradient of what is rounded."""
+    exact = planes if feature.layout == "gray float16" else planes.clamp(0, 255)
+    with torch.no_grad():
+        rounded = (
+            exact.to(torch.float16).to(exact.dtype)
+            if feature.layout == "gray float16"
+            else exact.round()
+        )
+    # What is added is zero, so that not a bit of the rounded number changes.
+    return rounded + (exact - exact.detach()) if exact.requires_grad else rounded
 
 
 def filled(feature: Feature) -> Tensor:
@@ -257,6 +318,8 @@ def given_back(feature: Feature, value: Any) -> Any:
     """Return an output of a program as a feature: images as pixels, labels as numbers."""
     if feature.kind == "number":
         return value.item()
+    if feature.kind == "dictionary":
+        return dict(value)
     if feature.kind != "image":
         return value
     planes = value[0]

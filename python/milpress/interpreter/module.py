@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from milpress.interpreter.constants import Weight, held_as
+from milpress.interpreter.features import Feature, filled, passed_on
 from milpress.interpreter.graph import Block, Frame, Function
-from milpress.interpreter.states import BufferCell
+from milpress.interpreter.states import Cell
 
 
 class ProgramModule(nn.Module):
     """A program whose weights are parameters and whose other constants and states are buffers.
 
-    Made by `milpress.interpreter.Program.to_torch`. Parameters don't ask for gradients.
+    Made by `milpress.interpreter.Program.to_torch`. Parameters don't ask for gradients. Gradients
+    flow through what a call writes to a state and reads again, and end where a call begins: what a
+    state was before is a number.
 
     Parameters
     ----------
@@ -80,18 +83,116 @@ class ProgramModule(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Any:
         """Return the output, or the outputs as a tuple."""
+        given = dict(zip(self._inputs, inputs, strict=True))
+        return _one_or_all(self.run(given, torch.Generator().manual_seed(self._seed)))
+
+    def run(self, given: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Any]:
+        """Return the outputs by name."""
         function = self._function
-        frame = Frame(list(function.stored), torch.Generator().manual_seed(self._seed))
+        frame = Frame(list(function.stored), generator)
         for slot, name in self._attributes.items():
             frame.slots[slot] = getattr(self, name)
+        # A copy, as gradients may want what the state was when it has changed.
+        cells = {name: Cell(getattr(self, name).detach().clone()) for name in self._states.values()}
         for slot, name in self._states.items():
-            frame.slots[slot] = BufferCell(getattr(self, name))
-        for name, tensor in zip(self._inputs, inputs, strict=True):
+            frame.slots[slot] = cells[name]
+        for name in self._inputs:
             parameter = function.inputs[name]
-            frame.write(parameter.slot, parameter.cast(tensor))
+            frame.write(parameter.slot, parameter.cast(given[name]))
         made = dict(zip(function.outputs, function.block.run(frame), strict=True))
-        results = tuple(made[name] for name in self._outputs)
-        return results[0] if len(results) == 1 else results
+        for name, cell in cells.items():
+            getattr(self, name).copy_(cell.read().detach())
+        return {name: made[name] for name in self._outputs}
+
+
+class Stage(NamedTuple):
+    """A module of a pipeline, and the features that it takes and gives."""
+
+    module: ProgramModule | PipelineModule
+    inputs: tuple[Feature, ...]
+    outputs: tuple[Feature, ...]
+
+
+class PipelineModule(nn.Module):
+    """Programs in order, each of which takes what those before it gave.
+
+    Made by `milpress.interpreter.Program.to_torch`, of which the rest is as of `ProgramModule`.
+    Images that one program hands to the next are rounded to pixels; gradients go through that.
+
+    Parameters
+    ----------
+    stages
+        What is run.
+    prefixes
+        What stands before the names of each stage's weights.
+    inputs, outputs
+        What is taken and given, in order.
+    seed
+        Where random numbers start from, in each call.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        prefixes: Sequence[str],
+        inputs: tuple[Feature, ...],
+        outputs: tuple[Feature, ...],
+        seed: int,
+    ) -> None:
+        super().__init__()
+        # By a plain list too, which has types.
+        self.stages = nn.ModuleList(stage.module for stage in stages)
+        self._stages = tuple(stages)
+        self._prefixes = tuple(prefixes)
+        self._inputs = inputs
+        self._outputs = outputs
+        self._seed = seed
+
+    @property
+    def attributes(self) -> dict[str, str]:
+        """Path of the attribute that holds each weight and constant, by its name in the program."""
+        return {
+            prefix + name: f"stages.{i}.{path}"
+            for i, (prefix, stage) in enumerate(zip(self._prefixes, self._stages, strict=True))
+            for name, path in stage.module.attributes.items()
+        }
+
+    def reset_states(self) -> None:
+        """Set all states to zero."""
+        for stage in self._stages:
+            stage.module.reset_states()
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Return the output, or the outputs as a tuple."""
+        given = {feature.name: tensor for feature, tensor in zip(self._inputs, inputs, strict=True)}
+        return _one_or_all(self.run(given, torch.Generator().manual_seed(self._seed)))
+
+    def run(self, given: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Any]:
+        """Return the outputs by name."""
+        givers = {feature.name: feature for feature in self._inputs}
+        known: dict[str, Any] = dict(given)
+        computed: set[str] = set()
+        for stage in self._stages:
+            own = {
+                feature.name: passed_on(
+                    givers[feature.name],
+                    feature,
+                    known[feature.name],
+                    is_computed=feature.name in computed,
+                )
+                if feature.name in known
+                else filled(feature)
+                for feature in stage.inputs
+            }
+            known |= stage.module.run(own, generator)
+            givers |= {feature.name: feature for feature in stage.outputs}
+            computed |= {feature.name for feature in stage.outputs}
+        return {feature.name: known[feature.name] for feature in self._outputs}
+
+
+def _one_or_all(made: Mapping[str, Any]) -> Any:
+    results = tuple(made.values())
+    return results[0] if len(results) == 1 else results
 
 
 def _slots_read(block: Block) -> Iterator[int]:

@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from milpress.errors import (
-    CompressionError,
-    ConfigError,
-    ExecutionError,
-    InputError,
-    ModelKindError,
-    PackageError,
-    UnsupportedError,
-    UnsupportedOpError,
-)
+from milpress.errors import ConfigError, InputError, UnsupportedError
 from milpress.interpreter import features as io
 from milpress.interpreter.constants import Budget, held_as
 from milpress.interpreter.features import Feature
-from milpress.interpreter.graph import Frame, Function, Observe, Replace, bind
-from milpress.interpreter.module import ProgramModule
+from milpress.interpreter.graph import Observe, Replace
+from milpress.interpreter.loading import Loader
+from milpress.interpreter.module import PipelineModule, ProgramModule
 from milpress.interpreter.moments import Layer, layers
+from milpress.interpreter.parts import Model, Pipeline, Run
 from milpress.interpreter.states import State
-from milpress.mil.package import Package, pipeline_models
+from milpress.mil.package import Package
 from milpress.mil.values import TensorType
 
 Precision = Literal["float32", "float16"]
@@ -87,7 +78,10 @@ def load(
     UnsupportedOpError
         If the interpreter does not cover an op.
     PackageError
-        If the package breaks its format, or is not made of ML programs alone.
+        If the package breaks its format, or has no ML program.
+    UnsupportedError
+        If a stage of a pipeline stands between ML programs and is of a kind that can't be run. Such
+        stages before all others, or behind, are passed by: see `Program.notes`.
     ConfigError
         If there is no such function or precision.
     """
@@ -96,81 +90,8 @@ def load(
         raise ConfigError(msg)
     if not isinstance(package, Package):
         package = Package(package)
-    loader = _Loader(package, function, precision == "float16", Budget(weight_memory))
-    return Program(loader.part(package.model, ()), precision=precision, seed=seed)
-
-
-class _Run(NamedTuple):
-    """What all parts of a run share."""
-
-    generator: torch.Generator
-    state: State
-    taps: frozenset[str]
-    observe: Observe | None
-    replace: Replace | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Model:
-    """A model that is one function: tensors in the forms of features go in and out."""
-
-    prefix: str
-    function_name: str
-    function: Function
-    inputs: tuple[Feature, ...]
-    outputs: tuple[Feature, ...]
-
-    @property
-    def models(self) -> Iterator[_Model]:
-        yield self
-
-    def run(self, given: Mapping[str, Any], run: _Run) -> dict[str, Any]:
-        function = self.function
-        watched = {
-            slot: tap
-            for tap in run.taps
-            if tap.startswith(self.prefix)
-            for slot in function.slots_named(tap.removeprefix(self.prefix))
-        }
-        frame = Frame(list(function.stored), run.generator, watched, run.observe, run.replace)
-        self._fill(frame, given, run.state)
-        with _located(frame):
-            results = function.block.run(frame)
-        made = dict(zip(function.outputs, results, strict=True))
-        return {
-            feature.name: io.given_back(feature, made[feature.name]) for feature in self.outputs
-        }
-
-    # Apart from `run`, whose variables would keep inputs alive after their last reader ran.
-    def _fill(self, frame: Frame, given: Mapping[str, Any], state: State) -> None:
-        for feature in self.inputs:
-            parameter = self.function.inputs[feature.name]
-            value = given.get(feature.name)
-            tensor = io.filled(feature) if value is None else io.taken(feature, value)
-            frame.write(parameter.slot, parameter.cast(tensor))
-        for name, parameter in self.function.inputs.items():
-            if parameter.is_state:
-                frame.slots[parameter.slot] = state.cell(self.prefix + name)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Pipeline:
-    """Models in order, each of which takes what those before it gave."""
-
-    parts: tuple[_Model | _Pipeline, ...]
-    inputs: tuple[Feature, ...]
-    outputs: tuple[Feature, ...]
-
-    @property
-    def models(self) -> Iterator[_Model]:
-        for part in self.parts:
-            yield from part.models
-
-    def run(self, given: Mapping[str, Any], run: _Run) -> dict[str, Any]:
-        known = dict(given)
-        for part in self.parts:
-            known.update(part.run(known, run))
-        return {feature.name: known[feature.name] for feature in self.outputs}
+    loader = Loader(package, function, precision == "float16", Budget(weight_memory))
+    return Program(loader.part(package.model), precision=precision, seed=seed)
 
 
 class Program:
@@ -188,7 +109,7 @@ class Program:
     A classifier's label is a ``str`` or ``int``, its probabilities a dictionary.
     """
 
-    def __init__(self, part: _Model | _Pipeline, *, precision: Precision, seed: int) -> None:
+    def __init__(self, part: Model | Pipeline, *, precision: Precision, seed: int) -> None:
         self._part = part
         self._precision = precision
         self._seed = seed
@@ -202,6 +123,40 @@ class Program:
     def outputs(self) -> tuple[Feature, ...]:
         """The outputs, in the order of the model's description."""
         return self._part.outputs
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on the stages of a pipeline that were passed by, as they can't be run.
+
+        What one that comes first would give is an input of the program; what one that comes last
+        would take is an output.
+        """
+        passed = self._part.passed if isinstance(self._part, Pipeline) else ()
+        return tuple(each.note for each in passed)
+
+    @property
+    def kept_boxes(self) -> tuple[str, ...]:
+        """Names of taps that show which boxes each non-maximum suppression of a pipeline keeps."""
+        return tuple(each.tap for each in self._part.suppressions)
+
+    def before_suppression(self) -> Program:
+        """Return the program up to where a non-maximum suppression chooses boxes.
+
+        What that takes is an output instead of what it gives. A program without is returned as it
+        is.
+
+        Raises
+        ------
+        UnsupportedError
+            If nothing comes before.
+        """
+        part = self._part.without_suppression()
+        if part is None:
+            msg = "an ML program must come before a non-maximum suppression, got none"
+            raise UnsupportedError(msg)
+        if part is self._part:
+            return self
+        return Program(part, precision=self._precision, seed=self._seed)
 
     @property
     def precision(self) -> Precision:
@@ -305,7 +260,7 @@ class Program:
         self._check(inputs, wanted, state)
         kept: dict[str, Any] = {}
         generator = torch.Generator().manual_seed(self._seed if seed is None else seed)
-        run = _Run(
+        run = Run(
             generator,
             state or State({}),
             wanted,
@@ -321,7 +276,7 @@ class Program:
             {name: self._exported(value, "", as_torch) for name, value in kept.items()},
         )
 
-    def to_torch(self) -> ProgramModule:
+    def to_torch(self) -> ProgramModule | PipelineModule:
         """Return the program as a torch module, whose weights are its parameters and buffers.
 
         The module takes the inputs as tensors, by position in the order of `inputs`, and returns
@@ -332,14 +287,15 @@ class Program:
         Raises
         ------
         UnsupportedError
-            If the model is a pipeline.
+            If the model chooses boxes: `before_suppression` becomes a module.
         """
-        if not isinstance(self._part, _Model):
-            msg = "only a single ML program becomes a module, got a pipeline"
+        if self.kept_boxes:
+            msg = (
+                "a non-maximum suppression becomes no module; take that of before_suppression(), "
+                f"got {self.kept_boxes[0].removesuffix(': kept')!r}"
+            )
             raise UnsupportedError(msg)
-        inputs = tuple(feature.name for feature in self.inputs)
-        outputs = tuple(feature.name for feature in self.outputs)
-        return ProgramModule(self._part.function, inputs, outputs, self._seed)
+        return self._part.module(self._seed)
 
     @property
     def _operands(self) -> set[str]:
@@ -357,7 +313,7 @@ class Program:
 
     def _check(self, inputs: Mapping[str, Any], taps: frozenset[str], state: State | None) -> None:
         io.check_names(self.inputs, inputs)
-        known_taps = self.values.keys() | self._operands if taps else set()
+        known_taps = {*self.values, *self._operands, *self.kept_boxes} if taps else set()
         unknown = sorted(taps - known_taps)
         if unknown:
             msg = f"a tap must name a value that the program computes, got {', '.join(unknown)}"
@@ -375,131 +331,3 @@ class Program:
         if as_torch:
             return value.clone(memory_format=torch.contiguous_format)
         return np.array(value.numpy(), np.uint16 if dtype == "uint16" else None, order="C")
-
-
-@contextlib.contextmanager
-def _located(frame: Frame) -> Iterator[None]:
-    """Say of an error in an op where it stands."""
-    try:
-        yield
-    except CompressionError:
-        raise
-    except NotImplementedError as error:
-        step = frame.step
-        if step is None:
-            raise
-        target = step.opset.target
-        what = f"{step.kind} ({error})"
-        raise UnsupportedOpError(step.kind, target, step.place, what) from error
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-    ) as error:
-        step = frame.step
-        if step is None:
-            raise
-        msg = f"{step.place}: {step.kind} must be able to compute what it is given, got: {error}"
-        raise ExecutionError(msg) from error
-
-
-class _Loader:
-    """Makes the models of a package ready to run."""
-
-    def __init__(
-        self, package: Package, function: str | None, rounds: bool, budget: Budget
-    ) -> None:
-        self._package = package
-        self._function = function
-        self._rounds = rounds
-        self._budget = budget
-
-    def part(self, model: Any, place: tuple[str, ...]) -> _Model | _Pipeline:
-        kind = model.WhichOneof("choice")
-        if kind == "mlProgram":
-            return self._model(model, place)
-        if kind is None:
-            msg = (
-                f"{self._package.path}: every model of a pipeline must be an ML program, got "
-                f"another kind for {'/'.join(place)!r}"
-            )
-            raise ModelKindError(msg)
-        if self._function is not None:
-            msg = f"function must not be given for a pipeline, got {self._function!r}"
-            raise ConfigError(msg)
-        parts = tuple(self.part(inner, (*place, name)) for name, inner in pipeline_models(model))
-        return self._pipeline(model, parts)
-
-    def _pipeline(self, model: Any, parts: tuple[_Model | _Pipeline, ...]) -> _Pipeline:
-        takers = {feature.name: feature for part in reversed(parts) for feature in part.inputs}
-        givers = {feature.name: feature for part in parts for feature in part.outputs}
-        known = {item.name for item in model.description.input}
-        for part in parts:
-            unknown = {feature.name for feature in part.inputs} - known
-            if unknown:
-                msg = (
-                    f"{self._package.path}: a model of a pipeline must take what the pipeline or "
-                    f"a model before it gives, got {', '.join(sorted(unknown))}"
-                )
-                raise PackageError(msg)
-            known |= {feature.name for feature in part.outputs}
-        inputs = [item.name for item in model.description.input if item.name in takers]
-        outputs = [item.name for item in model.description.output]
-        lost = [name for name in outputs if name not in givers]
-        if lost:
-            msg = f"{self._package.path}: a pipeline must make its outputs, got none for {lost}"
-            raise PackageError(msg)
-        return _Pipeline(
-            parts=parts,
-            inputs=tuple(takers[name] for name in inputs),
-            outputs=tuple(givers[name] for name in outputs),
-        )
-
-    def _model(self, model: Any, place: tuple[str, ...]) -> _Model:
-        name = self._function_name(model, place)
-        shown = "/".join((*place, name))
-        function = bind(
-            model.mlProgram.functions[name],
-            shown,
-            self._package,
-            rounds=self._rounds,
-            budget=self._budget,
-        )
-        description = model.description
-        for each in model.description.functions:
-            if each.name == name:
-                description = each
-        outputs = dict(zip(function.outputs, function.output_types, strict=True))
-        taken = {key for key, value in function.inputs.items() if not value.is_state}
-        if {item.name for item in description.input} != taken:
-            msg = f"{shown}: the description must name the function's inputs, got others"
-            raise PackageError(msg)
-        if not {item.name for item in description.output} <= set(outputs):
-            msg = f"{shown}: the description must name outputs of the function, got others"
-            raise PackageError(msg)
-        return _Model(
-            prefix="".join(f"{part}/" for part in place),
-            function_name=name,
-            function=function,
-            inputs=tuple(
-                io.described(item, function.inputs[item.name].type) for item in description.input
-            ),
-            outputs=tuple(io.described(item, outputs[item.name]) for item in description.output),
-        )
-
-    def _function_name(self, model: Any, place: tuple[str, ...]) -> str:
-        functions = model.mlProgram.functions
-        name = self._function
-        if name is None:
-            name = model.description.defaultFunctionName or (
-                "main" if "main" in functions or len(functions) != 1 else next(iter(functions))
-            )
-        if name not in functions:
-            where = "/".join((str(self._package.path), *place))
-            known = ", ".join(sorted(functions))
-            msg = f"{where}: function must be one of {known}, got {name!r}"
-            raise ConfigError(msg)
-        return str(name)

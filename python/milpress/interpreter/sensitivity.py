@@ -41,6 +41,11 @@ class Gradients(NamedTuple):
     squares: NDArray[np.floating[Any]]
     along: NDArray[np.floating[Any]]
 
+    def plus(self, other: Gradients) -> Gradients:
+        """Return how the outputs of two runs of a weight move together."""
+        along = np.concatenate([self.along, other.along])
+        return Gradients(self.squares + other.squares, along)
+
     def error(self, weight: NDArray[Any], change: NDArray[Any], axis: int) -> float:
         """Return the error that a change of the weight makes, to first order.
 
@@ -70,7 +75,8 @@ class OutputError:
     Parameters
     ----------
     program
-        A single ML program, computing in float32.
+        The program, computing in float32. Of one that chooses boxes, the outputs are what they are
+        chosen by.
     samples
         Inputs by name, all of which are held in memory.
     metric
@@ -81,7 +87,7 @@ class OutputError:
     ConfigError
         If there is no such metric.
     UnsupportedError
-        If the model is a pipeline, or no output suits the metric.
+        If no output suits the metric.
     """
 
     def __init__(
@@ -90,6 +96,7 @@ class OutputError:
         if metric not in get_args(OutputMetric):
             msg = f"metric must be one of {', '.join(get_args(OutputMetric))}, got {metric!r}"
             raise ConfigError(msg)
+        program = program.before_suppression()
         self._module = program.to_torch()
         self._metric = metric
         self._inputs = [_tensors(program, sample) for sample in samples]
@@ -202,7 +209,8 @@ class OutputError:
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             msg = f"the model must be able to compute the samples, got: {error}"
             raise ExecutionError(msg) from error
-        return list(made) if isinstance(made, tuple) else [made]
+        outputs = made if isinstance(made, tuple) else (made,)
+        return [each.tensor if isinstance(each, io.Probabilities) else each for each in outputs]
 
     def _points(self, outputs: Sequence[Any]) -> list[Tensor]:
         """Return the points whose squared distances are the error."""
@@ -234,6 +242,7 @@ def _tensors(program: Program, sample: Mapping[str, Any]) -> tuple[Tensor, ...]:
         if sample.get(feature.name) is None
         else io.taken(feature, sample[feature.name])
         for feature in program.inputs
+        if not feature.is_unused
     )
 
 

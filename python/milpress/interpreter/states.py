@@ -41,21 +41,6 @@ class Cell:
         self._value = value.to(self._value.dtype)
 
 
-class BufferCell:
-    """A state whose value lives in a buffer of a module."""
-
-    def __init__(self, buffer: Tensor) -> None:
-        self._buffer = buffer
-
-    def read(self) -> Tensor:
-        """Return the value, which a later `write` does not change."""
-        return self._buffer.clone()
-
-    def write(self, value: Tensor) -> None:
-        """Overwrite the buffer."""
-        self._buffer.copy_(value)
-
-
 class State(Mapping[str, NDArray[Any]]):
     """The states of one conversation with a model, by name: zeros at first, changed by each run.
 
@@ -93,7 +78,8 @@ class State(Mapping[str, NDArray[Any]]):
                 f"state {name!r} must have the shape {list(current.shape)}, got {list(given.shape)}"
             )
             raise InputError(msg)
-        self._cells[name].write(given)
+        # A copy without history, as the state is kept and changed by itself.
+        self._cells[name].write(given.detach().clone())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._cells)

@@ -51,7 +51,8 @@ _BY_TARGET = {opset.target: opset for opset in _ALL}
 TARGETS = tuple(_BY_TARGET)
 FIRST_WITH_COMPRESSION = _BY_TARGET["iOS16"]
 
-# Ops of coremltools 9.0 that keep their meaning from iOS15 to iOS26, or gain optional inputs only.
+# Ops of coremltools 9.0 that keep their meaning from iOS15 to iOS26, or gain optional inputs only,
+# by the names that files have: write_state and read_state are its coreml_update_state.
 _SAFE = frozenset(
     """
     abs acos add affine argsort asin atan atanh avg_pool band_part batch_norm batch_to_space cast
@@ -72,7 +73,7 @@ _SAFE = frozenset(
     thresholded_relu tile topk transpose upsample_bilinear upsample_nearest_neighbor while_loop
     constexpr_blockwise_shift_scale constexpr_lut_to_sparse
     constexpr_sparse_blockwise_shift_scale read_state scaled_dot_product_attention slice_update
-    coreml_update_state
+    write_state
     """.split()
 )
 # Up to iOS16 a negative index counted from the end; from iOS17 it is out of bounds.

@@ -28,9 +28,26 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
         "pipelineRegressor": (201, "PipelineHolder"),
         "pipeline": (202, "Pipeline"),
         "mlProgram": (502, "Program"),
+        "nonMaximumSuppression": (610, "NonMaximumSuppression"),
     },
     "PipelineHolder": {"pipeline": (1, "Pipeline")},
     "Pipeline": {"models": (1, "[Model]"), "names": (2, "[string]")},
+    "NonMaximumSuppression": {
+        "pickTop": (1, "PickTop"),
+        "stringClassLabels": (100, "StringVector"),
+        "int64ClassLabels": (101, "Int64Vector"),
+        "iouThreshold": (110, "double"),
+        "confidenceThreshold": (111, "double"),
+        "confidenceInputFeatureName": (200, "string"),
+        "coordinatesInputFeatureName": (201, "string"),
+        "iouThresholdInputFeatureName": (202, "string"),
+        "confidenceThresholdInputFeatureName": (203, "string"),
+        "confidenceOutputFeatureName": (210, "string"),
+        "coordinatesOutputFeatureName": (211, "string"),
+    },
+    "PickTop": {"perClass": (1, "bool")},
+    "StringVector": {"vector": (1, "[string]")},
+    "Int64Vector": {"vector": (1, "[int64]")},
     "ModelDescription": {
         "input": (1, "[FeatureDescription]"),
         "output": (10, "[FeatureDescription]"),
@@ -152,7 +169,7 @@ _MESSAGES: dict[str, dict[str, tuple[int, str]]] = {
     "Bytes": {"values": (1, "bytes")},
 }
 
-# Messages of which only one field is set at a time.
+# Messages of which only one field is set at a time. Of a model's, those that may hold ML programs.
 _CHOICES = {
     "Model": ("pipelineClassifier", "pipelineRegressor", "pipeline", "mlProgram"),
     "FeatureType": tuple(name for name in _MESSAGES["FeatureType"] if name != "isOptional"),

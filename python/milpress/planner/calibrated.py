@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +15,14 @@ from milpress._parallel import in_order
 from milpress.compression import Progress
 from milpress.errors import UnsupportedError
 from milpress.formats import Treatment, compress
+from milpress.jobs import Job, jobs_of
 from milpress.mil.package import Package
 from milpress.mil.weights import weight_files
 from milpress.planner.cache import ScoreCache, joined
 from milpress.planner.items import Item
 from milpress.planner.menu import KEEP
 from milpress.recipe import treatment_dict
-from milpress.samples import Data, Samples
+from milpress.samples import Data
 
 if TYPE_CHECKING:
     from milpress.interpreter.sensitivity import Gradients, OutputError, OutputMetric
@@ -50,11 +51,17 @@ class Calibrated:
     off_by
         The mean factor, up or down, by which uncorrected first-order errors were off where they
         were run; ``None`` if all errors are exact.
+    unseen
+        Names of the items that no sample reaches, whose errors follow from the weights alone.
+    notes
+        What else there is to know of how the samples were run.
     """
 
     errors: list[dict[str, float]]
     n_run: int
     off_by: float | None
+    unseen: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def calibrate(
@@ -66,44 +73,133 @@ def calibrate(
     exact: bool,
     choose: Choose,
     kept: ScoreCache,
+    relative: Sequence[Mapping[str, float]],
     progress: Progress | None = None,
 ) -> Calibrated:
     """Return the error of the outputs that each format of each item makes by itself.
+
+    Of several functions, those that the samples suit are run, and the error is the mean of theirs.
+    An item that no sample reaches has the errors that its weights have by themselves, on the scale
+    of the others.
 
     To first order, from squared gradients of the outputs, for all items and formats. The model is
     then run with the formats that ``choose`` picks by these errors, one at a time, which tells by
     how much those of an item are to be multiplied; and again with what it picks then. With
     ``exact``, it is run with every format of every item instead.
 
+    Parameters
+    ----------
+    package, items, data, metric, exact
+        As of `milpress.plan`.
+    choose
+        What picks formats by errors.
+    kept
+        Where errors are remembered.
+    relative
+        Of each item, what each format's error is by the weights alone.
+    progress
+        Called with what is done, how much there is in all and what is at hand.
+
     Raises
     ------
     InputError
-        If a sample is not what the model takes.
+        If the samples suit no function.
     UnsupportedError
-        If the model is a pipeline, or an item is not part of the function that is run.
+        If no output suits the metric, or no sample reaches a weight.
     """
-    from milpress.interpreter import load
     from milpress.interpreter.sensitivity import OutputError
 
     source = package.reopened()
-    program = load(source)
-    samples = Samples(data, program.inputs)
+    jobs = list(jobs_of(source, data))
+    digests = [job.samples.digest() for job in jobs]
     model = _Model(
-        OutputError(program, samples, metric),
-        {"", *(f"{function}/" for function in program.functions.values())},
-        joined(_VERSION, _digest(source), samples.digest(), metric),
+        [
+            _Run(
+                OutputError(job.program, job.samples, metric),
+                {v: k for k, v in job.prefixes.items()},
+            )
+            for job in jobs
+        ],
+        joined(_VERSION, _digest(source), *digests, metric),
         kept,
         progress or (lambda *_: None),
     )
-    model.check(items)
+    used = [i for i, item in enumerate(items) if model.uses(item)]
+    chosen = [items[i] for i in used]
+    scale = _Scale(items, relative)
     if exact:
-        pairs = [(item, name) for item in items for name in item.choices if name != KEEP]
+        pairs = [(item, name) for item in chosen for name in item.choices if name != KEEP]
         found = {(id(item), name): error for item, name, error in model.run(pairs)}
         errors = [
-            {name: found[id(item), name] for name in item.choices if name != KEEP} for item in items
+            {name: found[id(item), name] for name in item.choices if name != KEEP}
+            for item in chosen
         ]
-        return Calibrated(errors=errors, n_run=len(pairs), off_by=None)
-    return _corrected(model, items, choose)
+        made = Calibrated(errors=errors, n_run=len(pairs), off_by=None)
+    else:
+        made = _corrected(
+            model,
+            chosen,
+            lambda some: [choose(scale.filled(used, some))[i] for i in used],
+        )
+    seen = {i for i, some in zip(used, made.errors, strict=True) if scale.is_seen(i, some)}
+    if not seen:
+        msg = (
+            f"{package.path}: the samples must reach a weight that is planned, got none that moves "
+            "the outputs; plan without samples"
+        )
+        raise UnsupportedError(msg)
+    return replace(
+        made,
+        errors=scale.filled(used, made.errors),
+        unseen=tuple(item.name for i, item in enumerate(items) if i not in seen),
+        notes=_notes(package, jobs),
+    )
+
+
+def _notes(package: Package, jobs: Sequence[Job]) -> tuple[str, ...]:
+    notes = dict.fromkeys(note for job in jobs for note in job.notes)
+    if any(job.program.kept_boxes for job in jobs):
+        notes["weights count with what a non-maximum suppression takes, not with what it gives"] = (
+            None
+        )
+    if not package.programs[0].place:
+        run = {name for job in jobs for name in job.program.functions.values()}
+        rest = [name for name in package.programs[0].functions if name not in run]
+        if rest:
+            notes[f"the samples do not suit {', '.join(rest)}, which were not run"] = None
+    return tuple(notes)
+
+
+class _Scale:
+    """Puts errors of weights by themselves on the scale of errors of outputs."""
+
+    def __init__(self, items: Sequence[Item], relative: Sequence[Mapping[str, float]]) -> None:
+        self._relative = relative
+        self._names = [[name for name in item.choices if name != KEEP] for item in items]
+
+    def is_seen(self, i: int, errors: Mapping[str, float]) -> bool:
+        """Whether what changes an item's weights moves the outputs."""
+        return any(error > 0 or not self._relative[i][name] for name, error in errors.items())
+
+    def filled(
+        self, used: Sequence[int], errors: Sequence[Mapping[str, float]]
+    ) -> list[dict[str, float]]:
+        """Return the errors of all items, of which those of some are known."""
+        pairs = zip(used, errors, strict=True)
+        known = {i: some for i, some in pairs if self.is_seen(i, some)}
+        factors = [
+            math.log(error / self._relative[i][name])
+            for i, some in known.items()
+            for name, error in some.items()
+            if 0 < error < math.inf and self._relative[i][name] > 0
+        ]
+        usual = math.exp(_mean(factors))
+        return [
+            dict(known[i])
+            if i in known
+            else {name: usual * self._relative[i][name] for name in names}
+            for i, names in enumerate(self._names)
+        ]
 
 
 def _corrected(model: _Model, items: Sequence[Item], choose: Choose) -> Calibrated:
@@ -185,36 +281,34 @@ def _digest(package: Package) -> str:
     return found.hexdigest()
 
 
+class _Run(NamedTuple):
+    """A function that is run: the error of its outputs, and models by what weights begin with."""
+
+    error: OutputError
+    models: dict[str, str]
+
+    def names(self, item: Item) -> dict[int, list[str]]:
+        """Return the names of an item's weights in what is run, by the place of their twin."""
+        names: dict[int, list[str]] = {}
+        for i, candidate in enumerate(item.candidates):
+            model = self.models.get(candidate.weight.prefix)
+            if model is not None and self.error.has(model + candidate.weight.node.name):
+                names.setdefault(item.twin(i), []).append(model + candidate.weight.node.name)
+        return names
+
+
 class _Model:
     """The outputs' error as a function of formats, remembered by the cache."""
 
-    def __init__(
-        self, error: OutputError, prefixes: set[str], key: str, kept: ScoreCache, note: Progress
-    ) -> None:
-        self._error = error
-        self._prefixes = prefixes
+    def __init__(self, runs: Sequence[_Run], key: str, kept: ScoreCache, note: Progress) -> None:
+        self._runs = runs
         self._key = key
         self._kept = kept
         self._note = note
 
-    def check(self, items: Sequence[Item]) -> None:
-        """Raise `UnsupportedError` if an item is not part of what is run."""
-        for item in items:
-            if not any(self._names(item).values()):
-                msg = (
-                    f"{item.name}: with samples, every weight must be used by the function that "
-                    "is run, got one that is not; name it with keep"
-                )
-                raise UnsupportedError(msg)
-
-    def _names(self, item: Item) -> dict[int, list[str]]:
-        """Return the names of an item's weights in what is run, by the place of their twin."""
-        names: dict[int, list[str]] = {i: [] for i in item.distinct}
-        for i, candidate in enumerate(item.candidates):
-            name = candidate.weight.node.name
-            if candidate.weight.prefix in self._prefixes and self._error.has(name):
-                names[item.twin(i)].append(name)
-        return names
+    def uses(self, item: Item) -> bool:
+        """Whether a weight of an item is part of what is run."""
+        return any(run.names(item) for run in self._runs)
 
     def run(self, pairs: Sequence[tuple[Item, str]]) -> Iterator[tuple[Item, str, float]]:
         """Yield the exact error of each pair of an item and a format."""
@@ -223,19 +317,24 @@ class _Model:
             key = self._key_of("exact", item, name)
             known = self._kept.get(key, 1)
             if known is None:
-                known = [self._error.error(self._replaced(item, name))]
+                known = [self._error(item, name)]
                 self._kept.put({key: known})
             yield item, name, known[0]
         self._note(len(pairs), len(pairs), "")
 
-    def _replaced(self, item: Item, name: str) -> dict[str, NDArray[Any]]:
-        """Return the values that a format gives each weight of an item, by name."""
-        return {
-            one: made
-            for i, some in self._names(item).items()
-            for made in [_treated(item, i, name, item.candidates[i].array())]
-            for one in some
-        }
+    def _error(self, item: Item, name: str) -> float:
+        """Return the mean error of all functions; one that does not use the item has none."""
+        total = 0.0
+        for run in self._runs:
+            weights = {
+                one: made
+                for i, some in run.names(item).items()
+                for made in [_treated(item, i, name, item.candidates[i].array())]
+                for one in some
+            }
+            if weights:
+                total += run.error.error(weights)
+        return total / len(self._runs)
 
     def first_order(self, items: Sequence[Item]) -> list[dict[str, float]]:
         """Return the first-order error of each format of each item."""
@@ -246,18 +345,9 @@ class _Model:
         ]
         known = [{name: self._kept.get(key, 1) for name, key in some.items()} for some in keys]
         if any(numbers is None for some in known for numbers in some.values()):
-            by_item = [{i: some for i, some in self._names(item).items() if some} for item in items]
-            groups = [
-                (some, item.candidates[i].axes[0])
-                for item, groups in zip(items, by_item, strict=True)
-                for i, some in groups.items()
-            ]
-            gradients = iter(self._error.gradients(groups, self._note))
-            work = [
-                (item, some, {i: next(gradients) for i in groups})
-                for item, some, groups in zip(items, names, by_item, strict=True)
-            ]
-            made = in_order(lambda one: _first_order(*one), work)
+            gradients = self._gradients(items)
+            work = list(zip(items, names, gradients, strict=True))
+            made = in_order(lambda one: _first_order(*one, len(self._runs)), work)
             for i, errors in enumerate(made):
                 self._note(i, len(items), items[i].name)
                 self._kept.put({keys[i][name]: [error] for name, error in errors.items()})
@@ -268,6 +358,17 @@ class _Model:
             for some in known
         ]
 
+    def _gradients(self, items: Sequence[Item]) -> list[dict[int, Gradients]]:
+        """Return, of each item, the gradients of each weight, its twins and all functions."""
+        found: list[dict[int, Gradients]] = [{} for _ in items]
+        for run in self._runs:
+            by_item = [run.names(item) for item in items]
+            places = [(k, i) for k, some in enumerate(by_item) for i in some]
+            groups = [(by_item[k][i], items[k].candidates[i].axes[0]) for k, i in places]
+            for (k, i), new in zip(places, run.error.gradients(groups, self._note), strict=True):
+                found[k][i] = found[k][i].plus(new) if i in found[k] else new
+        return found
+
     def _key_of(self, kind: str, item: Item, name: str) -> str:
         treatments = [
             None if treatment is None else treatment_dict(treatment)
@@ -277,7 +378,7 @@ class _Model:
 
 
 def _first_order(
-    item: Item, names: Sequence[str], gradients: Mapping[int, Gradients]
+    item: Item, names: Sequence[str], gradients: Mapping[int, Gradients], n_runs: int
 ) -> dict[str, float]:
     found = dict.fromkeys(names, 0.0)
     for i, gradient in gradients.items():
@@ -285,7 +386,7 @@ def _first_order(
         weight = array.astype(np.float32)
         for name in names:
             change = _treated(item, i, name, array).astype(np.float32) - weight
-            found[name] += gradient.error(weight, change, item.candidates[i].axes[0])
+            found[name] += gradient.error(weight, change, item.candidates[i].axes[0]) / n_runs
     return found
 
 

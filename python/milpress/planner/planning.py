@@ -54,6 +54,7 @@ _MET = 0.99
 # not evened out by layers behind it.
 _LAST_SHARE = 4.0
 _N_SHOWN = 12
+_N_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -352,7 +353,8 @@ def plan(
         Least number of elements of a weight that is planned.
     sample_data
         Samples of the model's inputs, see `milpress.samples.Samples`; needs torch. A few dozen
-        suffice.
+        suffice. Of several functions, those that the samples suit are run; a weight that none of
+        them reaches counts as without samples.
     metric
         With samples, what is kept small: ``"snr"``, the squared error of the outputs over their
         squares; ``"cosine"``, 1 minus their cosine; ``"kl"``, the divergence of probabilities.
@@ -379,7 +381,7 @@ def plan(
         If an argument is wrong by itself.
     UnsupportedError
         If the budget is below the smallest size, or the score above what can be had; with samples,
-        if the model is a pipeline or a weight is not part of what is run.
+        if none reaches a weight, or no output suits the metric.
     InputError
         If a sample is not what the model takes.
     UnsupportedOpError
@@ -430,10 +432,19 @@ def plan(
                     package, target, items, measured, min_size, errors
                 ).names(goal),
                 kept=kept,
+                relative=[
+                    {
+                        name: (_LAST_SHARE if item.is_last else 1.0) * one.relative
+                        for name, one in some.items()
+                    }
+                    for item, some in zip(
+                        [item for item in items if item.choices], measured, strict=True
+                    )
+                ],
                 progress=progress,
             )
         errors = found.errors
-        notes.append(_ran(found))
+        notes += [_ran(found), *found.notes, *_unseen(found)]
     if use_cache and not kept.is_writable:
         notes.append(f"scores could not be kept in {cache.path_for(package.path)}")
     problem = _Problem(package, target, items, measured, min_size, errors)
@@ -448,6 +459,14 @@ def _ran(found: Calibrated) -> str:
         f"first-order errors were off by a factor of {found.off_by:.2f} before the model was run "
         f"with {found.n_run} treatments of weights to correct them"
     )
+
+
+def _unseen(found: Calibrated) -> list[str]:
+    """Say which weights no sample reaches, if there are any."""
+    if not found.unseen:
+        return []
+    named = ", ".join(found.unseen[:_N_NAMED]) + ", ..." * (len(found.unseen) > _N_NAMED)
+    return [f"as no sample reaches them, weights count as without samples: {named}"]
 
 
 def _check_open(items: Sequence[Item], package: Package) -> None:

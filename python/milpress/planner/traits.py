@@ -81,7 +81,7 @@ NAMES = tuple(field.name for field in fields(Traits))
 
 def is_stateful(graph: Graph) -> bool:
     """Whether a function keeps states between predictions."""
-    return any(node.op.type == "read_state" for node in graph.nodes)
+    return any(node.op.type in ("read_state", "write_state") for node in graph.nodes)
 
 
 def traits_of(weight: Weight, *, stateful: bool = False) -> Traits:

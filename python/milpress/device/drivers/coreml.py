@@ -317,7 +317,10 @@ def image(array: Any, is_float: bool) -> Any:
     try:
         from PIL import Image  # type: ignore[import-not-found, unused-ignore]
     except ModuleNotFoundError as error:
-        msg = "a model that takes images must have Pillow to run, got none: pip install pillow"
+        msg = (
+            "a model that takes images must have Pillow to run, got none; install it with: "
+            "pip install 'milpress[images]'"
+        )
         raise DependencyError(msg) from error
 
     if is_float:

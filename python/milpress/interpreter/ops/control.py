@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from milpress.interpreter.features import Probabilities
 from milpress.interpreter.operator import Call, operator
 
 
@@ -27,11 +28,11 @@ def while_loop(loop_vars: list[object], *, call: Call) -> tuple[Any, ...]:
 
 
 @operator("classify")
-def classify(probabilities: Tensor, classes: list[str]) -> tuple[Any, dict[Any, float]]:
-    numbers = probabilities.reshape(-1).tolist()
-    if not numbers or len(numbers) != len(classes):
-        msg = f"probabilities must be as many as classes, {len(classes)}, got {len(numbers)}"
+def classify(probabilities: Tensor, classes: list[str]) -> tuple[Any, Probabilities]:
+    flat = probabilities.reshape(-1)
+    if not len(flat) or len(flat) != len(classes):
+        msg = f"probabilities must be as many as classes, {len(classes)}, got {len(flat)}"
         raise ValueError(msg)
-    best: Any = classes[int(probabilities.reshape(-1).argmax())]
+    best: Any = classes[int(flat.argmax())]
     label = torch.tensor(best) if isinstance(best, int) else best
-    return label, dict(zip(classes, numbers, strict=True))
+    return label, Probabilities(classes, flat)

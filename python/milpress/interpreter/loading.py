@@ -1,0 +1,211 @@
+"""Packages made ready to run: each function is bound, the stages of pipelines are put together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from milpress.errors import ConfigError, ModelKindError, PackageError, UnsupportedError
+from milpress.interpreter import features as io
+from milpress.interpreter.constants import Budget
+from milpress.interpreter.features import Feature
+from milpress.interpreter.graph import bind
+from milpress.interpreter.parts import Model, Part, Passed, Pipeline
+from milpress.interpreter.suppression import suppression_of
+from milpress.mil.package import Package, pipeline_models
+from milpress.mil.stages import kind_of
+
+
+class Loader:
+    """Makes the models of a package ready to run."""
+
+    def __init__(
+        self, package: Package, function: str | None, rounds: bool, budget: Budget
+    ) -> None:
+        self._package = package
+        self._function = function
+        self._rounds = rounds
+        self._budget = budget
+
+    def part(self, model: Any, place: tuple[str, ...] = ()) -> Model | Pipeline:
+        """Return a model of the package, which is an ML program or a pipeline.
+
+        Raises
+        ------
+        UnsupportedOpError
+            If the interpreter does not cover an op.
+        PackageError
+            If it breaks its format.
+        UnsupportedError
+            If a stage that can't be run stands between ML programs.
+        ConfigError
+            If there is no such function.
+        """
+        if model.WhichOneof("choice") == "mlProgram":
+            return self._model(model, place)
+        if self._function is not None:
+            msg = f"function must not be given for a pipeline, got {self._function!r}"
+            raise ConfigError(msg)
+        stages = [
+            self._stage(i, inner, (*place, name))
+            for i, (name, inner) in enumerate(pipeline_models(model))
+        ]
+        return _Joined(self._package, model, stages).pipeline()
+
+    def _stage(self, i: int, model: Any, place: tuple[str, ...]) -> Part | Passed:
+        if model.WhichOneof("choice") is not None:
+            return self.part(model, place)
+        if model.HasField("nonMaximumSuppression"):
+            return suppression_of(model, "/".join(place))
+        kind = kind_of(model)
+        if not kind:
+            msg = (
+                f"{self._package.path}: every model of a pipeline must be an ML program, or of "
+                f"another kind that Core ML has, got another for {'/'.join(place)!r}"
+            )
+            raise ModelKindError(msg)
+        return Passed(
+            text=f"stage {i + 1}, {'/'.join(place)!r} ({kind}),",
+            inputs=tuple(item.name for item in model.description.input),
+            outputs=tuple(item.name for item in model.description.output),
+        )
+
+    def _model(self, model: Any, place: tuple[str, ...]) -> Model:
+        name = self._function_name(model, place)
+        shown = "/".join((*place, name))
+        function = bind(
+            model.mlProgram.functions[name],
+            shown,
+            self._package,
+            rounds=self._rounds,
+            budget=self._budget,
+        )
+        description = model.description
+        for each in model.description.functions:
+            if each.name == name:
+                description = each
+        outputs = dict(zip(function.outputs, function.output_types, strict=True))
+        taken = {key for key, value in function.inputs.items() if not value.is_state}
+        if {item.name for item in description.input} != taken:
+            msg = f"{shown}: the description must name the function's inputs, got others"
+            raise PackageError(msg)
+        if not {item.name for item in description.output} <= set(outputs):
+            msg = f"{shown}: the description must name outputs of the function, got others"
+            raise PackageError(msg)
+        return Model(
+            prefix="".join(f"{part}/" for part in place),
+            function_name=name,
+            function=function,
+            inputs=tuple(
+                io.described(item, function.inputs[item.name].type) for item in description.input
+            ),
+            outputs=tuple(io.described(item, outputs[item.name]) for item in description.output),
+        )
+
+    def _function_name(self, model: Any, place: tuple[str, ...]) -> str:
+        functions = model.mlProgram.functions
+        name = self._function
+        if name is None:
+            name = model.description.defaultFunctionName or (
+                "main" if "main" in functions or len(functions) != 1 else next(iter(functions))
+            )
+        if name not in functions:
+            where = "/".join((str(self._package.path), *place))
+            known = ", ".join(sorted(functions))
+            msg = f"{where}: function must be one of {known}, got {name!r}"
+            raise ConfigError(msg)
+        return str(name)
+
+
+class _Joined:
+    """Puts the stages of a pipeline together: each takes what is given or made before it."""
+
+    def __init__(self, package: Package, model: Any, stages: list[Part | Passed]) -> None:
+        self._package = package
+        self._inputs = [item.name for item in model.description.input]
+        self._outputs = [item.name for item in model.description.output]
+        self._stages = stages
+        self._passed: list[Passed] = []
+        # What makes each value that is known so far; nothing where it is given.
+        self._makers: dict[str, Part | Passed | None] = dict.fromkeys(self._inputs)
+        self._taken: dict[str, Feature] = {}
+        self._made: dict[str, Feature] = {}
+        self._ends: dict[str, Feature] = {}
+
+    def pipeline(self) -> Pipeline:
+        for stage in self._stages:
+            if isinstance(stage, Passed):
+                self._pass(stage)
+            else:
+                self._add(stage)
+        parts = tuple(stage for stage in self._stages if not isinstance(stage, Passed))
+        if not parts:
+            msg = f"{self._package.path}: a pipeline must have a stage that can be run, got none"
+            raise ModelKindError(msg)
+        nested = [passed for part in parts if isinstance(part, Pipeline) for passed in part.passed]
+        unused = [
+            Feature(name=name, kind="array", is_unused=True)
+            for name in self._inputs
+            if name not in self._taken
+        ]
+        order = [name for name in self._inputs if name in self._taken]
+        order += [name for name in self._taken if name not in order]
+        return Pipeline(
+            parts=parts,
+            inputs=(*(self._taken[name] for name in order), *unused),
+            outputs=self._given_out(bool(nested)),
+            passed=(*self._passed, *nested),
+        )
+
+    def _pass(self, stage: Passed) -> None:
+        makers = [self._makers.get(name) for name in stage.inputs]
+        is_behind = any(
+            maker.is_behind if isinstance(maker, Passed) else maker is not None for maker in makers
+        )
+        stage = replace(stage, is_behind=is_behind)
+        self._passed.append(stage)
+        self._ends |= {
+            name: self._made[name]
+            for name, maker in zip(stage.inputs, makers, strict=True)
+            if maker is not None and not isinstance(maker, Passed)
+        }
+        self._makers |= dict.fromkeys(stage.outputs, stage)
+
+    def _add(self, part: Part) -> None:
+        for feature in part.inputs:
+            maker = self._makers.get(feature.name)
+            if isinstance(maker, Passed):
+                if maker.is_behind:
+                    msg = (
+                        f"{self._package.path}: a stage between others must be an ML program or a "
+                        f"non-maximum suppression, got {maker.text} whose {feature.name!r} a later "
+                        "one takes; split the pipeline there, or make an ML program of that stage"
+                    )
+                    raise UnsupportedError(msg)
+                feature = replace(feature, origin=f"which {maker.text} would give")
+            elif feature.name not in self._makers and not feature.origin:
+                if not feature.is_required:
+                    continue
+                msg = (
+                    f"{self._package.path}: a model of a pipeline must take what the pipeline or "
+                    f"a model before it gives, got {feature.name}"
+                )
+                raise PackageError(msg)
+            if maker is None or isinstance(maker, Passed):
+                self._taken.setdefault(feature.name, feature)
+        self._makers |= dict.fromkeys((feature.name for feature in part.outputs), part)
+        self._made |= {feature.name: feature for feature in part.outputs}
+
+    def _given_out(self, is_open: bool) -> tuple[Feature, ...]:
+        """Return the outputs; those that can't be made are replaced by what their makers take."""
+        outputs = []
+        for name in self._outputs:
+            maker = self._makers.get(name)
+            if isinstance(maker, Passed) or (is_open and maker is None):
+                continue
+            if maker is None:
+                msg = f"{self._package.path}: a pipeline must make its outputs, got none for {name}"
+                raise PackageError(msg)
+            outputs.append(self._made[name])
+        outputs += [each for each in self._ends.values() if each not in outputs]
+        return tuple(outputs) or tuple(self._made.values())

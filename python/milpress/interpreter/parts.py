@@ -1,0 +1,219 @@
+"""What a package is made of when it runs: models of one function, and pipelines of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+
+from milpress.errors import CompressionError, ExecutionError, UnsupportedOpError
+from milpress.interpreter import features as io
+from milpress.interpreter.features import Feature
+from milpress.interpreter.graph import Frame, Function, Observe, Replace
+from milpress.interpreter.module import PipelineModule, ProgramModule, Stage
+from milpress.interpreter.states import State
+from milpress.interpreter.suppression import Suppression
+
+Part: TypeAlias = "Model | Pipeline | Suppression"
+
+
+class Run(NamedTuple):
+    """What all parts of a run share."""
+
+    generator: torch.Generator
+    state: State
+    taps: frozenset[str]
+    observe: Observe | None
+    replace: Replace | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A model that is one function: tensors in the forms of features go in and out."""
+
+    prefix: str
+    function_name: str
+    function: Function
+    inputs: tuple[Feature, ...]
+    outputs: tuple[Feature, ...]
+
+    @property
+    def models(self) -> Iterator[Model]:
+        """Itself."""
+        yield self
+
+    @property
+    def suppressions(self) -> Iterator[Suppression]:
+        """The stages that choose boxes: none."""
+        yield from ()
+
+    def without_suppression(self) -> Model:
+        """Return itself."""
+        return self
+
+    def module(self, seed: int) -> ProgramModule:
+        """Return the model as a torch module."""
+        inputs = tuple(feature.name for feature in self.inputs)
+        outputs = tuple(feature.name for feature in self.outputs)
+        return ProgramModule(self.function, inputs, outputs, seed)
+
+    def run(self, given: Mapping[str, Any], run: Run) -> dict[str, Any]:
+        """Return the outputs in the forms of features."""
+        function = self.function
+        watched = {
+            slot: tap
+            for tap in run.taps
+            if tap.startswith(self.prefix)
+            for slot in function.slots_named(tap.removeprefix(self.prefix))
+        }
+        frame = Frame(list(function.stored), run.generator, watched, run.observe, run.replace)
+        self._fill(frame, given, run.state)
+        with located(frame):
+            results = function.block.run(frame)
+        made = dict(zip(function.outputs, results, strict=True))
+        return {
+            feature.name: io.given_back(feature, made[feature.name]) for feature in self.outputs
+        }
+
+    # Apart from `run`, whose variables would keep inputs alive after their last reader ran.
+    def _fill(self, frame: Frame, given: Mapping[str, Any], state: State) -> None:
+        for feature in self.inputs:
+            parameter = self.function.inputs[feature.name]
+            value = given.get(feature.name)
+            tensor = io.filled(feature) if value is None else io.taken(feature, value)
+            frame.write(parameter.slot, parameter.cast(tensor))
+        for name, parameter in self.function.inputs.items():
+            if parameter.is_state:
+                frame.slots[parameter.slot] = state.cell(self.prefix + name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passed:
+    """A stage of a pipeline that can't be run, before all that can or behind it.
+
+    Parameters
+    ----------
+    text
+        Which it is, in words.
+    inputs, outputs
+        Names of what it takes and gives.
+    is_behind
+        Whether it takes what others compute.
+    """
+
+    text: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    is_behind: bool = False
+
+    @property
+    def note(self) -> str:
+        """A sentence that says what takes its place."""
+        if self.is_behind:
+            return f"{self.text} was passed by: what it takes is what comes out"
+        gives = ", ".join(self.outputs)
+        return f"{self.text} was passed by: what it gives, {gives}, must be given"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pipeline:
+    """Parts in order, each of which takes what those before it gave, and stages passed by."""
+
+    parts: tuple[Part, ...]
+    inputs: tuple[Feature, ...]
+    outputs: tuple[Feature, ...]
+    passed: tuple[Passed, ...] = ()
+
+    @property
+    def models(self) -> Iterator[Model]:
+        """The ML programs in it."""
+        for part in self.parts:
+            yield from part.models
+
+    @property
+    def suppressions(self) -> Iterator[Suppression]:
+        """The stages that choose boxes."""
+        for part in self.parts:
+            yield from part.suppressions
+
+    def run(self, given: Mapping[str, Any], run: Run) -> dict[str, Any]:
+        """Return the outputs in the forms of features."""
+        known = dict(given)
+        for part in self.parts:
+            known.update(part.run(known, run))
+        return {feature.name: known[feature.name] for feature in self.outputs}
+
+    def module(self, seed: int) -> PipelineModule:
+        """Return the pipeline, which chooses no boxes, as a torch module."""
+        parts = [part for part in self.parts if not isinstance(part, Suppression)]
+        return PipelineModule(
+            [Stage(part.module(seed), part.inputs, part.outputs) for part in parts],
+            [part.prefix if isinstance(part, Model) else "" for part in parts],
+            tuple(feature for feature in self.inputs if not feature.is_unused),
+            self.outputs,
+            seed,
+        )
+
+    def without_suppression(self) -> Pipeline | None:
+        """Return the pipeline up to the stages that choose boxes: what they take comes out."""
+        parts: list[Part] = []
+        made: dict[str, Feature] = {}
+        lost: set[str] = set()
+        ends: dict[str, Feature] = {}
+        for part in self.parts:
+            rest = part.without_suppression()
+            if rest is None or any(feature.name in lost for feature in rest.inputs):
+                ends |= {each.name: made[each.name] for each in part.inputs if each.name in made}
+                lost |= {feature.name for feature in part.outputs}
+                continue
+            own = {feature.name: feature for feature in rest.outputs}
+            gone = {feature.name for feature in part.outputs} - own.keys()
+            if gone:
+                theirs = {feature.name for feature in part.outputs}
+                ends |= {name: each for name, each in own.items() if name not in theirs}
+            lost = (lost - own.keys()) | gone
+            made |= own
+            parts.append(rest)
+        if not parts:
+            return None
+        if not lost:
+            return self
+        outputs = [each for each in self.outputs if each.name in made and each.name not in lost]
+        outputs += [feature for name, feature in ends.items() if feature not in outputs]
+        taken = {feature.name for part in parts for feature in part.inputs}
+        inputs = tuple(
+            each if each.name in taken else replace(each, is_unused=True) for each in self.inputs
+        )
+        return replace(self, parts=tuple(parts), inputs=inputs, outputs=tuple(outputs))
+
+
+@contextlib.contextmanager
+def located(frame: Frame) -> Iterator[None]:
+    """Say of an error in an op where it stands."""
+    try:
+        yield
+    except CompressionError:
+        raise
+    except NotImplementedError as error:
+        step = frame.step
+        if step is None:
+            raise
+        target = step.opset.target
+        what = f"{step.kind} ({error})"
+        raise UnsupportedOpError(step.kind, target, step.place, what) from error
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        step = frame.step
+        if step is None:
+            raise
+        msg = f"{step.place}: {step.kind} must be able to compute what it is given, got: {error}"
+        raise ExecutionError(msg) from error

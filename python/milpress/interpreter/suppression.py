@@ -1,0 +1,262 @@
+"""Non-maximum suppression: the stage behind a detector that keeps one of several alike boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from milpress.errors import InputError, PackageError
+from milpress.interpreter import features as io
+from milpress.interpreter.features import Feature
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How boxes are chosen.
+
+    Parameters
+    ----------
+    iou
+        A box is suppressed if its intersection over union with one that is kept is above.
+    confidence
+        A box is left out from the beginning if its greatest confidence is below.
+    per_class
+        Whether only boxes of the same class (that of the greatest confidence) suppress each other.
+    """
+
+    iou: float
+    confidence: float
+    per_class: bool
+
+
+def kept_boxes(confidence: Tensor, coordinates: Tensor, settings: Settings) -> Tensor:
+    """Return which boxes are kept, most confident first; of equally confident ones the first.
+
+    Parameters
+    ----------
+    confidence
+        Of shape ``(boxes, classes)``.
+    coordinates
+        Of shape ``(boxes, 4)``: center along x and y, width, height.
+    settings
+        How they are chosen.
+    """
+    best, classes = confidence.max(1)
+    order = torch.sort(best, descending=True, stable=True).indices
+    left = order[best[order] >= settings.confidence]
+    # Positions alone decide; float64 keeps small boxes far from the origin apart.
+    center, size = coordinates[:, :2].double(), coordinates[:, 2:].double()
+    low, high, area = center - size / 2, center + size / 2, size.prod(1)
+    kept = []
+    while len(left):
+        top, left = left[0], left[1:]
+        kept.append(top)
+        sides = torch.minimum(high[top], high[left]) - torch.maximum(low[top], low[left])
+        shared = sides.clamp_min(0).prod(1)
+        union = area[top] + area[left] - shared
+        is_near = shared / union.clamp_min(torch.finfo(union.dtype).tiny) > settings.iou
+        if settings.per_class:
+            is_near &= classes[left] == classes[top]
+        left = left[~is_near]
+    return torch.stack(kept) if kept else left
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suppression:
+    """A stage of a pipeline that keeps one of several alike boxes.
+
+    Parameters
+    ----------
+    place
+        Its name, behind those of the pipelines it is in.
+    settings
+        How boxes are chosen if no input says otherwise.
+    n_classes
+        How many labels it has; ``None`` if it has none.
+    confidence, coordinates
+        Names of what it takes.
+    overrides
+        Names of the inputs that replace a threshold of the settings, by its name there.
+    inputs, outputs
+        Confidence and coordinates first.
+    n_boxes
+        The least and the most boxes that come out; fewer are filled up with zeros.
+    """
+
+    place: str
+    settings: Settings
+    n_classes: int | None
+    confidence: str
+    coordinates: str
+    overrides: dict[str, str]
+    inputs: tuple[Feature, ...]
+    outputs: tuple[Feature, ...]
+    n_boxes: tuple[int, int | None]
+
+    @property
+    def models(self) -> Iterator[Any]:
+        """The ML programs in it: none."""
+        yield from ()
+
+    @property
+    def suppressions(self) -> Iterator[Suppression]:
+        """Itself."""
+        yield self
+
+    @property
+    def tap(self) -> str:
+        """What is watched, or replaced, to see which boxes are kept."""
+        return f"{self.place}: kept"
+
+    def without_suppression(self) -> None:
+        """Return nothing, as nothing of it is left."""
+
+    def run(self, given: Mapping[str, Any], run: Any) -> dict[str, Any]:
+        """Return confidence and coordinates of the boxes that are kept."""
+        confidence = self._rows(0, given[self.confidence])
+        coordinates = self._rows(1, given[self.coordinates])
+        if len(confidence) != len(coordinates):
+            msg = (
+                f"{self.place}: there must be confidences for each of the {len(coordinates)} "
+                f"boxes, got {len(confidence)}"
+            )
+            raise InputError(msg)
+        kept = kept_boxes(confidence, coordinates, self._settings(given))[: self.n_boxes[1]]
+        if self.tap in run.taps:
+            run.observe(self.tap, kept)
+            kept = kept if run.replace is None else run.replace(self.tap, kept)
+            if len(kept) and int(kept.max()) >= len(confidence):
+                msg = (
+                    f"{self.place}: the boxes to keep must be among {len(confidence)}, got number "
+                    f"{int(kept.max())}"
+                )
+                raise InputError(msg)
+        missing = max(self.n_boxes[0] - len(kept), 0)
+        return {
+            feature.name: torch.cat([rows[kept], rows.new_zeros(missing, rows.shape[1])])
+            for feature, rows in zip(self.outputs, (confidence, coordinates), strict=True)
+        }
+
+    def _rows(self, i: int, value: Any) -> Tensor:
+        shape = np.shape(value)
+        if len(shape) > 2 and set(shape[:-2]) == {1}:
+            value = value.reshape(shape[-2:])
+        return io.taken(self.inputs[i], value)
+
+    def _settings(self, given: Mapping[str, Any]) -> Settings:
+        numbers = {"iou": self.settings.iou, "confidence": self.settings.confidence}
+        for name, feature in self.overrides.items():
+            value = given.get(feature)
+            if value is not None:
+                numbers[name] = _number(feature, value)
+        return Settings(per_class=self.settings.per_class, **numbers)
+
+
+def _number(name: str, value: Any) -> float:
+    array = np.asarray(value)
+    if array.size != 1 or array.dtype.kind not in "fiu":
+        msg = f"input {name!r} must be one number, got {array.dtype} of shape {array.shape}"
+        raise InputError(msg)
+    return float(array.reshape(()))
+
+
+def suppression_of(model: Any, place: str) -> Suppression:
+    """Return the stage that a model of a pipeline describes.
+
+    Raises
+    ------
+    PackageError
+        If it lacks the name of a feature, or its labels or features contradict each other.
+    """
+    stage = model.nonMaximumSuppression
+    given = {item.name: item for item in (*model.description.input, *model.description.output)}
+    names = {
+        field: str(getattr(stage, f"{field}FeatureName"))
+        for field in (
+            "confidenceInput",
+            "coordinatesInput",
+            "confidenceOutput",
+            "coordinatesOutput",
+        )
+    }
+    for field, name in names.items():
+        if not name:
+            msg = f"{place}: a non-maximum suppression must have {field}FeatureName, got none"
+            raise PackageError(msg)
+    labels = stage.stringClassLabels.vector or stage.int64ClassLabels.vector
+    n_classes = len(labels) or None
+    overrides = {
+        threshold: str(name)
+        for threshold, name in (
+            ("iou", stage.iouThresholdInputFeatureName),
+            ("confidence", stage.confidenceThresholdInputFeatureName),
+        )
+        if name
+    }
+    settings = Settings(
+        iou=stage.iouThreshold,
+        confidence=stage.confidenceThreshold,
+        per_class=stage.pickTop.perClass,
+    )
+    columns = (n_classes, 4)
+    defaults = {"iou": settings.iou, "confidence": settings.confidence}
+    return Suppression(
+        place=place,
+        settings=settings,
+        n_classes=n_classes,
+        confidence=names["confidenceInput"],
+        coordinates=names["coordinatesInput"],
+        overrides=overrides,
+        inputs=(
+            *_features((names["confidenceInput"], names["coordinatesInput"]), columns),
+            *(
+                Feature(name=name, kind="number", dtype="float32", default=defaults[threshold])
+                for threshold, name in overrides.items()
+            ),
+        ),
+        outputs=_features((names["confidenceOutput"], names["coordinatesOutput"]), columns),
+        n_boxes=_n_boxes(
+            place,
+            [
+                given[name].type.multiArrayType
+                for name in (names["confidenceOutput"], names["coordinatesOutput"])
+                if name in given
+            ],
+        ),
+    )
+
+
+def _features(
+    names: tuple[str, str], columns: tuple[int | None, int | None]
+) -> tuple[Feature, ...]:
+    return tuple(
+        Feature(name=name, kind="array", dtype="float32", shape=(None, n))
+        for name, n in zip(names, columns, strict=True)
+    )
+
+
+def _n_boxes(place: str, outputs: list[Any]) -> tuple[int, int | None]:
+    """Return how many boxes come out at least and at most, as either output may say."""
+    low, high = 0, None
+    for array in outputs:
+        shapes = array.enumeratedShapes.shapes
+        if array.shapeRange.sizeRanges:
+            least, most = io.size_range(array.shapeRange.sizeRanges[0])
+        elif shapes:
+            sizes = [shape.shape[0] for shape in shapes if len(shape.shape) == 2]
+            least, most = min(sizes, default=0), max(sizes, default=None)
+        elif len(array.shape) == 2 and array.shape[0] > 0:
+            least, most = array.shape[0], array.shape[0]
+        else:
+            continue
+        low = max(low, least)
+        high = most if high is None or (most is not None and most < high) else high
+    if high is not None and low > high:
+        msg = f"{place}: both outputs must have room for the same number of boxes, got others"
+        raise PackageError(msg)
+    return low, high
