@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from milpress import __version__
 from milpress._rewrite import Order, Treated
 from milpress.errors import CompressionError, ConfigError, DestinationError
 from milpress.formats import Custom, Masked, Palette, PalettizeConfig, Quantized, Sparse
 from milpress.mil.package import system_errors
 
-_VERSION = 1
 _DAMAGES = (
     ValueError,
     KeyError,
@@ -157,7 +157,9 @@ class Checkpoint:
         return self._folder / f"weight-{name}.npz"
 
     def _identity_of(self, order: Order) -> str:
-        text = repr((_VERSION, *self._identity, order.weight.name, order.treatments, order.early))
+        text = repr(
+            (__version__, *self._identity, order.weight.name, order.treatments, order.early)
+        )
         return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
 
 
