@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress import _json
+from milpress import __version__, _json
 from milpress._files import write_whole
 from milpress._rewrite import Order, Treated
 from milpress.errors import CompressionError, ConfigError, DestinationError
 from milpress.formats import Custom, Masked, Palette, PalettizeConfig, Quantized, Sparse
 from milpress.mil.package import system_errors
 
-_VERSION = 1
 _DAMAGES = (
     ValueError,
     KeyError,
@@ -153,7 +152,9 @@ class Checkpoint:
         return self._folder / f"weight-{name}.npz"
 
     def _identity_of(self, order: Order) -> str:
-        text = repr((_VERSION, *self._identity, order.weight.name, order.treatments, order.early))
+        text = repr(
+            (__version__, *self._identity, order.weight.name, order.treatments, order.early)
+        )
         return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
 from small_models import TARGETS, save, weight
 
 import milpress
-from milpress import second_moments
+from milpress import _rewrite, second_moments
 from milpress.errors import ConfigError
 from milpress.formats import PalettizeConfig, PerBlock, PruneConfig, QuantizeConfig
 from milpress.formats.feedback import factor_bytes
@@ -173,6 +175,33 @@ def test_a_package_is_the_same_on_any_number_of_threads_and_in_little_memory(cha
         assert not any("fed back" in each.note for each in report.weights)
         files.append(next(out.rglob("weight.bin")).read_bytes())
     assert files[0] == files[1] == files[2]
+
+
+def test_threads_wait_for_memory(chain, tmp_path, monkeypatch):
+    at_once, most, lock = [], [], threading.Lock()
+    treated = _rewrite._treated
+
+    def counted(order: Any, *rest: Any) -> Any:
+        with lock:
+            at_once.append(order)
+            most.append(len(at_once))
+        time.sleep(0.02)  # others would come in meanwhile
+        made = treated(order, *rest)
+        with lock:
+            at_once.remove(order)
+        return made
+
+    monkeypatch.setattr(_rewrite, "_treated", counted)
+    milpress.compress(
+        chain,
+        tmp_path / "out.mlpackage",
+        Recipe.of(PalettizeConfig(bits=3)),
+        sample_data=rows(1, 8, 128),
+        feedback=True,
+        feedback_memory=LEAST,
+        threads=3,
+    )
+    assert most == [1] * 5
 
 
 def test_a_weight_that_several_layers_use_makes_up_for_all_of_them(build):
