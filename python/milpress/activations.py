@@ -22,7 +22,7 @@ from milpress.mil.package import Package
 from milpress.mil.program import Node
 from milpress.mil.weights import Site, sites
 from milpress.ranges import CalibrationConfig, Engine, Observer, Range
-from milpress.samples import Data, RandomSamples, Samples
+from milpress.samples import Data, RandomSamples, Samples, opened
 
 if TYPE_CHECKING:
     from milpress.interpreter import Feature
@@ -366,7 +366,9 @@ def _observe(
     for sample in samples:
         if progress is not None:
             progress(n_samples, total, f"sample {n_samples + 1}")
-        inputs = named(sample, [feature.name for feature in engine.inputs])
+        inputs, _ = opened(
+            named(sample, [feature.name for feature in engine.inputs]), engine.inputs
+        )
         for start in range(0, len(names), max(size, 1)):
             engine.look(inputs, names[start : start + size], look)
         n_samples += 1

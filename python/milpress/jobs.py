@@ -31,12 +31,12 @@ class Job(NamedTuple):
 
 
 def jobs_of(package: Package, data: Data) -> Iterator[Job]:
-    """Yield each function that the samples suit; of a pipeline, the whole.
+    """Yield each function with the samples that suit it; of a pipeline, the whole.
 
     Raises
     ------
     InputError
-        If they suit none.
+        If a sample suits none.
     """
     from milpress.interpreter import load
 
@@ -46,18 +46,21 @@ def jobs_of(package: Package, data: Data) -> Iterator[Job]:
     if isinstance(data, Iterator):
         data = tuple(data)
     refused: InputError | None = None
-    n_suited = 0
+    unsuited: dict[str, InputError] | None = None
     for name in names:
         program = load(package, name)
         try:
-            samples = Samples(data, program.inputs)
+            samples = Samples(data, program.inputs, skips_unsuited=len(names) > 1)
         except InputError as error:
             refused = refused or error
             continue
-        n_suited += 1
+        known = samples.unsuited if unsuited is None else unsuited
+        unsuited = {place: known[place] for place in known if place in samples.unsuited}
         yield Job(program, samples, _prefixes(package, program))
-    if refused is not None and not n_suited:
+    if unsuited is None and refused is not None:
         raise refused
+    for error in (unsuited or {}).values():
+        raise error
 
 
 def _prefixes(package: Package, program: Program) -> dict[str, str]:

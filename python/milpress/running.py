@@ -18,9 +18,8 @@ from milpress import _json
 from milpress._files import write_whole
 from milpress.errors import DestinationError, InputError, PackageNotFoundError
 from milpress.mil.package import system_errors
-from milpress.pictures import Picture
 from milpress.report import escaped, named_table
-from milpress.samples import picture_or_array, resized
+from milpress.samples import opened, resized
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -170,13 +169,8 @@ def run(
 
     path = None if output is None else _destination(Path(output), force=force)
     program = load(source, function, precision=precision, seed=seed)
-    features = {feature.name: feature for feature in program.inputs}
-    given = {
-        name: picture_or_array(value, features[name]) if name in features else value
-        for name, value in inputs.items()
-    }
-    pictures = [value for value in given.values() if isinstance(value, Picture)]
-    given |= {name: value.array() for name, value in given.items() if isinstance(value, Picture)}
+    given, pictures = opened(inputs, program.inputs)
+    note = resized(pictures)
     state = program.make_state() if program.is_stateful else None
     started = time.perf_counter()
     made = program.run(given, state=state).outputs
@@ -189,7 +183,7 @@ def run(
         outputs=tuple(Output(name=name, value=value) for name, value in made.items()),
         seconds=seconds,
         written=None if path is None else str(path),
-        notes=(*program.notes, *([resized(pictures)] if resized(pictures) else [])),
+        notes=(*program.notes, *([note] if note else [])),
     )
 
 

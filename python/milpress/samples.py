@@ -169,6 +169,9 @@ class Samples(Iterable[dict[str, Any]]):
         `RandomSamples`. A picture is resized to a size that its input may have: `notes` says so.
     inputs
         The model's.
+    skips_unsuited
+        Whether what the inputs can't take is left out, as long as there is something else:
+        ``unsuited`` then tells what was wrong with it, by where it comes from.
 
     Raises
     ------
@@ -181,14 +184,26 @@ class Samples(Iterable[dict[str, Any]]):
         If nothing is at the path.
     """
 
-    def __init__(self, data: Data, inputs: Sequence[Feature]) -> None:
+    def __init__(
+        self, data: Data, inputs: Sequence[Feature], *, skips_unsuited: bool = False
+    ) -> None:
         self._inputs = {feature.name: feature for feature in inputs}
         self._random = data if isinstance(data, RandomSamples) else None
-        self._sources = () if self._random else tuple(self._found(data))
-        self._counts = [self._count(source) for source in self._sources]
+        self._sources: list[_Source] = []
+        self._counts: list[int | None] = []
+        self.unsuited: dict[str, InputError] = {}
+        for source in () if self._random else self._found(data):
+            try:
+                self._counts.append(self._count(source))
+            except InputError as error:
+                if not skips_unsuited:
+                    raise
+                self.unsuited[source.place] = error
+            else:
+                self._sources.append(source)
         if not len(self):
             msg = f"{_shown(data)}: there must be samples, got none"
-            raise InputError(msg)
+            raise next(iter(self.unsuited.values()), InputError(msg))
 
     @property
     def is_random(self) -> bool:
@@ -390,6 +405,25 @@ def picture_or_array(value: Any, feature: Feature) -> Any:
         msg = f"{picture.path}: a picture must be there, got nothing"
         raise PackageNotFoundError(msg)
     return picture
+
+
+def opened(
+    given: Mapping[str, Any], inputs: Sequence[Feature]
+) -> tuple[dict[str, Any], list[Picture]]:
+    """Return one sample with the pictures that paths name as arrays, and these pictures.
+
+    Raises
+    ------
+    InputError
+        As `picture_or_array`, or if a picture can't be read.
+    """
+    known = {feature.name: feature for feature in inputs}
+    found = {
+        name: picture_or_array(value, known[name]) if name in known else value
+        for name, value in given.items()
+    }
+    pictures = [value for value in found.values() if isinstance(value, Picture)]
+    return {name: _read(value) for name, value in found.items()}, pictures
 
 
 def resized(pictures: Sequence[Picture]) -> str:

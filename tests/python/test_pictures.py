@@ -270,6 +270,19 @@ def test_a_picture_runs_as_its_pixels_do(model, tmp_path):
     assert plain.partition('"outputs"')[2] == shown.partition('"outputs"')[2]
 
 
+def test_activations_are_quantized_by_paths_of_pictures(model, tmp_path):
+    path = save(tmp_path / "a.png", pixels(6, 8, 3))
+    config = milpress.coreml.OptimizationConfig(
+        global_config=milpress.coreml.OpLinearQuantizerConfig(mode="linear_symmetric")
+    )
+    made = [
+        milpress.coreml.linear_quantize_activations(model, config, [{"image": given_as}])
+        for given_as in (str(path), pixels(6, 8, 3))
+    ]
+    shown, plain = (one.get_spec().SerializeToString(deterministic=True) for one in made)
+    assert shown == plain
+
+
 def test_the_command_line_says_what_it_did_to_pictures(model, tmp_path):
     path = save(tmp_path / "a.jpg", pixels(60, 80, 3))
     shown = run("run", model, "--input", f"image={path}").stdout

@@ -118,6 +118,21 @@ def test_weights_of_functions_that_the_samples_do_not_suit_count_as_without(tmp_
         milpress.plan(path, target_bits=6, sample_data=samples(2, name="q"))
 
 
+def test_each_function_is_run_on_the_samples_that_suit_it(tmp_path):
+    path = joined(tmp_path, base=adapted(1), other=adapted(2, name="z"))
+    mine, theirs = samples(3), samples(2, name="z")
+    found = errors_of(path, [*mine, *theirs], exact=True)
+    assert not any("do not suit" in note or "no sample" in note for note in found.plan.notes)
+    for name, errors in found.items():
+        twins = [one.name for one in found.plan.weights if name in (one.name, one.shares_with)]
+        out = compressed(path, *twins)
+        each = plain_error(path, out, mine, "base"), plain_error(path, out, theirs, "other")
+        # Only the order of sums in float32 differs.
+        assert errors["palette-3"] == pytest.approx(sum(each) / 2, rel=1e-3)
+    with pytest.raises(InputError, match="sample 3: there must be an array for each"):
+        milpress.plan(path, target_bits=6, sample_data=[*mine, {"q": np.zeros(1)}, *theirs])
+
+
 def test_a_branch_that_no_sample_takes_counts_as_without(tmp_path):
     @mb.program(
         input_specs=[

@@ -152,9 +152,9 @@ def record_of_a_sparsity_in_words(d: Damaged) -> None:
     ("name", "damage", "match"),
     [
         ("each-iOS18", vector_axis_beyond_the_rank, "an axis must be from -2 to 1, got 7"),
-        ("early-iOS16", channel_axis_beyond_the_rank, "an axis must be one of 2, got 9"),
+        ("early-iOS16", channel_axis_beyond_the_rank, "an axis must be from -2 to 1, got 9"),
         ("early-iOS16", table_of_one_entry, "must"),
-        ("early-iOS16", table_of_bfloat16, "lut must be float16 or float32, got bfloat16"),
+        ("early-iOS16", table_of_bfloat16, "must make the declared float16, got bfloat16"),
         ("pruned-quantized-iOS18", stored_values_in_two_dimensions, r"keeps, 128, got .*\(8, 16"),
         ("early-iOS16", fewer_values_than_the_mask_keeps, r"keeps, 128, got .*\(16,"),
         ("early-iOS16", shape_beyond_all_memory, "4611686018427387904 codes of 1 bits must be"),
