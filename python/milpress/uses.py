@@ -26,9 +26,9 @@ _MULTIPLIED = {
     "rnn": ("weight_ih", "weight_hh"),
 }
 _ELEMENTS_AT_ONCE = 1 << 20
-# What the relative error of such uses, to which all elements are alike, counts beside that of a
-# layer: what is looked up goes through all layers after it.
-_SHARE = 4.0
+# What the relative error of a lookup counts beside that of a layer's outputs: what is looked up
+# goes through all layers after it.
+_LOOKUP_SHARE = 4.0
 # Ops that hand on elements of their parameter x as they are.
 _LOOKUPS = ("gather", "gather_along_axis", "gather_nd", "slice_by_index", "slice_by_size")
 
@@ -44,12 +44,15 @@ class _Uses:
     alike
         Names of uses to which the error of each element counts alike: lookups, and layers that no
         sample ran, of whose inputs nothing is known.
+    share
+        What their relative errors count together, beside that of a layer that samples ran.
     others
         Names of uses of which is not known what the error of an element does to them.
     """
 
     layers: list[LayerMoments] = field(default_factory=list)
     alike: list[str] = field(default_factory=list)
+    share: float = 0.0
     others: list[str] = field(default_factory=list)
 
     @property
@@ -64,8 +67,9 @@ class Statistics:
     Every use of a weight counts. The squared error of a layer's outputs is what the second moments
     of its inputs say. A lookup hands on each element as it is, so that errors of all elements count
     alike; how much, beside layers, follows from the signal: the relative squared error of what is
-    looked up counts four times that of an average layer's outputs. So does that of a layer that no
-    sample ran. A weight with a use of another kind is treated as if there were no samples.
+    looked up counts four times that of an average layer's outputs. Errors count alike for a layer
+    that no sample ran, too, once. A weight with a use of another kind is treated as if there were
+    no samples.
     """
 
     def __init__(self, calibration: Calibration, package: Package) -> None:
@@ -133,7 +137,7 @@ class Statistics:
         # No error is made of zeros, whatever it counts; what is not finite is refused by itself.
         if signal == 0 or not math.isfinite(signal) or not math.isfinite(outputs):
             return 0.0
-        return _SHARE * outputs / signal * len(uses.alike) / len(uses.count)
+        return uses.share * outputs / signal / len(uses.count)
 
     def correct(self, weight: Weight, error: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
         """Return, by layer, what an error of the weight takes from its outputs on average."""
@@ -157,7 +161,9 @@ def _add_uses(uses: _Uses, weight: Weight, layers: Collection[LayerMoments]) -> 
         if use.parameter in _MULTIPLIED.get(kind, ()):
             if not ran & {layer, f"{layer}: {use.parameter}"}:
                 uses.alike.append(f"{named}, whose inputs no sample shows")
+                uses.share += 1.0
         elif kind in _LOOKUPS and use.parameter == "x":
             uses.alike.append(named)
+            uses.share += _LOOKUP_SHARE
         else:
             uses.others.append(named)

@@ -199,7 +199,7 @@ def test_a_function_that_no_sample_suits_counts_and_is_named(tmp_path):
     squares = array.astype(np.float64) ** 2
     for name in ("prompt/both", "step/both"):
         evenly = statistics.evenly(weight_named(source, name), array)
-        expected = 4 * (squares * power).sum() / squares.sum()
+        expected = (squares * power).sum() / squares.sum()
         assert evenly == pytest.approx(expected, rel=1e-12)
     out = tmp_path / "out.mlpackage"
     report = milpress.compress(
