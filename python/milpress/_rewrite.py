@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from milpress import _core
-from milpress.errors import UnsupportedError
+from milpress.errors import UnsupportedError, weight_errors
 from milpress.formats import Compressed, Treatment, compress, feedback
 from milpress.formats.feedback import Factor, FeedbackConfig
 from milpress.mil import constexpr, values
@@ -183,7 +183,8 @@ class Rewriter:
         if order.is_repeated:
             return None
         try:
-            return self._treated(order)
+            with weight_errors(order.weight.name):
+                return self._treated(order)
         except UnsupportedError as error:
             return error
 
