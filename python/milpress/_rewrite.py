@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from milpress import _core
-from milpress.errors import UnsupportedError
+from milpress.errors import UnsupportedError, weight_errors
 from milpress.formats import Compressed, Treatment, compress, feedback
 from milpress.formats._layout import Floats
 from milpress.formats.feedback import Factor
@@ -188,7 +188,8 @@ class Rewriter:
         if order.is_repeated:
             return None
         try:
-            return self._treated(order)
+            with weight_errors(order.weight.name):
+                return self._treated(order)
         except UnsupportedError as error:
             return error
 

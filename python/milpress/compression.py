@@ -19,7 +19,7 @@ from milpress._checkpoint import Checkpoint, check_folder
 from milpress._parallel import in_order
 from milpress._plan import Plan, RecipeWishes, Wishes, plan_package
 from milpress._rewrite import Counter, Order, Rewriter, Sink, Treated, is_own
-from milpress.errors import ConfigError, UnsupportedError
+from milpress.errors import ConfigError, UnsupportedError, weight_errors
 from milpress.formats import Custom, PalettizeConfig
 from milpress.mil import opset, treatments, values
 from milpress.mil.constexpr import Decoder, is_constexpr, is_part
@@ -642,7 +642,9 @@ class _Job:
         if order is not None:
             notes, layers = self._note(weight), self._layers_of(weight)
             try:
-                done = rewriter.compress(order, next(made), may_grow=self._may_grow)
+                treated = next(made)
+                with weight_errors(name):
+                    done = rewriter.compress(order, treated, may_grow=self._may_grow)
                 if done.notes and self._strict:
                     raise UnsupportedError("; ".join(done.notes))
                 notes = (*done.notes, *notes)
@@ -737,7 +739,8 @@ def _decompress_weights(package: Package, sink: Sink) -> list[WeightReport]:
                     rewriter.copy(node)
                 continue
             before = weight_bytes(weight, package)
-            after = rewriter.decompress(weight, decoder)
+            with weight_errors(weight.name):
+                after = rewriter.decompress(weight, decoder)
             reports.append(
                 WeightReport(
                     name=weight.name,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import unicodedata
+from collections.abc import Iterator
 
 
 def printable(text: str) -> str:
@@ -63,6 +65,10 @@ class UnsupportedError(CompressionError, ValueError):
     """A weight or model that can't be compressed as asked."""
 
 
+class WeightError(CompressionError, RuntimeError):
+    """Work on one weight that failed in a way that nobody foresaw: a fault of milpress."""
+
+
 class LifecycleError(CompressionError, RuntimeError):
     """A step of a workflow that is called too early, too late or out of order."""
 
@@ -114,3 +120,24 @@ class ResultError(CompressionError, ValueError):
 
 class DriverError(CompressionError, RuntimeError):
     """A driver that can do nothing on this machine, or a device that is not there."""
+
+
+@contextlib.contextmanager
+def weight_errors(name: str) -> Iterator[None]:
+    """Name the weight in what nobody foresaw; other errors and a lack of memory pass.
+
+    Raises
+    ------
+    WeightError
+        If the block raises anything else.
+    """
+    try:
+        yield
+    except (CompressionError, MemoryError, OSError):
+        raise
+    except Exception as error:
+        msg = (
+            f"{name}: this weight met a fault of milpress that was not known, "
+            f"{type(error).__name__}: {error}; leave it out (keep) and please report it"
+        )
+        raise WeightError(msg) from error

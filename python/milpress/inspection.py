@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 
+from milpress.errors import weight_errors
 from milpress.mil import opset, values
 from milpress.mil.constexpr import Decoder, is_constexpr
 from milpress.mil.package import Package, n_package_bytes
@@ -47,7 +48,8 @@ def inspect(source: str | os.PathLike[str]) -> Inspection:
         op_counts.update(node.op.type for node in graph.nodes if not node.is_stored)
         decoder = Decoder(graph, package)
         for weight in weights(site.prefix, graph):
-            stored = decoder.stored_values(weight.node)
+            with weight_errors(weight.name):
+                stored = decoder.stored_values(weight.node)
             found.append(
                 StoredWeight(
                     name=weight.name,

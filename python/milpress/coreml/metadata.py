@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from milpress.coreml.model import opened
 from milpress.errors import ConfigTypeError, UnsupportedError
+from milpress.formats._order import distinct
 from milpress.mil import values
 from milpress.mil.constexpr import Decoder, is_constexpr, is_part
 from milpress.mil.package import Package
@@ -332,12 +333,12 @@ def _sparsity(array: NDArray[Any]) -> float:
 def _n_distinct(array: NDArray[Any]) -> int:
     n_bytes = array.dtype.itemsize
     if n_bytes > 2:
-        return len(np.unique(array))
+        return len(distinct(array))
     # So few values are possible that marking those that occur is faster than sorting all.
     codes = np.arange(1 << 8 * n_bytes, dtype=f"u{n_bytes}")
     occurs = np.zeros(codes.size, np.bool_)
     occurs[np.ascontiguousarray(array).reshape(-1).view(codes.dtype)] = True
-    return len(np.unique(codes[occurs].view(array.dtype)))
+    return len(distinct(codes[occurs].view(array.dtype)))
 
 
 def _is_equal(one: NDArray[Any], other: NDArray[Any]) -> bool:

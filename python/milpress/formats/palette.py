@@ -22,6 +22,7 @@ from milpress.formats._layout import (
     normalized_axis,
     to_rows,
 )
+from milpress.formats._order import distinct, distinct_rows
 from milpress.formats.quantized import Quantized
 from milpress.placement import Placement, kernels_for, using
 
@@ -331,7 +332,7 @@ def _fitted(
     if isinstance(config.table, Uniform):
         luts = _uniform_tables(rows, bits)
     elif isinstance(config.table, Unique):
-        tables = [np.unique(row) for row in rows]
+        tables = [distinct(row) for row in rows]
         bits = _bits_for(max(len(table) for table in tables))
         luts = np.stack([np.pad(table, (0, 2**bits - len(table)), "edge") for table in tables])
     else:
@@ -360,12 +361,12 @@ def _vectors(
     n_groups = len(rows)
     bits: int = config.bits or 0
     if isinstance(config.table, Unique):
-        found = [np.unique(row, axis=0, return_inverse=True) for row in rows]
+        found = [distinct_rows(row) for row in rows]
         bits = _bits_for(max(len(table) for table, _ in found))
         luts = np.stack(
             [np.pad(table, ((0, 2**bits - len(table)), (0, 0)), "edge") for table, _ in found]
         )
-        codes = np.stack([inverse.reshape(-1) for _, inverse in found]).astype(np.uint8)
+        codes = np.stack([inverse for _, inverse in found]).astype(np.uint8)
     else:
         share = None
         if importance is not None:

@@ -16,7 +16,7 @@ import yaml
 from milpress import _json
 from milpress._parallel import in_order
 from milpress.compression import Progress, raise_opsets, thread_limit
-from milpress.errors import ConfigError, UnsupportedError
+from milpress.errors import ConfigError, UnsupportedError, weight_errors
 from milpress.formats import Treatment
 from milpress.mil.package import Package, n_package_bytes
 from milpress.planner import cache, scores, search
@@ -526,7 +526,8 @@ def _measure(
 
     def work(item: Item) -> tuple[dict[str, Measured], dict[str, list[float]], str]:
         try:
-            return (*_scores_of(item, package, kept, sample_size), "")
+            with weight_errors(item.name):
+                return (*_scores_of(item, package, kept, sample_size), "")
         except UnsupportedError as error:
             return {}, {}, str(error)
 

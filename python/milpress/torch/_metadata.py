@@ -35,6 +35,7 @@ from milpress.formats._layout import (
     normalized_axis,
     to_rows,
 )
+from milpress.formats._order import ascending
 from milpress.formats.joint import masked
 from milpress.formats.palette import Bits, fold, split_vectors
 from milpress.torch._weights import RECURRENT, Weight, whole
@@ -210,7 +211,7 @@ def _palette(
     if lut.ndim == array.ndim + 1:
         lut = lut[..., None]
     if lut.shape[-1] == 1:
-        lut = np.sort(lut, axis=-2)
+        lut = ascending(lut, axis=-2)
     bits = next((b for b in get_args(Bits) if 2**b >= lut.shape[-2]), None)
     if lut.ndim != array.ndim + 2 or bits is None:
         msg = (

@@ -14,6 +14,7 @@ from milpress import _core
 from milpress.errors import UnsupportedError
 from milpress.formats import Palette, PalettizeConfig
 from milpress.formats._layout import Floats, as_weight
+from milpress.formats._order import ascending
 from milpress.formats.joint import masked
 from milpress.formats.palette import Bits
 from milpress.torch import _metadata
@@ -223,7 +224,7 @@ class FakePalettize(nn.Module):
         scaled = array if scale is None else (array / scale.astype(np.float32)).astype(array.dtype)
         tables = self.palett.centroids.cpu().float().numpy().astype(array.dtype)
         if self.cluster_dim == 1:
-            tables = np.sort(tables, axis=1)
+            tables = ascending(tables, axis=1)
         grid = [1] * array.ndim
         grid[self.axis] = self.n_groups
         lut = np.ascontiguousarray(tables.reshape(*grid, self.n_clusters, self.cluster_dim))
@@ -258,7 +259,7 @@ class FakePalettize(nn.Module):
             # A weight that is not zero must not become zero: it looks at the other entries.
             distance = np.where(lut == 0, np.inf, np.abs(lut))
             least = np.take_along_axis(lut, distance.argmin(axis=-2)[..., None, :], axis=-2)
-            others = np.sort(np.where(lut == 0, least, lut), axis=-2)
+            others = ascending(np.where(lut == 0, least, lut), axis=-2)
         codes = _metadata.nearest(array, others, None)
         entries = replace_codes(others, codes, self.n_bits)
         if bonus == 0:
