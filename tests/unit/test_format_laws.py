@@ -203,3 +203,14 @@ def test_palettized_codes_name_the_nearest_of_rounded_means():
     distance = np.abs(codes[..., None] - entries)
     chosen = np.take_along_axis(distance, value.codes[..., None].astype(np.intp), -1)[..., 0]
     np.testing.assert_array_equal(chosen, distance.min(axis=-1))
+
+
+def test_codes_halfway_between_rounded_entries_take_the_lower_one():
+    weight = np.arange(-127, 101, dtype=np.float32).reshape(4, 57)  # their own codes
+    before = f.quantize(weight, f.QuantizeConfig(granularity=f.PerTensor()))
+    np.testing.assert_array_equal(before.codes, weight)
+    value = f.compress(before, f.PalettizeConfig(bits=2, table=f.Uniform()))
+    entries = np.float64([-127, -51, 24, 100])  # of -127, -51.3, 24.3 and 100
+    np.testing.assert_array_equal(value.lut.codes.reshape(-1), entries)
+    expected = np.abs(weight.astype(np.float64)[..., None] - entries).argmin(axis=-1)
+    np.testing.assert_array_equal(value.codes, expected)
