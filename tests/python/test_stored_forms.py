@@ -15,7 +15,7 @@ from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
 from coremltools.converters.mil.mil import types
 from coremltools.optimize._utils import select_input_output_channel_axis
 from oracles import assert_coremltools_agrees, decoded, ops_of
-from small_models import TARGETS, save, weight
+from small_models import PROGRAMS, TARGETS, save, weight
 
 import milpress
 from milpress import coreml, interpreter
@@ -338,6 +338,24 @@ def test_vectors_along_an_axis_from_the_end_go_through_every_command(tmp_path, s
     assert_coremltools_agrees(out)
 
 
+def assert_channels_lie_where_coremltools_has_them(prog: Any, path: Path) -> None:
+    save(prog, path, "iOS18")
+    (site,) = sites(Package(path))
+    found = {one.name: one.channel_axes for one in weights(site.prefix, site.graph)}
+    consts = {op.name: op for op in prog.functions["main"].operations if op.name in found}
+    assert consts
+    for name, op in consts.items():
+        inputs, output = select_input_output_channel_axis(op)
+        if found[name] is not None and len(op.outputs[0].shape) > 1:
+            assert found[name] == (output, inputs), name
+
+
+@pytest.mark.parametrize("kind", ["layers", "every_layer", "lookup"])
+def test_channels_of_layers_lie_where_coremltools_has_them(tmp_path, kind):
+    prog = PROGRAMS[kind]("iOS18", np.float32)
+    assert_channels_lie_where_coremltools_has_them(prog, tmp_path / "in.mlpackage")
+
+
 @pytest.mark.parametrize("rank", [2, 3])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("parameter", ["x", "y"])
@@ -354,12 +372,7 @@ def test_channels_of_a_factor_lie_where_coremltools_has_them(tmp_path, parameter
         given = {parameter: factor, other: x, f"transpose_{parameter}": transposed}
         return mb.matmul(**given)
 
-    save(prog, tmp_path / "in.mlpackage", "iOS18")
-    (op,) = (op for op in prog.functions["main"].operations if op.name == "w")
-    inputs, output = select_input_output_channel_axis(op)
-    (site,) = sites(Package(tmp_path / "in.mlpackage"))
-    (found,) = weights(site.prefix, site.graph)
-    assert found.channel_axes == (output, inputs)
+    assert_channels_lie_where_coremltools_has_them(prog, tmp_path / "in.mlpackage")
 
 
 def with_shared_parts(source: Path, path: Path) -> Path:
