@@ -8,6 +8,7 @@ from pathlib import Path
 import attrs
 import coremltools.optimize.coreml as reference
 import coremltools.optimize.torch as torch_reference
+import op_differences
 
 import milpress as cto
 from milpress import coreml
@@ -140,3 +141,11 @@ def test_what_a_row_of_torch_calls_offered_is_there():
             fields = {field.name for field in attrs.fields(kind)} if attrs.has(kind) else set()
             found = member in fields or hasattr(kind, member)
         assert found == (verdict != "not offered"), name
+
+
+def test_the_table_of_cases_of_ops_has_every_reason_that_is_listed_and_no_other():
+    text = PAGE.read_text().partition("coremltools' tests of ops\n")[2]
+    rows = dict(re.findall(r"^\| ([^|]+) \| ([\d,]+) \|$", text, re.MULTILINE))
+    outcomes = {op_differences.PASSED, op_differences.SKIPPED, op_differences.EXCUSED}
+    assert rows.keys() == outcomes | {*op_differences.EXPLAINED.values()}
+    assert "0" not in rows.values()

@@ -12,12 +12,12 @@ import sys
 import types
 import warnings
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import pytest
 from _pytest.assertion.rewrite import rewrite_asserts
+from matching import reasons
 
 # The imported tests need these to be importable; only the mobilenet examples need what is inside.
 STUBS = ("PIL", "PIL.Image", "torchvision")
@@ -117,11 +117,6 @@ def unsampled(items: list[pytest.Item]) -> list[pytest.Item]:
         if counts[test] % step:
             left.append(item)
     return left
-
-
-def reasons(table: dict[str, str], name: str) -> list[str]:
-    """Return the values of `table` whose key matches `name`; only `*` is special in a key."""
-    return [table[key] for key in table if fnmatchcase(name, key.replace("[", "[[]"))]
 
 
 def fill(module: types.ModuleType, peer: str) -> None:
