@@ -74,9 +74,12 @@ def test_unique_tables_are_as_narrow_as_they_can_be(n, bits):
 
 
 def test_indices_into_tables_with_scales_name_the_nearest_entry():
-    weight = NORMAL * np.float32([[1], [2], [3], [40], [5], [6], [7], [80]])
-    value = f.palettize(weight, f.PalettizeConfig(bits=3, channel_scale=True))
-    entries = value.lut[..., 0].astype(np.float64)  # (8, 1, 8)
+    # Halves: the scaled weights and the tables are rounded, so that another entry may be nearer.
+    sizes = np.logspace(-1, 1, 16, dtype=np.float32)[:, None]
+    weight = np.random.default_rng(0).standard_normal((16, 256)) * sizes
+    weight = weight.astype(np.float16)
+    value = f.palettize(weight, f.PalettizeConfig(bits=6, channel_scale=True))
+    entries = value.lut[..., 0].astype(np.float64)  # (16, 1, 64)
     distance = np.abs(weight.astype(np.float64)[..., None] - entries)
     chosen = np.take_along_axis(distance, value.codes[..., None].astype(np.intp), -1)[..., 0]
     np.testing.assert_array_equal(chosen, distance.min(axis=-1))
