@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import failed, run
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from stages import N_CLASSES, detector
@@ -52,6 +52,7 @@ def oracle(
 eighths = st.integers(0, 8).map(lambda n: n / 8)
 
 
+@settings(deadline=None)
 @given(data=st.data(), n=st.integers(0, 12), n_classes=st.integers(1, 3))
 def test_boxes_are_those_of_the_definition(data, n, n_classes):
     confidence, boxes = (
@@ -59,16 +60,16 @@ def test_boxes_are_those_of_the_definition(data, n, n_classes):
     )
     iou, threshold = data.draw(eighths), data.draw(eighths)
     per_class = data.draw(st.booleans())
-    settings = Settings(iou=iou, confidence=threshold, per_class=per_class)
-    found = kept_boxes(torch.from_numpy(confidence), torch.from_numpy(boxes), settings)
+    chosen = Settings(iou=iou, confidence=threshold, per_class=per_class)
+    found = kept_boxes(torch.from_numpy(confidence), torch.from_numpy(boxes), chosen)
     expected = oracle(confidence.astype(float), boxes.astype(float), iou, threshold, per_class)
     assert found.tolist() == expected
 
 
 def test_a_box_without_a_number_as_its_confidence_is_left_out():
     confidence = torch.tensor([[np.nan], [0.5]])
-    settings = Settings(iou=0.5, confidence=0.0, per_class=False)
-    assert kept_boxes(confidence, torch.zeros(2, 4), settings).tolist() == [1]
+    chosen = Settings(iou=0.5, confidence=0.0, per_class=False)
+    assert kept_boxes(confidence, torch.zeros(2, 4), chosen).tolist() == [1]
 
 
 def picture(seed: int) -> np.ndarray:
