@@ -11,13 +11,14 @@ from command_line import failed, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from stages import N_CLASSES, detector
+from stages import N_CLASSES, detector, suppression
 
 import milpress
 from milpress import formats as f
 from milpress.errors import InputError, PackageError, UnsupportedError
 from milpress.interpreter import load
-from milpress.interpreter.suppression import Settings, kept_boxes
+from milpress.interpreter.suppression import Settings, kept_boxes, suppression_of
+from milpress.mil.schema import messages
 from milpress.samples import Samples
 
 
@@ -221,3 +222,21 @@ def test_the_command_line_runs_detectors(compressed, tmp_path):
     assert "inputs must be x (float32 1x3x16x16)" in failed(
         "run", path, "--input", tmp_path / "z.npz"
     )
+
+
+def test_either_output_may_say_how_many_boxes_there_are():
+    def n_boxes(confidence: list[int], coordinates: list[int]) -> Any:
+        message = suppression()
+        for output, shape in zip(
+            message.description.output, (confidence, coordinates), strict=True
+        ):
+            output.type.multiArrayType.ClearField("shapeRange")
+            output.type.multiArrayType.shape.extend(shape)
+        model = messages().Model.FromString(message.SerializeToString())
+        return suppression_of(model, "stage").n_boxes
+
+    assert n_boxes([7, N_CLASSES], [7, 4]) == n_boxes([], [7, 4]) == (7, 7)
+    assert n_boxes([7, N_CLASSES], []) == (7, 7)
+    assert n_boxes([], []) == (0, None)
+    with pytest.raises(PackageError, match="room for the same number of boxes"):
+        n_boxes([7, N_CLASSES], [8, 4])
