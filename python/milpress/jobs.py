@@ -59,8 +59,8 @@ def jobs_of(package: Package, data: Data) -> Iterator[Job]:
         yield Job(program, samples, _prefixes(package, program))
     if unsuited is None and refused is not None:
         raise refused
-    for error in (unsuited or {}).values():
-        raise error
+    for reason in (unsuited or {}).values():
+        raise reason
 
 
 def _prefixes(package: Package, program: Program) -> dict[str, str]:

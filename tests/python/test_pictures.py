@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import failed, run
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -22,11 +22,11 @@ from milpress.pictures import Picture
 from milpress.samples import Samples
 
 
-def image(layout: Any = "RGB", height: int = 6, width: int = 8, **settings: Any) -> Feature:
+def image(layout: Any = "RGB", height: int = 6, width: int = 8, **limits: Any) -> Feature:
     n_channels = 3 if layout in ("RGB", "BGR") else 1
     shape = (1, n_channels, height, width)
     return Feature(
-        name="image", kind="image", dtype="float32", shape=shape, layout=layout, **settings
+        name="image", kind="image", dtype="float32", shape=shape, layout=layout, **limits
     )
 
 
@@ -35,8 +35,8 @@ def pixels(height: int = 6, width: int = 8, *channels: int) -> np.ndarray:
     return rng.integers(0, 256, (height, width, *channels)).astype(np.uint8)
 
 
-def save(path: Path, array: np.ndarray, **settings: Any) -> Path:
-    Image.fromarray(array).save(path, **settings)
+def save(path: Path, array: np.ndarray, **extra: Any) -> Path:
+    Image.fromarray(array).save(path, **extra)
     return path
 
 
@@ -117,7 +117,7 @@ def test_pictures_of_another_size_are_resized_and_that_is_said(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "size", "expected"),
+    ("limits", "size", "expected"),
     [
         ({"shapes": ((1, 3, 4, 4), (1, 3, 8, 16))}, (8, 16), (8, 16)),
         ({"shapes": ((1, 3, 4, 4), (1, 3, 8, 16))}, (9, 14), (8, 16)),
@@ -129,12 +129,13 @@ def test_pictures_of_another_size_are_resized_and_that_is_said(tmp_path):
         ({"bounds": ((1, 1), (3, 3), (4, None), (4, None))}, (2, 100), (4, 200)),
     ],
 )
-def test_a_size_is_one_that_the_input_allows(tmp_path, settings, size, expected):
-    feature = image(**settings)
+def test_a_size_is_one_that_the_input_allows(tmp_path, limits, size, expected):
+    feature = image(**limits)
     path = save(tmp_path / "a.png", np.zeros((*size, 3), np.uint8))
     assert only(Samples(path, [feature])).shape == (*expected, 3)
 
 
+@settings(deadline=None)
 @given(
     size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     limits=st.tuples(*(st.tuples(st.integers(1, 20), st.integers(0, 20)) for _ in range(2))),
@@ -150,8 +151,8 @@ def test_every_picture_gets_a_size_within_the_bounds(tmp_path_factory, size, lim
 # Folders
 
 
-def number(name: str, **settings: Any) -> Feature:
-    return Feature(name=name, kind="array", dtype="float32", shape=(1, 2), **settings)
+def number(name: str, **extra: Any) -> Feature:
+    return Feature(name=name, kind="array", dtype="float32", shape=(1, 2), **extra)
 
 
 def test_files_are_named_after_the_inputs_if_several_must_be_given(tmp_path):

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 import torch
 from command_line import failed, run
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from stages import N_CLASSES, detector
+from stages import N_CLASSES, detector, suppression
 
 import milpress
 from milpress import formats as f
 from milpress.errors import InputError, PackageError, UnsupportedError
 from milpress.interpreter import load
-from milpress.interpreter.suppression import Settings, kept_boxes
+from milpress.interpreter.suppression import Settings, kept_boxes, suppression_of
+from milpress.mil.schema import messages
 from milpress.samples import Samples
 
 
@@ -52,6 +53,7 @@ def oracle(
 eighths = st.integers(0, 8).map(lambda n: n / 8)
 
 
+@settings(deadline=None)
 @given(data=st.data(), n=st.integers(0, 12), n_classes=st.integers(1, 3))
 def test_boxes_are_those_of_the_definition(data, n, n_classes):
     confidence, boxes = (
@@ -59,16 +61,16 @@ def test_boxes_are_those_of_the_definition(data, n, n_classes):
     )
     iou, threshold = data.draw(eighths), data.draw(eighths)
     per_class = data.draw(st.booleans())
-    settings = Settings(iou=iou, confidence=threshold, per_class=per_class)
-    found = kept_boxes(torch.from_numpy(confidence), torch.from_numpy(boxes), settings)
+    chosen = Settings(iou=iou, confidence=threshold, per_class=per_class)
+    found = kept_boxes(torch.from_numpy(confidence), torch.from_numpy(boxes), chosen)
     expected = oracle(confidence.astype(float), boxes.astype(float), iou, threshold, per_class)
     assert found.tolist() == expected
 
 
 def test_a_box_without_a_number_as_its_confidence_is_left_out():
     confidence = torch.tensor([[np.nan], [0.5]])
-    settings = Settings(iou=0.5, confidence=0.0, per_class=False)
-    assert kept_boxes(confidence, torch.zeros(2, 4), settings).tolist() == [1]
+    chosen = Settings(iou=0.5, confidence=0.0, per_class=False)
+    assert kept_boxes(confidence, torch.zeros(2, 4), chosen).tolist() == [1]
 
 
 def picture(seed: int) -> np.ndarray:
@@ -220,3 +222,21 @@ def test_the_command_line_runs_detectors(compressed, tmp_path):
     assert "inputs must be x (float32 1x3x16x16)" in failed(
         "run", path, "--input", tmp_path / "z.npz"
     )
+
+
+def test_either_output_may_say_how_many_boxes_there_are():
+    def n_boxes(confidence: list[int], coordinates: list[int]) -> Any:
+        message = suppression()
+        for output, shape in zip(
+            message.description.output, (confidence, coordinates), strict=True
+        ):
+            output.type.multiArrayType.ClearField("shapeRange")
+            output.type.multiArrayType.shape.extend(shape)
+        model = messages().Model.FromString(message.SerializeToString())
+        return suppression_of(model, "stage").n_boxes
+
+    assert n_boxes([7, N_CLASSES], [7, 4]) == n_boxes([], [7, 4]) == (7, 7)
+    assert n_boxes([7, N_CLASSES], []) == (7, 7)
+    assert n_boxes([], []) == (0, None)
+    with pytest.raises(PackageError, match="room for the same number of boxes"):
+        n_boxes([7, N_CLASSES], [8, 4])
