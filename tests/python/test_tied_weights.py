@@ -166,11 +166,12 @@ def test_a_threshold_that_a_weight_does_not_reach_is_a_wish_to_leave_it(tied):
     assert "as gather rows asks" in made["words"].note
 
 
-def test_a_group_that_does_not_divide_is_left_if_either_says_so(tmp_path, tied):
+@pytest.mark.parametrize("stricter", ["gather", "linear"])
+def test_a_group_that_does_not_divide_is_left_if_either_says_so(tied, stricter):
     groups: dict[str, Any] = {"nbits": 4, "granularity": "per_grouped_channel", "group_size": 48}
     config = OptimizationConfig(
         OpPalettizerConfig(**groups, on_indivisible="divisor"),
-        op_type_configs={"gather": OpPalettizerConfig(**groups, on_indivisible="leave")},
+        op_type_configs={stricter: OpPalettizerConfig(**groups, on_indivisible="leave")},
     )
     made = named(coreml.palettize_weights(tied, config).compression_report)
     assert made["words"].status == "left"
@@ -223,6 +224,13 @@ def test_the_stricter_of_two_rules_wins(tied, tmp_path, rules, note, is_settled)
         assert not strict.exists()
     else:
         milpress.compress(tied, strict, made, on_unsupported="error")
+
+
+def test_a_rule_for_larger_weights_alone_is_a_wish_to_leave_smaller_ones(tied, tmp_path):
+    rules = [BY_TYPE["linear"], {**BY_TYPE["gather"], "min_size": 200 * 64 + 1}]
+    report = named(milpress.compress(tied, tmp_path / "out.mlpackage", recipe({"rules": rules})))
+    assert report["words"].status == "left"
+    assert report["words"].note.startswith("left, as gather rows asks; linear head asks for")
 
 
 def test_a_rule_by_name_settles_it(tied, tmp_path):
@@ -306,6 +314,39 @@ def test_a_weight_that_one_function_leaves_is_left(functions, tmp_path):
         report["one/inner_weight_0"].status == report["two/inner_weight_0"].status == "compressed"
     )
     assert n_weight_bytes(out) < n_weight_bytes(functions)
+
+
+def test_a_weight_that_one_function_can_not_have_treated_is_left(tmp_path):
+    @mb.program(
+        input_specs=[mb.TensorSpec(shape=(5,), dtype=types.int32)], opset_version=TARGETS["iOS18"]
+    )
+    def embedding(ids: Any) -> Any:
+        return mb.gather(x=weight(*ROWS), indices=ids, axis=0, validate_indices=False, name="y")
+
+    @mb.program(
+        input_specs=[mb.TensorSpec(shape=(5, 64), dtype=types.fp16)],
+        opset_version=TARGETS["iOS18"],
+    )
+    def head(x: Any) -> Any:
+        return mb.linear(x=x, weight=weight(*ROWS), name="y")
+
+    description = ct.utils.MultiFunctionDescriptor()
+    for prog in (embedding, head):
+        name = "embedding" if prog is embedding else "head"
+        path = save(prog, tmp_path / f"{name}.mlpackage", "iOS18")
+        description.add_function(str(path), "main", name)
+    description.default_function_name = "head"
+    source = tmp_path / "functions.mlpackage"
+    ct.utils.save_multifunction(description, str(source))
+    # Of embeddings, coremltools prunes no runs.
+    made = coreml.prune_weights(
+        source,
+        OptimizationConfig(OpMagnitudePrunerConfig(n_m_ratio=(2, 4))),
+        destination=tmp_path / "out.mlpackage",
+    )
+    one, two = (each for each in made.compression_report.weights if each.shape == ROWS)
+    assert {one.status, two.status} == {"left"}
+    assert n_weight_bytes(tmp_path / "out.mlpackage") == n_weight_bytes(source)
 
 
 def test_one_function_alone_can_not_be_compressed_where_all_is_shared(functions, tmp_path):
