@@ -79,7 +79,8 @@ class _Loader(yaml.SafeLoader):
         # Deeper, Python would run out of its own levels, where no line is known.
         self._depth += 1
         if self._depth > _MAX_DEPTH:
-            _refuse(self.peek_event(), f"more than {_MAX_DEPTH} levels")
+            msg = f"more than {_MAX_DEPTH} levels"
+            raise ConstructorError(None, None, msg, self.get_mark())
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
@@ -136,16 +137,19 @@ class _Loader(yaml.SafeLoader):
                 )
             lines[key] = key_node.start_mark.line + 1
 
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+    def construct_yaml_int(self, node: Any) -> int:
         if len(node.value) > _MAX_DIGITS:
             _refuse(node, f"a number of more than {_MAX_DIGITS} digits")
         return int(super().construct_yaml_int(node))
 
+    def construct_date(self, node: Any) -> Any:
+        return self.construct_scalar(node)
 
-def _refuse(at: yaml.Node | yaml.Event, got: str) -> NoReturn:
+
+def _refuse(at: Any, got: str) -> NoReturn:
     raise ConstructorError(None, None, got, at.start_mark)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 # What looks like a date is the text that it is.
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_yaml_str)
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_date)

@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from command_line import failed
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
@@ -50,6 +50,7 @@ arrays = npst.arrays(
 )
 
 
+@settings(deadline=None)
 @given(arrays, st.integers(-2, 1))
 def test_sorting_is_along_the_axis(array, axis):
     found = _order.ascending(array, axis)
@@ -57,6 +58,7 @@ def test_sorting_is_along_the_axis(array, axis):
     np.testing.assert_array_equal(found, oracle)
 
 
+@settings(deadline=None)
 @given(arrays)
 def test_distinct_values_and_rows_are_those_of_sets(array):
     np.testing.assert_array_equal(_order.distinct(array), sorted({float(x) for x in array.flat}))

@@ -194,17 +194,16 @@ def compare(results: Sequence[Result], *, baseline: str | None = None) -> Compar
         msg = f"the baseline must be one of {', '.join(names)}, got {baseline!r}"
         raise ConfigError(msg)
     baseline = baseline or (names[0] if names else "")
-    names_of_runs = run_names(results)
+    runs = run_names(results)
     rows: list[Row] = []
     for result in results:
-        named = {"run": names_of_runs[id(result)], "run_id": result.run_id}
-        rows += [
-            replace(_row(entry, result, entries, baseline), **named) for entry in result.entries
-        ]
+        rows += [_row(entry, result, entries, baseline, runs) for entry in result.entries]
     return Comparison(kind=kinds[0], rows=tuple(rows))
 
 
-def _row(entry: Entry, result: Result, entries: Sequence[Entry], baseline: str) -> Row:
+def _row(
+    entry: Entry, result: Result, entries: Sequence[Entry], baseline: str, names: dict[int, str]
+) -> Row:
     def is_reference(other: Entry) -> bool:
         return (
             other.model.name == baseline
@@ -212,7 +211,13 @@ def _row(entry: Entry, result: Result, entries: Sequence[Entry], baseline: str) 
             and other.status == "ok"
         )
 
-    row = Row(entry=entry, units=units_words(result, entry), where=device_words(result))
+    row = Row(
+        entry=entry,
+        units=units_words(result, entry),
+        where=device_words(result),
+        run=names[id(result)],
+        run_id=result.run_id,
+    )
     if entry.status != "ok":
         return row
     within = next((each for each in result.entries if is_reference(each)), None)
