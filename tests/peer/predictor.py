@@ -187,7 +187,7 @@ def sampled(items: list[pytest.Item], at_most: int | None) -> list[pytest.Item]:
     """Return so many cases of each test, evenly, but not from the first on in each."""
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
-        tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        tests.setdefault(name_of(item).partition("[")[0], []).append(item)
     kept: list[pytest.Item] = []
     for i, cases in enumerate(tests.values()):
         most = at_most or AT_MOST.get(cases[0].path.name, len(cases))
