@@ -41,8 +41,9 @@ class TensorList:
         for index, value in values.items():
             items[_within(index, len(items))] = value
         written = next(iter(values.values()), None)
-        unknown = self.blank is None and written is not None
-        blank = torch.zeros_like(written) if unknown else self.blank
+        blank = self.blank
+        if blank is None and written is not None:
+            blank = torch.zeros_like(written)
         return TensorList(tuple(items), self.grows, blank)
 
 
