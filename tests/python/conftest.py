@@ -11,6 +11,10 @@ import numpy as np
 import pytest
 from small_models import PROGRAMS, save
 
+import milpress
+from milpress import formats as f
+from milpress.recipe import Recipe, Step
+
 Build = Callable[..., Path]
 
 
@@ -44,3 +48,23 @@ def shared_pipeline(build: Build, tmp_path_factory: pytest.TempPathFactory) -> P
     second = ct.models.MLModel(spec, weights_dir=models[1].weights_dir, skip_model_load=True)
     ct.utils.make_pipeline(models[0], second).save(str(path))
     return path
+
+
+@pytest.fixture(scope="session")
+def made(
+    build: Build, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Path, Path]]:
+    """Return a function that gives a model and what steps make of it, each made once."""
+    folder = tmp_path_factory.mktemp("made")
+    found: dict[Any, tuple[Path, Path]] = {}
+
+    def make(kind: str, *steps: f.Treatment, target: str = "iOS18") -> tuple[Path, Path]:
+        key = (kind, steps, target)
+        if key not in found:
+            source, out = build(kind, target), folder / f"{len(found)}.mlpackage"
+            recipe = Recipe(steps=tuple(Step(treatment=step) for step in steps))
+            milpress.compress(source, out, recipe)
+            found[key] = source, out
+        return found[key]
+
+    return make

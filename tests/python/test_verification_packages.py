@@ -1,0 +1,295 @@
+"""Files, biases and pairs that were tampered with, which verification refuses in its words."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tampering import Edited, refused, use
+
+import milpress
+from milpress import formats as f
+from milpress._rewrite import Counter, Rewriter
+from milpress.compression import save_package
+from milpress.errors import PackageError, VerificationError
+from milpress.mil import activations, dtypes, values
+from milpress.mil.package import Package
+from milpress.mil.weights import sites, weights
+from milpress.recipe import Recipe
+from milpress.verification import compare_packages
+
+INT8 = f.QuantizeConfig()
+PALETTE = f.PalettizeConfig(bits=4)
+
+# Files
+
+
+@pytest.fixture
+def copied(made: Any, tmp_path: Path) -> tuple[Path, Path]:
+    """Return a package and a compressed one, with a file of their own each, that may be changed."""
+    for path, name in zip(made("shared", INT8), ("source", "out"), strict=True):
+        shutil.copytree(path, tmp_path / f"{name}.mlpackage")
+        (tmp_path / f"{name}.mlpackage/Data/notes").mkdir()
+        (tmp_path / f"{name}.mlpackage/Data/notes/about.txt").write_text("about")
+    source, out = tmp_path / "source.mlpackage", tmp_path / "out.mlpackage"
+    milpress.verify(source, out)
+    return source, out
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_file_that_one_package_lacks_is_refused(which, copied):
+    (copied[which] / "Data/notes/about.txt").unlink()
+    with pytest.raises(VerificationError, match=r"about.txt: both packages must have this file"):
+        milpress.verify(*copied)
+
+
+def test_a_file_with_other_bytes_is_refused_whatever_its_size_and_time(copied):
+    before, after = (path / "Data/notes/about.txt" for path in copied)
+    after.write_text("other")
+    times = before.stat()
+    os.utime(after, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (after.stat().st_size, after.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
+    with pytest.raises(VerificationError, match=r"about.txt: the file must be unchanged, got anot"):
+        milpress.verify(*copied)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("target", ["notes", "notes/about.txt", "nowhere"])
+def test_a_link_in_a_package_is_refused(which, target, copied, tmp_path):
+    (copied[which] / "Data/linked").symlink_to(copied[which] / "Data" / target)
+    with pytest.raises(VerificationError, match=r"linked: a package must hold no symbolic link"):
+        milpress.verify(*copied)
+    if which == 0:
+        with pytest.raises(PackageError, match=r"must hold (no symbolic link|plain files only)"):
+            milpress.compress(copied[0], tmp_path / "new.mlpackage", Recipe.of(INT8))
+        assert not (tmp_path / "new.mlpackage").exists()
+
+
+def test_pipelines_of_other_lengths_are_refused(shared_pipeline, tmp_path):
+    out = tmp_path / "out.mlpackage"
+    milpress.compress(shared_pipeline, out, Recipe.of(INT8))
+    tampered = Edited(out)
+    pipeline = tampered.model.pipeline
+    del pipeline.models[-1]
+    message = "equally many ML programs, got 2 and 1"
+    refused(shared_pipeline, tampered.reopened(), message)
+
+
+# Corrected biases
+
+
+@pytest.fixture(scope="module")
+def corrected(build: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    source = build("layers", dtype="fp32")
+    out = tmp_path_factory.mktemp("corrected") / "out.mlpackage"
+    milpress.compress(
+        source,
+        out,
+        Recipe.of(PALETTE, name="linear_weight_0"),
+        sample_data=milpress.RandomSamples(2),
+        bias_correction=True,
+    )
+    assert milpress.verify(source, out).n_corrected == 1
+    return source, out
+
+
+def a_computed_bias(e: Edited) -> None:
+    use(e.op("linear"), "bias").name = "pooled"
+
+
+def another_shape_of_the_bias(e: Edited) -> None:
+    op = e.op("linear_bias_0")
+    for kind in (op.outputs[0].type, op.attributes["val"].type):
+        values.set_type(kind, dtypes.by_name("float32"), (1, 96))
+
+
+def a_bias_for_two(e: Edited) -> None:
+    use(e.op("sum"), "y").name = "linear_bias_0"
+
+
+def another_digest(e: Edited) -> None:
+    e.record(lambda data: data["biases"].update(linear="0" * 32))
+
+
+BIASES: list[tuple[Callable[[Edited], None], str]] = [
+    (a_computed_bias, "^linear: the corrected bias must be a constant, got another"),
+    (another_digest, "^linear: the corrected bias must be as recorded, got another"),
+    (
+        another_shape_of_the_bias,
+        r"^linear: the corrected bias must be .*\(96,\).*, got .*\(1, 96\)",
+    ),
+    (a_bias_for_two, "^linear: the corrected bias must be used once, got 2 uses"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BIASES, ids=[c.__name__ for c, _ in BIASES])
+def test_a_corrected_bias_is_as_recorded_and_of_one_layer(change, message, corrected):
+    source, out = corrected
+    tampered = Edited(out)
+    change(tampered)
+    refused(source, tampered.reopened(), message)
+
+
+def a_bias_that_a_block_returns(e: Edited) -> None:
+    e.block.outputs.append("linear_bias_0")
+
+
+def test_a_corrected_bias_is_no_output(corrected):
+    source, out = map(Edited, corrected)
+    for each in (source, out):
+        a_bias_that_a_block_returns(each)
+    message = "^linear: the corrected bias must be used once, got 2 uses"
+    refused(source.reopened(), out.reopened(), message)
+
+
+@pytest.mark.parametrize("change", [a_bias_that_a_block_returns, a_bias_for_two])
+def test_a_bias_that_others_use_too_stays_and_the_layer_gets_another(change, build):
+    edited = Edited(build("layers", dtype="fp32"))
+    change(edited)
+    package = edited.reopened()
+    (site,) = sites(package)
+    (weight,) = (each for each in weights("", site.graph) if each.name == "linear_weight_0")
+    (layer,) = (node for node in site.graph.nodes if node.name == "linear")
+    bias, _ = site.graph.producer(layer, "bias")
+    before = bias.op.SerializeToString(deterministic=True)
+    rewriter = Rewriter(package, Counter())
+    assert rewriter.correct(weight, layer, np.ones(96))
+    assert bias.op.SerializeToString(deterministic=True) == before
+    assert use(layer.op, "bias").name != bias.name
+
+
+# Quantized activations
+
+
+@pytest.fixture(scope="module")
+def paired(build: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Return a model and one in which the inputs of its linear layers are quantized."""
+    source, out = build("shared"), tmp_path_factory.mktemp("paired") / "out.mlpackage"
+    package = Package(source)
+    (site,) = sites(package)
+    placement = activations.place(
+        site.graph, lambda node: "all" if node.op.type == "linear" else None
+    )
+    parameters = activations.Parameters(np.float16(0.125), 3, "uint8")
+    pairs = activations.insert(site.graph, placement, lambda *_: parameters)
+    activations.record(package.model, activations.Record(pairs))
+    save_package(package, out)
+    assert milpress.verify(source, out).n_quantized == len(pairs) >= 3
+    return source, out
+
+
+def pair_of(e: Edited) -> tuple[Any, Any]:
+    dense = next(op for op in e.ops() if op.type == "dequantize")
+    return e.op(use(dense, "input").name), dense
+
+
+def a_pair_in_the_record_alone(e: Edited) -> None:
+    e.record(lambda data: data["pairs"].update(nowhere="never"), activations.KEY)
+
+
+def a_dequantize_less(e: Edited) -> None:
+    _, dense = pair_of(e)
+    dense.type = "identity"
+
+
+def a_quantize_less(e: Edited) -> None:
+    codes, _ = pair_of(e)
+    codes.type = "identity"
+
+
+def change_scale(number: float) -> Callable[[Edited], None]:
+    def change(e: Edited) -> None:
+        codes, _ = pair_of(e)
+        stored = e.op(use(codes, "scale").name).attributes["val"]
+        values.write_numbers(stored, "float16", np.float16(number))
+
+    change.__name__ = f"a_scale_of_{number}"
+    return change
+
+
+def a_scale_of_another_type(e: Edited) -> None:
+    codes, _ = pair_of(e)
+    stored = e.op(use(codes, "scale").name).attributes["val"]
+    values.write_numbers(stored, "float32", np.float32(0.125))
+
+
+def a_zero_point_of_another_type(e: Edited) -> None:
+    codes, _ = pair_of(e)
+    stored = e.op(use(codes, "zero_point").name).attributes["val"]
+    values.write_numbers(stored, "int8", np.int8(3))
+
+
+def codes_of_another_type(e: Edited) -> None:
+    codes, _ = pair_of(e)
+    codes.outputs[0].type.tensorType.dataType = dtypes.by_name("int16").mil
+
+
+def codes_of_another_value(e: Edited) -> None:
+    first, second, *_ = (op for op in e.ops() if op.type == "dequantize")
+    use(second, "input").name = use(first, "input").name
+
+
+def another_type_of_the_result(e: Edited) -> None:
+    """Give it another shape, which its codes don't have."""
+    _, dense = pair_of(e)
+    values.set_type(dense.outputs[0].type, dtypes.by_name("float16"), (1, 64))
+
+
+def another_use_of_the_codes(e: Edited) -> None:
+    codes, _ = pair_of(e)
+    more = e.block.operations.add()
+    more.CopyFrom(e.op("third"))
+    more.outputs[0].name = "more"
+    use(more, "x").name = codes.outputs[0].name
+
+
+def a_result_of_the_pair(e: Edited) -> None:
+    _, dense = pair_of(e)
+    e.block.outputs.append(dense.outputs[0].name)
+
+
+PAIRS: list[tuple[Callable[[Edited], None], str]] = [
+    (a_pair_in_the_record_alone, "^nowhere: the model must have this dequantize, as recorded"),
+    (
+        a_dequantize_less,
+        "^dequantize_.: the model must have this dequantize, as recorded, got none",
+    ),
+    (a_quantize_less, "^quantize_.: the model must have this quantize, as recorded, got none"),
+    (change_scale(0), "the scale must be one positive number of the type of the values"),
+    (change_scale(-1), "the scale must be one positive number of the type of the values"),
+    (change_scale(np.inf), "the scale must be one positive number of the type of the values"),
+    (a_scale_of_another_type, "the scale must be one positive number of the type of the values"),
+    (a_zero_point_of_another_type, "codes and zero point must be int8 or uint8, one and the same"),
+    (codes_of_another_type, "codes and zero point must be int8 or uint8, one and the same"),
+    (change_scale(0.25), "^dequantize_.: it must have the scale and zero point of quantize_."),
+    (codes_of_another_value, "^dequantize_.: it must take quantize_., got quantize_."),
+    (another_type_of_the_result, "it must be of the type of what is quantized, got another"),
+    (another_use_of_the_codes, "^quantize_.: its codes must be dequantized, got another use"),
+    (a_result_of_the_pair, "a block must return what it did, got this one"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), PAIRS, ids=[c.__name__ for c, _ in PAIRS])
+def test_a_pair_that_is_not_what_was_inserted_is_refused(change, message, paired):
+    source, out = paired
+    tampered = Edited(out)
+    change(tampered)
+    refused(source, tampered.reopened(), message)
+
+
+def test_a_record_of_pairs_is_of_the_form_that_is_written(paired):
+    source, out = paired
+    for change in (
+        lambda data: data.update(version=2),
+        lambda data: data.pop("pairs"),
+        lambda data: data.update(settings=[1]),
+    ):
+        tampered = Edited(out)
+        tampered.record(change, activations.KEY)
+        with pytest.raises(PackageError, match=r"activations must be a record of version 1"):
+            compare_packages(Package(source), tampered.reopened())
