@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import failed, run
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -135,7 +135,7 @@ def test_a_size_is_one_that_the_input_allows(tmp_path, limits, size, expected):
     assert only(Samples(path, [feature])).shape == (*expected, 3)
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     limits=st.tuples(*(st.tuples(st.integers(1, 20), st.integers(0, 20)) for _ in range(2))),

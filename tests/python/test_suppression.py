@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import failed, run
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from stages import N_CLASSES, detector, suppression
@@ -53,7 +53,7 @@ def oracle(
 eighths = st.integers(0, 8).map(lambda n: n / 8)
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), n=st.integers(0, 12), n_classes=st.integers(1, 3))
 def test_boxes_are_those_of_the_definition(data, n, n_classes):
     confidence, boxes = (
