@@ -256,6 +256,17 @@ TEST_CASE("of equals the even code, the lower entry and the later column stay") 
   CHECK(run(equal, NoGrid{}, {1, 3}).kept == std::vector<std::uint8_t>{0, 1, 1, 0, 1, 1});
 }
 
+TEST_CASE("tables that there aren't and more zeros than columns are refused") {
+  const Case given = alone({1, 2});
+  const std::vector<float> lut{-1, 0, 1};
+  const std::vector<std::uint32_t> groups(2);
+  for (const std::uint32_t beyond : {1U, 2U}) {
+    const TableGrid grid{{lut.data(), 1, 3}, {&beyond, 1, 1}, groups};
+    CHECK_THROWS_AS(run(given, grid), std::invalid_argument);
+  }
+  CHECK_THROWS_AS(run(given, NoGrid{}, {3, 2}), std::invalid_argument);
+}
+
 TEST_CASE("what is not kept has code 0") {
   const std::vector<float> one{1};
   const std::vector<float> offset{8};
