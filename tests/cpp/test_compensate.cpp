@@ -227,6 +227,54 @@ TEST_CASE("of every m columns the n of least loss go, judged when their turn com
   }
 }
 
+// With no column that shares an error: what becomes of a weight is in the weight.
+Case alone(const std::vector<float>& weights) {
+  const std::size_t n = weights.size();
+  Case made{1, n, std::vector<float>(n * n), weights};
+  for (std::size_t i = 0; i < n; ++i) {
+    made.factor[i * n + i] = 1;
+  }
+  return made;
+}
+
+TEST_CASE("of equals the even code, the lower entry and the later column stay") {
+  const std::vector<float> one{1};
+  const std::vector<float> zero{0};
+  const std::vector<std::uint32_t> groups(6);
+  const LinearGrid grid{{one.data(), 1, 1}, {zero.data(), 1, 1}, groups, 15};
+  // The last, which is not a number, takes the lowest code, and so does what lies far below.
+  const Case linear = alone({2.5F, 3.5F, 4.25F, 1e30F, -1e30F, NAN});
+  CHECK(run(linear, grid).codes == std::vector<std::uint8_t>{2, 4, 4, 15, 0, 0});
+
+  const std::vector<float> lut{-1, 0, 1};
+  const std::vector<std::uint32_t> lut_of{0};
+  const TableGrid table{{lut.data(), 1, 3}, {lut_of.data(), 1, 1}, groups};
+  const Case between = alone({-0.5F, 0.5F, -0.25F, 0.75F, -7, 7});
+  CHECK(run(between, table).codes == std::vector<std::uint8_t>{0, 1, 1, 2, 0, 2});
+
+  const Case equal = alone({1, -1, 1, 1, -2, 2});
+  CHECK(run(equal, NoGrid{}, {1, 3}).kept == std::vector<std::uint8_t>{0, 1, 1, 0, 1, 1});
+}
+
+TEST_CASE("tables that there aren't and more zeros than columns are refused") {
+  const Case given = alone({1, 2});
+  const std::vector<float> lut{-1, 0, 1};
+  const std::vector<std::uint32_t> groups(2);
+  for (const std::uint32_t beyond : {1U, 2U}) {
+    const TableGrid grid{{lut.data(), 1, 3}, {&beyond, 1, 1}, groups};
+    CHECK_THROWS_AS(run(given, grid), std::invalid_argument);
+  }
+  CHECK_THROWS_AS(run(given, NoGrid{}, {3, 2}), std::invalid_argument);
+}
+
+TEST_CASE("what is not kept has code 0") {
+  const std::vector<float> one{1};
+  const std::vector<float> offset{8};
+  const std::vector<std::uint32_t> groups(3);
+  const LinearGrid grid{{one.data(), 1, 1}, {offset.data(), 1, 1}, groups, 15};
+  CHECK(run(alone({3, 3, 3}), grid, {}, {1, 0, 1}).codes == std::vector<std::uint8_t>{11, 0, 11});
+}
+
 TEST_CASE("the result does not depend on the number of threads") {
   const Case given = make_case(300, 256, 5);
   const std::vector<float> scales(300, 0.2F);

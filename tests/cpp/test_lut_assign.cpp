@@ -254,6 +254,23 @@ TEST_CASE_TEMPLATE("lut_to_dense names each code's entry", T, Half, float) {
   }
 }
 
+TEST_CASE("the greatest code is found wherever it stands") {
+  for (const std::size_t place : {0U, 5U, 1023U, 1024U, 2048U, 2999U}) {
+    std::vector<std::uint8_t> codes(3000, 3);
+    codes[place] = 200;
+    CHECK(greatest_code(codes) == 200);
+  }
+}
+
+TEST_CASE("a half just below a midpoint is not nearest to the entry above") {
+  // The midpoint of the entries is no half.
+  const std::vector<Half> lut{to_half(1), to_half(1 + 3 * 0x1p-10F)};
+  const std::vector<Half> weights{to_half(1 + 0x1p-10F), to_half(1 + 2 * 0x1p-10F)};
+  CHECK(names_nearest(weights, lut, std::vector<std::uint8_t>{0, 1}));
+  CHECK_FALSE(names_nearest(weights, lut, std::vector<std::uint8_t>{1, 1}));
+  CHECK_FALSE(names_nearest(weights, lut, std::vector<std::uint8_t>{0, 0}));
+}
+
 TEST_CASE("lut_assign and lut_to_dense refuse what they can't do") {
   const std::vector<float> weights(6);
   std::vector<float> dense(6);
