@@ -12,8 +12,7 @@ from milpress.interpreter.ops.held import alike
 
 @operator("linear")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    x, weight, bias = alike(x, weight, bias)
-    return functional.linear(x, weight, bias)
+    return functional.linear(*alike(x, weight, *([] if bias is None else [bias])))
 
 
 @operator("matmul")
