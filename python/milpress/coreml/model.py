@@ -146,7 +146,7 @@ def _class() -> type[Any]:
                 self._files = _TemporaryFiles(Path(self.package_path))
 
         def __del__(self) -> None:
-            # From coremltools 9.1 on, any copy of an MLModel takes the package along as it goes.
+            # From coremltools 9.1 on, any copy of a model that goes takes the package with it.
             pass
 
         @property

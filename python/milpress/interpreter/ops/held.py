@@ -60,10 +60,10 @@ def real(x: Tensor) -> Tensor:
     return x if x.is_floating_point() else x.to(torch.float64)
 
 
-def alike(*values: Tensor) -> tuple[Tensor, ...]:
+def alike(*values: Tensor) -> list[Tensor]:
     """Return values in one type: from iOS17 on, integers meet floats in some ops."""
-    common = functools.reduce(torch.promote_types, [value.dtype for value in values])
-    return tuple(value.to(common) for value in values)
+    common = functools.reduce(torch.promote_types, (value.dtype for value in values))
+    return [value.to(common) for value in values]
 
 
 def positive(axis: int, rank: int) -> int:

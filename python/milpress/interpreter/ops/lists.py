@@ -38,12 +38,10 @@ class TensorList:
         items = list(self.items)
         if self.grows:
             items.extend([None] * (max(values, default=0) + 1 - len(items)))
+        blank = self.blank
         for index, value in values.items():
             items[_within(index, len(items))] = value
-        written = next(iter(values.values()), None)
-        blank = self.blank
-        if blank is None and written is not None:
-            blank = torch.zeros_like(written)
+            blank = torch.zeros_like(value) if blank is None else blank
         return TensorList(tuple(items), self.grows, blank)
 
 
