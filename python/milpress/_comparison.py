@@ -12,7 +12,7 @@ import numpy as np
 from milpress import _core
 from milpress._judging import is_pruned, judge
 from milpress._parallel import in_order
-from milpress.errors import VerificationError
+from milpress.errors import VerificationError, weight_errors
 from milpress.formats import Sparse
 from milpress.mil import values
 from milpress.mil.constexpr import Decoder, is_compressed, is_constexpr
@@ -249,6 +249,10 @@ class Comparison:
     def _check_stored(self, one: Node, other: Node) -> WeightCheck | int:
         """Return what was found of a weight, or how many values are unchanged."""
         name = f"{self._prefix}{one.name}"
+        with weight_errors(name):
+            return self._check_as_recorded(one, other, name)
+
+    def _check_as_recorded(self, one: Node, other: Node, name: str) -> WeightCheck | int:
         steps = self._steps(name)
         if is_constexpr(one) == is_constexpr(other) and not (is_constexpr(one) and steps):
             return self._check_unchanged(one, other, name)

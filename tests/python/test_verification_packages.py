@@ -16,7 +16,7 @@ import milpress
 from milpress import formats as f
 from milpress._rewrite import Counter, Rewriter
 from milpress.compression import save_package
-from milpress.errors import PackageError, VerificationError
+from milpress.errors import PackageError, VerificationError, WeightError
 from milpress.mil import activations, dtypes, values
 from milpress.mil.package import Package
 from milpress.mil.weights import sites, weights
@@ -293,3 +293,12 @@ def test_a_record_of_pairs_is_of_the_form_that_is_written(paired):
         tampered.record(change, activations.KEY)
         with pytest.raises(PackageError, match=r"activations must be a record of version 1"):
             compare_packages(Package(source), tampered.reopened())
+
+
+def test_a_fault_at_one_weight_names_it(copied, monkeypatch):
+    def judge(*_: Any) -> None:
+        raise ValueError("odd")  # noqa: EM101
+
+    monkeypatch.setattr("milpress._comparison.judge", judge)
+    with pytest.raises(WeightError, match=r"^both: .*ValueError: odd"):
+        milpress.verify(*copied)
