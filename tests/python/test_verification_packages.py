@@ -297,7 +297,7 @@ def test_a_record_of_pairs_is_of_the_form_that_is_written(paired):
 
 def test_a_fault_at_one_weight_names_it(copied, monkeypatch):
     def judge(*_: Any) -> None:
-        raise ValueError("odd")  # noqa: EM101
+        raise ValueError("odd")
 
     monkeypatch.setattr("milpress._comparison.judge", judge)
     with pytest.raises(WeightError, match=r"^both: .*ValueError: odd"):
