@@ -1,5 +1,6 @@
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <vector>
 
@@ -20,9 +21,10 @@ std::vector<std::uint64_t> counted(const Bytes& data) {
 
 // A field that holds bytes, fewer than 128.
 Bytes field(unsigned number, const Bytes& payload) {
-  Bytes data = {static_cast<std::uint8_t>(number << 3 | 2),
-                static_cast<std::uint8_t>(payload.size())};
-  data.insert(data.end(), payload.begin(), payload.end());
+  Bytes data(2 + payload.size());
+  data[0] = static_cast<std::uint8_t>(number << 3 | 2);
+  data[1] = static_cast<std::uint8_t>(payload.size());
+  std::copy(payload.begin(), payload.end(), data.begin() + 2);
   return data;
 }
 
