@@ -184,7 +184,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def sampled(items: list[pytest.Item], at_most: int | None) -> list[pytest.Item]:
-    """Return so many cases of each test, evenly, but not from the first on in each."""
+    """Return so many cases of each test, evenly, but not from the first on in each.
+
+    Of all that are run, if no number is given, those that are explained are.
+    """
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
         tests.setdefault(name_of(item).partition("[")[0], []).append(item)
@@ -193,7 +196,14 @@ def sampled(items: list[pytest.Item], at_most: int | None) -> list[pytest.Item]:
         most = at_most or AT_MOST.get(cases[0].path.name, len(cases))
         count = min(most, len(cases))
         kept += [cases[(i + k * len(cases) // count) % len(cases)] for k in range(count)]
+    if at_most is None:
+        known = {id(item) for item in kept}
+        kept += [item for item in items if id(item) not in known and is_explained(item)]
     return kept
+
+
+def is_explained(item: pytest.Item) -> bool:
+    return bool(reasons(op_differences.EXPLAINED, name_of(item)))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
