@@ -7,11 +7,18 @@ import logging
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # The models are tiny, and several processes run tests side by side: a second thread for torch costs
 # many times what it brings. Set before anybody imports torch, and passed on to processes of tests.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# How long an example takes says nothing on a busy machine.
+hypothesis.settings.register_profile(
+    "untimed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("untimed")
 
 # Or each import says which versions coremltools has not been tested with.
 logging.getLogger("coremltools").setLevel(logging.ERROR)
