@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 DRAFT_MARK = ".milpress-"
@@ -46,6 +46,21 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def draft_in_place_of(path: Path) -> Iterator[Path]:
+    """Yield a name to write a file under; it takes the place of another once the block has ended.
+
+    Whatever ends the block early, the other is as it was before.
+    """
+    target = path.resolve()
+    draft = draft_of(target, remove)
+    try:
+        yield draft
+        draft.replace(target)
+    finally:
+        end_draft(draft)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file such that it is there as a whole or, whatever happens, as it was before.
 
@@ -57,10 +72,5 @@ def write_whole(path: Path, data: bytes) -> None:
     if path.exists() and not path.is_file():
         path.write_bytes(data)  # a terminal or a pipe
         return
-    target = path.resolve()
-    draft = draft_of(target, remove)
-    try:
+    with draft_in_place_of(path) as draft:
         draft.write_bytes(data)
-        draft.replace(target)
-    finally:
-        end_draft(draft)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from milpress._files import draft_in_place_of
 from milpress.errors import ConfigError, StorageError
 from milpress.torch._weights import Weight, whole
 
@@ -71,16 +72,13 @@ class Checkpoint:
         if self._folder is None:
             return
         path = self._path(number)
-        draft = path.with_name(f"{path.name}.{os.getpid()}.new")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            torch.save({"identity": identity, "state": dict(state)}, draft)
-            draft.replace(path)
+            with draft_in_place_of(path) as draft:
+                torch.save({"identity": identity, "state": dict(state)}, draft)
         except (OSError, RuntimeError) as error:
             msg = f"{path}: can't be written: {error}"
             raise StorageError(msg) from error
-        finally:
-            draft.unlink(missing_ok=True)
         self._made.append(path)
 
     def clear(self) -> None:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import distributed, nn
 
+from milpress._files import draft_in_place_of
 from milpress.errors import ConfigError, ConfigTypeError, UnsupportedError
 from milpress.torch._weights import is_spread, whole
 
@@ -161,12 +162,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
 
 def save(content: Any, path: Path) -> None:
     """Write a file by torch, as a whole or not at all."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        torch.save(content, beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with draft_in_place_of(path) as draft:
+        torch.save(content, draft)
 
 
 def split(batch: Any) -> list[Any] | None:
