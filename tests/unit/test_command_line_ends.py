@@ -15,8 +15,8 @@ import pytest
 from command_line import failed, run
 
 import milpress
+from milpress import _files, inspection
 from milpress import formats as f
-from milpress import inspection
 from milpress.errors import ConfigError
 from milpress.mil.package import Package
 
@@ -297,8 +297,6 @@ def test_a_path_in_the_manifest_that_no_file_can_have_is_refused(path, tmp_path)
 
 
 def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path):
-    from milpress import _files
-
     path = tmp_path / "page.html"
     path.write_text("old")
     _files.write_whole(path, b"new")
@@ -315,6 +313,21 @@ def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path):
     assert link.is_symlink()
     assert sorted(tmp_path.iterdir()) == [link, path]
     _files.write_whole(Path(os.devnull), b"nothing")
+
+
+def test_a_file_whose_writing_fails_is_as_it_was_and_nothing_lies_beside_it(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def write(draft: Path) -> None:
+        draft.write_bytes(b"new")
+        raise RuntimeError("halfway")
+
+    with pytest.raises(RuntimeError, match="halfway"), _files.draft_in_place_of(path) as draft:
+        write(draft)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+    assert not _files._drafts
 
 
 def test_the_command_line_can_be_called_from_python_and_leaves_signals_as_they_were():
