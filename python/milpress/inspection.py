@@ -13,7 +13,7 @@ from milpress.mil import opset, values
 from milpress.mil.constexpr import Decoder, is_constexpr
 from milpress.mil.graph import Graph, Node
 from milpress.mil.package import Package, n_package_bytes
-from milpress.mil.weights import sites, weights
+from milpress.mil.program import sites, weights
 from milpress.show import escaped, human_bytes, named_table
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import numpy as np
 
 from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weights
+from milpress.mil.program import sites, weights
 
 (manifest,) = (
     file

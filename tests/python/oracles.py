@@ -16,7 +16,7 @@ from milpress.mil import values
 from milpress.mil.constexpr import Decoder, is_constexpr, is_part
 from milpress.mil.graph import Graph, Node
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weights
+from milpress.mil.program import sites, weights
 
 
 def decoded(path: Path) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ from milpress.formats import QuantizeConfig
 from milpress.formats.ranges import CalibrationConfig, Observer
 from milpress.mil import values
 from milpress.mil.package import Package
-from milpress.mil.weights import sites
+from milpress.mil.program import sites
 
 
 class Branches(nn.Module):

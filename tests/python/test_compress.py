@@ -26,7 +26,7 @@ from milpress import formats as f
 from milpress.errors import UnsupportedError, VerificationError
 from milpress.mil import treatments
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weights
+from milpress.mil.program import sites, weights
 
 EARLY = {
     "int8": f.QuantizeConfig(),

@@ -39,7 +39,7 @@ from milpress.errors import (
 )
 from milpress.mil import activations as record_of
 from milpress.mil.package import Package
-from milpress.mil.weights import sites
+from milpress.mil.program import sites
 
 
 def program(target: str, dtype: type, **shapes: tuple[int, ...]) -> Any:

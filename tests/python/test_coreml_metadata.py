@@ -36,7 +36,7 @@ from milpress.errors import (
 from milpress.mil import dtypes, values
 from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package
-from milpress.mil.weights import sites
+from milpress.mil.program import sites
 
 
 def convert(program: Any, target: Any = ct.target.iOS18) -> Any:

@@ -18,7 +18,7 @@ from milpress import interpreter
 from milpress.coreml import OpLinearQuantizerConfig, linear_quantize_activations
 from milpress.mil import values
 from milpress.mil.package import Package
-from milpress.mil.weights import sites
+from milpress.mil.program import sites
 
 TARGET = "iOS18"
 SHAPE = (1, 4, 6, 6)

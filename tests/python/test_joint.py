@@ -22,7 +22,7 @@ from milpress import formats as f
 from milpress.errors import UnsupportedError, VerificationError
 from milpress.mil import treatments
 from milpress.mil.package import Package
-from milpress.mil.weights import sites
+from milpress.mil.program import sites
 from milpress.recipe import Recipe, Select, Step
 
 PRUNE = f.PruneConfig(sparsity=0.5)

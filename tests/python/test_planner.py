@@ -24,7 +24,7 @@ import milpress._core as _core
 from milpress import formats as f
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weights
+from milpress.mil.program import sites, weights
 from milpress.planner import cache, scores
 from milpress.planner.menu import menu
 from milpress.planner.sizes import package_bytes

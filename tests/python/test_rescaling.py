@@ -21,7 +21,7 @@ from milpress.errors import ConfigError, UnsupportedError, VerificationError
 from milpress.interpreter import load
 from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weights
+from milpress.mil.program import sites, weights
 
 
 def uneven(*shape: int, dtype: type = np.float16, seed: int = 0) -> np.ndarray:

@@ -18,7 +18,7 @@ from milpress.calibration.uses import Statistics
 from milpress.formats import PalettizeConfig, PruneConfig, QuantizeConfig
 from milpress.mil import treatments
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weights
+from milpress.mil.program import sites, weights
 from milpress.recipe import Recipe
 
 N = 64

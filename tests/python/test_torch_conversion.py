@@ -25,7 +25,7 @@ from milpress.formats import (
 )
 from milpress.interpreter import load
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weights
+from milpress.mil.program import sites, weights
 from milpress.torch import _relayout
 from milpress.torch._weights import KINDS, weights_of
 

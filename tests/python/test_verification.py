@@ -21,7 +21,8 @@ from milpress.formats import sparse
 from milpress.mil import dtypes, treatments, values
 from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package
-from milpress.mil.weights import blob_values, sites, weights
+from milpress.mil.program import sites, weights
+from milpress.mil.values import blob_values
 from milpress.recipe import Recipe, Step
 
 # Pruning

@@ -20,8 +20,8 @@ from milpress.compression.writer import Rewriter
 from milpress.errors import PackageError, VerificationError, WeightError
 from milpress.mil import activations, dtypes, values
 from milpress.mil.package import Package
+from milpress.mil.program import sites, weights
 from milpress.mil.staging import Counter
-from milpress.mil.weights import sites, weights
 from milpress.recipe import Recipe
 
 INT8 = f.QuantizeConfig()

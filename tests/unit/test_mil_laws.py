@@ -12,9 +12,9 @@ from milpress.mil import dtypes, values
 from milpress.mil.constexpr import Decoder
 from milpress.mil.dtypes import DType
 from milpress.mil.graph import Graph, new_const, new_op
+from milpress.mil.program import weights
 from milpress.mil.schema import messages
 from milpress.mil.values import Tensor
-from milpress.mil.weights import weights
 
 
 class Source:

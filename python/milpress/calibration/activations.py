@@ -17,12 +17,12 @@ from milpress.errors import ConfigError, InputError
 from milpress.formats import QuantizeConfig, quantize
 from milpress.formats.ranges import CalibrationConfig, Engine, Observer, Range
 from milpress.mil import activations as mil
-from milpress.mil import opset
+from milpress.mil import opset, raising
 from milpress.mil.activations import Parameters, Placement
 from milpress.mil.graph import Node
 from milpress.mil.joins import Value
 from milpress.mil.package import Package
-from milpress.mil.weights import Site, sites
+from milpress.mil.program import Site, sites
 from milpress.progress import Progress
 from milpress.samples.data import Data, RandomSamples, Samples, opened
 
@@ -141,7 +141,7 @@ def _raised(package: Package, chosen: _Chosen) -> list[str]:
         raised = program.functions[chosen[program.place]]
         current = opset.by_name(raised.opset)
         if current < FIRST_OPSET:
-            opset.raise_to(program.model, raised, FIRST_OPSET, package)
+            raising.raise_to(program.model, raised, FIRST_OPSET, package)
             notes[f"raised from {current.target} to {FIRST_OPSET.target}"] = None
         package.model.specificationVersion = max(
             package.model.specificationVersion, program.model.specificationVersion

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from milpress.engines.jobs import jobs_of
 from milpress.errors import CompressionError, ConfigError, InputError
 from milpress.mil.package import Package
-from milpress.mil.weights import weight_files
+from milpress.mil.program import weight_files
 from milpress.plain import json
 from milpress.plain.files import system_errors, write_whole
 from milpress.progress import Progress

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from milpress.calibration.moments import Calibration, LayerMoments, importance
 from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package
-from milpress.mil.weights import Weight, blob_places, sites, weights
+from milpress.mil.program import Weight, sites, weights
+from milpress.mil.values import blob_places
 
 # Of each op that multiplies parameters by what is computed: which ones.
 _MULTIPLIED = {

@@ -18,8 +18,8 @@ from milpress.mil import values
 from milpress.mil.constexpr import Decoder, is_compressed, is_constexpr
 from milpress.mil.graph import Graph, Node, Scope
 from milpress.mil.package import Package
+from milpress.mil.program import Site
 from milpress.mil.treatments import Promise, Records, Step, bias_digest, promise_of
-from milpress.mil.weights import Site
 from milpress.show import decibels
 
 

@@ -27,7 +27,8 @@ from milpress.mil.constexpr import Decoder
 from milpress.mil.graph import Node
 from milpress.mil.opset import Opset
 from milpress.mil.package import Package
-from milpress.mil.weights import Site, Weight, blob_places, sites, weights
+from milpress.mil.program import Site, Weight, sites, weights
+from milpress.mil.values import blob_places
 
 
 @dataclass(frozen=True, slots=True)

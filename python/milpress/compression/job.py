@@ -24,8 +24,8 @@ from milpress.mil import opset, treatments, values
 from milpress.mil.constexpr import Decoder, is_constexpr
 from milpress.mil.graph import Node
 from milpress.mil.package import Package
+from milpress.mil.program import Site, Weight
 from milpress.mil.staging import Sink
-from milpress.mil.weights import Site, Weight
 from milpress.progress import Progress
 from milpress.recipe import describe, treatment_dict
 

@@ -24,10 +24,10 @@ from milpress.kernels.device import DeviceName, using
 from milpress.kernels.threads import thread_limit
 from milpress.mil import treatments
 from milpress.mil.constexpr import Decoder, is_constexpr, is_part
-from milpress.mil.opset import raise_opsets
 from milpress.mil.package import Package, n_package_bytes
+from milpress.mil.program import sites, weight_files, weights
+from milpress.mil.raising import raise_opsets
 from milpress.mil.staging import Counter, Sink, Staged, check_destination
-from milpress.mil.weights import sites, weight_files, weights
 from milpress.progress import Progress
 from milpress.recipe import Recipe
 from milpress.samples.data import Data

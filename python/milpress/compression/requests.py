@@ -13,7 +13,7 @@ from milpress.formats import (
 )
 from milpress.formats.rows import OnIndivisible
 from milpress.mil.opset import Opset
-from milpress.mil.weights import Weight
+from milpress.mil.program import Weight
 from milpress.recipe import Keep, Recipe, Step, describe
 
 

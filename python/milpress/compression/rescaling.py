@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from milpress.compression.writer import Rewriter, is_own
 from milpress.errors import ConfigError, UnsupportedError, VerificationError
-from milpress.mil import constexpr, values
+from milpress.mil import constexpr, encode, values
 from milpress.mil.constexpr import Decoder
 from milpress.mil.graph import Node
 from milpress.mil.package import Package
+from milpress.mil.program import Site, Weight, sites, weight_files, weights
 from milpress.mil.schema import messages
 from milpress.mil.staging import Staged, check_destination
-from milpress.mil.weights import Site, Weight, sites, weight_files, weights
 from milpress.plain import patterns
 from milpress.recipe import DEFAULT_MIN_SIZE
 from milpress.show import escaped, named_table
@@ -304,7 +304,7 @@ def _apply(
         if node in divided:
             tensor = decoder.dense(node)
             made = (tensor.values / divided[node]).astype(tensor.values.dtype)
-            constexpr.emit_const(
+            encode.emit_const(
                 values.Tensor(tensor.dtype, made),
                 node,
                 file_name=_file_of(node),
@@ -321,7 +321,7 @@ def _apply(
         numbers = change.scales.astype(change.weight.dtype.storage).reshape(shape)
         tensor = values.Tensor(change.weight.dtype, numbers)
         scale_name = graph.unique_name(f"{node.name}_scale")
-        scale = constexpr.const_of(tensor, scale_name, file_name=None, sink=staged)
+        scale = encode.const_of(tensor, scale_name, file_name=None, sink=staged)
         layer = type(node.op).FromString(node.op.SerializeToString())
         layer.outputs[0].name = graph.unique_name(f"{node.name}_unscaled")
         product = messages().Operation(type="mul")

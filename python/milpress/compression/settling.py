@@ -17,7 +17,7 @@ from milpress.formats import (
     Uniform,
     Unique,
 )
-from milpress.mil.weights import Weight
+from milpress.mil.program import Weight
 from milpress.recipe import describe
 
 

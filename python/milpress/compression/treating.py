@@ -14,9 +14,9 @@ from milpress.formats import Compressed, Treatment, compress, feedback
 from milpress.formats.feedback import Factor
 from milpress.formats.rows import Floats
 from milpress.kernels.device import Kernels
-from milpress.mil import constexpr
+from milpress.mil import encode
 from milpress.mil.constexpr import Decoder
-from milpress.mil.weights import Weight
+from milpress.mil.program import Weight
 
 if TYPE_CHECKING:
     from milpress.calibration.second_moments import Inputs
@@ -101,7 +101,7 @@ def treat(order: Order, decoder: Decoder, kernels: Kernels) -> Treated:
         except UnsupportedError as error:
             notes.append(str(error))
             continue
-        suffix = constexpr.suffixed(suffix, made, treatment)
+        suffix = encode.suffixed(suffix, made, treatment)
         made = after
         applied.append(treatment)
         fed_back.append(is_fed_back)

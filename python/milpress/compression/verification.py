@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from milpress.compression.comparison import Comparison, WeightCheck, fail, paired
-from milpress.mil import activations, opset, treatments
+from milpress.mil import activations, opset, raising, treatments
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weight_files
+from milpress.mil.program import sites, weight_files
 from milpress.plain.files import system_errors
 from milpress.show import decibels, escaped, human_snr, named_table
 
@@ -206,7 +206,7 @@ def _raise_like(original: Package, compressed: Package) -> None:
         for name, function in left.functions.items():
             target = opset.by_name(right.functions[name].opset)
             if target > opset.by_name(function.opset):
-                opset.raise_to(left.model, function, target, original)
+                raising.raise_to(left.model, function, target, original)
     root = compressed.model.specificationVersion
     if original.model.specificationVersion < root:
         original.model.specificationVersion = min(

@@ -13,13 +13,14 @@ from milpress.compression.treating import Corrections, Order, Treated, treat
 from milpress.errors import UnsupportedError, weight_errors
 from milpress.formats import Compressed, Treatment
 from milpress.kernels.device import kernels_for
-from milpress.mil import constexpr, values
+from milpress.mil import constexpr, encode, values
 from milpress.mil.constexpr import Decoder
 from milpress.mil.graph import Node
 from milpress.mil.package import Package
+from milpress.mil.program import Weight, weight_files
 from milpress.mil.staging import Sink
 from milpress.mil.treatments import bias_digest
-from milpress.mil.weights import Weight, blob_places, blob_values, weight_files
+from milpress.mil.values import blob_places, blob_values
 
 
 class Done(NamedTuple):
@@ -135,7 +136,7 @@ class Rewriter:
         # Nothing was made of a repeated weight; here the one ordered before it was left as it was.
         made = made or self._treated(order)
         value, suffix = made.value, made.suffix
-        n_bytes = constexpr.payload_bytes(value, early=early)
+        n_bytes = encode.payload_bytes(value, early=early)
         if n_bytes >= order.n_bytes and not may_grow:
             msg = f"would get larger: {order.n_bytes} bytes as it is, {n_bytes} compressed"
             raise UnsupportedError(msg)
@@ -163,7 +164,7 @@ class Rewriter:
         )
         file_name = self._default_file if blob is None else blob.blobFileValue.fileName
         weight.graph.remove(decoder.parts(node))
-        inner = constexpr.emit(
+        inner = encode.emit(
             value,
             node,
             names=weight.graph.unique_name,
@@ -205,10 +206,10 @@ class Rewriter:
             return ""
         tensor = values.Tensor(before.dtype, after)
         if bias is not None and is_own(bias):
-            constexpr.emit_const(tensor, bias, file_name=self._default_file, sink=self._sink)
+            encode.emit_const(tensor, bias, file_name=self._default_file, sink=self._sink)
         else:
             name = weight.graph.unique_name(f"{layer.name}_bias")
-            op = constexpr.const_of(tensor, name, file_name=self._default_file, sink=self._sink)
+            op = encode.const_of(tensor, name, file_name=self._default_file, sink=self._sink)
             weight.graph.insert_before(layer, [op])
             del layer.op.inputs["bias"].arguments[:]
             layer.op.inputs["bias"].arguments.add(name=name)
@@ -230,7 +231,7 @@ class Rewriter:
         blob = next(blob_values(node.op), None)
         file_name = self._default_file if blob is None else blob.blobFileValue.fileName
         dense = decoder.dense(node)
-        constexpr.emit_const(dense, node, file_name=file_name, sink=self._sink)
+        encode.emit_const(dense, node, file_name=file_name, sink=self._sink)
         return values.n_stored_bytes(node.op.attributes["val"])
 
     def _adopt(self, weight: Weight, known: _Written) -> None:

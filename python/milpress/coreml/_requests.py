@@ -38,7 +38,7 @@ from milpress.formats import (
 from milpress.formats.palette import Bits
 from milpress.formats.quantized import IntDType
 from milpress.mil.opset import Opset
-from milpress.mil.weights import Weight
+from milpress.mil.program import Weight
 
 _SINCE = (
     "{} is supported since iOS18. Please re-convert your model with minimum_deployment_target "

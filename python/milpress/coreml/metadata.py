@@ -20,8 +20,8 @@ from milpress.mil import values
 from milpress.mil.constexpr import Decoder, is_constexpr, is_part
 from milpress.mil.graph import Node, Scope
 from milpress.mil.package import Package
+from milpress.mil.program import Site, sites
 from milpress.mil.values import TensorType
-from milpress.mil.weights import Site, sites
 
 _Item = TypeVar("_Item", bound=Hashable)
 

@@ -29,7 +29,7 @@ from milpress.errors import ConfigError
 from milpress.kernels.device import DeviceName
 from milpress.mil import opset
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weights
+from milpress.mil.program import sites, weights
 from milpress.progress import Progress
 from milpress.samples.data import Data
 

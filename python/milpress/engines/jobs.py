@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from milpress.errors import InputError
 from milpress.mil.package import Package
-from milpress.mil.weights import sites
+from milpress.mil.program import sites
 from milpress.samples.data import Data, Samples
 
 if TYPE_CHECKING:

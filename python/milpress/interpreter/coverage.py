@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from milpress.interpreter import ops
 from milpress.mil import opset
 from milpress.mil.package import Package
-from milpress.mil.weights import sites
+from milpress.mil.program import sites
 from milpress.show import escaped, named_table
 
 if TYPE_CHECKING:

@@ -17,9 +17,9 @@ from milpress.errors import PackageError, VerificationError
 from milpress.mil import dtypes, values
 from milpress.mil.graph import Graph, Node, Scope, new_const, new_op
 from milpress.mil.joins import Value, home, type_of
+from milpress.mil.program import Site
 from milpress.mil.schema import messages
 from milpress.mil.values import TensorType, WeightSource
-from milpress.mil.weights import Site
 from milpress.plain import json
 
 KEY = "com.milpress.activations"

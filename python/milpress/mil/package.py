@@ -7,7 +7,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from google.protobuf.message import DecodeError
 
@@ -18,6 +18,7 @@ from milpress.errors import (
     PackageNotFoundError,
 )
 from milpress.mil.dtypes import DType
+from milpress.mil.program import Program
 from milpress.mil.schema import count_messages, memory_of, messages
 from milpress.plain.files import system_errors
 
@@ -30,21 +31,6 @@ _FREE_MEMORY = 16 << 20
 MAX_MANIFEST_BYTES = 1 << 20
 _MAX_PIPELINE_DEPTH = 8
 _MODEL_PATH = "@model_path/"
-
-
-class Program(NamedTuple):
-    """One ML program of a package, and where in a pipeline it stands.
-
-    ``place`` is empty for a package that is one program, else the names of the pipeline's models.
-    """
-
-    place: tuple[str, ...]
-    model: Any
-
-    @property
-    def functions(self) -> dict[str, Any]:
-        """The functions, in the order of their names."""
-        return dict(sorted(self.model.mlProgram.functions.items()))
 
 
 class Package:

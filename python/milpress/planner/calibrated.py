@@ -16,7 +16,7 @@ from milpress.errors import UnsupportedError
 from milpress.formats import Treatment, compress
 from milpress.kernels.threads import in_order
 from milpress.mil.package import Package
-from milpress.mil.weights import weight_files
+from milpress.mil.program import weight_files
 from milpress.planner.cache import ScoreCache, joined
 from milpress.planner.items import Item
 from milpress.planner.menu import KEEP

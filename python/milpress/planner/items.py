@@ -16,7 +16,7 @@ from milpress.mil.constexpr import Decoder
 from milpress.mil.graph import Node
 from milpress.mil.opset import Opset
 from milpress.mil.package import Package
-from milpress.mil.weights import Weight, sites, weights
+from milpress.mil.program import Weight, sites, weights
 from milpress.plain import patterns
 from milpress.planner.linting import AVOIDED, Facts, Platform
 from milpress.planner.menu import fine_menu, menu

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from milpress.errors import ConfigError, printable
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weights
+from milpress.mil.program import sites, weights
 from milpress.plain import yaml
 from milpress.planner import traits as _traits
 from milpress.planner.traits import Traits, is_stateful, traits_of

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 from milpress.errors import ConfigError, UnsupportedError, weight_errors
 from milpress.formats import Treatment
 from milpress.kernels.threads import in_order, thread_limit
-from milpress.mil.opset import raise_opsets
 from milpress.mil.package import Package, n_package_bytes
+from milpress.mil.raising import raise_opsets
 from milpress.plain import json, yaml
 from milpress.planner import cache, scores, search
 from milpress.planner.cache import ScoreCache

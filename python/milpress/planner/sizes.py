@@ -22,9 +22,9 @@ from milpress.formats import (
     Quantized,
     Treatment,
 )
-from milpress.mil import constexpr
+from milpress.mil import encode
 from milpress.mil.package import Package
-from milpress.mil.weights import Weight
+from milpress.mil.program import Weight
 from milpress.recipe import Recipe
 
 
@@ -33,7 +33,7 @@ def treated_bytes(weight: Weight, treatment: Treatment, *, early: bool) -> int:
 
     ``early`` says that its program's opset is below CoreML8.
     """
-    return constexpr.payload_bytes(_blank(weight, treatment), early=early)
+    return encode.payload_bytes(_blank(weight, treatment), early=early)
 
 
 def package_bytes(package: Package, recipe: Recipe) -> int:
@@ -57,7 +57,7 @@ class _Blanks(Rewriter):
             msg = f"{order.weight.name}: a plan must have one treatment a weight, got several"
             raise UnsupportedError(msg)
         (treatment,) = order.treatments
-        suffix = constexpr.suffixed("", None, treatment)
+        suffix = encode.suffixed("", None, treatment)
         return Treated(_blank(order.weight, treatment), suffix, order.treatments, (), {}, (False,))
 
 

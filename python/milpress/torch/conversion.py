@@ -28,11 +28,12 @@ from milpress.errors import ConfigError, ConfigTypeError, UnsupportedError, Veri
 from milpress.formats import Compressed, Masked, Palette, Quantized
 from milpress.formats.palette import fold
 from milpress.mil import opset, values
-from milpress.mil.constexpr import Decoder, payload_bytes
+from milpress.mil.constexpr import Decoder
+from milpress.mil.encode import payload_bytes
 from milpress.mil.package import Package, n_package_bytes
+from milpress.mil.program import Weight as Constant
+from milpress.mil.program import sites, weight_files, weights
 from milpress.mil.staging import Staged
-from milpress.mil.weights import Weight as Constant
-from milpress.mil.weights import sites, weight_files, weights
 from milpress.show import decibels
 from milpress.torch import _metadata, _relayout
 from milpress.torch._metadata import Stored

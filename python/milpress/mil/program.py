@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from milpress.errors import PackageError
-from milpress.mil import values
+from milpress.errors import (
+    PackageError,
+)
 from milpress.mil.constexpr import is_compressed, is_constexpr
 from milpress.mil.dtypes import DType
 from milpress.mil.graph import Graph, Node
-from milpress.mil.package import Package, Program
+from milpress.mil.package import Package
+from milpress.mil.values import blob_values
 
 # Smaller constants are settings of ops (strides, axes, a scale), not weights.
 MIN_WEIGHT_ELEMENTS = 10
@@ -158,26 +160,6 @@ def weights(prefix: str, graph: Graph, *, least: int = MIN_WEIGHT_ELEMENTS) -> I
             yield Weight(prefix, node, graph, tensor_type.dtype, shape)
 
 
-def blob_values(op: Any) -> Iterator[Any]:
-    """Yield every value of an op that is stored in a weight file."""
-    for _, value in sorted(op.attributes.items()):
-        if values.is_blob(value):
-            yield value
-    for _, argument in sorted(op.inputs.items()):
-        for binding in argument.arguments:
-            if binding.WhichOneof("choice") == "value" and values.is_blob(binding.value):
-                yield binding.value
-
-
-def blob_places(stored: Sequence[Any]) -> tuple[tuple[str, int], ...]:
-    """Return where in which weight files some values are stored."""
-    return tuple(
-        (value.blobFileValue.fileName, value.blobFileValue.offset)
-        for value in stored
-        if values.is_blob(value)
-    )
-
-
 def weight_files(package: Package) -> tuple[str, ...]:
     """Return the weight files that the model names, each once, sorted."""
     if package.weight_files is None:
@@ -198,3 +180,18 @@ def _all_ops(block: Any) -> Iterator[Any]:
         yield op
         for inner in op.blocks:
             yield from _all_ops(inner)
+
+
+class Program(NamedTuple):
+    """One ML program of a package, and where in a pipeline it stands.
+
+    ``place`` is empty for a package that is one program, else the names of the pipeline's models.
+    """
+
+    place: tuple[str, ...]
+    model: Any
+
+    @property
+    def functions(self) -> dict[str, Any]:
+        """The functions, in the order of their names."""
+        return dict(sorted(self.model.mlProgram.functions.items()))
