@@ -18,7 +18,6 @@ from milpress import formats as f
 from milpress.interpreter import load
 from milpress.mil import raising
 from milpress.mil.package import Package
-from milpress.mil.program import sites
 
 INNER, OUTER = weight(48, 48), weight(40, 48, seed=1)
 
@@ -122,7 +121,7 @@ def test_a_stateful_model_is_raised(memory, tmp_path):
     paths = {target: tmp_path / f"{target}.mlpackage" for target in ("iOS18", "iOS26")}
     for target, path in paths.items():
         milpress.compress(memory, path, milpress.Recipe.of(f.QuantizeConfig(), target=target))
-    assert {site.function.opset for site in sites(Package(paths["iOS26"]))} == {"CoreML9"}
+    assert {graph.function.opset for graph in Package(paths["iOS26"]).graphs} == {"CoreML9"}
     programs = [load(path) for path in paths.values()]
     states = [program.make_state() for program in programs]
     for sample in samples(2):

@@ -69,11 +69,6 @@ def emit(
     return [made[stage.role] for stage in inner]
 
 
-def emit_const(tensor: Tensor, node: Node, *, file_name: str | None, sink: WeightSink) -> None:
-    """Turn an op into the ``const`` op of a tensor, in place; its name stays."""
-    node.op.CopyFrom(const_of(tensor, node.name, file_name=file_name, sink=sink))
-
-
 def const_of(tensor: Tensor, name: str, *, file_name: str | None, sink: WeightSink) -> Any:
     """Return the ``const`` op of a tensor."""
     value = messages().Value()

@@ -1,20 +1,22 @@
-"""The weights of a program: what is stored, for whom, and along which axes channels lie."""
+"""Programs of a package: the graphs of their blocks, and the weights in them."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from milpress.errors import (
-    PackageError,
-)
-from milpress.mil.constexpr import is_compressed, is_constexpr
+from numpy.typing import NDArray
+
+from milpress.errors import PackageError
+from milpress.formats import Compressed
+from milpress.mil.constexpr import Decoder, is_compressed, is_constexpr
 from milpress.mil.dtypes import DType
 from milpress.mil.graph import Graph, Node
-from milpress.mil.package import Package
-from milpress.mil.values import blob_values
+from milpress.mil.opset import Opset, by_name
+from milpress.mil.values import WeightSource, blob_places, n_stored_bytes
 
 # Smaller constants are settings of ops (strides, axes, a scale), not weights.
 MIN_WEIGHT_ELEMENTS = 10
@@ -26,8 +28,6 @@ class Weight:
 
     Parameters
     ----------
-    prefix
-        The functions or models it is in, with slashes behind; empty where the package has one.
     node
         The op that holds it: ``const``, or the last of a chain of ``constexpr_*``.
     graph
@@ -36,16 +36,20 @@ class Weight:
         Type and shape as ops see it.
     """
 
-    prefix: str
     node: Node
-    graph: Graph
+    graph: ProgramGraph
     dtype: DType
     shape: tuple[int, ...]
 
     @property
     def name(self) -> str:
         """Its name in the package, as it is now."""
-        return f"{self.prefix}{self.node.name}"
+        return f"{self.graph.prefix}{self.node.name}"
+
+    @property
+    def prefix(self) -> str:
+        """The functions or models it is in, with slashes behind."""
+        return self.graph.prefix
 
     @property
     def size(self) -> int:
@@ -66,6 +70,40 @@ class Weight:
     def decoded_by(self) -> tuple[str, ...]:
         """Kinds of the ``constexpr_*`` ops that decode it, last first; none if it is dense."""
         return tuple(_chain(self.node, self.graph))
+
+    @property
+    def stored(self) -> list[Any]:
+        """All that is stored for it, what its parts share once."""
+        return self.graph.decoder.stored_values(self.node)
+
+    @property
+    def places(self) -> tuple[tuple[str, int], ...]:
+        """Where in which weight files it is stored."""
+        return blob_places(self.stored)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of what is stored for it."""
+        return sum(n_stored_bytes(value) for value in self.stored)
+
+    @property
+    def parts(self) -> list[Node]:
+        """The stored ops that it is decoded from, each once; others may use them too."""
+        return self.graph.decoder.parts(self.node)
+
+    def dense(self) -> NDArray[Any]:
+        """Return its elements.
+
+        Raises
+        ------
+        PackageError
+            If what is stored does not fit together.
+        """
+        return self.graph.decoder.dense(self.node).values
+
+    def value(self) -> Compressed | None:
+        """Return what it is made of, if that is one palette, quantized or sparse weight."""
+        return self.graph.decoder.value(self.node)
 
     @property
     def channel_axes(self) -> tuple[int, int] | None:
@@ -95,93 +133,6 @@ def _chain(node: Node, graph: Graph) -> Iterator[str]:
                 yield from _chain(found[0], graph)
 
 
-class Site(NamedTuple):
-    """A block of a function, where it stands in the package, and its graph.
-
-    ``prefix`` is what the names of its weights begin with: empty in a package with one function.
-    """
-
-    prefix: str
-    program: Program
-    function_name: str
-    function: Any
-    block: Any
-    graph: Graph
-
-
-def sites(package: Package) -> Iterator[Site]:
-    """Yield every block of every function, in an order that does not depend on the file's.
-
-    Raises
-    ------
-    PackageError
-        If a function has no block, or an op uses a value that nothing defines.
-    """
-    for program in package.programs:
-        functions = program.functions
-        for function_name, function in functions.items():
-            place = (*program.place, function_name) if len(functions) > 1 else program.place
-            specializations = sorted(function.block_specializations.items())
-            if not specializations:
-                msg = f"{package.path}: function {function_name!r} must have a block, got none"
-                raise PackageError(msg)
-            for opset_name, block in specializations:
-                shown = (*place, opset_name) if len(specializations) > 1 else place
-                prefix = "".join(f"{part}/" for part in shown)
-                graph = Graph(function, block)
-                yield Site(prefix, program, function_name, function, block, graph)
-
-
-def weights(prefix: str, graph: Graph, *, least: int = MIN_WEIGHT_ELEMENTS) -> Iterator[Weight]:
-    """Yield the weights of one graph, in order: those that some other op uses or a block returns.
-
-    Those of fewer than ``least`` elements are left out.
-
-    Raises
-    ------
-    PackageError
-        If one has no fixed shape.
-    """
-    for node in graph.nodes:
-        if not node.is_stored or len(node.op.outputs) != 1:
-            continue
-        used = any(not is_constexpr(use.node) for use in node.uses) or node.is_block_output
-        if not used:
-            continue
-        try:
-            tensor_type = node.type
-            if tensor_type is None or tensor_type.dtype.name == "bool":
-                continue
-            shape = tensor_type.fixed_shape
-        except PackageError as error:
-            msg = f"{prefix}{node.name}: {error}"
-            raise PackageError(msg) from error
-        if math.prod(shape) >= least:
-            yield Weight(prefix, node, graph, tensor_type.dtype, shape)
-
-
-def weight_files(package: Package) -> tuple[str, ...]:
-    """Return the weight files that the model names, each once, sorted."""
-    if package.weight_files is None:
-        names = {
-            value.blobFileValue.fileName
-            for program in package.programs
-            for function in program.functions.values()
-            for block in function.block_specializations.values()
-            for op in _all_ops(block)
-            for value in blob_values(op)
-        }
-        package.weight_files = tuple(sorted(names))
-    return package.weight_files
-
-
-def _all_ops(block: Any) -> Iterator[Any]:
-    for op in block.operations:
-        yield op
-        for inner in op.blocks:
-            yield from _all_ops(inner)
-
-
 class Program(NamedTuple):
     """One ML program of a package, and where in a pipeline it stands.
 
@@ -195,3 +146,90 @@ class Program(NamedTuple):
     def functions(self) -> dict[str, Any]:
         """The functions, in the order of their names."""
         return dict(sorted(self.model.mlProgram.functions.items()))
+
+
+class ProgramGraph(Graph):
+    """The graph of one block of a function, where it stands, and the weights in it.
+
+    Parameters
+    ----------
+    function, block
+        The function, and the one of its blocks.
+    source
+        Gives the weight files.
+    place
+        The pipeline's models that it is in.
+    function_name
+        The name of the function.
+    prefix
+        What the names of its weights begin with: empty in a package with one function.
+    """
+
+    def __init__(
+        self,
+        function: Any,
+        block: Any,
+        source: WeightSource,
+        *,
+        place: tuple[str, ...] = (),
+        function_name: str = "",
+        prefix: str = "",
+    ) -> None:
+        super().__init__(function, block)
+        self.function = function
+        self.block = block
+        self.source = source
+        self.place = place
+        self.function_name = function_name
+        self.prefix = prefix
+        self.decoder = Decoder(self, source)
+
+    @property
+    def opset(self) -> Opset:
+        """The opset of its function."""
+        return by_name(self.function.opset)
+
+    @property
+    def is_run(self) -> bool:
+        """Whether its function runs this block; others are for other opsets."""
+        return self.block is self.function.block_specializations[self.function.opset]
+
+    @functools.cached_property
+    def weights(self) -> tuple[Weight, ...]:
+        """The weights, in order: what is stored and other ops use or a block returns.
+
+        Raises
+        ------
+        PackageError
+            If one has no fixed shape.
+        """
+        return tuple(self.find_weights(MIN_WEIGHT_ELEMENTS))
+
+    def find_weights(self, least: int) -> Iterator[Weight]:
+        """Yield the weights of at least so many elements, in order."""
+        for node in self.nodes:
+            if not node.is_stored or len(node.op.outputs) != 1:
+                continue
+            if not node.is_block_output and all(is_constexpr(use.node) for use in node.uses):
+                continue
+            try:
+                tensor_type = node.type
+                if tensor_type is None or tensor_type.dtype.name == "bool":
+                    continue
+                shape = tensor_type.fixed_shape
+            except PackageError as error:
+                msg = f"{self.prefix}{node.name}: {error}"
+                raise PackageError(msg) from error
+            if math.prod(shape) >= least:
+                yield Weight(node, self, tensor_type.dtype, shape)
+
+    def anew(self) -> ProgramGraph:
+        """Return the graph of the same block, as it is by now."""
+        return ProgramGraph(
+            self.function,
+            self.block,
+            self.source,
+            place=self.place,
+            function_name=self.function_name,
+            prefix=self.prefix,
+        )

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from milpress.errors import PackageError, UnsupportedError
-from milpress.mil import dtypes, opset, raising, values
+from milpress.mil import dtypes, opset, values
 from milpress.mil.graph import Graph, Node, blocks, new_const, new_op
 from milpress.mil.opset import Opset, by_name
 from milpress.mil.package import Package
@@ -87,6 +87,7 @@ def raise_to(model: Any, function: Any, target: Opset, package: Package) -> None
     raised.CopyFrom(function.block_specializations[current.name])
     del function.block_specializations[current.name]
     function.opset = target.name
+    package.forget_graphs()
     model.specificationVersion = max(model.specificationVersion, target.specification)
 
 
@@ -249,7 +250,7 @@ def raise_opsets(package: Package, target: str | None) -> list[str]:
             current = opset.by_name(function.opset)
             goal = max(asked or current, opset.FIRST_WITH_COMPRESSION)
             if goal > current:
-                raising.raise_to(program.model, function, goal, package)
+                raise_to(program.model, function, goal, package)
                 notes[f"raised from {current.target} to {goal.target}"] = None
         package.model.specificationVersion = max(
             package.model.specificationVersion, program.model.specificationVersion

@@ -16,7 +16,6 @@ from milpress.errors import UnsupportedError
 from milpress.formats import Treatment, compress
 from milpress.kernels.threads import in_order
 from milpress.mil.package import Package
-from milpress.mil.program import weight_files
 from milpress.planner.cache import ScoreCache, joined
 from milpress.planner.items import Item
 from milpress.planner.menu import KEEP
@@ -274,7 +273,7 @@ def _mean(numbers: Sequence[float]) -> float:
 def _digest(package: Package) -> str:
     """Return a hash of a package's model and weights."""
     found = hashlib.sha256(package.model_bytes)
-    for name in weight_files(package):
+    for name in package.weight_files:
         with package.weight_path(name).open("rb") as file:
             while block := file.read(1 << 20):
                 found.update(block)

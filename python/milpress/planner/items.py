@@ -7,16 +7,16 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from milpress.compression.decisions import plan_weight
-from milpress.compression.requests import RecipeWishes
+from milpress.compression.decisions import decide
+from milpress.compression.requests import RecipeRequests
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.formats import PalettizeConfig, PruneConfig, QuantizeConfig, Treatment
-from milpress.mil import opset, values
+from milpress.mil import values
 from milpress.mil.constexpr import Decoder
 from milpress.mil.graph import Node
 from milpress.mil.opset import Opset
 from milpress.mil.package import Package
-from milpress.mil.program import Weight, sites, weights
+from milpress.mil.program import Weight
 from milpress.plain import patterns
 from milpress.planner.linting import AVOIDED, Facts, Platform
 from milpress.planner.menu import fine_menu, menu
@@ -172,13 +172,13 @@ def items_of(
 
 def _candidates(package: Package, min_size: int) -> Iterator[tuple[Candidate, str]]:
     """Yield the weights that are large enough, and why one can't be treated."""
-    any_treatment = _wish(PalettizeConfig(bits=8), min_size)
-    for site in sites(package):
-        current = opset.by_name(site.function.opset)
-        stateful = is_stateful(site.graph)
-        decoder = Decoder(site.graph, package)
-        for weight in weights(site.prefix, site.graph):
-            plan = plan_weight(weight, any_treatment, current)
+    any_treatment = _request(PalettizeConfig(bits=8), min_size)
+    for graph in package.graphs:
+        current = graph.opset
+        stateful = is_stateful(graph)
+        decoder = graph.decoder
+        for weight in graph.weights:
+            plan = decide(weight, any_treatment)
             if plan.status != "not asked":
                 reason = "compressed already" if weight.is_compressed else plan.note
                 yield (
@@ -204,8 +204,8 @@ def _is_last(candidate: Candidate, weighted: Container[Node]) -> bool:
     return False
 
 
-def _wish(treatment: Treatment, min_size: int) -> RecipeWishes:
-    return RecipeWishes(Recipe.of(treatment, min_size=min_size))
+def _request(treatment: Treatment, min_size: int) -> RecipeRequests:
+    return RecipeRequests(Recipe.of(treatment, min_size=min_size))
 
 
 def _kept(candidate: Candidate, pattern: str) -> bool:
@@ -309,7 +309,7 @@ def _bytes_of(candidate: Candidate, treatment: Treatment | None) -> int:
 def _fitted(candidate: Candidate, treatment: Treatment, min_size: int) -> Treatment | None:
     """Return the treatment as it suits a weight's shape; ``None`` if it does not."""
     try:
-        plan = plan_weight(candidate.weight, _wish(treatment, min_size), candidate.opset)
+        plan = decide(candidate.weight, _request(treatment, min_size))
     except UnsupportedError:  # the opset can't hold it
         return None
     if plan.status != "compressed" or not plan.treatments:
