@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from milpress._structure import Metric, structured
 from milpress.device import schema
 from milpress.device.schema import Entry, Result
 from milpress.errors import ConfigError, ResultError, printable
+from milpress.plain.structure import Metric, structured
 
 VERSION = 1
 LITERATURE_SCHEMA = "milpress-literature/1"

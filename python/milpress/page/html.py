@@ -15,7 +15,7 @@ from html import escape
 from importlib import resources
 from typing import Any
 
-from milpress import __version__
+from milpress._version import __version__
 from milpress.device.comparison import units_words
 from milpress.device.schema import PROCESSORS, Entry, Placement
 from milpress.errors import printable
@@ -28,7 +28,7 @@ from milpress.page.collect import (
     Page,
     PublishedTable,
 )
-from milpress.report import human_bytes, human_snr
+from milpress.show import human_bytes, human_snr
 
 _PROCESSOR_NAMES = {
     "neural_engine": "Neural Engine",

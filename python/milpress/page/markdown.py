@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from milpress import __version__
+from milpress._version import __version__
 from milpress.errors import printable
 from milpress.page import words
 from milpress.page.collect import Literature, Page
-from milpress.report import human_bytes, human_snr
+from milpress.show import human_bytes, human_snr
 
 
 def render(page: Page) -> str:

@@ -10,7 +10,7 @@ from milpress.device.comparison import device_words, run_names, units_words
 from milpress.device.schema import Distribution, Entry, Kind, Result
 from milpress.errors import printable
 from milpress.page.collect import METRICS, Evaluated, Literature, Package, Page
-from milpress.report import human_snr
+from milpress.show import human_snr
 
 KIND_NAMES: dict[Kind, str] = {
     "measured": "Measured",
