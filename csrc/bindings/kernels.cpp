@@ -15,6 +15,7 @@
 #include "kernels/kmeans_vector.h"
 #include "kernels/lut_assign.h"
 #include "kernels/pack.h"
+#include "kernels/value_counts.h"
 
 namespace milpress {
 namespace {

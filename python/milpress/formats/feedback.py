@@ -349,7 +349,8 @@ class _Linear:
         """Return the scale and offset of each row."""
         middle = 2 ** (self._bits - 1)
         if self._treatment.range == "mse":
-            _, scale, signed = _core.quantize_mse(rows, -middle, middle - 1, self._treatment.offset)
+            has_offset = self._treatment.offset
+            _, scale, signed = _core.quantize_mse(rows, None, -middle, middle - 1, has_offset)
             shift = np.zeros(len(rows), np.int8) if signed is None else signed
             return self._held(scale), shift.astype(np.float32) + np.float32(middle)
         high = np.maximum(rows.max(axis=1), 0)
