@@ -107,7 +107,7 @@ class Kernels:
         >>> Kernels().dispatch(_core.keep_above)(np.float32([1, -3, 0]), 0.5)
         array([3], dtype=uint8)
         """
-        return cast(_Kernel, functools.partial(self._run, kernel))
+        return cast("_Kernel", functools.partial(self._run, kernel))
 
     def _run(self, kernel: Callable[..., Any], *arguments: object) -> Any:
         name = kernel.__name__
