@@ -330,7 +330,7 @@ class _Linear:
     ) -> _Rounded:
         if self._late and panel.begin % self._width == 0:
             self._set(panel.begin // self._width, panel.pending[:, : self._width])
-        return _core.compensate_linear(
+        return _core.error_feedback_linear(
             panel.weights,
             panel.factor,
             self._scales[self._g],
@@ -349,7 +349,8 @@ class _Linear:
         """Return the scale and offset of each row."""
         middle = 2 ** (self._bits - 1)
         if self._treatment.range == "mse":
-            _, scale, signed = _core.quantize_mse(rows, -middle, middle - 1, self._treatment.offset)
+            has_offset = self._treatment.offset
+            _, scale, signed = _core.quantize_mse(rows, None, -middle, middle - 1, has_offset)
             shift = np.zeros(len(rows), np.int8) if signed is None else signed
             return self._held(scale), shift.astype(np.float32) + np.float32(middle)
         high = np.maximum(rows.max(axis=1), 0)
@@ -402,7 +403,7 @@ class _Tables:
     def round(
         self, panel: _Panel, kept: NDArray[np.uint8] | None, n_m: tuple[int, int]
     ) -> _Rounded:
-        return _core.compensate_lut(
+        return _core.error_feedback_lut(
             panel.weights,
             panel.factor,
             self._luts,
@@ -470,7 +471,7 @@ def _feed_back(
                 if pruning is not None and pruning.sparsity is not None:
                     part = _without_least(panel, part, pruning.sparsity)
             if grid is None:
-                rounded = _core.compensate(panel.weights, panel.factor, part, *n_m)
+                rounded = _core.error_feedback(panel.weights, panel.factor, part, *n_m)
             else:
                 rounded = grid.round(panel, part, n_m)
             rows[:, begin:end], made, errors, left = rounded
