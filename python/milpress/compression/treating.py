@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from milpress.errors import UnsupportedError
-from milpress.formats import Compressed, Treatment, compress, feedback
-from milpress.formats.feedback import Factor
+from milpress.formats import Compressed, Treatment, compress, error_feedback
+from milpress.formats.error_feedback import Factor
 from milpress.formats.rows import Floats
 from milpress.kernels.device import Kernels
 from milpress.mil import constexpr
@@ -82,13 +82,15 @@ def treat(order: Order, decoder: Decoder, kernels: Kernels) -> Treated:
     factors = None
     for treatment in order.treatments:
         source = dense if made is None else made
-        is_fed_back = order.inputs is not None and feedback.suits(source, treatment)
+        is_fed_back = order.inputs is not None and error_feedback.suits(source, treatment)
         try:
             if is_fed_back and factors is None:
                 factors = _factors(order, dense)
-            is_fed_back = is_fed_back and factors is not None and feedback.fits(factors, treatment)
+            is_fed_back = (
+                is_fed_back and factors is not None and error_feedback.fits(factors, treatment)
+            )
             if is_fed_back and factors is not None:
-                after = feedback.compress(source, treatment, factors, importance=importance)
+                after = error_feedback.compress(source, treatment, factors, importance=importance)
             else:
                 after = compress(
                     source,
