@@ -200,7 +200,7 @@ class Integers(Grid):
         n_blocks = n_inputs // block
         self._treatment = treatment
         self._bits = bits
-        self._block_width = math.prod(weight.shape[1:]) // n_blocks
+        self._block_width: int = math.prod(weight.shape[1:]) // n_blocks
         self._dtype = weight.dtype
         self._representable = representable
         self._shape = (n_outputs, n_blocks, *[1] * (weight.ndim - 2))

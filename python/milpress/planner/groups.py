@@ -1,11 +1,11 @@
-"""The weights that a plan decides on: those that share what is stored are one item."""
+"""The weights that a plan decides on: those that share what is stored are one group."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from milpress.compression.decisions import plan_weight
 from milpress.compression.requests import RecipeWishes
@@ -16,24 +16,30 @@ from milpress.mil.constexpr import Decoder
 from milpress.mil.graph import Node
 from milpress.mil.opset import Opset
 from milpress.mil.package import Package
-from milpress.mil.weights import Weight, sites, weights
+from milpress.mil.weights import Weight, blob_places, sites, weights
 from milpress.plain import patterns
 from milpress.planner.linting import AVOIDED, Facts, Platform
 from milpress.planner.menu import fine_menu, menu
+from milpress.planner.scores import Score
+from milpress.planner.search import Choice
 from milpress.planner.sizes import treated_bytes
 from milpress.planner.traits import is_stateful, traits_after, traits_of
 from milpress.recipe import Recipe
 
 _OP_TYPE = "op:"
+# Models of so few groups of weights have a larger menu.
 _FEW = 24
+# How much more the relative error of a last layer's weight counts: what the outputs are made of is
+# not evened out by layers behind it.
+_LAST_SHARE = 4.0
 # Bits a weight beyond the codes. Smaller groups gain about 1 dB, as 0.2 bits do in any case; scales
 # of channels may gain much more.
 _MOST_FOR_GROUPS = 0.25
 _MOST_FOR_SCALES = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+@dataclass(frozen=True, slots=True, eq=False)
+class Member:
     """A weight that may be treated, and the program it is in."""
 
     weight: Weight
@@ -56,74 +62,92 @@ class Candidate:
 
     def digest(self, package: Package) -> str:
         """Return a hash of the bytes that are stored for it, and of how they are read."""
-        found = hashlib.sha256(f"{self.weight.dtype.name}{self.weight.shape}{self.axes}".encode())
+        digest = hashlib.sha256(f"{self.weight.dtype.name}{self.weight.shape}{self.axes}".encode())
         for value in self.stored():
             if values.is_blob(value):
-                found.update(values.read_payload(value, package).data)
+                digest.update(values.read_payload(value, package).data)
             else:
-                found.update(value.SerializeToString(deterministic=True))
-        return found.hexdigest()
+                digest.update(value.SerializeToString(deterministic=True))
+        return digest.hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A format that suits an item: the treatment of each of its weights, and the bytes in all."""
+class GroupScore(NamedTuple):
+    """The relative error of a group in some format; ``sampled`` if not all of it was tried."""
 
-    treatments: tuple[Treatment | None, ...]
-    n_bytes: int
+    relative: float
+    sampled: bool
+
+    @classmethod
+    def of(cls, scores: Sequence[Score]) -> GroupScore:
+        """Return the mean of the scores of members."""
+        relative = sum(score.relative for score in scores) / len(scores)
+        return cls(relative, any(score.sampled for score in scores))
 
 
-@dataclass(slots=True)
-class Item:
+@dataclass(slots=True, eq=False)
+class WeightGroup:
     """Weights that are decided on together.
 
     Parameters
     ----------
-    candidates
+    members
         The weights.
     n_bytes
         Bytes that are stored for them now.
     choices
         What may be done, by the name of the format.
+    scores
+        Of each format that changes them, how much.
     reason
         Why nothing may be done; empty if something may.
     is_last
         Whether what it is used for reaches the outputs past no other op that has a weight.
     """
 
-    candidates: tuple[Candidate, ...]
+    members: tuple[Member, ...]
     n_bytes: int
     choices: dict[str, Choice] = field(default_factory=dict)
+    scores: dict[str, GroupScore] = field(default_factory=dict)
     reason: str = ""
     is_last: bool = False
 
     @property
+    def share(self) -> float:
+        """How much its relative error counts beside those of other groups."""
+        return _LAST_SHARE if self.is_last else 1.0
+
+    @property
     def name(self) -> str:
         """The name of the first weight."""
-        return self.candidates[0].weight.name
+        return self.members[0].weight.name
 
     @property
     def distinct(self) -> list[int]:
-        """The candidates whose results can't be shared, one of each, by their places."""
-        return sorted({self.twin(i) for i in range(len(self.candidates))})
+        """The members whose results can't be shared, one of each, by their places."""
+        return sorted({self.twin(i) for i in range(len(self.members))})
+
+    def treatments(self, choice: Choice | None) -> tuple[Treatment | None, ...]:
+        """Return the treatment of each member; ``None`` where one stays."""
+        fitted = () if choice is None else choice.treatments
+        return fitted or (None,) * len(self.members)
 
     def twin(self, i: int) -> int:
-        """Return the first candidate that a candidate shares its result with, or its own place."""
-        key = _result_key(self.candidates[i])
+        """Return the first member that a member shares its result with, or its own place."""
+        key = _result_key(self.members[i])
         if key is None:
             return i
-        return next(j for j, other in enumerate(self.candidates) if _result_key(other) == key)
+        return next(j for j, other in enumerate(self.members) if _result_key(other) == key)
 
     @property
     def size(self) -> int:
         """Elements that are stored."""
         seen: dict[Any, int] = {}
-        for i, candidate in enumerate(self.candidates):
-            seen.setdefault(_places(candidate) or i, candidate.weight.size)
+        for i, member in enumerate(self.members):
+            seen.setdefault(blob_places(member.stored()) or i, member.weight.size)
         return sum(seen.values())
 
 
-def items_of(
+def groups_of(
     package: Package,
     formats: Mapping[str, Treatment | None] | None,
     *,
@@ -131,10 +155,11 @@ def items_of(
     min_size: int,
     platform: Platform,
     facts: Facts,
-) -> list[Item]:
+) -> list[WeightGroup]:
     """Return what there is to decide on, in the order of the graph.
 
-    Without ``formats``, these are those of the default menu, and more if there are few weights.
+    Without ``formats``, the choices are those of the default menu, and more if there are few
+    groups.
 
     Raises
     ------
@@ -143,36 +168,34 @@ def items_of(
     """
     for pattern in keep:
         patterns.check(pattern)
-    found = list(_candidates(package, min_size))
-    unused = [pattern for pattern in keep if not any(_kept(c, pattern) for c, _ in found)]
+    reasons = dict(_members(package, min_size))
+    unused = [pattern for pattern in keep if not any(_means(pattern, each) for each in reasons)]
     if unused:
         msg = f"keep must mean weights that the model has, got {', '.join(unused)}"
         raise ConfigError(msg)
-    weighted = {use.node for candidate, _ in found for use in candidate.weight.node.uses}
-    groups = _together([candidate for candidate, _ in found])
+    users = {use.node for member in reasons for use in member.weight.node.uses}
+    together = _sharing(reasons)
     if formats is None:
-        formats = fine_menu() if len(groups) <= _FEW else menu()
-    items: list[Item] = []
-    for group in groups:
-        reasons = [reason for candidate, reason in found if candidate in group and reason]
-        stored = {_stored_key(value): value for c in group for value in c.stored()}
-        item = Item(tuple(group), sum(values.n_stored_bytes(value) for value in stored.values()))
-        item.is_last = any(_is_last(candidate, weighted) for candidate in group)
-        if any(_kept(candidate, pattern) for candidate in group for pattern in keep):
-            item.reason = "kept, as asked"
-        elif reasons:
-            item.reason = reasons[0]
+        formats = fine_menu() if len(together) <= _FEW else menu()
+    groups: list[WeightGroup] = []
+    for members in together:
+        stored = {_stored_key(value): value for member in members for value in member.stored()}
+        group = WeightGroup(tuple(members), sum(map(values.n_stored_bytes, stored.values())))
+        group.is_last = any(_is_last(member, users) for member in members)
+        if any(_means(pattern, member) for member in members for pattern in keep):
+            group.reason = "kept, as asked"
         else:
-            item.choices = _choices(item, formats, min_size, platform, facts)
-            if not item.choices:
-                item.reason = "no format suits it"
-        items.append(item)
-    return items
+            group.reason = next((reasons[member] for member in members if reasons[member]), "")
+        if not group.reason:
+            group.choices = _choices(group, formats, min_size, platform, facts)
+            group.reason = "" if group.choices else "no format suits it"
+        groups.append(group)
+    return groups
 
 
-def _candidates(package: Package, min_size: int) -> Iterator[tuple[Candidate, str]]:
+def _members(package: Package, min_size: int) -> Iterator[tuple[Member, str]]:
     """Yield the weights that are large enough, and why one can't be treated."""
-    any_treatment = _wish(PalettizeConfig(bits=8), min_size)
+    any_treatment = _requested(PalettizeConfig(bits=8), min_size)
     for site in sites(package):
         current = opset.by_name(site.function.opset)
         stateful = is_stateful(site.graph)
@@ -182,19 +205,19 @@ def _candidates(package: Package, min_size: int) -> Iterator[tuple[Candidate, st
             if plan.status != "not asked":
                 reason = "compressed already" if weight.is_compressed else plan.note
                 yield (
-                    Candidate(weight, current, stateful, decoder),
+                    Member(weight, current, stateful, decoder),
                     reason if weight.is_compressed or plan.status == "left" else "",
                 )
 
 
-def _is_last(candidate: Candidate, weighted: Container[Node]) -> bool:
+def _is_last(member: Member, users: Container[Node]) -> bool:
     """Whether an op that uses a weight has none behind it, on any way, that has one too."""
-    for use in candidate.weight.node.uses:
+    for use in member.weight.node.uses:
         seen: set[Node] = set()
         ahead = [behind.node for behind in use.node.uses]
         while ahead:
             node = ahead.pop()
-            if node in weighted:
+            if node in users:
                 break
             if node not in seen:
                 seen.add(node)
@@ -204,80 +227,81 @@ def _is_last(candidate: Candidate, weighted: Container[Node]) -> bool:
     return False
 
 
-def _wish(treatment: Treatment, min_size: int) -> RecipeWishes:
+def _requested(treatment: Treatment, min_size: int) -> RecipeWishes:
     return RecipeWishes(Recipe.of(treatment, min_size=min_size))
 
 
-def _kept(candidate: Candidate, pattern: str) -> bool:
+def _means(pattern: str, member: Member) -> bool:
     if pattern.startswith(_OP_TYPE):
-        return pattern.removeprefix(_OP_TYPE) in candidate.weight.op_types
-    return patterns.matches(pattern, candidate.weight.name)
+        return pattern.removeprefix(_OP_TYPE) in member.weight.op_types
+    return patterns.matches(pattern, member.weight.name)
 
 
 def _stored_key(value: Any) -> Any:
-    where = value.blobFileValue
-    return (where.fileName, where.offset) if values.is_blob(value) else id(value)
+    return next(iter(blob_places([value])), id(value))
 
 
-def _places(candidate: Candidate) -> tuple[Any, ...]:
-    return tuple(_stored_key(value) for value in candidate.stored() if values.is_blob(value))
-
-
-def _result_key(candidate: Candidate) -> Any:
+def _result_key(member: Member) -> Any:
     """Return what weights have in common that share what treatments make of them."""
-    weight = candidate.weight
-    places = _places(candidate)
-    return (places, weight.node.op.type, weight.shape, candidate.axes) if places else None
+    weight = member.weight
+    places = blob_places(member.stored())
+    return (places, weight.node.op.type, weight.shape, member.axes) if places else None
 
 
-def _together(candidates: Iterable[Candidate]) -> list[list[Candidate]]:
+def _sharing(members: Iterable[Member]) -> list[list[Member]]:
     """Return the weights in groups that share what is stored, in order."""
-    groups: list[list[Candidate]] = []
-    by_place: dict[Any, list[Candidate]] = {}
-    for candidate in candidates:
-        places = _places(candidate)
+    groups: list[list[Member]] = []
+    by_place: dict[Any, list[Member]] = {}
+    for member in members:
+        places = blob_places(member.stored())
         group = next((by_place[place] for place in places if place in by_place), None)
         if group is None:
             group = []
             groups.append(group)
-        group.append(candidate)
+        group.append(member)
         by_place.update(dict.fromkeys(places, group))
     return groups
 
 
 def _choices(
-    item: Item,
+    group: WeightGroup,
     formats: Mapping[str, Treatment | None],
     min_size: int,
     platform: Platform,
     facts: Facts,
 ) -> dict[str, Choice]:
     choices: dict[str, Choice] = {}
-    known: set[tuple[Treatment | None, ...]] = set()
+    fitting: set[tuple[Treatment, ...]] = set()
     for name, treatment in formats.items():
         if treatment is None:
-            choices[name] = Choice((None,) * len(item.candidates), item.n_bytes)
+            choices[name] = Choice(name, group.n_bytes)
             continue
-        fitted = tuple(_fitted(c, treatment, min_size) for c in item.candidates)
-        if None in fitted or fitted in known or _is_twin(treatment, fitted, known):
+        each = [_fitted(member, treatment, min_size) for member in group.members]
+        fitted = tuple(one for one in each if one is not None)
+        if len(fitted) < len(each) or fitted in fitting:
+            continue
+        if _has_signed_twin(treatment, fitted, fitting):
             continue
         if platform.unit is not None and any(
-            _is_at_risk(candidate, one, platform, facts)
-            for candidate, one in zip(item.candidates, fitted, strict=True)
-            if one is not None
+            _is_at_risk(member, one, platform, facts)
+            for member, one in zip(group.members, fitted, strict=True)
         ):
             continue
-        known.add(fitted)
-        n_bytes = sum(_bytes_of(item.candidates[i], fitted[i]) for i in item.distinct)
-        if n_bytes < item.n_bytes and _is_sparing(treatment, n_bytes, item.size):
-            choices[name] = Choice(fitted, n_bytes)
+        fitting.add(fitted)
+        n_bytes = sum(
+            treated_bytes(member.weight, fitted[i], early=not member.opset.has_blocks)
+            for i, member in enumerate(group.members)
+            if i in group.distinct
+        )
+        if n_bytes < group.n_bytes and _is_mostly_codes(treatment, n_bytes, group.size):
+            choices[name] = Choice(name, n_bytes, treatments=fitted)
     return choices
 
 
-def _is_twin(
+def _has_signed_twin(
     treatment: Treatment,
-    fitted: tuple[Treatment | None, ...],
-    known: set[tuple[Treatment | None, ...]],
+    fitted: tuple[Treatment, ...],
+    fitting: set[tuple[Treatment, ...]],
 ) -> bool:
     """Whether a format is unsigned, and the signed one, which stores no offsets, is there too."""
     if not isinstance(treatment, QuantizeConfig) or treatment.signed or treatment.offset:
@@ -287,11 +311,11 @@ def _is_twin(
         tuple(
             replace(one, dtype=signed) if isinstance(one, QuantizeConfig) else one for one in fitted
         )
-        in known
+        in fitting
     )
 
 
-def _is_sparing(treatment: Treatment, n_bytes: int, size: int) -> bool:
+def _is_mostly_codes(treatment: Treatment, n_bytes: int, size: int) -> bool:
     """Whether tables and scales take little beside the codes."""
     most = _MOST_FOR_SCALES
     if isinstance(treatment, PalettizeConfig) and not treatment.channel_scale:
@@ -300,34 +324,26 @@ def _is_sparing(treatment: Treatment, n_bytes: int, size: int) -> bool:
     return 8 * n_bytes / size - bits <= most
 
 
-def _bytes_of(candidate: Candidate, treatment: Treatment | None) -> int:
-    if treatment is None:
-        return 0
-    return treated_bytes(candidate.weight, treatment, early=not candidate.opset.has_blocks)
-
-
-def _fitted(candidate: Candidate, treatment: Treatment, min_size: int) -> Treatment | None:
+def _fitted(member: Member, treatment: Treatment, min_size: int) -> Treatment | None:
     """Return the treatment as it suits a weight's shape; ``None`` if it does not."""
     try:
-        plan = plan_weight(candidate.weight, _wish(treatment, min_size), candidate.opset)
+        plan = plan_weight(member.weight, _requested(treatment, min_size), member.opset)
     except UnsupportedError:  # the opset can't hold it
         return None
     if plan.status != "compressed" or not plan.treatments:
         return None
     (fitted,) = plan.treatments
-    whole = candidate.weight.shape[candidate.axes[0]]
+    whole = member.weight.shape[member.axes[0]]
     if isinstance(fitted, PalettizeConfig) and fitted.group_size == whole:
         return replace(fitted, group_size=None)
     return fitted
 
 
-def _is_at_risk(
-    candidate: Candidate, treatment: Treatment, platform: Platform, facts: Facts
-) -> bool:
+def _is_at_risk(member: Member, treatment: Treatment, platform: Platform, facts: Facts) -> bool:
     """Whether a treatment brings a weight a risk that it does not have as it is."""
-    stateful, early = candidate.stateful, not candidate.opset.has_blocks
-    before = traits_of(candidate.weight, stateful=stateful)
-    after = traits_after(candidate.weight, (treatment,), early=early, stateful=stateful)
+    stateful, early = member.stateful, not member.opset.has_blocks
+    before = traits_of(member.weight, stateful=stateful)
+    after = traits_after(member.weight, (treatment,), early=early, stateful=stateful)
     anyway = facts.firing(before, platform)
     return any(
         fact.effect in AVOIDED and fact not in anyway for fact in facts.firing(after, platform)
