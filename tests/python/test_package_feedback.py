@@ -22,7 +22,7 @@ from milpress.calibration.second_moments import SecondMoments
 from milpress.compression import treating
 from milpress.errors import ConfigError
 from milpress.formats import PalettizeConfig, PerBlock, PruneConfig, QuantizeConfig
-from milpress.formats.feedback import factor_bytes
+from milpress.formats.error_feedback import factor_bytes
 from milpress.interpreter import load
 from milpress.mil import treatments
 from milpress.mil.package import Package

@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-import milpress._core as _core
 from milpress.compression.judging import is_pruned, judge
 from milpress.errors import VerificationError, weight_errors
 from milpress.formats import Sparse
+from milpress.formats.fidelity import fidelity
 from milpress.kernels.threads import in_order
 from milpress.mil import values
 from milpress.mil.constexpr import is_compressed, is_constexpr
@@ -298,7 +298,7 @@ class Comparison:
         decoded = self._graphs[1].decoder.dense(other).values
         if source.dtype != decoded.dtype or source.tobytes() != decoded.tobytes():
             fail(f"{name}: the decompressed weight must be equal, got another")
-        signal, noise, _ = _core.compare(source.reshape(-1), source.reshape(-1))
+        signal, noise, _ = fidelity(source, source)
         return WeightCheck(name=name, promise="equal", signal=signal, noise=noise)
 
     def _check_unpromised(self, source: Any, other: Node, name: str) -> WeightCheck:
@@ -309,7 +309,7 @@ class Comparison:
         if kinds[0] != kinds[1]:
             fail(f"{name}: it must be decoded as {kinds[0]}, got {kinds[1]}")
         promise = "pruned" if value is not None and is_pruned(source, value) else "none"
-        signal, noise, _ = _core.compare(source.reshape(-1), decoded.reshape(-1))
+        signal, noise, _ = fidelity(source, decoded)
         return WeightCheck(name=name, promise=promise, signal=signal, noise=noise)
 
     def _check_promise(

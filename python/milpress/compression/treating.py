@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from milpress.errors import UnsupportedError
-from milpress.formats import Compressed, Treatment, compress, feedback
-from milpress.formats.feedback import Factor
+from milpress.formats import Compressed, Treatment, compress, error_feedback
+from milpress.formats.error_feedback import Factor
 from milpress.formats.rows import Floats
 from milpress.kernels.device import Kernels
 from milpress.mil import encode
@@ -103,13 +103,15 @@ def _treat(job: Job, kernels: Kernels) -> Outcome:
     factors = None
     for treatment in job.treatments:
         source = dense if made is None else made
-        is_fed_back = job.inputs is not None and feedback.suits(source, treatment)
+        is_fed_back = job.inputs is not None and error_feedback.suits(source, treatment)
         try:
             if is_fed_back and factors is None:
                 factors = _factors(job, dense)
-            is_fed_back = is_fed_back and factors is not None and feedback.fits(factors, treatment)
+            is_fed_back = (
+                is_fed_back and factors is not None and error_feedback.fits(factors, treatment)
+            )
             if is_fed_back and factors is not None:
-                after = feedback.compress(source, treatment, factors, importance=importance)
+                after = error_feedback.compress(source, treatment, factors, importance=importance)
             else:
                 after = compress(
                     source,
