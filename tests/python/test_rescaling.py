@@ -181,5 +181,5 @@ def test_the_command_line_rescales(tmp_path):
     source = network(tmp_path / "in.mlpackage")
     out = tmp_path / "out.mlpackage"
     shown = run("rescale", source, out).stdout
-    assert "3 weights asked for: 3 rescaled exactly, 0 left" in shown
+    assert "Rescaled 3 of 3 selected weights, without any error" in shown
     assert "got 3" in failed("rescale", source, out, "--force", "--largest", 3)

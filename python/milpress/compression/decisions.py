@@ -136,7 +136,7 @@ def plan_weight(weight: Weight, wishes: Wishes, current: Opset, wish: Wish | Non
     if not wish.treatments:
         reason = "not selected"
     elif weight.size < wish.min_size:
-        reason = f"fewer than {wish.min_size} elements"
+        reason = f"at most {wish.min_size - 1:,} elements"
     elif len(weight.shape) < 2:
         reason = "a vector"
     elif "int" in weight.dtype.name:

@@ -84,8 +84,8 @@ class Rescaling:
     def summary(self) -> str:
         """One line."""
         return (
-            f"{len(self.layers)} weights asked for: {len(self.rescaled)} rescaled exactly, "
-            f"{len(self.layers) - len(self.rescaled)} left"
+            f"Rescaled {len(self.rescaled)} of {len(self.layers)} selected weights, without any "
+            "error"
         )
 
     def to_dict(self) -> dict[str, Any]:
