@@ -123,15 +123,15 @@ def test_a_replay_of_a_measured_result_keeps_what_the_device_told(tmp_path):
 def test_without_a_mac_core_ml_is_refused_and_nothing_is_written(command, crepe_tiny, tmp_path):
     out = tmp_path / "out"
     line = failed("bench", command, crepe_tiny, "--driver", "coreml", "-o", out)
-    assert line.startswith("error: the driver coreml must run on a Mac, as Core ML is there alone")
+    assert line.startswith("error: the driver coreml needs a Mac, as Core ML is there alone")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run"], "there must be a package to run, got none"),
-        (["run", "none.mlpackage"], "none.mlpackage: a model must be there, got nothing"),
+        (["run"], "no package to measure: give at least one"),
+        (["run", "none.mlpackage"], "none.mlpackage: no such package"),
         (["run", "m", "--driver", "gpu"], "a driver must be one of coreml, iphone"),
         (["run", "m", "--units", "NPU", "--driver", "coreml"], "units must be of CPU_ONLY"),
         (["run", "m", "--units", "ALL"], "the interpreter must have no compute units, got ALL"),
@@ -139,7 +139,7 @@ def test_without_a_mac_core_ml_is_refused_and_nothing_is_written(command, crepe_
         (["run", "m", "--warmup", "0"], "warmup must be at least 1, got 0"),
         (["run", "m", "--recorded", "r"], "--recorded has no effect without --driver replay"),
         (["run", "m", "-o", "no/r.json"], "/no does not exist"),
-        (["suite", "none.mlpackage"], "none.mlpackage: a model must be there, got nothing"),
+        (["suite", "none.mlpackage"], "none.mlpackage: no such package"),
         (["suite", "m", "--suite", "none.yaml"], "none.yaml: a suite must be there, got nothing"),
     ],
 )

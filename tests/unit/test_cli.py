@@ -102,7 +102,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(crepe_tiny, tmp_path):
         (["--palettize", 4, "--group-size", 16], "raise it with --upgrade-to iOS18"),
         (["--quantize", "int8", "--upgrade-to", "iOS99"], "a target must be one of"),
         (["--recipe", "/nowhere.yaml"], "/nowhere.yaml: a recipe must be there, got nothing"),
-        (["--quantize", "int8", "--weight-threshold", 10**9], "some weight must be compressed"),
+        (["--quantize", "int8", "--weight-threshold", 10**9], "no weight can be compressed"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence_and_exit_code_2(crepe_tiny, tmp_path, options, message):
@@ -124,7 +124,7 @@ def test_a_missing_model_is_one_sentence_for_every_command(tmp_path):
         ["decompress", missing, out],
         ["verify", missing, missing],
     ):
-        assert failed(*arguments).startswith(f"error: {missing}: a model must be there")
+        assert failed(*arguments).startswith(f"error: {missing}: no such package")
 
 
 def test_a_failed_verification_is_exit_code_1(crepe_tiny, tmp_path):

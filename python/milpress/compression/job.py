@@ -272,9 +272,7 @@ class _Job:
         left = [f"{each.name}: {each.note}" for each in reports if each.status == "left"]
         reasons = [*left, *self.left][:3] or ["none was selected"]
         what = "weight or activation" if self.left else "weight"
-        msg = (
-            f"{self._package.path}: some {what} must be compressed, got none ({'; '.join(reasons)})"
-        )
+        msg = f"{self._package.path}: no {what} can be compressed ({'; '.join(reasons)})"
         raise UnsupportedError(msg)
 
 

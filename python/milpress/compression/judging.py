@@ -87,7 +87,7 @@ def _judge_palette(source: Floats, value: Palette) -> Judgement:
         return Judgement(signal, noise, wrong if n_outside else "")
     codes, luts = value.rows()
     if (np.diff(luts.astype(np.float32), axis=1) < 0).any():
-        return Judgement(0.0, 0.0, "a table must ascend, got one that does not")
+        return Judgement(0.0, 0.0, "the entries of a table do not ascend")
     rows = to_rows(source, value.group_shape)
     signal, noise, n_outside = _core.compare_palette(rows, codes, luts)
     wrong = f"{n_outside} indices don't name the nearest entry of their table"

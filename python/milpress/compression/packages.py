@@ -145,8 +145,8 @@ def compress(
     )
     if recipe.activations is not None and samples is None:
         msg = (
-            "samples must be given to quantize activations, as sample_data or by "
-            "--calibration-data, got none"
+            "quantizing activations needs samples: give sample_data (on the command line, "
+            "--calibration-data)"
         )
         raise ConfigError(msg)
     return compress_package(
@@ -174,7 +174,7 @@ def _activations(
     if step is None:
         return None
     if isinstance(data, Calibration):
-        msg = "sample_data must be samples where activations are quantized, got their moments"
+        msg = "quantizing activations needs the samples themselves, not statistics of them"
         raise ConfigError(msg)
     from milpress.calibration.activations import quantize_activations
 
@@ -214,17 +214,17 @@ class SampleSettings:
         memory = settings.get("feedback_memory")
         checked_memory(memory)
         if memory is not None and not settings.get("feedback"):
-            msg = "feedback_memory must come with feedback, got none"
+            msg = "feedback_memory has no effect without feedback"
             raise ConfigError(msg)
         if data is not None:
             if isinstance(data, Calibration) and settings.get("feedback"):
-                msg = "feedback must come with samples, got their moments alone"
+                msg = "feedback needs the samples themselves, not statistics of them"
                 raise ConfigError(msg)
             # Weights and activations each go through them.
             return cls(data=list(data) if isinstance(data, Iterator) else data, **settings)
         given = [name for name, value in settings.items() if value]
         if given:
-            msg = f"{' and '.join(given)} must come with samples, got none"
+            msg = f"{' and '.join(given)} can't be used without samples: give sample_data"
             raise ConfigError(msg)
         return None
 
@@ -378,7 +378,7 @@ def decompress_package(
             staged.copy_rest(set(weight_files(package)))
             reports = _decompress_weights(package, staged)
             if not may_be_idle and not any(report.status == "compressed" for report in reports):
-                msg = f"{package.path}: some weight must be compressed, got none"
+                msg = f"{package.path}: no weight is compressed, so there is nothing to decompress"
                 raise UnsupportedError(msg)
             treatments.forget(package.model)
             verification, size = _complete(package, staged, verify=verify)

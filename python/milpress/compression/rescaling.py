@@ -196,7 +196,7 @@ def rescale(
             made |= _apply(site, changes, rewriter, Decoder(site.graph, package), staged)
         if not made:
             reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in layers[:3])
-            msg = f"{package.path}: some weight must be rescaled, got none ({reasons})"
+            msg = f"{package.path}: no weight can be rescaled ({reasons})"
             raise UnsupportedError(msg)
         staged.finish(package.model)
         _check(package.reopened(), Package(staged.path), made)
@@ -357,14 +357,17 @@ def _check(original: Package, rescaled: Package, made: dict[str, _Made]) -> None
                 if layer.bias is not None:
                     factors[layer.bias] = scales
         if before.keys() != after.keys():
-            msg = f"{left.prefix}: the constants must be the same, got others"
+            msg = f"{left.prefix}: constants were added or removed"
             raise VerificationError(msg)
         for name, node in before.items():
             one, other = decoders[0].dense(node).values, decoders[1].dense(after[name]).values
             if name in factors:
                 other = (other * factors[name]).astype(one.dtype)
             if one.shape != other.shape or one.tobytes() != np.ascontiguousarray(other).tobytes():
-                msg = f"{left.prefix}{name}: it must be the same, multiplied again, got another"
+                msg = (
+                    f"{left.prefix}{name}: the rescaled weight does not give back the original "
+                    "bit for bit"
+                )
                 raise VerificationError(msg)
         computing = [
             [node.op.type for node in site.graph.nodes if not node.is_stored]

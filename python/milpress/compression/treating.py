@@ -69,7 +69,7 @@ def treat(order: Order, decoder: Decoder, kernels: Kernels) -> Treated:
     if weight.is_compressed:
         made = decoder.value(weight.node)
         if made is None:
-            msg = "compressed already, in a way that milpress does not build on"
+            msg = "already compressed in a form that milpress can't compress further"
             raise UnsupportedError(msg)
     dense: Any = None
     if made is None or order.importance is not None or order.correct is not None:

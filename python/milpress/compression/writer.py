@@ -137,7 +137,10 @@ class Rewriter:
         value, suffix = made.value, made.suffix
         n_bytes = constexpr.payload_bytes(value, early=early)
         if n_bytes >= order.n_bytes and not may_grow:
-            msg = f"would get larger: {order.n_bytes} bytes as it is, {n_bytes} compressed"
+            msg = (
+                f"left as it is: compressed it would be larger ({n_bytes:,} bytes instead of "
+                f"{order.n_bytes:,})"
+            )
             raise UnsupportedError(msg)
         inner = self.store(weight, value, suffix=suffix, early=early)
         done = Done(n_bytes, made.treatments, made.notes, made.corrections, made.fed_back)

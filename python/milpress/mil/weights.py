@@ -121,7 +121,7 @@ def sites(package: Package) -> Iterator[Site]:
             place = (*program.place, function_name) if len(functions) > 1 else program.place
             specializations = sorted(function.block_specializations.items())
             if not specializations:
-                msg = f"{package.path}: function {function_name!r} must have a block, got none"
+                msg = f"{package.path}: function {function_name!r} has no block"
                 raise PackageError(msg)
             for opset_name, block in specializations:
                 shown = (*place, opset_name) if len(specializations) > 1 else place

@@ -144,8 +144,8 @@ def calibrate(
     seen = {i for i, some in zip(used, made.errors, strict=True) if scale.is_seen(i, some)}
     if not seen:
         msg = (
-            f"{package.path}: the samples must reach a weight that is planned, got none that moves "
-            "the outputs; plan without samples"
+            f"{package.path}: with these samples, no weight of the plan has an effect on the "
+            "outputs; plan without samples"
         )
         raise UnsupportedError(msg)
     return replace(

@@ -469,7 +469,7 @@ def _unseen(found: Calibrated) -> list[str]:
 def _check_open(items: Sequence[Item], package: Package) -> None:
     if not any(item.choices for item in items):
         reasons = [f"{item.name}: {item.reason}" for item in items[:3]] or ["it has none"]
-        msg = f"{package.path}: there must be a weight to plan, got none ({'; '.join(reasons)})"
+        msg = f"{package.path}: no weight to plan ({'; '.join(reasons)})"
         raise UnsupportedError(msg)
 
 

@@ -54,7 +54,7 @@ class _Blanks(Rewriter):
 
     def _treated(self, order: Order) -> Treated:
         if len(order.treatments) != 1:
-            msg = f"{order.weight.name}: a plan must have one treatment a weight, got several"
+            msg = f"{order.weight.name}: a plan gives a weight one treatment, and this has several"
             raise UnsupportedError(msg)
         (treatment,) = order.treatments
         suffix = constexpr.suffixed("", None, treatment)
