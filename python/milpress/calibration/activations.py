@@ -336,7 +336,7 @@ def _observe(
             engine.look(inputs, names[start : start + size], look)
         n_samples += 1
     if not n_samples:
-        msg = "the samples must be at least one, got none"
+        msg = "there are no samples: give at least one"
         raise InputError(msg)
     if progress is not None:
         progress(n_samples, total, "")

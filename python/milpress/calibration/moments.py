@@ -175,7 +175,7 @@ class Calibration:
         except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             if isinstance(error, CompressionError):
                 raise
-            msg = f"{path}: must be a calibration that milpress saved, got another file: {error}"
+            msg = f"{path}: not a calibration that milpress saved: {error}"
             raise InputError(msg) from error
 
 
@@ -272,7 +272,7 @@ def calibrate(
 
 def _checked(calibration: Calibration, package: Package) -> Calibration:
     if calibration.package != package_digest(package):
-        msg = f"a calibration must be of the package {package.path} itself, got that of another"
+        msg = f"the calibration is of another package than {package.path}; calibrate this one"
         raise ConfigError(msg)
     return calibration
 

@@ -46,17 +46,17 @@ class SampleSettings:
         memory = settings.get("feedback_memory")
         checked_memory(memory)
         if memory is not None and not settings.get("feedback"):
-            msg = "feedback_memory must come with feedback, got none"
+            msg = "feedback_memory has no effect without feedback"
             raise ConfigError(msg)
         if data is not None:
             if isinstance(data, Calibration) and settings.get("feedback"):
-                msg = "feedback must come with samples, got their moments alone"
+                msg = "feedback needs the samples themselves, not statistics of them"
                 raise ConfigError(msg)
             # Weights and activations each go through them.
             return cls(data=list(data) if isinstance(data, Iterator) else data, **settings)
         unserved = [name for name, value in settings.items() if value]
         if unserved:
-            msg = f"{' and '.join(unserved)} must come with samples, got none"
+            msg = f"{' and '.join(unserved)} can't be used without samples: give sample_data"
             raise ConfigError(msg)
         return None
 

@@ -145,8 +145,8 @@ def compress(
     )
     if recipe.activations is not None and samples is None:
         msg = (
-            "samples must be given to quantize activations, as sample_data or by "
-            "--calibration-data, got none"
+            "quantizing activations needs samples: give sample_data (on the command line, "
+            "--calibration-data)"
         )
         raise ConfigError(msg)
     run = Run(
@@ -177,7 +177,7 @@ def _activations(
     if step is None:
         return None
     if isinstance(data, Calibration):
-        msg = "sample_data must be samples where activations are quantized, got their moments"
+        msg = "quantizing activations needs the samples themselves, not statistics of them"
         raise ConfigError(msg)
     from milpress.calibration.activations import quantize_activations
 
@@ -280,7 +280,7 @@ def _refuse_idle(
     left.extend(f"{each.name}: {each.note}" for each in unquantized)
     what = "weight or activation" if unquantized else "weight"
     reasons = "; ".join(left[:3] or ["none was selected"])
-    msg = f"{package.path}: some {what} must be compressed, got none ({reasons})"
+    msg = f"{package.path}: no {what} can be compressed ({reasons})"
     raise UnsupportedError(msg)
 
 
@@ -336,7 +336,7 @@ def decompress_package(
     with run.limits(), rewriting(package, destination, run) as writer:
         weights = _decompress_weights(package, writer)
         if not may_be_idle and not weights:
-            msg = f"{package.path}: some weight must be compressed, got none"
+            msg = f"{package.path}: no weight is compressed, so there is nothing to decompress"
             raise UnsupportedError(msg)
         treatments.forget(package.model)
         verification, size = writer.commit(compare_packages if run.verify else None)

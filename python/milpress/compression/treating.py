@@ -90,7 +90,7 @@ def _treat(job: Job, kernels: Kernels) -> Outcome:
     if weight.is_compressed:
         made = weight.value()
         if made is None:
-            msg = "compressed already, in a way that milpress does not build on"
+            msg = "already compressed in a form that milpress can't compress further"
             raise UnsupportedError(msg)
     dense: Any = None
     if made is None or job.importance is not None or job.correct is not None:

@@ -165,7 +165,7 @@ class ConfigRequests:
         if self.joint and is_palette and not isinstance(treatment.granularity, PerTensor):
             msg = (
                 f"{weight.name}: When use joint compression for palettization-quantization, "
-                "please make sure to use per-tensor quantization, got another granularity"
+                "please make sure to use per-tensor quantization"
             )
             raise UnsupportedCombinationError(msg)
 

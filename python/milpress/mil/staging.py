@@ -148,14 +148,14 @@ class Staged:
                 here = Path(folder)
                 for name in subfolders:
                     if (here / name).is_symlink():
-                        msg = f"{here / name}: a package must hold no symbolic link, got one"
+                        msg = f"{here / name}: a symbolic link, which a package must not hold"
                         raise PackageError(msg)
                     (self.path / here.relative_to(root) / name).mkdir()
                 for name in files:
                     if here / name in replaced:
                         continue
                     if not (here / name).is_file() or (here / name).is_symlink():
-                        msg = f"{here / name}: a package must hold plain files only, got another"
+                        msg = f"{here / name}: not a plain file; a package must hold no others"
                         raise PackageError(msg)
                     target = self.path / here.relative_to(root) / name
                     shutil.copyfile(here / name, target)
@@ -227,15 +227,15 @@ def check_destination(source: Path, destination: Path, *, force: bool) -> None:
         msg = f"{destination}: the destination must be apart from the source {source}"
         raise DestinationError(msg)
     if not destination.absolute().parent.is_dir():
-        msg = f"{destination}: the folder of the destination must exist, got none"
+        msg = f"{destination}: the folder {destination.absolute().parent} does not exist"
         raise PackageNotFoundError(msg)
     if not os.path.lexists(destination):
         return
     if not force:
-        msg = f"{destination}: the destination must be free, got an existing one; use force"
+        msg = f"{destination} exists already; --force (`force=True`) replaces it"
         raise DestinationError(msg)
     if destination.is_symlink() or not (destination / "Manifest.json").is_file():
-        msg = f"{destination}: only an .mlpackage is replaced, got something else"
+        msg = f"{destination} exists and is not an .mlpackage, so it is not replaced"
         raise DestinationError(msg)
 
 

@@ -113,8 +113,8 @@ def calibrate(
     reached = {i for i, some in zip(used, errors, strict=True) if scale.is_reached(i, some)}
     if not reached:
         msg = (
-            f"{package.path}: the samples must reach a weight that is planned, got none that moves "
-            "the outputs; plan without samples"
+            f"{package.path}: with these samples, no weight of the plan has an effect on the "
+            "outputs; plan without samples"
         )
         raise UnsupportedError(msg)
     others = [group.name for i, group in enumerate(groups) if i not in reached]

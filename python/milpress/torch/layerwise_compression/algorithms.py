@@ -423,7 +423,7 @@ class OBSCompressionAlgorithm(LayerwiseCompressionAlgorithm):
         self.weight = Weight("", layer, "weight")
         self.config = config
         if self.weight.tensor is None or torch.nn.parameter.is_lazy(self.weight.tensor):
-            msg = "the layer must have a weight, got one that is computed or has no shape yet"
+            msg = "the layer's weight is computed or has no shape yet"
             raise UnsupportedError(msg)
         self.check(self.weight.shape, config)
         self.moments: Moments | None = None
