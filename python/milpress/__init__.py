@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from milpress.compression.verification import Verification, verify
     from milpress.engines.running import run
     from milpress.errors import CompressionError
-    from milpress.evaluation.evaluating import Evaluation, evaluate
+    from milpress.evaluation.evaluating import evaluate
+    from milpress.evaluation.results import Evaluation
     from milpress.inspection import Inspection, inspect
     from milpress.kernels.device import Device, devices
     from milpress.planner.linting import Lint, lint
@@ -63,7 +64,7 @@ _HOMES = {
     "Calibration": "milpress.calibration.moments",
     "CompressionError": "milpress.errors",
     "Device": "milpress.kernels.device",
-    "Evaluation": "milpress.evaluation.evaluating",
+    "Evaluation": "milpress.evaluation.results",
     "Inspection": "milpress.inspection",
     "Lint": "milpress.planner",
     "Plan": "milpress.planner",

@@ -359,8 +359,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Run two packages on samples, and say how far their outputs are apart."""
-    from milpress.evaluation.evaluating import METRICS
     from milpress.evaluation.evaluating import evaluate as evaluate_packages
+    from milpress.evaluation.results import METRICS
     from milpress.samples.data import RandomSamples
 
     samples = data if random is None else RandomSamples(random, seed)

@@ -94,6 +94,12 @@ def load(
     return Program(loader.part(package.model), precision=precision, seed=seed)
 
 
+def run_once(program: Program, inputs: Mapping[str, Any], **watch: Any) -> Result:
+    """Run a program by itself, as `Program.run` does: states begin as zeros."""
+    state = program.make_state() if program.is_stateful else None
+    return program.run(inputs, state=state, **watch)
+
+
 class Program:
     """A model that runs with torch, made by `load`.
 
