@@ -17,7 +17,7 @@ from device_results import entry, model, placement, result
 import milpress
 from milpress import device, errors
 from milpress.device import schema, suite
-from milpress.engines import inputs
+from milpress.samples.files import read_samples, write_samples
 
 QUICK = ("--warmup", 1, "--round", 2, "--min-rounds", 2, "--max-rounds", 2)
 
@@ -123,18 +123,18 @@ def test_a_replay_of_a_measured_result_keeps_what_the_device_told(tmp_path):
 def test_without_a_mac_core_ml_is_refused_and_nothing_is_written(command, crepe_tiny, tmp_path):
     out = tmp_path / "out"
     line = failed("bench", command, crepe_tiny, "--driver", "coreml", "-o", out)
-    assert line.startswith("error: the driver coreml must run on a Mac, as Core ML is there alone")
+    assert line.startswith("error: the driver coreml runs on a Mac only")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run"], "there must be a package to run, got none"),
+        (["run"], "no package to run; name at least one"),
         (["run", "none.mlpackage"], "none.mlpackage: a model must be there, got nothing"),
         (["run", "m", "--driver", "gpu"], "a driver must be one of coreml, iphone"),
         (["run", "m", "--units", "NPU", "--driver", "coreml"], "units must be of CPU_ONLY"),
-        (["run", "m", "--units", "ALL"], "the interpreter must have no compute units, got ALL"),
+        (["run", "m", "--units", "ALL"], "the interpreter has no compute units; leave out ALL"),
         (["run", "m", "--team", "T"], "--team and --bundle must go with --driver iphone"),
         (["run", "m", "--warmup", "0"], "warmup must be at least 1, got 0"),
         (["run", "m", "--recorded", "r"], "--recorded must go with --driver replay"),
@@ -229,11 +229,11 @@ def test_hostile_names_do_not_steer_the_terminal(tmp_path):
 
 def test_samples_survive_their_file(tmp_path):
     samples = [{"a/b": np.float16([[1, 2]]), "n": np.int32(3)}, {"a/b": np.ones((2, 2))}]
-    inputs.write(tmp_path / "s.npz", samples)
+    write_samples(tmp_path / "s.npz", samples)
     first = (tmp_path / "s.npz").read_bytes()
-    inputs.write(tmp_path / "s.npz", samples)
+    write_samples(tmp_path / "s.npz", samples)
     assert (tmp_path / "s.npz").read_bytes() == first
-    for got, expected in zip(inputs.read(tmp_path / "s.npz"), samples, strict=True):
+    for got, expected in zip(read_samples(tmp_path / "s.npz"), samples, strict=True):
         assert got.keys() == expected.keys()
         for name in got:
             np.testing.assert_array_equal(got[name], expected[name])

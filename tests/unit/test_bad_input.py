@@ -254,7 +254,7 @@ def test_an_existing_destination_is_kept_without_force(model, tmp_path):
     out = tmp_path / "out.mlpackage"
     milpress.compress(model, out, INT8)
     before = (out / MODEL).read_bytes()
-    with pytest.raises(DestinationError, match="must be free, got an existing one"):
+    with pytest.raises(DestinationError, match="exists already; --force"):
         milpress.compress(model, out, milpress.Recipe.of(f.PalettizeConfig()))
     assert (out / MODEL).read_bytes() == before
 
@@ -263,7 +263,7 @@ def test_force_replaces_packages_only(model, tmp_path):
     out = tmp_path / "thesis"
     out.mkdir()
     (out / "chapter.txt").write_text("years of work")
-    refused_message = "only an .mlpackage is replaced"
+    refused_message = "is not an .mlpackage"
     with pytest.raises(DestinationError, match=refused_message):
         milpress.compress(model, out, INT8, force=True)
     link = tmp_path / "link.mlpackage"
@@ -280,7 +280,7 @@ def test_a_destination_that_overlaps_the_source_is_refused(model, place):
 
 
 def test_a_destination_without_a_folder_is_refused(model, tmp_path):
-    with pytest.raises(PackageNotFoundError, match="folder of the destination must exist"):
+    with pytest.raises(PackageNotFoundError, match=r"the folder .* does not exist"):
         milpress.compress(model, tmp_path / "none" / "out.mlpackage", INT8)
 
 
@@ -349,7 +349,7 @@ def test_a_run_killed_between_two_renames_gives_the_old_package_back(model, tmp_
     stage = tmp_path / ".out.mlpackage.milpress-00000000"
     stage.mkdir()
     out.rename(stage / "previous.mlpackage")
-    with pytest.raises(DestinationError, match="must be free"):
+    with pytest.raises(DestinationError, match="exists already"):
         milpress.compress(model, out, milpress.Recipe.of(f.PalettizeConfig()))
     assert (out / MODEL).read_bytes() == before
     assert sorted(tmp_path.iterdir()) == [model, out]

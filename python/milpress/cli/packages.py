@@ -396,7 +396,7 @@ def evaluate(
 
 def _arrays(options: list[str]) -> dict[str, Any]:
     """Return the arrays that ``--input`` options name."""
-    from milpress.engines.running import read_arrays
+    from milpress.plain.arrays import read_arrays
     from milpress.samples.pictures import is_picture
 
     arrays: dict[str, Any] = {}

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress.calibration.second_moments import Inputs, SecondMoments
-from milpress.calibration.uses import Statistics
+from milpress.calibration.second_moments import SecondMoments, WeightInputs
+from milpress.calibration.weight_statistics import WeightStatistics
 from milpress.compression.checkpoint import Checkpoint
 from milpress.compression.decisions import Plan
 from milpress.compression.report import WeightReport
@@ -51,7 +51,7 @@ class _Job:
         self._progress = progress or (lambda *_: None)
         self._rewriter = rewriter
         self._records = treatments.read(package.model)
-        self._statistics: Statistics | None = None
+        self._statistics: WeightStatistics | None = None
         self._corrects = False
         self._moments: SecondMoments | None = None
         self._files: Checkpoint | None = None
@@ -59,7 +59,7 @@ class _Job:
         # What else was left, and why.
         self.left: list[str] = []
 
-    def calibrate(self, statistics: Statistics, *, bias_correction: bool) -> None:
+    def calibrate(self, statistics: WeightStatistics, *, bias_correction: bool) -> None:
         """Let errors count as statistics say, and correct biases."""
         self._statistics = statistics
         self._corrects = bias_correction
@@ -254,7 +254,7 @@ class _Job:
         if self._moments is not None:
             evenly = functools.partial(statistics.evenly, weight)
             layers = self._layers_of(weight)
-            advice["inputs"] = Inputs(self._moments, layers, weight.shape, evenly)
+            advice["inputs"] = WeightInputs(self._moments, layers, weight.shape, evenly)
         return advice
 
     def _note(self, weight: Weight) -> tuple[str, ...]:

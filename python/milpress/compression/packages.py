@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from milpress.calibration.moments import Calibration, calibrate, package_digest
+from milpress.calibration.calibrating import calibrate
+from milpress.calibration.input_statistics import Calibration
 from milpress.calibration.second_moments import SecondMoments, checked_memory
-from milpress.calibration.uses import Statistics
+from milpress.calibration.weight_statistics import WeightStatistics
 from milpress.compression.checkpoint import Checkpoint, check_folder
 from milpress.compression.decisions import plan_package
 from milpress.compression.job import _Job, weight_bytes
@@ -24,6 +25,7 @@ from milpress.kernels.device import DeviceName, using
 from milpress.kernels.threads import thread_limit
 from milpress.mil import treatments
 from milpress.mil.constexpr import Decoder, is_constexpr, is_part
+from milpress.mil.digest import content_digest
 from milpress.mil.opset import raise_opsets
 from milpress.mil.package import Package, n_package_bytes
 from milpress.mil.staging import Counter, Sink, Staged, check_destination
@@ -176,7 +178,7 @@ def _activations(
     if isinstance(data, Calibration):
         msg = "sample_data must be samples where activations are quantized, got their moments"
         raise ConfigError(msg)
-    from milpress.calibration.activations import quantize_activations
+    from milpress.calibration.activation_quantization import quantize_activations
 
     def work(package: Package) -> ActivationReport:
         return quantize_activations(
@@ -280,7 +282,7 @@ def compress_package(
         job = _Job(package, planned, strict, wishes.may_grow, may_be_idle, progress, rewriter)
         job.left = left
         if calibration is not None and samples is not None:
-            statistics = Statistics(calibration, package)
+            statistics = WeightStatistics(calibration, package)
             job.calibrate(statistics, bias_correction=samples.bias_correction)
             notes.append(f"calibrated with {calibration.n_samples} samples")
             notes.extend(note for note in calibration.notes if note not in notes)
@@ -297,7 +299,7 @@ def compress_package(
                 notes.append("errors fed back")
         files = None
         if checkpoint is not None and not dry_run:
-            digests = [package_digest(package), "" if calibration is None else calibration.data]
+            digests = [content_digest(package), "" if calibration is None else calibration.data]
             used = () if samples is None else samples.identity
             files = Checkpoint(checkpoint, [*digests, *used])
             job.keep(files)

@@ -16,7 +16,6 @@ import milpress._core as _core
 from milpress.errors import (
     DestinationError,
     PackageError,
-    PackageNotFoundError,
     StorageError,
 )
 from milpress.mil.package import Package
@@ -192,16 +191,11 @@ def check_destination(source: Path, destination: Path, *, force: bool) -> None:
     if real == real_source or real in real_source.parents or real_source in real.parents:
         msg = f"{destination}: the destination must be apart from the source {source}"
         raise DestinationError(msg)
-    if not destination.absolute().parent.is_dir():
-        msg = f"{destination}: the folder of the destination must exist, got none"
-        raise PackageNotFoundError(msg)
+    files.check_free(destination, force=force, is_package=True)
     if not os.path.lexists(destination):
         return
-    if not force:
-        msg = f"{destination}: the destination must be free, got an existing one; use force"
-        raise DestinationError(msg)
     if destination.is_symlink() or not (destination / "Manifest.json").is_file():
-        msg = f"{destination}: only an .mlpackage is replaced, got something else"
+        msg = f"{destination} is not an .mlpackage, and --force (force=True) replaces no others"
         raise DestinationError(msg)
 
 

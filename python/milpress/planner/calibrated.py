@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress.engines.jobs import Job, jobs_of
+from milpress.engines.programs import SuitedProgram, suited_programs
 from milpress.errors import UnsupportedError
 from milpress.formats import Treatment, compress
 from milpress.kernels.threads import in_order
@@ -110,7 +110,7 @@ def calibrate(
     from milpress.interpreter.sensitivity import OutputError
 
     source = package.reopened()
-    jobs = list(jobs_of(source, data))
+    jobs = list(suited_programs(source, data))
     digests = [job.samples.digest() for job in jobs]
     model = _Model(
         [
@@ -156,7 +156,7 @@ def calibrate(
     )
 
 
-def _notes(package: Package, jobs: Sequence[Job]) -> tuple[str, ...]:
+def _notes(package: Package, jobs: Sequence[SuitedProgram]) -> tuple[str, ...]:
     notes = dict.fromkeys(note for job in jobs for note in job.notes)
     if any(job.program.kept_boxes for job in jobs):
         notes["weights count with what a non-maximum suppression takes, not with what it gives"] = (
