@@ -8,16 +8,15 @@ from typing import Any, cast
 
 from milpress.compression.requests import Wish, settled_wish
 from milpress.compression.settling import Asked, settle
-from milpress.coreml.config import (
+from milpress.coreml.op_config import (
     CompressionGranularity,
     OpCompressorConfig,
     OpLinearQuantizerConfig,
     OpMagnitudePrunerConfig,
     OpPalettizerConfig,
     OpThresholdPrunerConfig,
-    OptimizationConfig,
-    advice,
 )
+from milpress.coreml.optimization_config import OptimizationConfig, advice
 from milpress.errors import CompressionError, ConfigError, UnsupportedError
 from milpress.formats import (
     Blocks,
@@ -71,7 +70,7 @@ def joint_needs_ios18() -> CompressionError:
 
 
 @dataclass(frozen=True, slots=True)
-class ConfigWishes:
+class ConfigRequests:
     """What an `OptimizationConfig` asks for.
 
     Like coremltools, it compresses a weight even if that makes it larger.

@@ -16,14 +16,14 @@ from milpress.compression.packages import (
     decompress_package,
 )
 from milpress.compression.report import Report, WeightReport
-from milpress.coreml._requests import ConfigWishes, joint_needs_ios18
-from milpress.coreml.config import (
+from milpress.coreml._requests import ConfigRequests, joint_needs_ios18
+from milpress.coreml.op_config import (
     OpLinearQuantizerConfig,
     OpMagnitudePrunerConfig,
     OpPalettizerConfig,
     OpThresholdPrunerConfig,
-    adopted,
 )
+from milpress.coreml.optimization_config import adopted
 from milpress.engines.mlmodel import opened, returned, temporary_package
 from milpress.errors import ConfigError
 from milpress.kernels.device import DeviceName
@@ -96,15 +96,13 @@ def palettize_weights(
     PackageError
         If the model is damaged, or not made of ML programs.
     """
-    wishes = _wishes("palettize_weights", config, (OpPalettizerConfig,), joint_compression, seed)
+    kinds = (OpPalettizerConfig,)
+    requests = _requests("palettize_weights", kinds, config, joint_compression, seed)
     samples = SampleSettings.of(
-        sample_data,
-        cache=calibration_cache,
-        mask=calibration_mask,
-        bias_correction=bias_correction,
+        sample_data, cache=calibration_cache, mask=calibration_mask, bias_correction=bias_correction
     )
     settings = {"progress": progress, "threads": threads, "device": device, "samples": samples}
-    return _compressed(mlmodel, wishes, destination, on_unsupported, settings)
+    return _compressed(mlmodel, requests, destination, on_unsupported, settings)
 
 
 def linear_quantize_weights(
@@ -147,16 +145,13 @@ def linear_quantize_weights(
     CompressionError
         As `palettize_weights` does.
     """
-    allowed = (OpLinearQuantizerConfig,)
-    wishes = _wishes("linear_quantize_weights", config, allowed, joint_compression)
+    kinds = (OpLinearQuantizerConfig,)
+    requests = _requests("linear_quantize_weights", kinds, config, joint_compression)
     samples = SampleSettings.of(
-        sample_data,
-        cache=calibration_cache,
-        mask=calibration_mask,
-        bias_correction=bias_correction,
+        sample_data, cache=calibration_cache, mask=calibration_mask, bias_correction=bias_correction
     )
     settings = {"progress": progress, "threads": threads, "device": device, "samples": samples}
-    return _compressed(mlmodel, wishes, destination, on_unsupported, settings)
+    return _compressed(mlmodel, requests, destination, on_unsupported, settings)
 
 
 def prune_weights(
@@ -194,10 +189,10 @@ def prune_weights(
     CompressionError
         As `palettize_weights` does.
     """
-    allowed = (OpMagnitudePrunerConfig, OpThresholdPrunerConfig)
-    wishes = _wishes("prune_weights", config, allowed, joint_compression)
+    kinds = (OpMagnitudePrunerConfig, OpThresholdPrunerConfig)
+    requests = _requests("prune_weights", kinds, config, joint_compression)
     settings = {"progress": progress, "threads": threads, "device": device}
-    return _compressed(mlmodel, wishes, destination, on_unsupported, settings)
+    return _compressed(mlmodel, requests, destination, on_unsupported, settings)
 
 
 def decompress_weights(
@@ -230,21 +225,17 @@ def decompress_weights(
     )
 
 
-def _wishes(
-    function_name: str,
-    config: Any,
-    allowed: tuple[type[Any], ...],
-    joint_compression: bool,
-    seed: int = 0,
-) -> ConfigWishes:
+def _requests(
+    function: str, kinds: tuple[type[Any], ...], config: Any, joint: bool, seed: int = 0
+) -> ConfigRequests:
     ours = adopted(config)
-    ours.check_types(*allowed, function=function_name)
-    return ConfigWishes(ours, joint=joint_compression, seed=seed)
+    ours.check_types(*kinds, function=function)
+    return ConfigRequests(ours, joint=joint, seed=seed)
 
 
 def _compressed(
     mlmodel: Any,
-    wishes: ConfigWishes,
+    requests: ConfigRequests,
     destination: Destination,
     on_unsupported: OnUnsupported,
     settings: dict[str, Any],
@@ -253,25 +244,22 @@ def _compressed(
         msg = f"on_unsupported must be 'leave' or 'error', got {on_unsupported!r}"
         raise ConfigError(msg)
     package = opened(mlmodel)
-    if wishes.joint and any(
+    if requests.joint and any(
         not opset.by_name(function.opset).has_blocks
         for program in package.programs
         for function in program.functions.values()
     ):
         raise joint_needs_ios18()
-    _warn_of_typos(package, wishes)
+    _warn_of_typos(package, requests)
 
-    def compress(path: Path) -> Report:
-        return compress_package(
-            package,
-            path,
-            wishes,
-            strict=on_unsupported == "error",
-            may_be_idle=True,
-            **settings,
-        )
-
-    return _written(mlmodel, destination, compress)
+    strict = on_unsupported == "error"
+    return _written(
+        mlmodel,
+        destination,
+        lambda path: compress_package(
+            package, path, requests, strict=strict, may_be_idle=True, **settings
+        ),
+    )
 
 
 def _written(mlmodel: Any, destination: Destination, work: Callable[[Path], Report]) -> Any:
@@ -299,12 +287,12 @@ def _sentence(weight: WeightReport) -> str:
     return f"{weight.name}: {weight.note}. Skipped this op."
 
 
-def _warn_of_typos(package: Package, wishes: ConfigWishes) -> None:
+def _warn_of_typos(package: Package, requests: ConfigRequests) -> None:
     names: set[str] = set()
     op_types: set[str] = set()
     for site in sites(package):
         names.update(node.op_name for node in site.graph.nodes)
         op_types.update(node.op.type for node in site.graph.nodes)
         names.update(weight.name for weight in weights(site.prefix, site.graph))
-    for key in wishes.config.unmatched(names, op_types):
+    for key in requests.config.unmatched(names, op_types):
         _logger.warning("the config names %r, which nothing in the model matches", key)
