@@ -102,9 +102,8 @@ class LayerwiseCompressorConfig(OptimizationConfig):
     calibration_nsamples: int = fields.integer(128, fields.at_least(1))
     mask: str | None = attrs.field(default="attention_mask", kw_only=True)
 
-    def __attrs_post_init__(self) -> None:
-        if not (self.global_config or self.module_type_configs or self.module_name_configs):
-            self.global_config = ModuleGPTQConfig()
+    def _set_default(self) -> None:
+        self.global_config = ModuleGPTQConfig()
 
     def get_layers(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Yield the modules that ``layers`` names; by default the children of the model."""

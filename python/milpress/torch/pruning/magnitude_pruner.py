@@ -16,7 +16,7 @@ from torch import nn
 
 from milpress.errors import ConfigError, LifecycleError
 from milpress.plain import fields
-from milpress.torch import _metadata
+from milpress.torch import _fields, _metadata
 from milpress.torch._report import Report
 from milpress.torch._substitution import Substitution, places, plain
 from milpress.torch._weights import TRAINABLE, Kinds, Weight
@@ -80,46 +80,20 @@ class ModuleMagnitudePrunerConfig(ModuleOptimizationConfig):
         converter=to_scheduler,
         validator=is_scheduler,
     )
-    initial_sparsity: float = field(
-        default=0.0,
-        converter=fields.real,
-        validator=[fields.is_number, fields.is_fraction],
-    )
-    target_sparsity: float = field(
-        default=0.5,
-        converter=fields.real,
-        validator=[fields.is_number, fields.is_fraction],
-    )
-    granularity: Literal["per_scalar", "per_kernel", "per_channel"] = field(
-        default="per_scalar",
-        validator=fields.one_of(
-            ("per_scalar", "per_kernel", "per_channel"),
-            "{name} must be one of {allowed}, got {value!r}",
-        ),
+    initial_sparsity: float = _fields.number(0.0, fields.is_fraction)
+    target_sparsity: float = _fields.number(0.5, fields.is_fraction)
+    granularity: Literal["per_scalar", "per_kernel", "per_channel"] = _fields.word(
+        "per_scalar", "per_kernel", "per_channel"
     )
     block_size: int = fields.integer(1, fields.at_least(1))
-    n_m_ratio: tuple[int, int] | None = field(default=None, converter=fields.wholes)
-    dim: int = fields.integer(
-        1, fields.one_of((0, 1), "{name} must be one of {allowed}, got {value}")
-    )
+    n_m_ratio: tuple[int, int] | None = _fields.ratio()
+    dim: int = _fields.option(1, (0, 1))
     param_name: str = field(default="weight", validator=fields.is_text)
 
     @n_m_ratio.validator
-    def _check_ratio(self, _attribute: Any, ratio: Any) -> None:
-        if ratio is None:
+    def _check_ratio_alone(self, _attribute: Any, n_m: Any) -> None:
+        if n_m is None:
             return
-        if not (
-            isinstance(ratio, tuple)
-            and len(ratio) == 2
-            and all(type(number) is int for number in ratio)
-            and 0 <= ratio[0] <= ratio[1]
-            and ratio[1] > 0
-        ):
-            msg = (
-                "n_m_ratio must be two whole numbers, n zeros among m, n not above m, "
-                f"got {ratio!r}"
-            )
-            raise ConfigError(msg)
         if self.block_size > 1:
             msg = f"block_size must be 1 where n_m_ratio is given, got {self.block_size}"
             raise ConfigError(msg)
