@@ -27,7 +27,7 @@ from milpress.interpreter import load
 from milpress.mil.package import Package
 from milpress.mil.weights import sites, weights
 from milpress.torch import _relayout
-from milpress.torch._weights import KINDS, weights_of
+from milpress.torch._module_weights import KINDS, weights_of
 
 P, Q = cto.torch.palettization, cto.torch.quantization
 

@@ -22,8 +22,8 @@ from milpress.recipe import describe
 from milpress.show import decibels
 from milpress.torch import _metadata
 from milpress.torch._metadata import Stored
+from milpress.torch._module_weights import ModuleWeight, is_spread, whole
 from milpress.torch._report import Report
-from milpress.torch._weights import Weight, is_spread, whole
 
 _logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ Progress: TypeAlias = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Treated:
+class WeightOutcome:
     """What was made of a weight.
 
     Parameters
@@ -52,14 +52,14 @@ class Treated:
     words: str = ""
 
 
-Treat: TypeAlias = Callable[[Weight, Floats, Any], Treated]
+Treat: TypeAlias = Callable[[ModuleWeight, Floats, Any], WeightOutcome]
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """A weight and the config of its module; ``None`` leaves it."""
 
-    weight: Weight
+    weight: ModuleWeight
     config: Any
 
 
@@ -131,8 +131,8 @@ def compress_together(group: Sequence[Task], treat: Treat) -> tuple[dict[str, An
 
 @torch.no_grad()
 def _compress(
-    asked: Task, holders: list[Weight], treat: Treat
-) -> tuple[Treated, dict[str, Any], float | None]:
+    asked: Task, holders: list[ModuleWeight], treat: Treat
+) -> tuple[WeightOutcome, dict[str, Any], float | None]:
     weight = asked.weight
     tensor = weight.tensor
     if tensor is None:
@@ -167,7 +167,7 @@ def _spread_like(dense: torch.Tensor, tensor: Any) -> torch.Tensor:
     return distribute_tensor(dense, tensor.device_mesh, tensor.placements)
 
 
-def _columns(treated: Treated) -> dict[str, Any]:
+def _columns(treated: WeightOutcome) -> dict[str, Any]:
     """Return what coremltools reports of a value."""
     value = treated.stored.value
     found: dict[str, Any] = {}
@@ -189,8 +189,8 @@ def _columns(treated: Treated) -> dict[str, Any]:
 
 
 def _compressed(
-    weight: Weight,
-    treated: Treated,
+    weight: ModuleWeight,
+    treated: WeightOutcome,
     row: dict[str, Any],
     snr: float | None,
     notes: list[str],
@@ -205,13 +205,13 @@ def _compressed(
     return {**row, **({"note": report.note} if notes else {})}, report
 
 
-def left(weight: Weight, note: str) -> tuple[dict[str, Any], WeightReport]:
+def left(weight: ModuleWeight, note: str) -> tuple[dict[str, Any], WeightReport]:
     """Return the reports of a weight that is left."""
     report = _as_it_is(weight, note)
     return {"error": 0.0, "#params": report.size, "note": note}, report
 
 
-def _as_it_is(weight: Weight, note: str) -> WeightReport:
+def _as_it_is(weight: ModuleWeight, note: str) -> WeightReport:
     tensor = weight.tensor
     n_bytes = 0 if tensor is None else weight.size * tensor.dtype.itemsize
     return WeightReport(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from milpress.torch._weights import Kinds, Weight, weights_of
+from milpress.torch._module_weights import Kinds, ModuleWeight, weights_of
 
 
 class Substitution(ABC):
@@ -65,7 +65,7 @@ class Substitution(ABC):
                 host._forward_hooks_always_called.pop(key, None)
 
 
-def places(model: nn.Module, kinds: Kinds) -> Iterator[tuple[Weight, nn.Module, str]]:
+def places(model: nn.Module, kinds: Kinds) -> Iterator[tuple[ModuleWeight, nn.Module, str]]:
     """Yield the weights of a model; with each the module that computes with it, and the path to it.
 
     Attention computes with the weight of its output projection, whose own ``forward`` never runs.

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import torch
 
 from milpress.errors import ConfigError, ConfigTypeError
+from milpress.torch._module_weights import Kinds
 from milpress.torch._report import Report
-from milpress.torch._weights import Kinds
 from milpress.torch.optimization_config import OptimizationConfig
 
 __all__ = [

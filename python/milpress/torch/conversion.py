@@ -31,12 +31,12 @@ from milpress.mil import opset, values
 from milpress.mil.constexpr import Decoder, payload_bytes
 from milpress.mil.package import Package, n_package_bytes
 from milpress.mil.staging import Staged
-from milpress.mil.weights import Weight as Constant
+from milpress.mil.weights import ModuleWeight as Constant
 from milpress.mil.weights import sites, weight_files, weights
 from milpress.show import decibels
 from milpress.torch import _metadata, _relayout
 from milpress.torch._metadata import Stored
-from milpress.torch._weights import RECURRENT, Weight, whole
+from milpress.torch._module_weights import RECURRENT, ModuleWeight, whole
 
 __all__ = ["convert"]
 
@@ -132,14 +132,14 @@ def convert(
 class _Compressed:
     """A compressed weight of a module, and what became of it in the model."""
 
-    weight: Weight
+    weight: ModuleWeight
     stored: Stored
     report: WeightReport
     signal: float = 0.0
     noise: float = 0.0
 
     @classmethod
-    def read(cls, weight: Weight) -> _Compressed:
+    def read(cls, weight: ModuleWeight) -> _Compressed:
         try:
             stored = _metadata.read(weight)
         except UnsupportedError as error:
@@ -191,11 +191,11 @@ class _Compressed:
         return whole(tensor).float().numpy()
 
 
-def _compressed_weights(module: nn.Module) -> Iterator[Weight]:
+def _compressed_weights(module: nn.Module) -> Iterator[ModuleWeight]:
     seen: set[int] = set()
     for name, part in module.named_modules():
         for parameter in _metadata.compressed_parameters(part):
-            weight = Weight(name, part, parameter)
+            weight = ModuleWeight(name, part, parameter)
             if id(weight.tensor) not in seen:
                 seen.add(id(weight.tensor))
                 yield weight

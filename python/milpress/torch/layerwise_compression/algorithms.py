@@ -29,9 +29,9 @@ from milpress.formats.palette import Bits
 from milpress.formats.quantized import IntDType
 from milpress.formats.rows import Floats, divisor_of
 from milpress.torch import _metadata
-from milpress.torch._compression import Task, Treated, compress_together
+from milpress.torch._compression import WeightOutcome, Task, compress_together
 from milpress.torch._metadata import Stored
-from milpress.torch._weights import Weight
+from milpress.torch._module_weights import ModuleWeight
 from milpress.torch.layerwise_compression._configs import (
     NORMAL_FLOATS,
     LayerwiseCompressionAlgorithmConfig,
@@ -39,7 +39,7 @@ from milpress.torch.layerwise_compression._configs import (
     ModuleGPTQPaletteConfig,
     ModuleSparseGPTConfig,
 )
-from milpress.torch.layerwise_compression._moments import LAYERS, Moments
+from milpress.torch.layerwise_compression._layer_moments import LAYERS, LayerMoments
 from milpress.torch.layerwise_compression._registry import Registered
 from milpress.torch.optimization_config import QuantizationGranularity
 from milpress.torch.palettization._palettes import palettized
@@ -97,13 +97,13 @@ class OBSCompressionAlgorithm(LayerwiseCompressionAlgorithm):
         if not isinstance(layer, LAYERS):
             msg = f"a layer must be linear or a convolution, got {type(layer).__name__}"
             raise UnsupportedError(msg)
-        self.weight = Weight("", layer, "weight")
+        self.weight = ModuleWeight("", layer, "weight")
         self.config = config
         if self.weight.tensor is None or torch.nn.parameter.is_lazy(self.weight.tensor):
             msg = "the layer must have a weight, got one that is computed or has no shape yet"
             raise UnsupportedError(msg)
         self.check(self.weight.shape, config)
-        self.moments: Moments | None = None
+        self.moments: LayerMoments | None = None
         self._factor: tuple[FeedbackConfig, Factor] | None = None
 
     def add_batch(
@@ -112,7 +112,7 @@ class OBSCompressionAlgorithm(LayerwiseCompressionAlgorithm):
         """Add what goes into the layer to its moments; ``out`` is not looked at."""
         del out
         if self.moments is None:
-            self.moments = Moments(self.weight.module)
+            self.moments = LayerMoments(self.weight.module)
         self._factor = None
         self.moments.add(inp, mask)
 
@@ -161,7 +161,7 @@ class OBSCompressionAlgorithm(LayerwiseCompressionAlgorithm):
         """Raise `UnsupportedError` if a weight of a shape can't be compressed so."""
 
     @abstractmethod
-    def treat(self, weight: Weight, array: Floats, config: Any) -> Treated:
+    def treat(self, weight: ModuleWeight, array: Floats, config: Any) -> WeightOutcome:
         """Return what is to be stored of a weight."""
 
 
@@ -174,11 +174,11 @@ class _IntegerAlgorithm(OBSCompressionAlgorithm):
 
     def _coded(
         self,
-        weight: Weight,
+        weight: ModuleWeight,
         array: Floats,
         granularity: QuantizationGranularity,
         pruning: PruneConfig | None,
-    ) -> Treated:
+    ) -> WeightOutcome:
         config, factor, settings = self.config, self.factor(), self.settings()
         kept = array != 0 if _metadata.is_pruned(weight) else None
         if config.enable_normal_float:
@@ -187,7 +187,9 @@ class _IntegerAlgorithm(OBSCompressionAlgorithm):
                 array, tables, factor, settings, scale=scale, pruning=pruning, kept=kept
             )
             treatment = PalettizeConfig(bits=cast("Bits", config.weight_n_bits), channel_scale=True)
-            return Treated(Stored(palette, scale), treatment, words=", normal floats, feedback")
+            return WeightOutcome(
+                Stored(palette, scale), treatment, words=", normal floats, feedback"
+            )
         block, note = _block(array.shape, config)
         shared: Any = PerChannel() if block is None else PerBlock(block)
         if granularity is QuantizationGranularity.per_tensor:
@@ -213,8 +215,10 @@ class _IntegerAlgorithm(OBSCompressionAlgorithm):
         notes = (note,) if note else ()
         if config.weight_n_bits == 3:
             table = PalettizeConfig(bits=3, group_size=None if shared == PerTensor() else 1)
-            return Treated(Stored(_as_palette(value)), table, notes, ", evenly spaced, feedback")
-        return Treated(Stored(value), quantization, notes, ", feedback")
+            return WeightOutcome(
+                Stored(_as_palette(value)), table, notes, ", evenly spaced, feedback"
+            )
+        return WeightOutcome(Stored(value), quantization, notes, ", feedback")
 
 
 @LayerwiseCompressionAlgorithm.register("gptq")
@@ -240,7 +244,7 @@ class GPTQ(_IntegerAlgorithm):
     tensor(4)
     """
 
-    def treat(self, weight: Weight, array: Floats, config: Any) -> Treated:
+    def treat(self, weight: ModuleWeight, array: Floats, config: Any) -> WeightOutcome:
         """Return what is to be stored of a weight."""
         return self._coded(weight, array, config.granularity, None)
 
@@ -259,7 +263,7 @@ class SparseGPT(_IntegerAlgorithm):
         A `ModuleSparseGPTConfig`.
     """
 
-    def treat(self, weight: Weight, array: Floats, config: Any) -> Treated:
+    def treat(self, weight: ModuleWeight, array: Floats, config: Any) -> WeightOutcome:
         """Return what is to be stored of a weight."""
         pruning = PruneConfig(sparsity=config.target_sparsity)
         if config.n_m_ratio is not None:
@@ -273,7 +277,7 @@ class SparseGPT(_IntegerAlgorithm):
                 kept=array != 0 if _metadata.is_pruned(weight) else None,
                 representable=_representable(weight),
             )
-            return Treated(Stored(value), pruning, words=", feedback")
+            return WeightOutcome(Stored(value), pruning, words=", feedback")
         coded = self._coded(weight, array, config.quantization_granularity, pruning)
         n_m = pruning.n_m
         part = f"{pruning.sparsity:.0%}" if n_m is None else f"{n_m[0]} of {n_m[1]}"
@@ -295,7 +299,7 @@ class GPTQPalette(OBSCompressionAlgorithm):
         A `ModuleGPTQPaletteConfig`.
     """
 
-    def treat(self, weight: Weight, array: Floats, config: Any) -> Treated:
+    def treat(self, weight: ModuleWeight, array: Floats, config: Any) -> WeightOutcome:
         """Return what is to be stored of a weight."""
         factor = self.factor()
         nearest = palettized(weight, array, config, feedback.power_of_inputs(factor, array.shape))
@@ -323,7 +327,7 @@ def _block(shape: tuple[int, ...], config: Any) -> tuple[int | None, str]:
     return size, note
 
 
-def _representable(weight: Weight) -> Any:
+def _representable(weight: ModuleWeight) -> Any:
     """Return what rounds values to a parameter's type where NumPy has none like it."""
     tensor = weight.tensor
     if tensor is None or tensor.dtype != torch.bfloat16:
@@ -337,7 +341,7 @@ def _representable(weight: Weight) -> Any:
 
 
 def _normal_floats(
-    weight: Weight, array: Floats, bits: int, granularity: QuantizationGranularity
+    weight: ModuleWeight, array: Floats, bits: int, granularity: QuantizationGranularity
 ) -> tuple[Palette, Floats]:
     rank = array.ndim
     entries = np.array(NORMAL_FLOATS[bits], array.dtype).reshape(*[1] * rank, -1, 1)

@@ -26,12 +26,12 @@ from milpress.plain import fields
 from milpress.show import decibels
 from milpress.torch import _metadata
 from milpress.torch._compression import Progress, Task, compress_together, left
+from milpress.torch._module_weights import KINDS, Kinds, ModuleWeight, weights_of, whole
 from milpress.torch._report import Report
-from milpress.torch._weights import KINDS, Kinds, Weight, weights_of, whole
 from milpress.torch.base_model_optimizer import BaseDataCalibratedModelOptimizer
-from milpress.torch.layerwise_compression._checkpoint import Checkpoint
-from milpress.torch.layerwise_compression._lockstep import Runs
-from milpress.torch.layerwise_compression._moments import LAYERS
+from milpress.torch.layerwise_compression._layer_files import LayerFiles
+from milpress.torch.layerwise_compression._layer_moments import LAYERS
+from milpress.torch.layerwise_compression._lockstep import Lockstep
 from milpress.torch.layerwise_compression.algorithms import (
     LayerwiseCompressionAlgorithm,
     LayerwiseCompressionAlgorithmConfig,
@@ -135,7 +135,7 @@ class _Layer:
         return next(task for task in self.tasks if task.config is not None)
 
     @property
-    def weight(self) -> Weight:
+    def weight(self) -> ModuleWeight:
         return self.asked.weight
 
     @property
@@ -156,7 +156,7 @@ class _Layer:
 
 
 @dataclass(frozen=True, slots=True)
-class _Given:
+class _LayerInput:
     """What a run brings to a layer."""
 
     module: nn.Module
@@ -170,17 +170,17 @@ class _Given:
         else:
             algorithm.add_batch(self.value, self.module.forward(self.value))
 
-    def trace(self) -> _Trace:
+    def trace(self) -> _InputTrace:
         """Return what tells it from others without keeping it alive."""
-        return _Trace(weakref.ref(self.value), self.value._version)
+        return _InputTrace(weakref.ref(self.value), self.value._version)
 
 
 @dataclass(frozen=True, slots=True)
-class _Trace:
+class _InputTrace:
     value: weakref.ref[torch.Tensor]
     version: int
 
-    def is_of(self, given: _Given) -> bool:
+    def is_of(self, given: _LayerInput) -> bool:
         return self.value() is given.value and self.version == given.value._version
 
 
@@ -257,7 +257,7 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
         parents = [name for name, _ in self._config.get_layers(self._source)]
         model = self._begin(inplace)
         layers = self._layers(model, parents)
-        files = Checkpoint(checkpoint)
+        files = LayerFiles(checkpoint)
         for layer in layers:
             kept = (
                 None
@@ -382,13 +382,13 @@ def _in_order(
     A layer that a sample comes to several times is yielded at the last time.
     """
     _count_calls(layers, calls[0])
-    runs = Runs(calls)
+    runs = Lockstep(calls)
 
     def arrive(layer: _Layer, module: nn.Module, value: torch.Tensor) -> None:
         number = runs.current()
         if layer.is_done or number is None:
             return
-        given = _Given(module, value, masks[number])
+        given = _LayerInput(module, value, masks[number])
         seen = layer.seen[number] = layer.seen.get(number, 0) + 1
         if seen < layer.n_calls:
             given.add_to(layer.begin())
@@ -396,7 +396,7 @@ def _in_order(
             runs.wait(layer.number, given)
 
     last: Any = None
-    traces: dict[int, _Trace] = {}
+    traces: dict[int, _InputTrace] = {}
     with _arriving(layers, arrive):
         for place, brought in runs.stops():
             layer = layers[place]
@@ -506,7 +506,7 @@ def _state(layer: _Layer) -> dict[str, Any]:
     }
 
 
-def _own_buffers(weight: Weight) -> Iterator[tuple[str, torch.Tensor]]:
+def _own_buffers(weight: ModuleWeight) -> Iterator[tuple[str, torch.Tensor]]:
     for name, buffer in weight.module.named_buffers(recurse=False):
         if name.startswith(f"{_metadata.prefix_of(weight.module)}/{weight.parameter_name}/"):
             yield name, buffer

@@ -19,9 +19,9 @@ from milpress.formats.quantized import IntDType
 from milpress.formats.rows import Floats, divisor_of
 from milpress.plain import fields
 from milpress.torch import _fields, _metadata
-from milpress.torch._compression import Treated
+from milpress.torch._compression import WeightOutcome
 from milpress.torch._metadata import Stored
-from milpress.torch._weights import Weight
+from milpress.torch._module_weights import ModuleWeight
 from milpress.torch.optimization_config import (
     ModuleOptimizationConfig,
     PalettizationGranularity,
@@ -75,11 +75,11 @@ class ModulePaletteConfig(ModuleOptimizationConfig):
 
 
 def palettized(
-    weight: Weight,
+    weight: ModuleWeight,
     array: Floats,
     config: ModulePaletteConfig,
     importance: NDArray[np.float32] | None = None,
-) -> Treated:
+) -> WeightOutcome:
     """Palettize a weight.
 
     Parameters
@@ -123,11 +123,11 @@ def palettized(
     elif scale is None:
         palette = representable(palette, None if weight.tensor is None else weight.tensor.dtype)
     value = palette if mask is None else masked(palette, mask)
-    return Treated(Stored(value, scale), treatment, tuple(notes))
+    return WeightOutcome(Stored(value, scale), treatment, tuple(notes))
 
 
 def fitted(
-    weight: Weight,
+    weight: ModuleWeight,
     shape: tuple[int, ...],
     config: ModulePaletteConfig,
     *,

@@ -13,7 +13,7 @@ from milpress.errors import ConfigError, ConfigTypeError
 from milpress.plain import fields
 from milpress.torch import _fields
 from milpress.torch.optimization_config import ModuleOptimizationConfig, OptimizationConfig
-from milpress.torch.palettization._dkm import Settings
+from milpress.torch.palettization._dkm import AttentionSettings
 from milpress.torch.palettization._palettes import BITS, ModulePaletteConfig
 
 __all__ = ["DKMPalettizerConfig", "ModuleDKMPalettizerConfig"]
@@ -177,9 +177,9 @@ palett_lambda, add_extra_centroid
         return _LUT_DTYPES[self.lut_dtype]
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> AttentionSettings:
         """What the attention needs."""
-        return Settings(
+        return AttentionSettings(
             tau=self.palett_tau,
             n_iterations=self.kmeans_max_iter,
             epsilon=self.palett_epsilon,

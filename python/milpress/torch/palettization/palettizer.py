@@ -11,10 +11,10 @@ from torch import nn
 
 from milpress.errors import LifecycleError, UnsupportedError
 from milpress.torch import _metadata
-from milpress.torch._compression import Task, Treated, compress_weights
+from milpress.torch._compression import WeightOutcome, Task, compress_weights
+from milpress.torch._module_weights import TRAINABLE, Kinds, ModuleWeight
 from milpress.torch._report import Report
 from milpress.torch._substitution import Substitution, places, plain
-from milpress.torch._weights import TRAINABLE, Kinds, Weight
 from milpress.torch.base_model_optimizer import BaseTrainingTimeModelOptimizer
 from milpress.torch.optimization_config import OptimizationConfig
 from milpress.torch.palettization.fake_palettize import FakePalettize
@@ -124,7 +124,7 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
             hook.names = (*hook.names, weight.parameter_name)
         return self._model.train()
 
-    def _chosen(self, weight: Weight) -> Any:
+    def _chosen(self, weight: ModuleWeight) -> Any:
         """Return the config of a weight: of a list, that of the greatest threshold it exceeds."""
         found = self._config.get_module_config(weight.module_name, weight.module)
         holder, _, own_name = weight.module_name.rpartition(".")
@@ -211,12 +211,12 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
         return Report(rows)
 
 
-def _row_name(weight: Weight, rows: dict[str, dict[str, Any]]) -> str:
+def _row_name(weight: ModuleWeight, rows: dict[str, dict[str, Any]]) -> str:
     return weight.name if weight.module_name in rows else weight.module_name
 
 
 @torch.no_grad()
-def _row(weight: Weight, fake: FakePalettize) -> dict[str, Any]:
+def _row(weight: ModuleWeight, fake: FakePalettize) -> dict[str, Any]:
     values: torch.Tensor = getattr(weight.module, weight.parameter_name).detach()
     error = 0.0
     if fake.is_begun:
@@ -233,7 +233,7 @@ def _row(weight: Weight, fake: FakePalettize) -> dict[str, Any]:
     }
 
 
-def _palettized(weight: Weight, _array: Any, fake: FakePalettize) -> Treated:
+def _palettized(weight: ModuleWeight, _array: Any, fake: FakePalettize) -> WeightOutcome:
     if not fake.is_begun:
         msg = "its palettization was not enabled, or the model did not run since"
         raise UnsupportedError(msg)
@@ -241,4 +241,4 @@ def _palettized(weight: Weight, _array: Any, fake: FakePalettize) -> Treated:
     tensor = weight.tensor
     assert tensor is not None  # noqa: S101 - compress_weights has looked
     kept = None if kept is None else kept.expand(tensor.shape)
-    return Treated(fake.stored(tensor.detach(), kept), fake.treatment, tuple(fake.notes))
+    return WeightOutcome(fake.stored(tensor.detach(), kept), fake.treatment, tuple(fake.notes))

@@ -9,7 +9,7 @@ from attrs import define, field
 
 from milpress.plain import fields
 from milpress.torch._compression import Progress, Task, compress_weights
-from milpress.torch._weights import KINDS, Kinds, weights_of
+from milpress.torch._module_weights import KINDS, Kinds, weights_of
 from milpress.torch.base_model_optimizer import BasePostTrainingModelOptimizer
 from milpress.torch.optimization_config import ModuleOptimizationConfig, OptimizationConfig
 from milpress.torch.palettization._palettes import ModulePaletteConfig, palettized

@@ -17,9 +17,9 @@ from torch import nn
 from milpress.errors import ConfigError, LifecycleError
 from milpress.plain import fields
 from milpress.torch import _fields, _metadata
+from milpress.torch._module_weights import TRAINABLE, Kinds, ModuleWeight
 from milpress.torch._report import Report
 from milpress.torch._substitution import Substitution, places, plain
-from milpress.torch._weights import TRAINABLE, Kinds, Weight
 from milpress.torch.base_model_optimizer import BaseTrainingTimeModelOptimizer
 from milpress.torch.optimization_config import ModuleOptimizationConfig, OptimizationConfig
 from milpress.torch.pruning import _masks
@@ -144,7 +144,7 @@ class PruningMethod(Substitution):
         """Leave the product for others to see, without its history, which can't be copied."""
         self.refresh(host.get_submodule(self.path))
 
-    def install(self, weight: Weight, host: nn.Module) -> None:
+    def install(self, weight: ModuleWeight, host: nn.Module) -> None:
         """Give a module masks, and let it compute with them."""
         owner = weight.module
         for name in self.names:
@@ -158,7 +158,7 @@ class PruningMethod(Substitution):
         self.update(weight, self.config.initial_sparsity, anew=True)
 
     @torch.no_grad()
-    def update(self, weight: Weight, sparsity: float, *, anew: bool = False) -> None:
+    def update(self, weight: ModuleWeight, sparsity: float, *, anew: bool = False) -> None:
         """Make masks for a sparsity, unless they are for that already."""
         for name in self.names:
             amount = weight.module.get_buffer(f"{name}_amount")
@@ -195,7 +195,7 @@ class PruningMethod(Substitution):
         self.refresh(owner)
 
     @torch.no_grad()
-    def remove(self, weight: Weight, host: nn.Module) -> None:
+    def remove(self, weight: ModuleWeight, host: nn.Module) -> None:
         """Give the weights back to their module, multiplied by their masks."""
         owner = weight.module
         self.detach(host)
@@ -206,7 +206,7 @@ class PruningMethod(Substitution):
             del owner._parameters[f"{name}_orig"]
             del owner._buffers[f"{name}_mask"], owner._buffers[f"{name}_amount"]
             owner.register_parameter(name, orig)
-            _metadata.register_pruning(Weight(weight.module_name, owner, name))
+            _metadata.register_pruning(ModuleWeight(weight.module_name, owner, name))
         for key, hook in list(owner._load_state_dict_post_hooks.items()):
             if hook is _loaded:
                 del owner._load_state_dict_post_hooks[key]
@@ -223,7 +223,7 @@ def _loaded(module: nn.Module, _keys: Any) -> None:
 class _Pruned:
     """A module that is pruned, and the fraction of its weights that is zero."""
 
-    weight: Weight
+    weight: ModuleWeight
     method: PruningMethod
     sparsity_level: float
 
@@ -410,9 +410,9 @@ def masks_lifted(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _owners(model: nn.Module, kinds: Kinds) -> Iterator[tuple[list[Weight], nn.Module, str]]:
+def _owners(model: nn.Module, kinds: Kinds) -> Iterator[tuple[list[ModuleWeight], nn.Module, str]]:
     """Yield the weights of each module; with them what computes with them and the path to it."""
-    together: dict[int, tuple[list[Weight], nn.Module, str]] = {}
+    together: dict[int, tuple[list[ModuleWeight], nn.Module, str]] = {}
     for weight, host, path in places(model, kinds):
         together.setdefault(id(weight.module), ([], host, path))[0].append(weight)
     yield from together.values()

@@ -92,7 +92,7 @@ ConfigOf = Callable[[str, Any], Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class RoundedLayer:
     """A module whose weight is rounded, and the batch normalization that is folded into it."""
 
     name: str
@@ -167,7 +167,7 @@ class Placing:
         self.config_of = config_of
         self.dimensions = dimensions
         self.nodes = list(model.graph.nodes)
-        self.layers: list[Layer] = []
+        self.layers: list[RoundedLayer] = []
         # What is rounded after a node: the config that asks for it.
         self.wanted: dict[fx.Node, ModuleLinearQuantizerConfig] = {}
         self.ends: dict[fx.Node, fx.Node] = {}  # last node of an op to the first
@@ -210,7 +210,7 @@ class Placing:
                 continue
             self.ends[end] = node
             if is_weighted and config.quantizes_weights:
-                self.layers.append(Layer(str(node.target), config, norm))
+                self.layers.append(RoundedLayer(str(node.target), config, norm))
             if config.quantizes_activations and self._is_float(end):
                 self.wanted.setdefault(end, config)
                 for source in self._sources(node):

@@ -14,9 +14,9 @@ from milpress.formats.quantized import Granularity, IntDType
 from milpress.formats.rows import Floats, divisor_of
 from milpress.plain import fields
 from milpress.torch import _fields, _metadata
-from milpress.torch._compression import Progress, Task, Treated, compress_weights
+from milpress.torch._compression import WeightOutcome, Progress, Task, compress_weights
 from milpress.torch._metadata import Stored
-from milpress.torch._weights import KINDS, Kinds, Weight, weights_of
+from milpress.torch._module_weights import KINDS, Kinds, ModuleWeight, weights_of
 from milpress.torch.base_model_optimizer import BasePostTrainingModelOptimizer
 from milpress.torch.optimization_config import (
     ModuleOptimizationConfig,
@@ -199,7 +199,7 @@ class PostTrainingQuantizer(BasePostTrainingModelOptimizer):
         self._report = compress_weights(model, tasks, _quantized, progress)
         return model
 
-    def _config_for(self, weight: Weight, model: torch.nn.Module) -> Any:
+    def _config_for(self, weight: ModuleWeight, model: torch.nn.Module) -> Any:
         name, module = weight.module_name, weight.module
         holder, _, own_name = name.rpartition(".")
         attention = model.get_submodule(holder) if own_name == "out_proj" else None
@@ -210,7 +210,9 @@ class PostTrainingQuantizer(BasePostTrainingModelOptimizer):
         return None if config is None or config.dtype is None else config
 
 
-def _quantized(weight: Weight, array: Floats, config: ModulePostTrainingQuantizerConfig) -> Treated:
+def _quantized(
+    weight: ModuleWeight, array: Floats, config: ModulePostTrainingQuantizerConfig
+) -> WeightOutcome:
     output, inputs = weight.axes
     granularity, notes = _granularity(array.shape, output, inputs, config)
     treatment = QuantizeConfig(
@@ -221,7 +223,7 @@ def _quantized(weight: Weight, array: Floats, config: ModulePostTrainingQuantize
     )
     value = quantize(array, treatment, channel_axis=output, input_axis=inputs)
     stored = Stored(masked(value, array != 0) if _metadata.is_pruned(weight) else value)
-    return Treated(stored, treatment, tuple(notes))
+    return WeightOutcome(stored, treatment, tuple(notes))
 
 
 def _granularity(

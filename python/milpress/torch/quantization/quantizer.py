@@ -14,21 +14,20 @@ from torch import fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from milpress.errors import ConfigError, LifecycleError, UnsupportedError
-from milpress.formats import Blocks, PerChannel, PerTensor, QuantizeConfig
-from milpress.formats import Quantized as QuantizedWeight
+from milpress.formats import Blocks, PerChannel, PerTensor, QuantizeConfig, Quantized
 from milpress.formats.joint import masked
 from milpress.formats.rows import Floats
 from milpress.torch import _metadata
-from milpress.torch._compression import Task, Treated, compress_weights
+from milpress.torch._compression import WeightOutcome, Task, compress_weights
 from milpress.torch._metadata import Stored
+from milpress.torch._module_weights import Kinds, ModuleWeight
 from milpress.torch._report import Report
 from milpress.torch._substitution import Substitution, plain
-from milpress.torch._weights import Kinds, Weight
 from milpress.torch.base_model_optimizer import BaseTrainingTimeModelOptimizer
 from milpress.torch.optimization_config import OptimizationConfig
 from milpress.torch.pruning.magnitude_pruner import is_pruned, masks_lifted
 from milpress.torch.quantization import _graph
-from milpress.torch.quantization._fake_quantize import FakeQuantize, Quantized
+from milpress.torch.quantization._fake_quantize import FakeQuantize, QuantizeDequantize
 from milpress.torch.quantization.quantization_config import (
     LinearQuantizerConfig,
     ModuleLinearQuantizerConfig,
@@ -185,13 +184,13 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
         return self._config.module_type_configs.get(module, self._config.global_config)
 
     def _attach(
-        self, model: nn.Module, layer: _graph.Layer, shared: dict[int, FakeQuantize]
+        self, model: nn.Module, layer: _graph.RoundedLayer, shared: dict[int, FakeQuantize]
     ) -> None:
         """Let a layer compute with a rounded weight; layers that share a weight share how."""
         module = model.get_submodule(layer.name)
         if hasattr(module, "weight_fake_quant"):
             return
-        weight = Weight(layer.name, module, _WEIGHT)
+        weight = ModuleWeight(layer.name, module, _WEIGHT)
         try:
             fake = shared.get(id(weight.tensor)) or _weight_layer(weight, layer.config)
         except UnsupportedError as error:
@@ -281,7 +280,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
             hook = _hook_of(module)
             if hook is not None:
                 hook.detach(module)
-                weights.append(Weight(name, module, _WEIGHT))
+                weights.append(ModuleWeight(name, module, _WEIGHT))
                 if hook.norm is not None:
                     norms[named[id(hook.norm)]] = module
         with masks_lifted(finalized):
@@ -356,7 +355,7 @@ def _error(module: nn.Module, fake: FakeQuantize) -> dict[str, Any]:
     return {"error": error, "#params": weight.numel()}
 
 
-def _weight_layer(weight: Weight, config: ModuleLinearQuantizerConfig) -> FakeQuantize:
+def _weight_layer(weight: ModuleWeight, config: ModuleLinearQuantizerConfig) -> FakeQuantize:
     sizes = list(weight.shape)
     output, inputs = weight.axes
     shape: tuple[int, ...] = ()
@@ -439,7 +438,7 @@ def _channel_scale(norm: Any, rank: int, output: int, owner: Any) -> torch.Tenso
 @torch.no_grad()
 def _fold(layer: Any, norm: Any) -> None:
     """Fold batch normalization into the layer before it."""
-    weight = Weight("", layer, _WEIGHT)
+    weight = ModuleWeight("", layer, _WEIGHT)
     parameter = layer._parameters[_WEIGHT]
     parameter.copy_(parameter * _channel_scale(norm, parameter.ndim, weight.axes[0], layer))
     scale = (norm.running_var + norm.eps).rsqrt()
@@ -468,13 +467,13 @@ def _replace(model: fx.GraphModule, norms: set[str]) -> None:
             model.graph.erase_node(node)
         elif isinstance(module, FakeQuantize):
             holder, _, own_name = name.rpartition(".")
-            setattr(model.get_submodule(holder), own_name, Quantized(module))
+            setattr(model.get_submodule(holder), own_name, QuantizeDequantize(module))
     model.delete_all_unused_submodules()
     model.graph.lint()
     model.recompile()
 
 
-def _quantized(weight: Weight, array: Floats, fake: FakeQuantize) -> Treated:
+def _quantized(weight: ModuleWeight, array: Floats, fake: FakeQuantize) -> WeightOutcome:
     """Return the integers of a weight."""
     tensor = weight.tensor
     assert tensor is not None  # noqa: S101 - compress_weights has looked
@@ -487,7 +486,7 @@ def _quantized(weight: Weight, array: Floats, fake: FakeQuantize) -> Treated:
     offsets = offset.reshape(shape).cpu().numpy()
     steps = _steps(array, scales, offsets)
     kind: Any = np.int8 if fake.signed else np.uint8
-    value = QuantizedWeight(
+    value = Quantized(
         codes=steps.clip(fake.quant_min, fake.quant_max).astype(kind),
         scale=scales,
         offset=None if fake.signed and not offsets.any() else offsets.astype(kind),
@@ -500,9 +499,9 @@ def _quantized(weight: Weight, array: Floats, fake: FakeQuantize) -> Treated:
         offset=fake.scheme is QuantizationScheme.affine,
     )
     if mask is None:
-        return Treated(Stored(value), treatment)
+        return WeightOutcome(Stored(value), treatment)
     kept = mask.expand(tensor.shape).cpu().numpy() != 0
-    return Treated(Stored(masked(value, kept)), treatment)
+    return WeightOutcome(Stored(masked(value, kept)), treatment)
 
 
 def _granularity(fake: FakeQuantize) -> Any:

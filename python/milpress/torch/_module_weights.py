@@ -31,7 +31,7 @@ _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weig
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
+class ModuleWeight:
     """A parameter of a module.
 
     Parameters
@@ -79,12 +79,12 @@ class Weight:
         return int(getattr(self.module, "groups", 1))
 
 
-def weights_of(model: nn.Module, kinds: Kinds) -> Iterator[Weight]:
+def weights_of(model: nn.Module, kinds: Kinds) -> Iterator[ModuleWeight]:
     """Yield the weights of the modules of some kinds, in order, each module once."""
     for name, module in model.named_modules():
         if isinstance(module, kinds):
             for parameter_name in _parameter_names(module):
-                yield Weight(name, module, parameter_name)
+                yield ModuleWeight(name, module, parameter_name)
 
 
 def _parameter_names(module: nn.Module) -> tuple[str, ...]:
