@@ -29,7 +29,7 @@ from milpress.formats.palette import Bits
 from milpress.formats.quantized import IntDType
 from milpress.formats.rows import Floats, divisor_of
 from milpress.torch import _metadata
-from milpress.torch._compression import WeightOutcome, Task, compress_together
+from milpress.torch._compression import Task, WeightOutcome, compress_together
 from milpress.torch._metadata import Stored
 from milpress.torch._module_weights import ModuleWeight
 from milpress.torch.layerwise_compression._configs import (

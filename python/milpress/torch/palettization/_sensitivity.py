@@ -15,6 +15,7 @@ from torch import distributed, nn
 
 from milpress.errors import ConfigError, ConfigTypeError, UnsupportedError
 from milpress.plain.files import draft_in_place_of
+from milpress.torch._modes import evaluating
 from milpress.torch._module_weights import is_spread, whole
 
 LossFunction: TypeAlias = Callable[[nn.Module, Any], torch.Tensor]
@@ -233,17 +234,14 @@ def _backward(model: nn.Module, sample: Any, loss_fn: LossFunction, number: int)
 def _prepared(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Put a model into evaluation mode, such that its weights alone get gradients."""
     wanted = {id(weight) for weight in weights.values()}
-    modes = [(module, module.training) for module in model.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
-        model.eval()
         for parameter, _, _ in parameters:
             parameter.grad = None
             parameter.requires_grad_(id(parameter) in wanted)
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for parameter, requires_grad, grad in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad

@@ -17,8 +17,8 @@ from attrs import define, field
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.formats.rows import Floats
 from milpress.plain import fields
-from milpress.torch._compression import WeightOutcome, Progress, Task, compress_weights
-from milpress.torch._module_weights import KINDS, Kinds, ModuleWeight, weights_of
+from milpress.torch._compression import Progress, WeightOutcome, compress_weights
+from milpress.torch._module_weights import KINDS, Kinds, ModuleWeight
 from milpress.torch.base_model_optimizer import BaseDataCalibratedModelOptimizer
 from milpress.torch.optimization_config import ModuleOptimizationConfig, OptimizationConfig
 from milpress.torch.palettization import _sensitivity, _workers
@@ -239,12 +239,6 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
             names.setdefault(id(task.weight.tensor), []).append(task.weight.name)
         self._report = compress_weights(model, tasks, treat, progress, notes)
         return model
-
-    def _tasks(self, model: torch.nn.Module) -> list[Task]:
-        return [
-            Task(weight, self._config.get_module_config(weight.module_name, weight.module))
-            for weight in weights_of(model, self._supported_modules)
-        ]
 
     def _sums(
         self,

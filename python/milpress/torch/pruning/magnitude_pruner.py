@@ -104,10 +104,10 @@ class ModuleMagnitudePrunerConfig(ModuleOptimizationConfig):
     @property
     def resolved(self) -> ModuleMagnitudePrunerConfig:
         """The same with the target sparsity that ``n_m_ratio`` stands for."""
-        found = copy.copy(self)
+        config = copy.copy(self)
         if self.n_m_ratio is not None:
-            found.target_sparsity = self.n_m_ratio[0] / self.n_m_ratio[1]
-        return found
+            config.target_sparsity = self.n_m_ratio[0] / self.n_m_ratio[1]
+        return config
 
 
 @define
@@ -343,20 +343,20 @@ class MagnitudePruner(BaseTrainingTimeModelOptimizer):
             If the model is still prepared for palettization or quantization: that is to be
             finalized first.
         """
-        model = plain(self._model if model is None else model)
+        with self._finalizing(model, inplace) as finalized:
+            for weights, host, _ in list(_owners(finalized, self._supported_modules)):
+                method = getattr(weights[0].module, "pruning_method", None)
+                if isinstance(method, PruningMethod):
+                    method.remove(weights[0], host)
+        return finalized
+
+    def _check_finalizable(self, model: nn.Module) -> None:
         if is_fake_quantized(model):
             msg = (
                 "palettization or quantization must be finalized before pruning, "
                 "got a model that is still prepared for it"
             )
             raise LifecycleError(msg)
-        finalized = model if inplace else copy.deepcopy(model)
-        for weights, host, _ in list(_owners(finalized, self._supported_modules)):
-            method = getattr(weights[0].module, "pruning_method", None)
-            if isinstance(method, PruningMethod):
-                method.remove(weights[0], host)
-        _metadata.register_version(finalized)
-        return finalized
 
     def load_state_dict(self, state_dict: Any) -> None:
         """Go on from a checkpoint, after the state of the prepared model was loaded.

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
+from milpress.torch._modes import evaluating
 from milpress.torch.quantization._fake_quantize import FakeQuantize, FixedQuantize
 from milpress.torch.quantization.quantization_config import (
     ModuleLinearQuantizerConfig,
@@ -131,16 +132,11 @@ def ranks(model: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[fx.Node, int |
             found[n] = made.ndim if is_float else None
             return made
 
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             Runner(model).run(*inputs)
     except Exception:  # whatever a user's own model raises
         found.clear()
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return found
 
 

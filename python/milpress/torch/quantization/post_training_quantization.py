@@ -14,9 +14,9 @@ from milpress.formats.quantized import Granularity, IntDType
 from milpress.formats.rows import Floats, divisor_of
 from milpress.plain import fields
 from milpress.torch import _fields, _metadata
-from milpress.torch._compression import WeightOutcome, Progress, Task, compress_weights
+from milpress.torch._compression import Progress, WeightOutcome, compress_weights
 from milpress.torch._metadata import Stored
-from milpress.torch._module_weights import KINDS, Kinds, ModuleWeight, weights_of
+from milpress.torch._module_weights import KINDS, Kinds, ModuleWeight, attention_around
 from milpress.torch.base_model_optimizer import BasePostTrainingModelOptimizer
 from milpress.torch.optimization_config import (
     ModuleOptimizationConfig,
@@ -192,20 +192,15 @@ class PostTrainingQuantizer(BasePostTrainingModelOptimizer):
             scales are in buffers of the modules.
         """
         model = self._begin(inplace)
-        tasks = [
-            Task(weight, self._config_for(weight, model))
-            for weight in weights_of(model, self._supported_modules)
-        ]
-        self._report = compress_weights(model, tasks, _quantized, progress)
+        self._report = compress_weights(model, self._tasks(model), _quantized, progress)
         return model
 
     def _config_for(self, weight: ModuleWeight, model: torch.nn.Module) -> Any:
         name, module = weight.module_name, weight.module
-        holder, _, own_name = name.rpartition(".")
-        attention = model.get_submodule(holder) if own_name == "out_proj" else None
-        if isinstance(attention, torch.nn.MultiheadAttention) and not self._config.is_named(name):
+        attention = attention_around(model, name)
+        if attention is not None and not self._config.is_named(name):
             # Like coremltools: attention as a whole has one config.
-            name, module = holder, attention
+            name, module = attention
         config = self._config.get_module_config(name, module)
         return None if config is None or config.dtype is None else config
 
