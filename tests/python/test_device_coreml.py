@@ -170,7 +170,7 @@ def test_without_a_mac_there_is_one_sentence_and_no_number(driver, crepe_tiny):
     with pytest.raises(errors.DriverError) as caught:
         device.run([crepe_tiny], driver=driver)
     assert str(caught.value) == (
-        "the driver coreml must run on a Mac, as Core ML is there alone, got another system; "
+        "the driver coreml needs a Mac, as Core ML is there alone; "
         "the driver interpreter runs anywhere, as a reference and not for speed"
     )
 

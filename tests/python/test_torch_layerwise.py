@@ -345,7 +345,7 @@ def test_a_run_that_was_interrupted_goes_on_where_it_was(tmp_path):
 
 def test_a_file_that_is_no_layer_is_refused(tmp_path):
     (tmp_path / "layer-00000.pt").write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match=r"layer-00000\.pt: must be a layer that was kept"):
+    with pytest.raises(ConfigError, match=r"layer-00000\.pt: not a layer of an interrupted run"):
         LayerwiseCompressor(graph(), config()).compress(ids(), checkpoint=tmp_path)
 
 

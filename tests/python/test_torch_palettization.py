@@ -247,7 +247,7 @@ def test_a_weight_that_can_not_be_compressed_is_in_the_report_with_the_reason(ki
         raise AssertionError(report.left[name])
     assert report[name]["note"] == report.left[name]
     assert report.left[name] in str(report)
-    assert report.summary.startswith("2 weights asked for: 1 compressed, 1 left")
+    assert report.summary.startswith("Compressed 1 of 2 selected weights: ")
     assert any(report.left[name] in record.getMessage() for record in caplog.records)
 
 

@@ -222,7 +222,7 @@ def test_a_wrong_plan_is_refused(settings, message):
         ("error", "error", "RuntimeError: load was to fail"),
         ("crash", "crashed", "ended by SIGABRT"),
         ("kill", "killed", "where memory runs out"),
-        ("hang", "timed_out", "load must be done in 1 s, got no answer"),
+        ("hang", "timed_out", "load: no answer in 1 s"),
     ],
 )
 def test_whatever_a_process_does_is_told(event, reason, message):

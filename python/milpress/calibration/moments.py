@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from milpress.engines.jobs import jobs_of
 from milpress.errors import CompressionError, ConfigError, InputError
 from milpress.mil.package import Package
-from milpress.mil.weights import weight_files
 from milpress.plain import json
 from milpress.plain.files import system_errors, write_whole
 from milpress.progress import Progress
@@ -176,7 +175,7 @@ class Calibration:
         except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
             if isinstance(error, CompressionError):
                 raise
-            msg = f"{path}: must be a calibration that milpress saved, got another file: {error}"
+            msg = f"{path}: not a calibration that milpress saved: {error}"
             raise InputError(msg) from error
 
 
@@ -273,7 +272,7 @@ def calibrate(
 
 def _checked(calibration: Calibration, package: Package) -> Calibration:
     if calibration.package != package_digest(package):
-        msg = f"a calibration must be of the package {package.path} itself, got that of another"
+        msg = f"the calibration is of another package than {package.path}; calibrate this one"
         raise ConfigError(msg)
     return calibration
 
@@ -281,7 +280,7 @@ def _checked(calibration: Calibration, package: Package) -> Calibration:
 def package_digest(package: Package) -> str:
     """Return a hash of a package's model and weights."""
     digest = hashlib.sha256(package.model_bytes)
-    for name in weight_files(package):
+    for name in package.weight_files:
         path = package.weight_path(name)
         with system_errors(path), path.open("rb") as file:
             while chunk := file.read(1 << 20):

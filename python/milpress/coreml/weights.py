@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from milpress.calibration.moments import Calibration
+from milpress.compression.advice import SampleSettings
 from milpress.compression.packages import (
     OnUnsupported,
-    SampleSettings,
     compress_package,
     decompress_package,
 )
 from milpress.compression.report import Report, WeightReport
+from milpress.compression.run import Run
 from milpress.coreml._requests import ConfigRequests, joint_needs_ios18
 from milpress.coreml.op_config import (
     OpLinearQuantizerConfig,
@@ -29,7 +30,6 @@ from milpress.errors import ConfigError
 from milpress.kernels.device import DeviceName
 from milpress.mil import opset
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weights
 from milpress.progress import Progress
 from milpress.samples.data import Data
 
@@ -101,8 +101,8 @@ def palettize_weights(
     samples = SampleSettings.of(
         sample_data, cache=calibration_cache, mask=calibration_mask, bias_correction=bias_correction
     )
-    settings = {"progress": progress, "threads": threads, "device": device, "samples": samples}
-    return _compressed(mlmodel, requests, destination, on_unsupported, settings)
+    run = Run(progress=progress, threads=threads, device=device)
+    return _compressed(mlmodel, requests, destination, on_unsupported, samples, run)
 
 
 def linear_quantize_weights(
@@ -150,8 +150,8 @@ def linear_quantize_weights(
     samples = SampleSettings.of(
         sample_data, cache=calibration_cache, mask=calibration_mask, bias_correction=bias_correction
     )
-    settings = {"progress": progress, "threads": threads, "device": device, "samples": samples}
-    return _compressed(mlmodel, requests, destination, on_unsupported, settings)
+    run = Run(progress=progress, threads=threads, device=device)
+    return _compressed(mlmodel, requests, destination, on_unsupported, samples, run)
 
 
 def prune_weights(
@@ -191,8 +191,8 @@ def prune_weights(
     """
     kinds = (OpMagnitudePrunerConfig, OpThresholdPrunerConfig)
     requests = _requests("prune_weights", kinds, config, joint_compression)
-    settings = {"progress": progress, "threads": threads, "device": device}
-    return _compressed(mlmodel, requests, destination, on_unsupported, settings)
+    run = Run(progress=progress, threads=threads, device=device)
+    return _compressed(mlmodel, requests, destination, on_unsupported, None, run)
 
 
 def decompress_weights(
@@ -221,7 +221,7 @@ def decompress_weights(
     return _written(
         mlmodel,
         destination,
-        lambda path: decompress_package(package, path, threads=threads, may_be_idle=True),
+        lambda path: decompress_package(package, path, Run(threads=threads), may_be_idle=True),
     )
 
 
@@ -238,7 +238,8 @@ def _compressed(
     requests: ConfigRequests,
     destination: Destination,
     on_unsupported: OnUnsupported,
-    settings: dict[str, Any],
+    samples: SampleSettings | None,
+    run: Run,
 ) -> Any:
     if on_unsupported not in ("leave", "error"):
         msg = f"on_unsupported must be 'leave' or 'error', got {on_unsupported!r}"
@@ -257,7 +258,7 @@ def _compressed(
         mlmodel,
         destination,
         lambda path: compress_package(
-            package, path, requests, strict=strict, may_be_idle=True, **settings
+            package, path, requests, run, strict=strict, may_be_idle=True, samples=samples
         ),
     )
 
@@ -290,9 +291,9 @@ def _sentence(weight: WeightReport) -> str:
 def _warn_of_typos(package: Package, requests: ConfigRequests) -> None:
     names: set[str] = set()
     op_types: set[str] = set()
-    for site in sites(package):
-        names.update(node.op_name for node in site.graph.nodes)
-        op_types.update(node.op.type for node in site.graph.nodes)
-        names.update(weight.name for weight in weights(site.prefix, site.graph))
+    for graph in package.graphs:
+        names.update(node.op_name for node in graph.nodes)
+        op_types.update(node.op.type for node in graph.nodes)
+        names.update(weight.name for weight in graph.weights)
     for key in requests.config.unmatched(names, op_types):
         _logger.warning("the config names %r, which nothing in the model matches", key)

@@ -110,7 +110,7 @@ def run(
 
     candidates = [_candidate(package) for package in packages]
     if not candidates:
-        msg = "there must be a package to run, got none"
+        msg = "no package to measure: give at least one"
         raise ConfigError(msg)
     options = dict(options or {})
     units = _units(driver, units)
@@ -280,7 +280,7 @@ def check_driver(open_session: OpenSession, driver: str) -> dict[str, Any]:
         # The driver's own words, behind the type of the error.
         said = error.message.rpartition("last words: ")[2].rpartition("DriverError: ")[2]
         if error.is_over and "DriverError: " not in error.message:
-            said = f"the driver {driver} must be able to start, got: {error.message}"
+            said = f"the driver {driver} can't start: {error.message}"
         raise DriverError(said) from None
     finally:
         session.close()

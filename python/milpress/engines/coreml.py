@@ -117,7 +117,7 @@ class CoreMLTaps:
         try:
             yield
         except RuntimeError as error:
-            msg = f"{self._package.path}: Core ML must be able to run the model, got: {error}"
+            msg = f"{self._package.path}: Core ML can't run the model: {error}"
             raise DriverError(msg) from error
 
     def _given(self, sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,8 +203,8 @@ def check_is_mac(mac: Mac) -> None:
     """
     if not mac.is_here:
         msg = (
-            "the driver coreml must run on a Mac, as Core ML is there alone, got another system; "
-            "the driver interpreter runs anywhere, as a reference and not for speed"
+            "the driver coreml needs a Mac, as Core ML is there alone; the driver interpreter runs "
+            "anywhere, as a reference and not for speed"
         )
         raise DriverError(msg)
 
@@ -221,8 +221,8 @@ def image(array: Any, is_float: bool) -> Any:
         from PIL import Image  # type: ignore[import-not-found, unused-ignore]
     except ModuleNotFoundError as error:
         msg = (
-            "a model that takes images must have Pillow to run, got none; install it with: "
-            "pip install 'milpress[images]'"
+            "running a model that takes images needs Pillow; install it with: pip install "
+            "'milpress[images]'"
         )
         raise DependencyError(msg) from error
 

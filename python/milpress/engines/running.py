@@ -195,7 +195,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
         If it is neither.
     """
     if not path.is_file():
-        msg = f"{path}: an array must be there, got nothing"
+        msg = f"{path}: no such file"
         raise PackageNotFoundError(msg)
     try:
         with system_errors(path):
@@ -205,7 +205,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
             with found:
                 return dict(found)
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        msg = f"{path}: an input must be an .npy or .npz file of numbers, got: {error}"
+        msg = f"{path}: not an .npy or .npz file of numbers: {error}"
         raise InputError(msg) from error
 
 
@@ -213,13 +213,13 @@ def _destination(path: Path, *, force: bool) -> Path:
     if path.is_dir():
         path = path / "outputs.npz"
     if path.suffix != ".npz":
-        msg = f"{path}: outputs must go to a folder or an .npz file, got another"
+        msg = f"{path}: outputs are written to a folder or an .npz file"
         raise DestinationError(msg)
     if not path.parent.is_dir():
-        msg = f"{path}: the folder of the destination must exist, got none"
+        msg = f"{path}: the folder {path.absolute().parent} does not exist"
         raise PackageNotFoundError(msg)
     if path.exists() and not force:
-        msg = f"{path}: the destination must be free, got an existing one; use force"
+        msg = f"{path} exists already; --force (`force=True`) replaces it"
         raise DestinationError(msg)
     return path
 

@@ -215,5 +215,5 @@ def located(frame: Frame) -> Iterator[None]:
         step = frame.step
         if step is None:
             raise
-        msg = f"{step.place}: {step.kind} must be able to compute what it is given, got: {error}"
+        msg = f"{step.place}: {step.kind} can't compute what it is given: {error}"
         raise ExecutionError(msg) from error

@@ -152,7 +152,7 @@ class Program:
         """
         part = self._part.without_suppression()
         if part is None:
-            msg = "an ML program must come before a non-maximum suppression, got none"
+            msg = "there is no ML program before the non-maximum suppression"
             raise UnsupportedError(msg)
         if part is self._part:
             return self
@@ -319,7 +319,7 @@ class Program:
             msg = f"a tap must name a value that the program computes, got {', '.join(unknown)}"
             raise InputError(msg)
         if state is None and self.is_stateful:
-            msg = "a stateful model must be given a state, from make_state(), got none"
+            msg = "the model is stateful: give it a state, from make_state()"
             raise InputError(msg)
 
     def _exported(self, value: Any, dtype: str, as_torch: bool) -> Any:

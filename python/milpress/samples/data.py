@@ -149,7 +149,7 @@ def _reading(path: Path) -> Iterator[None]:
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         if isinstance(error, CompressionError):
             raise
-        msg = f"{path}: samples must be .npz or .npy files of numbers, got: {error}"
+        msg = f"{path}: not an .npz or .npy file of numbers: {error}"
         raise InputError(msg) from error
 
 
@@ -202,7 +202,7 @@ class Samples(Iterable[dict[str, Any]]):
             else:
                 self._sources.append(source)
         if not len(self):
-            msg = f"{_shown(data)}: there must be samples, got none"
+            msg = f"{_shown(data)}: no samples in it"
             raise next(iter(self.unsuited.values()), InputError(msg))
 
     @property
@@ -279,10 +279,10 @@ class Samples(Iterable[dict[str, Any]]):
 
     def _in_files(self, path: Path) -> Iterator[_Source]:
         if not path.exists():
-            msg = f"{path}: samples must be there, got nothing"
+            msg = f"{path}: no such file or folder"
             raise PackageNotFoundError(msg)
         if not path.is_dir() and path.suffix not in (".npz", ".npy") and not is_picture(path):
-            msg = f"{path}: samples must be {_FILES}, or a folder of them, got another"
+            msg = f"{path}: samples must be {_FILES}, or a folder of them"
             raise InputError(msg)
         with system_errors(path):
             files = sorted(path.iterdir()) if path.is_dir() else [path]
@@ -402,7 +402,7 @@ def picture_or_array(value: Any, feature: Feature) -> Any:
         return value
     picture = Picture(Path(value), feature)
     if not picture.path.is_file():
-        msg = f"{picture.path}: a picture must be there, got nothing"
+        msg = f"{picture.path}: no such picture"
         raise PackageNotFoundError(msg)
     return picture
 

@@ -127,8 +127,8 @@ class Picture:
             from PIL import Image
         except ModuleNotFoundError as error:
             msg = (
-                f"{self.path}: pictures ({', '.join(SUFFIXES)}) must be read by Pillow, got none; "
-                "install it with: pip install 'milpress[images]'"
+                f"{self.path}: reading pictures ({', '.join(SUFFIXES)}) needs Pillow; install it "
+                "with: pip install 'milpress[images]'"
             )
             raise DependencyError(msg) from error
         try:
@@ -149,7 +149,7 @@ class Picture:
         if isinstance(error, OSError) and error.errno is not None:
             with system_errors(self.path):
                 raise error
-        msg = f"{self.path}: must be a picture that can be read, PNG or JPEG, got: {error}"
+        msg = f"{self.path}: not a PNG or JPEG picture that can be read: {error}"
         raise InputError(msg) from error
 
 

@@ -74,7 +74,7 @@ class InterpreterDriver(Untold):
 
     def _run(self, sample: files.Arrays) -> dict[str, Any]:
         if self._program is None:
-            msg = "a model must be loaded, got none"
+            msg = "no model is loaded"
             raise RuntimeError(msg)
         state = self._program.make_state() if self._program.is_stateful else None
         return self._program.run(sample, state=state).outputs

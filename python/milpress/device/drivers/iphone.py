@@ -141,7 +141,7 @@ class IPhoneDriver(Untold):
         """Set up the app; coremltools compiles the package itself when it loads it."""
         del units, folder
         if files.description(package, self._function).state:
-            msg = "a model on a device at the cable must have no state, got one"
+            msg = "a model with states can't be measured on a device connected by cable"
             raise DriverError(msg)
         if self._prepared is None:
             # Kept, so that the app is built once and not for each configuration.

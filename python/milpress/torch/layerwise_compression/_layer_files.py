@@ -45,12 +45,12 @@ class LayerFiles:
             found = torch.load(path, weights_only=True, map_location="cpu")
             matches = found["identity"] == _identity(weight, config)
         except Exception as error:
-            msg = f"{path}: must be a layer that was kept of an interrupted run, got {error}"
+            msg = f"{path}: not a layer of an interrupted run: {error}"
             raise ConfigError(msg) from error
         if not matches:
             msg = (
-                f"{path}: what was kept must be of the same weights and settings, got that of "
-                "others; delete the folder to begin anew"
+                f"{path}: holds a layer of other weights or settings; delete the folder to begin "
+                "anew"
             )
             raise ConfigError(msg)
         self._made.append(path)

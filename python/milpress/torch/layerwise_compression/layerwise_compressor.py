@@ -265,7 +265,7 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
             chain = [model.get_submodule(name) for name in parents]
             calls = [partial(_run_chain, chain, batch, kwargs) for batch in batches]
         if not calls:
-            msg = "dataloader must give at least one batch, got none"
+            msg = "dataloader gives no batch"
             raise ConfigError(msg)
         name = self._config.mask
         masks = [batch.get(name) if isinstance(batch, Mapping) else None for batch in batches]

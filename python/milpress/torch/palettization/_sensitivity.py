@@ -115,7 +115,7 @@ def sum_squared_gradients(
             if sums.kept is not None and seen % save_every == 0:
                 _save(sums, sums.kept, n_ranks)
     if seen == 0:
-        msg = "dataloader must give at least one sample, got none"
+        msg = "dataloader gives no sample"
         raise ConfigError(msg)
     if n_ranks > 1 and not sharded:
         for total in sums.squares.values():
@@ -294,8 +294,8 @@ def _resume(sums: GradientSums, path: Path, n_ranks: int) -> None:
     expected = {name: tuple(_local(total).shape) for name, total in sums.squares.items()}
     if shapes != expected or found["n_ranks"] != n_ranks:
         msg = (
-            f"{path}: the sums of an interrupted run must be of the same weights and as many "
-            "processes, got others; delete the file to begin anew"
+            f"{path}: of an interrupted run with other weights or another number of processes; "
+            "delete the file to begin anew"
         )
         raise ConfigError(msg)
     for name, total in sums.squares.items():

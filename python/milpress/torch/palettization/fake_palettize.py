@@ -182,7 +182,7 @@ class FakePalettize(nn.Module):
         wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
         array = as_weight(whole(weights))
         if _core.first_nonfinite(np.ascontiguousarray(array).reshape(-1)) < array.size:
-            msg = "a weight must be finite to be palettized, got one that is not"
+            msg = "a weight that is not finite (NaN or infinity) can't be palettized"
             raise UnsupportedError(msg)
         if self.per_channel_scaling_factor is not None:
             axes = [axis for axis in range(wide.ndim) if axis != self.output]

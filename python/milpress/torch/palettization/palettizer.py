@@ -91,9 +91,7 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
             _logger.warning("the model has been prepared already: nothing is changed")
             return self._model
         if is_pruned(self._model):
-            msg = (
-                "palettization must be prepared before pruning, got a model that is prepared for it"
-            )
+            msg = "prepare palettization before pruning: this model is prepared for pruning already"
             raise LifecycleError(msg)
         self._model = self._get_model_for_compression(inplace)
         if not self._config.is_default:

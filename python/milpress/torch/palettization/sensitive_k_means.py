@@ -199,7 +199,7 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
         if sensitivity_path is not None:
             sensitivities = _sensitivity.load(sensitivity_path)
         elif dataloader is None or loss_fn is None:
-            msg = "dataloader and loss_fn, or sensitivity_path, must be given, got neither"
+            msg = "sensitivities are missing: give dataloader and loss_fn, or sensitivity_path"
             raise ConfigError(msg)
         elif num_sensitivity_workers > 1 and not torch.distributed.is_initialized():
             sensitivities = self._by_workers(
@@ -225,7 +225,7 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
                 msg = f"sensitivities must be of the shape {array.shape}, got {importance.shape}"
                 raise UnsupportedError(msg)
             if not np.isfinite(importance).all():
-                msg = "sensitivities must be finite, got other values"
+                msg = "sensitivities are not finite (NaN or infinity)"
                 raise UnsupportedError(msg)
             treated = palettized(weight, array, config, importance)
             if in_use:

@@ -281,7 +281,7 @@ class MagnitudePruner(BaseTrainingTimeModelOptimizer):
         if is_fake_quantized(self._model) and not inplace:
             msg = (
                 "a model that is prepared for palettization or quantization must be pruned with "
-                "inplace=True, so that both work on the same model, got inplace=False"
+                "inplace=True, so that both work on the same model"
             )
             raise LifecycleError(msg)
         self._model = self._get_model_for_compression(inplace)
@@ -353,8 +353,8 @@ class MagnitudePruner(BaseTrainingTimeModelOptimizer):
     def _check_finalizable(self, model: nn.Module) -> None:
         if is_fake_quantized(model):
             msg = (
-                "palettization or quantization must be finalized before pruning, "
-                "got a model that is still prepared for it"
+                "finalize palettization or quantization before pruning: this model is still "
+                "prepared for it"
             )
             raise LifecycleError(msg)
 

@@ -108,9 +108,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
             _logger.warning("the model has been prepared already: nothing is changed")
             return self._model
         if is_pruned(self._model):
-            msg = (
-                "quantization must be prepared before pruning, got a model that is prepared for it"
-            )
+            msg = "prepare quantization before pruning: this model is prepared for pruning already"
             raise LifecycleError(msg)
         source = self._get_model_for_compression(inplace)
         self._warn_of_typos()
