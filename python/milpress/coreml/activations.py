@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from milpress.calibration.activation_quantization import CodesOf, quantize_activations
 from milpress.compression.packages import save_package
-from milpress.coreml.config import OpLinearQuantizerConfig, OptimizationConfig, adopted
+from milpress.coreml.op_config import OpLinearQuantizerConfig
+from milpress.coreml.optimization_config import OptimizationConfig, adopted
 from milpress.engines.mlmodel import opened, returned, temporary_package
 from milpress.formats import PerTensor, QuantizeConfig
 from milpress.formats.ranges import CalibrationConfig, CalibrationKind, Engine

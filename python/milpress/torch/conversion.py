@@ -34,7 +34,7 @@ from milpress.mil.program import Weight as Constant
 from milpress.show import decibels
 from milpress.torch import _metadata, _relayout
 from milpress.torch._metadata import Stored
-from milpress.torch._weights import RECURRENT, Weight, whole
+from milpress.torch._module_weights import RECURRENT, ModuleWeight, whole
 
 __all__ = ["convert"]
 
@@ -130,14 +130,14 @@ def convert(
 class _Compressed:
     """A compressed weight of a module, and what became of it in the model."""
 
-    weight: Weight
+    weight: ModuleWeight
     stored: Stored
     report: WeightReport
     signal: float = 0.0
     noise: float = 0.0
 
     @classmethod
-    def read(cls, weight: Weight) -> _Compressed:
+    def read(cls, weight: ModuleWeight) -> _Compressed:
         try:
             stored = _metadata.read(weight)
         except UnsupportedError as error:
@@ -189,11 +189,11 @@ class _Compressed:
         return whole(tensor).float().numpy()
 
 
-def _compressed_weights(module: nn.Module) -> Iterator[Weight]:
+def _compressed_weights(module: nn.Module) -> Iterator[ModuleWeight]:
     seen: set[int] = set()
     for name, part in module.named_modules():
         for parameter in _metadata.compressed_parameters(part):
-            weight = Weight(name, part, parameter)
+            weight = ModuleWeight(name, part, parameter)
             if id(weight.tensor) not in seen:
                 seen.add(id(weight.tensor))
                 yield weight
