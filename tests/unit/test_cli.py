@@ -196,7 +196,7 @@ def test_help_and_version():
     assert run("--version").stdout.startswith("milpress 0.")
 
 
-HEAVY = ("coremltools", "torch", "sklearn", "scipy", "yaml")
+HEAVY = ("coremltools", "torch", "sklearn", "scipy", "yaml", "jinja2")
 
 
 def test_import_and_inspect_load_nothing_heavy(crepe_tiny):

@@ -1,0 +1,200 @@
+"""Files that a page is of: reports, evaluations, benchmarks and published tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from milpress._structure import Metric, structured
+from milpress.device import schema
+from milpress.device.schema import Result
+from milpress.errors import ResultError
+
+VERSION = 1
+LITERATURE_SCHEMA = "milpress-literature/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weight:
+    """A weight of a compression report."""
+
+    name: str
+    op_types: tuple[str, ...]
+    shape: tuple[int, ...]
+    status: str
+    treatment: str
+    note: str
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float
+    snr_db: Metric | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compression:
+    """What `milpress compress --json` prints."""
+
+    source: str
+    destination: str
+    package_bytes_before: int
+    package_bytes_after: int
+    bits_per_weight: float
+    snr_db: Metric | None
+    weights: tuple[Weight, ...]
+    version: int = 0
+    notes: tuple[str, ...] = ()
+    verified: bool = False
+    asked: int = 0
+    compressed: int = 0
+    left: int = 0
+    ratio: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OutputMetrics:
+    """What an evaluation found of one output."""
+
+    name: str
+    snr_db: Metric | None = None
+    cosine: Metric | None = None
+    top1: Metric | None = None
+    kl: Metric | None = None
+    max_error: Metric | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpMetrics:
+    """What an evaluation found of a value inside."""
+
+    name: str
+    op_type: str
+    snr_db: Metric
+    own_snr_db: Metric
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluated:
+    """What `milpress evaluate --json` prints."""
+
+    original: str
+    compressed: str
+    n_samples: int
+    is_random: bool
+    precision: str
+    outputs: tuple[OutputMetrics, ...]
+    version: int = 0
+    ops: tuple[OpMetrics, ...] = ()
+    n_uncompared: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishedTable:
+    """A table that somebody else published."""
+
+    title: str
+    source: str
+    device: str
+    method: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Literature:
+    """Tables that somebody else published: nothing in them was measured here."""
+
+    schema: str
+    publisher: str
+    tables: tuple[PublishedTable, ...]
+
+
+Content: TypeAlias = "Compression | Evaluated | Result | Literature"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A file that the page is of."""
+
+    name: str
+    sha256: str
+    content: Content
+
+    @property
+    def what(self) -> str:
+        """What it holds, in a word."""
+        return {
+            Compression: "compression report",
+            Evaluated: "evaluation",
+            Result: "benchmark",
+            Literature: "published tables",
+        }[type(self.content)]
+
+
+def read(path: Path) -> Source:
+    """Read a file.
+
+    Raises
+    ------
+    ResultError
+        If it is none of those that are known, or is damaged.
+    PackageNotFoundError
+        If nothing is there.
+    """
+    data, digest = schema.read_json(path)
+    return Source(name=path.name, sha256=digest, content=_content(data, str(path)))
+
+
+def _content(data: Any, place: str) -> Content:
+    keys = set(data) if isinstance(data, dict) else set()
+    if keys and data.get("schema") == LITERATURE_SCHEMA:
+        literature: Literature = structured(data, Literature, place)
+        for table in literature.tables:
+            if any(len(row) != len(table.columns) for row in table.rows):
+                msg = (
+                    f"{place}: each row of {table.title!r} must have {len(table.columns)} cells, "
+                    "got another number"
+                )
+                raise ResultError(msg)
+        return literature
+    if str(data.get("schema") if keys else "").startswith("milpress-bench/"):
+        return schema.parse(data, place)
+    if {"original", "compressed", "outputs"} <= keys:
+        _check_version(data, place)
+        evaluated: Evaluated = structured(data, Evaluated, place, strict=False)
+        _check_counts(evaluated, place)
+        return evaluated
+    if {"source", "destination", "weights"} <= keys:
+        _check_version(data, place)
+        compression: Compression = structured(data, Compression, place, strict=False)
+        _check_counts(compression, place)
+        for i, weight in enumerate(compression.weights):
+            _check_counts(weight, f"{place}: weights[{i}]")
+        return compression
+    msg = (
+        f"{place}: a report must be of what `milpress compress --json`, `evaluate --json` or "
+        f"`bench` wrote, got {'another object' if keys else type(data).__name__}"
+    )
+    raise ResultError(msg)
+
+
+def _check_version(data: dict[str, Any], place: str) -> None:
+    version = data.get("version")
+    if type(version) is not int or version != VERSION:
+        msg = (
+            f"{place}: version must be {VERSION}, got {version!r}; make the report again with this "
+            "milpress"
+        )
+        raise ResultError(msg)
+
+
+def _check_counts(content: Any, place: str) -> None:
+    """Refuse negative counts, sizes and bits, which nothing has."""
+    for item in fields(content):
+        value = getattr(content, item.name)
+        is_number = type(value) is int or (type(value) is float and item.name != "snr_db")
+        if is_number and value < 0:
+            msg = f"{place}: {item.name} must be at least 0, got {value}"
+            raise ResultError(msg)
