@@ -20,7 +20,7 @@ import numpy as np
 from coremltools.proto import FeatureTypes_pb2, MIL_pb2, Model_pb2
 from numpy.typing import NDArray
 
-from milpress import _core
+import milpress._core as _core
 
 _WEIGHT_FILE = "@model_path/weights/weight.bin"
 _FLOAT16_BLOB = 1

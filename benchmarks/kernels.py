@@ -14,6 +14,7 @@ from coremltools.optimize.coreml import _quantization_passes as ct_passes
 from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 
+import milpress._core as _core
 from benchmarks.measure import (
     CLOCKS,
     Case,
@@ -25,7 +26,6 @@ from benchmarks.measure import (
     speed_beside,
     two_threads,
 )
-from milpress import _core
 
 Array = NDArray[Any]
 WIDTHS = (1, 2, 3, 4, 6, 8)

@@ -73,8 +73,8 @@ def of_crepe(folder: Path) -> Subject:
     path = folder / "crepe.mlpackage"
     recipe = milpress.Recipe.from_dict({"target": "iOS18", "steps": [{"rules": [{"keep": True}]}]})
     if not path.exists():
-        from milpress._plan import RecipeWishes
-        from milpress.compression import compress_package
+        from milpress.compression.packages import compress_package
+        from milpress.compression.requests import RecipeWishes
         from milpress.mil.package import Package
 
         compress_package(

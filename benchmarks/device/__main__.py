@@ -53,7 +53,13 @@ def main() -> None:
     samples.mkdir(exist_ok=True)
     for i, frame in enumerate(tones(16)):
         np.savez(samples / f"{i:02}.npz", frames=frame)
-    command = [sys.executable, "-c", "from milpress.cli import main; main()", "bench", "suite"]
+    command = [
+        sys.executable,
+        "-c",
+        "from milpress.cli.packages import main; main()",
+        "bench",
+        "suite",
+    ]
     command += [str(model(options.model)), "-o", str(options.folder), "--data", str(samples), *rest]
     sys.exit(subprocess.run(command, check=False).returncode)
 

@@ -5,24 +5,24 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from milpress._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from milpress import coreml, device, errors, formats, interpreter, page, planner, torch
-    from milpress.compression import compress, decompress
+    from milpress.calibration.moments import Calibration, calibrate
+    from milpress.compression.packages import compress, decompress
+    from milpress.compression.report import Report
+    from milpress.compression.rescaling import rescale
+    from milpress.compression.verification import Verification, verify
+    from milpress.engines.running import run
     from milpress.errors import CompressionError
-    from milpress.evaluation import Evaluation, evaluate
-    from milpress.inspection import inspect
-    from milpress.moments import Calibration, calibrate
-    from milpress.placement import Device, devices
+    from milpress.evaluation.evaluating import Evaluation, evaluate
+    from milpress.inspection import Inspection, inspect
+    from milpress.kernels.device import Device, devices
     from milpress.planner.linting import Lint, lint
     from milpress.planner.planning import Plan, plan
     from milpress.recipe import Recipe
-    from milpress.report import Inspection, Report
-    from milpress.rescaling import rescale
-    from milpress.running import run
-    from milpress.samples import RandomSamples
-    from milpress.verification import Verification, verify
-
-__version__ = "0.1.0"
+    from milpress.samples.data import RandomSamples
 
 __all__ = [
     "Calibration",
@@ -60,28 +60,28 @@ __all__ = [
 # Loaded on first use, so that `import milpress` is quick.
 _MODULES = ("coreml", "device", "errors", "formats", "interpreter", "page", "planner", "torch")
 _HOMES = {
-    "Calibration": "milpress.moments",
+    "Calibration": "milpress.calibration.moments",
     "CompressionError": "milpress.errors",
-    "Device": "milpress.placement",
-    "Evaluation": "milpress.evaluation",
-    "Inspection": "milpress.report",
+    "Device": "milpress.kernels.device",
+    "Evaluation": "milpress.evaluation.evaluating",
+    "Inspection": "milpress.inspection",
     "Lint": "milpress.planner",
     "Plan": "milpress.planner",
-    "RandomSamples": "milpress.samples",
+    "RandomSamples": "milpress.samples.data",
     "Recipe": "milpress.recipe",
-    "Report": "milpress.report",
-    "Verification": "milpress.verification",
-    "calibrate": "milpress.moments",
-    "compress": "milpress.compression",
-    "decompress": "milpress.compression",
-    "devices": "milpress.placement",
-    "evaluate": "milpress.evaluation",
+    "Report": "milpress.compression.report",
+    "Verification": "milpress.compression.verification",
+    "calibrate": "milpress.calibration.moments",
+    "compress": "milpress.compression.packages",
+    "decompress": "milpress.compression.packages",
+    "devices": "milpress.kernels.device",
+    "evaluate": "milpress.evaluation.evaluating",
     "inspect": "milpress.inspection",
     "lint": "milpress.planner",
     "plan": "milpress.planner",
-    "rescale": "milpress.rescaling",
-    "run": "milpress.running",
-    "verify": "milpress.verification",
+    "rescale": "milpress.compression.rescaling",
+    "run": "milpress.engines.running",
+    "verify": "milpress.compression.verification",
 }
 
 

@@ -1,6 +1,6 @@
 """``python -m milpress`` is the command line."""
 
-from milpress._root import main
+from milpress.cli.root import main
 
 if __name__ == "__main__":
     main()

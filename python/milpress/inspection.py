@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from milpress.errors import weight_errors
 from milpress.mil import opset, values
 from milpress.mil.constexpr import Decoder, is_constexpr
+from milpress.mil.graph import Graph, Node
 from milpress.mil.package import Package, n_package_bytes
-from milpress.mil.program import Graph, Node
 from milpress.mil.weights import sites, weights
-from milpress.report import Inspection, StoredWeight
+from milpress.show import escaped, human_bytes, named_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
 
 # What an op decodes a weight from.
 _CODES = (
@@ -95,3 +102,114 @@ def _described(node: Node) -> str:
         if stored is not None:
             return f"{kind} {values.stored_type(stored).dtype.name}"
     return kind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredWeight:
+    """A weight as it is stored.
+
+    Parameters
+    ----------
+    name
+        Its name in the graph.
+    op_types
+        Kinds of the ops that use it.
+    dtype
+        Type of its elements, as ops see it.
+    shape
+        Its shape.
+    stored_as
+        ``dense``, or the ops that decode it.
+    n_bytes
+        Size of what is stored.
+    """
+
+    name: str
+    op_types: tuple[str, ...]
+    dtype: str
+    shape: tuple[int, ...]
+    stored_as: str
+    n_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Effective bits."""
+        return 8 * self.n_bytes / math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inspection:
+    """What a package holds.
+
+    Parameters
+    ----------
+    path
+        The package.
+    package_bytes
+        Size of all files.
+    specification_version
+        Of the model.
+    functions
+        Name and deployment target of each function.
+    op_counts
+        How often each kind of op occurs, constants aside, most frequent first.
+    weights
+        Its weights, in the order of the graph.
+    """
+
+    path: str
+    package_bytes: int
+    specification_version: int
+    functions: tuple[tuple[str, str], ...]
+    op_counts: dict[str, int]
+    weights: tuple[StoredWeight, ...]
+
+    @property
+    def summary(self) -> str:
+        """One line: functions, targets, weights, size."""
+        size = sum(math.prod(weight.shape) for weight in self.weights)
+        functions = ", ".join(f"{name} ({target})" for name, target in self.functions)
+        return (
+            f"{functions}; {len(self.weights)} weights with {size:,} elements; "
+            f"{human_bytes(self.package_bytes)}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the inspection as JSON can hold it."""
+        return {
+            "version": 1,
+            "path": self.path,
+            "package_bytes": self.package_bytes,
+            "specification_version": self.specification_version,
+            "functions": [{"name": name, "target": target} for name, target in self.functions],
+            "op_counts": self.op_counts,
+            "weights": [
+                {
+                    "name": weight.name,
+                    "op_types": list(weight.op_types),
+                    "dtype": weight.dtype,
+                    "shape": list(weight.shape),
+                    "stored_as": weight.stored_as,
+                    "n_bytes": weight.n_bytes,
+                    "bits_per_weight": weight.bits_per_weight,
+                }
+                for weight in self.weights
+            ],
+        }
+
+    def __rich__(self) -> Table:
+        """Return the weights as a table."""
+        table = named_table("weight", "used by", "shape", "type", "stored as")
+        for heading in ("bytes", "bits"):
+            table.add_column(heading, justify="right")
+        for weight in self.weights:
+            table.add_row(
+                escaped(weight.name),
+                escaped(", ".join(weight.op_types)),
+                "x".join(map(str, weight.shape)),
+                weight.dtype,
+                escaped(weight.stored_as),
+                human_bytes(weight.n_bytes),
+                f"{weight.bits_per_weight:.2f}",
+            )
+        return table

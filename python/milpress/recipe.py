@@ -7,9 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-import yaml
-
-from milpress import _patterns, _yaml
 from milpress.errors import ConfigError
 from milpress.formats import (
     Blocks,
@@ -26,7 +23,8 @@ from milpress.formats import (
     Uniform,
     Unique,
 )
-from milpress.ranges import CalibrationConfig
+from milpress.formats.ranges import CalibrationConfig
+from milpress.plain import patterns, yaml
 
 # coremltools compresses weights of more than 2,048 elements.
 DEFAULT_MIN_SIZE = 2049
@@ -71,11 +69,11 @@ class Select:
             msg = f"min_size must not be negative, got {self.min_size}"
             raise ConfigError(msg)
         if self.name is not None:
-            _patterns.check(self.name)
+            patterns.check(self.name)
 
     def matches(self, name: str, op_types: Iterable[str]) -> bool:
         """Whether a weight is meant, its size aside."""
-        return (self.name is None or _patterns.matches(self.name, name)) and (
+        return (self.name is None or patterns.matches(self.name, name)) and (
             not self.op_types or any(kind in self.op_types for kind in op_types)
         )
 
@@ -223,7 +221,7 @@ class Recipe:
         ConfigError
             If it is no YAML, or not of the recipe's form; the place is named.
         """
-        data = _yaml.load(path, "a recipe")
+        data = yaml.load(path, "a recipe")
         try:
             return cls.from_dict(data)
         except ConfigError as error:
@@ -276,7 +274,7 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return yaml.text(self.to_dict())
 
 
 class _Form:

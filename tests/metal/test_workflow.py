@@ -13,7 +13,7 @@ import pytest
 
 import milpress
 from milpress import formats as f
-from milpress.placement import using
+from milpress.kernels.device import using
 
 
 def package_bytes(package: Path) -> dict[str, bytes]:

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from milpress.device.drivers._mac import Mac
-from milpress.device.drivers.coreml import CoreML, CoreMLDriver
+from milpress.device.drivers.coreml import CoreMLDriver
+from milpress.engines.coreml import CoreML
+from milpress.engines.mac import Mac
 
 
 class MLCPUComputeDevice:

@@ -14,8 +14,8 @@ from coremltools.converters.mil.frontend.milproto.load import load as load_mil
 from milpress.formats import Compressed
 from milpress.mil import values
 from milpress.mil.constexpr import Decoder, is_constexpr, is_part
+from milpress.mil.graph import Graph, Node
 from milpress.mil.package import Package
-from milpress.mil.program import Graph, Node
 from milpress.mil.weights import sites, weights
 
 

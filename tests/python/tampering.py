@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from milpress.compression.verification import compare_packages
 from milpress.errors import VerificationError
 from milpress.mil import treatments
 from milpress.mil.package import Package
-from milpress.verification import compare_packages
 
 
 class Edited:

@@ -18,10 +18,10 @@ from torch import nn
 import milpress
 from milpress import coreml, interpreter
 from milpress.formats import QuantizeConfig
+from milpress.formats.ranges import CalibrationConfig, Observer
 from milpress.mil import values
 from milpress.mil.package import Package
 from milpress.mil.weights import sites
-from milpress.ranges import CalibrationConfig, Observer
 
 
 class Branches(nn.Module):

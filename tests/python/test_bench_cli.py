@@ -16,7 +16,8 @@ from device_results import entry, model, placement, result
 
 import milpress
 from milpress import device, errors
-from milpress.device import inputs, schema, suite
+from milpress.device import schema, suite
+from milpress.engines import inputs
 
 QUICK = ("--warmup", 1, "--round", 2, "--min-rounds", 2, "--max-rounds", 2)
 
@@ -60,7 +61,7 @@ def test_a_run_on_any_machine_is_a_reference_and_says_so(benched):
 
 
 def test_accuracy_is_that_of_evaluate(benched):
-    from milpress.samples import RandomSamples
+    from milpress.samples.data import RandomSamples
 
     found = device.load(benched / "result.json").entries[1].accuracy
     assert found is not None
@@ -328,7 +329,7 @@ def test_bench_loads_neither_torch_nor_coremltools_to_look_at_results(tmp_path):
     schema.save(result("measured"), path)
     code = f"""
 import sys
-from milpress.cli import main
+from milpress.cli.packages import main
 for arguments in (["bench", "validate", {str(path)!r}], ["bench", "compare", {str(path)!r}],
                   ["report", {str(path)!r}, "-o", {str(tmp_path / "r.html")!r}]):
     sys.argv = ["milpress", *arguments]

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import milpress
+import milpress._core as _core
 from benchmarks import generate_package, kernels, machine, measure, results
 from benchmarks.measure import Contender, Effort, Figure, Line, Times
-from milpress import _core
 
 
 class Watch:

@@ -10,7 +10,7 @@ import pytest
 from command_line import failed, run
 
 import milpress
-from milpress import _rewrite
+from milpress.compression import treating, writer
 from milpress.errors import ConfigError, DestinationError
 from milpress.formats import Custom, PalettizeConfig, PerBlock, PruneConfig, QuantizeConfig
 from milpress.recipe import Recipe, Step
@@ -38,7 +38,7 @@ def files(package: Path) -> dict[str, bytes]:
 @pytest.fixture
 def interrupt(monkeypatch):
     """Return a function that lets so many weights be treated before it interrupts."""
-    treated = _rewrite._treated
+    treated = treating.treat
 
     def after(n_weights: int) -> list[str]:
         names: list[str] = []
@@ -49,7 +49,7 @@ def interrupt(monkeypatch):
             names.append(order.weight.name)
             return treated(order, *rest)
 
-        monkeypatch.setattr(_rewrite, "_treated", count)
+        monkeypatch.setattr(writer, "treat", count)
         return names
 
     return after

@@ -506,7 +506,7 @@ def test_a_failed_verification_leaves_the_destination_as_it_was(crepe_tiny, tmp_
     def refuse(*_: Any) -> None:
         raise VerificationError("planted")
 
-    monkeypatch.setattr("milpress.compression.compare_packages", refuse)
+    monkeypatch.setattr("milpress.compression.packages.compare_packages", refuse)
     with pytest.raises(VerificationError, match="planted"):
         milpress.compress(crepe_tiny, out, milpress.Recipe.of(f.QuantizeConfig()), force=True)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from milpress.errors import PackageError
 from milpress.mil import dtypes, values
 from milpress.mil.constexpr import Decoder
-from milpress.mil.program import Graph, Node
+from milpress.mil.graph import Graph, Node
 from milpress.mil.schema import messages
 from milpress.mil.values import Tensor
 

@@ -467,7 +467,7 @@ def test_nothing_at_a_path_is_an_error(tmp_path):
 
 def test_importing_the_module_imports_no_coremltools():
     code = (
-        "import sys, milpress.coreml, milpress.coreml.model, milpress.coreml.metadata; "
+        "import sys, milpress.coreml, milpress.engines.mlmodel, milpress.coreml.metadata; "
         "assert not {'coremltools', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

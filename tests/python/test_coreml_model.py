@@ -19,7 +19,7 @@ from coremltools.converters.mil.mil import Program
 
 import milpress
 from milpress import formats as f
-from milpress.coreml.model import opened, returned, temporary_package
+from milpress.engines.mlmodel import opened, returned, temporary_package
 from milpress.errors import ConfigTypeError, ModelKindError, PackageNotFoundError
 from milpress.mil.package import Package
 
@@ -325,7 +325,7 @@ def test_a_forked_child_does_not_remove_the_package_of_its_parent(build):
 def test_a_temporary_package_is_removed_when_python_ends(build):
     code = (
         "import milpress, sys\n"
-        "from milpress.coreml.model import returned, temporary_package\n"
+        "from milpress.engines.mlmodel import returned, temporary_package\n"
         "with temporary_package() as path:\n"
         "    milpress.compress(sys.argv[1], path, milpress.Recipe.from_dict("
         "{'steps': [{'quantize': {}}]}))\n"
@@ -359,7 +359,7 @@ def test_a_failure_leaves_no_temporary_folder():
 
 def test_opening_a_path_imports_no_coremltools(crepe_tiny):
     code = (
-        "import sys; from milpress.coreml.model import opened; opened(sys.argv[1]); "
+        "import sys; from milpress.engines.mlmodel import opened; opened(sys.argv[1]); "
         "assert 'coremltools' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code, str(crepe_tiny)], check=True)

@@ -35,11 +35,13 @@ from coremltools.models.ml_program.experimental.remote_device import (
 from coremltools.models.utils import compile_model
 
 from milpress import device, errors
-from milpress.device import benchmark, inputs, schema
+from milpress.device import benchmark, schema
 from milpress.device.drivers import coreml, iphone
-from milpress.device.drivers._mac import Mac, power_of
 from milpress.device.drivers.coreml import CoreMLDriver
 from milpress.device.sessions import ProcessSession
+from milpress.engines import coreml as engine
+from milpress.engines import inputs
+from milpress.engines.mac import Mac, power_of
 
 # Each call in the drivers to coremltools, and what it is a call of.
 CALLS: dict[tuple[str, str], Any] = {
@@ -73,7 +75,7 @@ def calls(kind: type, method: str) -> dict[str, ast.Call]:
 @pytest.mark.parametrize(("place", "target"), CALLS.items(), ids=map("-".join, CALLS))
 def test_a_call_binds_to_the_signature_of_coremltools(place, target):
     owner, method = place[0].split(".")
-    kind = {"CoreML": coreml.CoreML, "RemoteCoreML": iphone.RemoteCoreML}[owner]
+    kind = {"CoreML": engine.CoreML, "RemoteCoreML": iphone.RemoteCoreML}[owner]
     call = calls(kind, method)[place[1]]
     keywords = {keyword.arg: keyword.value for keyword in call.keywords}
     assert None not in keywords
@@ -227,7 +229,7 @@ def test_missing_durations_are_none_and_not_zero(started):
 )
 def test_numbers_reach_core_ml_in_the_types_that_it_takes(given, taken):
     array = np.array([[1, 0], [0, 1]], given).T
-    made = coreml.plain(array)
+    made = engine.plain(array)
     assert made.dtype == taken
     assert made.flags.c_contiguous
     np.testing.assert_array_equal(made, array)
@@ -278,7 +280,7 @@ def test_a_machine_without_neural_engine_says_so(crepe_tiny):
 
 def test_what_a_stand_in_says_is_fake():
     assert CoreMLDriver(core_ml=StubCoreML(), mac=StubMac()).describe()["kind"] == "fake"
-    assert coreml.CoreML.is_real
+    assert engine.CoreML.is_real
     assert iphone.RemoteCoreML.is_real
 
 

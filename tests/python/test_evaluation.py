@@ -13,11 +13,11 @@ from command_line import failed, run
 
 import milpress
 from milpress.errors import ConfigError, InputError, PackageNotFoundError
-from milpress.evaluation import OutputEvaluation, _Errors, _Output
+from milpress.evaluation.evaluating import OutputEvaluation, _Errors, _Output
 from milpress.formats import PalettizeConfig
 from milpress.interpreter import Feature, load
 from milpress.recipe import Recipe
-from milpress.samples import RandomSamples, Samples
+from milpress.samples.data import RandomSamples, Samples
 
 
 def tones(n: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from small_models import TARGETS, save, weight
 from typer.testing import CliRunner
 
 import milpress
-from milpress.cli import app
+from milpress.cli.packages import app
 from milpress.errors import (
     CompressionError,
     ConfigError,
@@ -870,7 +870,7 @@ WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None
 sys.argv[1:] = {arguments}
-from milpress.cli import main
+from milpress.cli.packages import main
 main()
 """
 

@@ -18,6 +18,7 @@ from small_models import TARGETS, save, weight
 from torch import nn
 
 import milpress
+from milpress.calibration.moments import Calibration, calibrate, importance
 from milpress.errors import ConfigError, InputError, VerificationError
 from milpress.formats import (
     PalettizeConfig,
@@ -29,9 +30,8 @@ from milpress.formats import (
 )
 from milpress.interpreter import load
 from milpress.mil.package import Package
-from milpress.moments import Calibration, calibrate, importance
 from milpress.recipe import Recipe
-from milpress.samples import RandomSamples
+from milpress.samples.data import RandomSamples
 
 
 def model(path: Path, shape: tuple[int, ...], build: Any, dtype: Any = None) -> Path:

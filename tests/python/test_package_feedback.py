@@ -16,16 +16,17 @@ from coremltools.converters.mil.mil import Builder as mb  # noqa: N813
 from small_models import TARGETS, save, weight
 
 import milpress
-from milpress import _rewrite, second_moments
+from milpress.calibration import second_moments
+from milpress.calibration.moments import calibrate
+from milpress.calibration.second_moments import SecondMoments
+from milpress.compression import treating, writer
 from milpress.errors import ConfigError
 from milpress.formats import PalettizeConfig, PerBlock, PruneConfig, QuantizeConfig
 from milpress.formats.feedback import factor_bytes
 from milpress.interpreter import load
 from milpress.mil import treatments
 from milpress.mil.package import Package
-from milpress.moments import calibrate
 from milpress.recipe import Recipe, Step
-from milpress.second_moments import SecondMoments
 
 
 def model(path: Path, shape: tuple[int, ...], build: Any) -> Path:
@@ -179,7 +180,7 @@ def test_a_package_is_the_same_on_any_number_of_threads_and_in_little_memory(cha
 
 def test_threads_wait_for_memory(chain, tmp_path, monkeypatch):
     at_once, most, lock = [], [], threading.Lock()
-    treated = _rewrite._treated
+    treated = treating.treat
 
     def counted(order: Any, *rest: Any) -> Any:
         with lock:
@@ -191,7 +192,7 @@ def test_threads_wait_for_memory(chain, tmp_path, monkeypatch):
             at_once.remove(order)
         return made
 
-    monkeypatch.setattr(_rewrite, "_treated", counted)
+    monkeypatch.setattr(writer, "treat", counted)
     milpress.compress(
         chain,
         tmp_path / "out.mlpackage",

@@ -18,8 +18,8 @@ from PIL import Image
 import milpress
 from milpress.errors import DependencyError, InputError, PackageNotFoundError
 from milpress.interpreter import Feature, load
-from milpress.pictures import Picture
-from milpress.samples import Samples
+from milpress.samples.data import Samples
+from milpress.samples.pictures import Picture
 
 
 def image(layout: Any = "RGB", height: int = 6, width: int = 8, **limits: Any) -> Feature:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import milpress
-from milpress import _core
+import milpress._core as _core
 from milpress import formats as f
-from milpress.cli import main
+from milpress.cli.packages import main
 from milpress.errors import ConfigError
-from milpress.placement import Kernels, devices, kernels_for, using
+from milpress.kernels.device import Kernels, devices, kernels_for, using
 
 WEIGHT = (np.random.default_rng(3).standard_normal((16, 32)) / 8).astype(np.float16)
 

@@ -20,7 +20,7 @@ from hypothesis.extra import numpy as npst
 from small_models import TARGETS, linear, save, weight
 
 import milpress
-from milpress import _core
+import milpress._core as _core
 from milpress import formats as f
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.mil.package import Package

@@ -16,12 +16,12 @@ from small_models import TARGETS, linear, save, weight
 
 import milpress
 from milpress import formats as f
+from milpress.compression.rescaling import _check, _Made
 from milpress.errors import ConfigError, UnsupportedError, VerificationError
 from milpress.interpreter import load
 from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package
 from milpress.mil.weights import sites, weights
-from milpress.rescaling import _check, _Made
 
 
 def uneven(*shape: int, dtype: type = np.float16, seed: int = 0) -> np.ndarray:

@@ -13,13 +13,13 @@ from coremltools.converters.mil.mil import types
 from small_models import TARGETS, save
 
 import milpress
+from milpress.calibration.moments import calibrate
+from milpress.calibration.uses import Statistics
 from milpress.formats import PalettizeConfig, PruneConfig, QuantizeConfig
 from milpress.mil import treatments
 from milpress.mil.package import Package
 from milpress.mil.weights import sites, weights
-from milpress.moments import calibrate
 from milpress.recipe import Recipe
-from milpress.uses import Statistics
 
 N = 64
 

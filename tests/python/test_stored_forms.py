@@ -22,8 +22,8 @@ from milpress import coreml, interpreter
 from milpress import formats as f
 from milpress.errors import PackageError, VerificationError
 from milpress.mil import values
+from milpress.mil.graph import new_const
 from milpress.mil.package import Package
-from milpress.mil.program import new_const
 from milpress.mil.schema import messages
 from milpress.mil.weights import sites, weights
 from milpress.recipe import Recipe, Step

@@ -19,7 +19,7 @@ from milpress.errors import InputError, PackageError, UnsupportedError
 from milpress.interpreter import load
 from milpress.interpreter.suppression import Settings, kept_boxes, suppression_of
 from milpress.mil.schema import messages
-from milpress.samples import Samples
+from milpress.samples.data import Samples
 
 
 def overlap(one: np.ndarray, other: np.ndarray) -> float:

@@ -17,14 +17,15 @@ from typer.testing import CliRunner
 
 import milpress
 from milpress import coreml, interpreter
-from milpress.cli import app
-from milpress.device import taps
-from milpress.device.drivers.coreml import CoreML
+from milpress.cli.packages import app
+from milpress.engines import coreml as engine
+from milpress.engines.coreml import CoreML
 from milpress.errors import ConfigError, DriverError, InputError, UnsupportedError
+from milpress.mil import staging
+from milpress.mil.expose import expose
 from milpress.mil.package import Package
-from milpress.mil.taps import expose
 from milpress.recipe import Recipe
-from milpress.samples import RandomSamples
+from milpress.samples.data import RandomSamples
 
 
 class Played(CoreML):
@@ -56,8 +57,8 @@ class Played(CoreML):
 @pytest.fixture
 def core_ml(monkeypatch: pytest.MonkeyPatch) -> Played:
     played = Played()
-    monkeypatch.setattr(taps, "CoreML", lambda: played)
-    monkeypatch.setattr(taps, "Mac", StubMac)
+    monkeypatch.setattr(engine, "CoreML", lambda: played)
+    monkeypatch.setattr(engine, "Mac", StubMac)
     return played
 
 
@@ -215,7 +216,7 @@ def test_coremltools_takes_a_package_that_gives_out_values(kind, tmp_path):
     copy, outputs = expose(package, {(): "main"}, wanted)
     assert list(outputs.values()) == wanted
     assert package.model.SerializeToString() == package.reopened().model.SerializeToString()
-    milpress.compression.save_package(copy, tmp_path / "out.mlpackage", verify=False)
+    staging.save_changed(copy, tmp_path / "out.mlpackage")
     spec = ct.utils.load_spec(str(tmp_path / "out.mlpackage"))
     program = load_mil(
         spec,

@@ -26,7 +26,7 @@ from milpress.formats import (
 from milpress.interpreter import load
 from milpress.mil.package import Package
 from milpress.mil.weights import sites, weights
-from milpress.torch import _moved
+from milpress.torch import _relayout
 from milpress.torch._weights import KINDS, weights_of
 
 P, Q = cto.torch.palettization, cto.torch.quantization
@@ -372,7 +372,7 @@ def made_of(kind: str):
 @pytest.mark.parametrize("kind", VALUES)
 def test_a_value_transposed_is_that_of_the_transposed_weight(kind):
     value = made_of(kind)
-    np.testing.assert_array_equal(_moved.transposed(value).dense(), value.dense().T)
+    np.testing.assert_array_equal(_relayout.transposed(value).dense(), value.dense().T)
 
 
 @pytest.mark.parametrize("kind", VALUES)
@@ -383,15 +383,15 @@ def test_a_value_transposed_is_that_of_the_transposed_weight(kind):
 )
 def test_rows_of_a_value_are_the_rows_of_its_weight(kind, rows):
     value = made_of(kind)
-    np.testing.assert_array_equal(_moved.taken(value, rows).dense(), value.dense()[rows])
+    np.testing.assert_array_equal(_relayout.taken(value, rows).dense(), value.dense()[rows])
 
 
 def test_vectors_are_not_taken_apart():
     with pytest.raises(UnsupportedError, match="takes its vectors apart"):
-        _moved.taken(made_of("vectors of rows"), np.arange(24)[::-1].copy())
+        _relayout.taken(made_of("vectors of rows"), np.arange(24)[::-1].copy())
 
 
 def test_a_table_beyond_float16_is_refused():
     value = compress(MATRIX * np.float32(1e6), PalettizeConfig())
     with pytest.raises(UnsupportedError, match="beyond the range of float16"):
-        _moved.cast(value, np.float16)
+        _relayout.cast(value, np.float16)

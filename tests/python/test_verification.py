@@ -15,6 +15,7 @@ from tampering import Edited, refused, use
 
 import milpress
 from milpress import formats as f
+from milpress.compression.verification import compare_packages
 from milpress.errors import PackageError, VerificationError
 from milpress.formats import sparse
 from milpress.mil import dtypes, treatments, values
@@ -22,7 +23,6 @@ from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package
 from milpress.mil.weights import blob_values, sites, weights
 from milpress.recipe import Recipe, Step
-from milpress.verification import compare_packages
 
 # Pruning
 

@@ -14,14 +14,15 @@ from tampering import Edited, refused, use
 
 import milpress
 from milpress import formats as f
-from milpress._rewrite import Counter, Rewriter
-from milpress.compression import save_package
+from milpress.compression.packages import save_package
+from milpress.compression.verification import compare_packages
+from milpress.compression.writer import Rewriter
 from milpress.errors import PackageError, VerificationError, WeightError
 from milpress.mil import activations, dtypes, values
 from milpress.mil.package import Package
+from milpress.mil.staging import Counter
 from milpress.mil.weights import sites, weights
 from milpress.recipe import Recipe
-from milpress.verification import compare_packages
 
 INT8 = f.QuantizeConfig()
 PALETTE = f.PalettizeConfig(bits=4)
@@ -299,6 +300,6 @@ def test_a_fault_at_one_weight_names_it(copied, monkeypatch):
     def judge(*_: Any) -> None:
         raise ValueError("odd")
 
-    monkeypatch.setattr("milpress._comparison.judge", judge)
+    monkeypatch.setattr("milpress.compression.comparison.judge", judge)
     with pytest.raises(WeightError, match=r"^both: .*ValueError: odd"):
         milpress.verify(*copied)

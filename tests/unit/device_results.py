@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from milpress._structure import Decibels
 from milpress.device import schema
 from milpress.device.schema import Distribution, Entry, Kind, Result
+from milpress.plain.structure import Decibels
 
 ROUNDS = {0: (1.0, 1.25, 1.5), 1: (1.0, 1.125, 4.0)}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from milpress import _core
+import milpress._core as _core
 from milpress import formats as f
 from milpress.recipe import treatment_dict
 

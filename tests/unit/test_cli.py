@@ -204,7 +204,7 @@ def test_import_and_inspect_load_nothing_heavy(crepe_tiny):
 import sys, milpress
 assert not set({HEAVY}) & set(sys.modules), "import milpress"
 sys.argv = ["milpress", "inspect", {str(crepe_tiny)!r}]
-from milpress.cli import main
+from milpress.cli.packages import main
 try:
     main()
 except SystemExit as end:

@@ -15,10 +15,11 @@ import pytest
 from command_line import failed, run
 
 import milpress
-from milpress import _files, inspection
 from milpress import formats as f
+from milpress import inspection
 from milpress.errors import ConfigError
 from milpress.mil.package import Package
+from milpress.plain import files
 
 SEED = Path(__file__).parents[1] / "fuzz" / "corpus" / "packages" / "branches-iOS17.mlpackage"
 PALETTE = ("--palettize", "4", "--weight-threshold", "10")
@@ -90,13 +91,13 @@ class Interrupts:
             os.kill(os.getpid(), signal.{number})
 sys.meta_path.insert(0, Interrupts())
 sys.argv = ["milpress", "inspect", {model!r}]
-from milpress._root import main
+from milpress.cli.root import main
 main()
 """
 
 
 @pytest.mark.parametrize(
-    "name", ["milpress.cli", "typer", "numpy", "google.protobuf", "rich.table"]
+    "name", ["milpress.cli.packages", "typer", "numpy", "google.protobuf", "rich.table"]
 )
 @pytest.mark.parametrize(
     ("number", "ended"), [("SIGINT", (130, "interrupted\n")), ("SIGTERM", (143, "terminated\n"))]
@@ -110,8 +111,9 @@ def test_a_signal_while_python_imports_is_a_word(name, number, ended):
 SIGNALLED_AT_EACH_LINE = """
 import contextlib, io, os, shutil, signal, sys
 from pathlib import Path
-from milpress import _files, _root
-from milpress.mil import package
+from milpress.cli import root
+from milpress.mil import staging
+from milpress.plain import files
 from milpress.mil.package import Package
 
 model, folder, kept = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
@@ -120,7 +122,7 @@ out = folder / "out.mlpackage"
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
 NAMES = set("__enter__ __exit__ commit copy_rest finish _create_stage _restore draft_of end_draft "
             "end_all_drafts remove take_back".split())
-FILES = {package.__file__, _files.__file__}
+FILES = {staging.__file__, files.__file__}
 
 class Moment:
     def __init__(self, at):
@@ -151,10 +153,10 @@ def compressed(at, *options):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
         sys.settrace(moment)
         try:
-            code = _root.run()
+            code = root.run()
         except Ended as ended:
             (code,) = ended.args
-            said.write(_root._SIGNALS[number] + "\\n")
+            said.write(root._SIGNALS[number] + "\\n")
         finally:
             sys.settrace(None)
     return code, said.getvalue(), moment.n
@@ -169,10 +171,10 @@ for at in range(0, n, stride):
     shutil.copytree(kept, out)
     code, said, _ = compressed(at, "--palettize", "2", "--force")
     assert [path.name for path in folder.iterdir()] == [out.name], (at, list(folder.iterdir()))
-    assert (code, said) == (128 + number, _root._SIGNALS[number] + "\\n"), (at, code, said)
+    assert (code, said) == (128 + number, root._SIGNALS[number] + "\\n"), (at, code, said)
     assert (out / MODEL).read_bytes() in (old, new), at
     Package(out)
-    assert not _files._drafts
+    assert not files._drafts
 """
 
 
@@ -192,15 +194,15 @@ def test_a_signal_at_any_moment_leaves_the_old_package_or_the_new_and_nothing_el
 def test_a_second_signal_ends_it_at_once_and_leaves_nothing(tmp_path):
     code = """
 import os, signal, sys
-from milpress import compression
-from milpress._root import main
+from milpress.compression import packages
+from milpress.cli.root import main
 def stubborn(*_, **__):
     try:
         os.kill(os.getpid(), signal.SIGINT)
     finally:  # as a kernel that takes its time
         os.kill(os.getpid(), signal.SIGINT)
         print("not reached", flush=True)
-compression._complete = stubborn
+packages._complete = stubborn
 sys.argv[0] = "milpress"
 main()
 """
@@ -237,7 +239,7 @@ def test_a_signal_that_is_ignored_stays_so():
         ),
         (
             ValueError("what\x1b[2J\nelse"),
-            "error: milpress has a fault that was not known: ValueError in cli.py, line ",
+            "error: milpress has a fault that was not known: ValueError in packages.py, line ",
         ),
         (RecursionError("too deep"), "error: milpress has a fault that was not known: Rec"),
         (ImportError("no module"), "error: milpress has a fault that was not known: ImportErr"),
@@ -299,20 +301,20 @@ def test_a_path_in_the_manifest_that_no_file_can_have_is_refused(path, tmp_path)
 def test_a_file_is_written_as_a_whole_or_not_at_all(tmp_path):
     path = tmp_path / "page.html"
     path.write_text("old")
-    _files.write_whole(path, b"new")
+    files.write_whole(path, b"new")
     assert path.read_bytes() == b"new"
     with (
         mock.patch.object(Path, "write_bytes", side_effect=OSError(errno.ENOSPC, "full")),
         pytest.raises(OSError, match="full"),
     ):
-        _files.write_whole(path, b"newer")
+        files.write_whole(path, b"newer")
     link = tmp_path / "link"
     link.symlink_to(path)
-    _files.write_whole(link, b"newest")
+    files.write_whole(link, b"newest")
     assert path.read_bytes() == b"newest"
     assert link.is_symlink()
     assert sorted(tmp_path.iterdir()) == [link, path]
-    _files.write_whole(Path(os.devnull), b"nothing")
+    files.write_whole(Path(os.devnull), b"nothing")
 
 
 def test_a_file_whose_writing_fails_is_as_it_was_and_nothing_lies_beside_it(tmp_path):
@@ -323,11 +325,11 @@ def test_a_file_whose_writing_fails_is_as_it_was_and_nothing_lies_beside_it(tmp_
         draft.write_bytes(b"new")
         raise RuntimeError("halfway")
 
-    with pytest.raises(RuntimeError, match="halfway"), _files.draft_in_place_of(path) as draft:
+    with pytest.raises(RuntimeError, match="halfway"), files.draft_in_place_of(path) as draft:
         write(draft)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-    assert not _files._drafts
+    assert not files._drafts
 
 
 def test_the_command_line_can_be_called_from_python_and_leaves_signals_as_they_were():

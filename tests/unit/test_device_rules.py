@@ -20,9 +20,9 @@ from device_results import (
 )
 
 from milpress import errors
-from milpress._structure import Decibels
 from milpress.device import rules, schema
 from milpress.device.schema import Entry, Result
+from milpress.plain.structure import Decibels
 
 
 @pytest.mark.parametrize("kind", schema.KINDS)

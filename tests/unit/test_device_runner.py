@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from milpress.device import inputs
 from milpress.device.drivers.fake import FakeDriver
 from milpress.device.runner import Findings, Job, Plan, Runner
 from milpress.device.sessions import ProcessSession, SessionError, worker_command
+from milpress.engines import inputs
 from milpress.errors import ConfigError
 
 

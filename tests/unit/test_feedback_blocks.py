@@ -10,17 +10,19 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from milpress._parallel import Room
 from milpress.formats import (
     PalettizeConfig,
     PerBlock,
     PruneConfig,
     QuantizeConfig,
-    _factor,
     feedback,
     palettize,
 )
+from milpress.formats import (
+    factor as factoring,
+)
 from milpress.formats.feedback import FeedbackConfig
+from milpress.kernels.threads import Room
 
 RNG = np.random.default_rng
 
@@ -39,8 +41,8 @@ def weight(shape, seed: int = 1) -> np.ndarray:
 @pytest.fixture
 def bands(monkeypatch) -> None:
     """Compute factors of more than 16 columns in bands of 24."""
-    monkeypatch.setattr(_factor, "_WHOLE", 16)
-    monkeypatch.setattr(_factor, "_BAND", 24)
+    monkeypatch.setattr(factoring, "_WHOLE", 16)
+    monkeypatch.setattr(factoring, "_BAND", 24)
 
 
 @pytest.mark.usefixtures("bands")
@@ -84,8 +86,8 @@ def test_what_counts_evenly_is_added_to_the_diagonal():
 
 @pytest.mark.parametrize(("n", "n_groups"), [(700, 1), (700, 2), (500, 1), (100, 40)])
 def test_a_factor_takes_no_more_memory_than_it_says(n, n_groups, monkeypatch):
-    monkeypatch.setattr(_factor, "_WHOLE", 512)
-    monkeypatch.setattr(_factor, "_BAND", 32)
+    monkeypatch.setattr(factoring, "_WHOLE", 512)
+    monkeypatch.setattr(factoring, "_BAND", 32)
     moments = np.zeros((n_groups, n, n), np.float32)
     moments[:, range(n), range(n)] = RNG(0).random(n, np.float32) + 1
     feedback.factorize(moments, FeedbackConfig())  # what is loaded at first does not count

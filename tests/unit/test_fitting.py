@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from milpress._plan import divisor_of
+from milpress.formats.rows import divisor_of
 
 numbers = st.integers(1, 150)
 

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from milpress import _core
+import milpress._core as _core
 from milpress import formats as f
 from milpress.errors import CompressionError, ConfigError, UnsupportedError
 

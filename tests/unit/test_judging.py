@@ -22,9 +22,9 @@ from judged_weights import (
     with_tables,
 )
 
-from milpress import _pruned
 from milpress import formats as f
-from milpress._judging import is_pruned, judge
+from milpress.compression import pruned
+from milpress.compression.judging import is_pruned, judge
 from milpress.errors import ConfigError, PackageError
 from milpress.mil import treatments
 from milpress.mil.schema import messages
@@ -124,7 +124,7 @@ def test_all_pieces_of_a_large_weight_are_judged(monkeypatch):
     ):
         kept = f.sparsify(source, f.PruneConfig(**settings)).mask()
         for piece in (1, 7, 60, 200):
-            monkeypatch.setattr(_pruned, "_PIECE", piece)
+            monkeypatch.setattr(pruned, "_PIECE", piece)
             assert wrong(source, kept, **settings) == ""
             for place in [(0, 0, 0), (9, 21, 2), (4, 10, 1)]:
                 changed = kept.copy()

@@ -20,7 +20,7 @@ from judged_weights import (
 )
 
 from milpress import formats as f
-from milpress._judging import judge
+from milpress.compression.judging import judge
 from milpress.formats import feedback
 from milpress.mil import treatments
 from milpress.recipe import treatment_dict

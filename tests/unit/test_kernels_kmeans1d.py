@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from milpress import _core
+import milpress._core as _core
 
 N_MAX = 24
 

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
-from milpress import _core
+import milpress._core as _core
 
 
 @st.composite

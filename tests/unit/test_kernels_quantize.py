@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from milpress import _core
+import milpress._core as _core
 
 ranges = st.sampled_from([(-7, 7), (-8, 7), (-127, 127), (-128, 127), (0, 15), (0, 254)])
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 70))

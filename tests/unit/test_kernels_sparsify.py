@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from milpress import _core
+import milpress._core as _core
 
 # Multiples of 1/8 are exact in float16, and their squares add up exactly: ties are ties.
 eighths = st.integers(-8, 8).map(lambda n: n / 8)

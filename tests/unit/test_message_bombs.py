@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from milpress import _core
+import milpress._core as _core
 from milpress.errors import PackageError
 from milpress.mil import package as package_module
 from milpress.mil.package import MAX_MEMORY_RATIO, Package

@@ -11,7 +11,7 @@ from milpress.errors import PackageError
 from milpress.mil import dtypes, values
 from milpress.mil.constexpr import Decoder
 from milpress.mil.dtypes import DType
-from milpress.mil.program import Graph, new_const, new_op
+from milpress.mil.graph import Graph, new_const, new_op
 from milpress.mil.schema import messages
 from milpress.mil.values import Tensor
 from milpress.mil.weights import weights

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 import milpress
-from milpress import _rewrite
 from milpress import formats as f
+from milpress.compression import writer
 from milpress.errors import WeightError
-from milpress.formats import _order
+from milpress.formats import order
 
 PACKAGE = Path(milpress.__file__).parent
 SEED = Path(__file__).parents[1] / "fuzz" / "corpus" / "packages" / "branches-iOS17.mlpackage"
@@ -32,15 +32,15 @@ def naive(halves: np.ndarray) -> list[float]:
 
 def test_every_half_is_put_in_its_place():
     shuffled = np.random.default_rng(0).permutation(ALL_HALVES)
-    found = _order.ascending(shuffled)
+    found = order.ascending(shuffled)
     assert found.dtype == np.float16
     np.testing.assert_array_equal(found.astype(np.float64), naive(ALL_HALVES))
     # The two zeros are one value, and so are all that are no numbers.
-    found = _order.distinct(shuffled)
+    found = order.distinct(shuffled)
     n_nan = int(np.isnan(ALL_HALVES).sum())
     assert len(found) == (1 << 16) - (n_nan - 1) - 1
     assert not np.signbit(found[found == 0]).any()
-    np.testing.assert_array_equal(found, _order.ascending(found))
+    np.testing.assert_array_equal(found, order.ascending(found))
 
 
 arrays = npst.arrays(
@@ -53,7 +53,7 @@ arrays = npst.arrays(
 @settings(deadline=None)
 @given(arrays, st.integers(-2, 1))
 def test_sorting_is_along_the_axis(array, axis):
-    found = _order.ascending(array, axis)
+    found = order.ascending(array, axis)
     oracle = np.apply_along_axis(lambda row: np.array(naive(row), array.dtype), axis, array)
     np.testing.assert_array_equal(found, oracle)
 
@@ -61,9 +61,9 @@ def test_sorting_is_along_the_axis(array, axis):
 @settings(deadline=None)
 @given(arrays)
 def test_distinct_values_and_rows_are_those_of_sets(array):
-    np.testing.assert_array_equal(_order.distinct(array), sorted({float(x) for x in array.flat}))
+    np.testing.assert_array_equal(order.distinct(array), sorted({float(x) for x in array.flat}))
     rows = array.reshape(len(array), -1)
-    found, inverse = _order.distinct_rows(rows)
+    found, inverse = order.distinct_rows(rows)
     assert [tuple(row) for row in found.tolist()] == sorted({tuple(row) for row in rows.tolist()})
     np.testing.assert_array_equal(found[inverse], rows)
 
@@ -102,11 +102,11 @@ NAMES = Counter(
 )
 # What these sort are float32 and float64 by construction.
 ALLOWED = {
-    "formats/_order.py": {"sort", "unique"},
-    "formats/_factor.py": {"argsort"},
+    "formats/order.py": {"sort", "unique"},
+    "formats/factor.py": {"argsort"},
     "formats/feedback.py": {"argpartition"},
     "device/stats.py": {"median", "percentile"},
-    "ranges.py": {"searchsorted"},
+    "formats/ranges.py": {"searchsorted"},
 }
 METHODS = {"argsort", "searchsorted", "argpartition"}  # sort and partition are of lists and texts
 
@@ -136,7 +136,7 @@ def test_nothing_else_sorts_with_numpy():
         name = path.relative_to(PACKAGE).as_posix()
         found = sorts_of(ast.parse(path.read_text(encoding="utf-8")))
         others = {each for each in found if each[0] not in ALLOWED.get(name, ())}
-        assert not others, f"{name}: take formats/_order.py, or say why halves can't get there"
+        assert not others, f"{name}: take formats/order.py, or say why halves can't get there"
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_nothing_else_sorts_with_numpy():
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_fault_at_one_weight_names_it(error, threads, tmp_path):
     options = ("--palettize", 4, "--weight-threshold", 10, "--threads", threads)
-    with mock.patch.object(_rewrite, "_treated", side_effect=error):
+    with mock.patch.object(writer, "treat", side_effect=error):
         line = failed("compress", SEED, tmp_path / "out.mlpackage", *options)
     assert line.startswith("error: both: this weight met a fault of milpress that was not known, ")
     assert type(error).__name__ in line
@@ -156,13 +156,13 @@ def test_a_fault_while_a_weight_is_written_or_decoded_names_it(tmp_path):
     small, out = tmp_path / "small.mlpackage", tmp_path / "out.mlpackage"
     recipe = milpress.Recipe.of(f.PalettizeConfig(bits=2), min_size=10)
     with (
-        mock.patch.object(_rewrite.Rewriter, "store", side_effect=ValueError("odd")),
+        mock.patch.object(writer.Rewriter, "store", side_effect=ValueError("odd")),
         pytest.raises(WeightError, match=r"^both[a-z_]*: .*ValueError: odd"),
     ):
         milpress.compress(SEED, small, recipe)
     milpress.compress(SEED, small, recipe)
     with (
-        mock.patch.object(_rewrite.Rewriter, "decompress", side_effect=ValueError("odd")),
+        mock.patch.object(writer.Rewriter, "decompress", side_effect=ValueError("odd")),
         pytest.raises(WeightError, match=r"^both[a-z_]*: .*ValueError: odd"),
     ):
         milpress.decompress(small, out)
@@ -173,7 +173,7 @@ def test_a_fault_while_a_weight_is_written_or_decoded_names_it(tmp_path):
         milpress.inspect(small)
     # What can't be helped by leaving a weight out stays what it is.
     with (
-        mock.patch.object(_rewrite, "_treated", side_effect=MemoryError),
+        mock.patch.object(writer, "treat", side_effect=MemoryError),
         pytest.raises(MemoryError),
     ):
         milpress.compress(SEED, out, recipe)

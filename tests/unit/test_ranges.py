@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as npst
 
 from milpress.errors import ConfigError
 from milpress.formats import PerTensor, QuantizeConfig, quantize
-from milpress.ranges import CalibrationConfig, Observer, Range
+from milpress.formats.ranges import CalibrationConfig, Observer, Range
 
 CODES = [
     QuantizeConfig(dtype=dtype, granularity=PerTensor(), offset=offset)

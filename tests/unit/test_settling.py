@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from milpress import formats as f
-from milpress._settling import Asked, settle
+from milpress.compression.settling import Asked, settle
 
 WEIGHT: Any = SimpleNamespace(
     shape=(64, 32), size=2048, channel_axes=(0, 1), dtype=SimpleNamespace(bits=16)

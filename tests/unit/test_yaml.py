@@ -10,9 +10,9 @@ import pytest
 import yaml
 from command_line import failed
 
-from milpress import _yaml
 from milpress.device import suite
 from milpress.errors import CompressionError, ConfigError
+from milpress.plain.yaml import load
 from milpress.planner.linting import lint
 from milpress.recipe import Recipe
 
@@ -31,7 +31,7 @@ steps:
 
 
 def loaded(text: str) -> Any:
-    return _yaml.load(io.StringIO(text), "a recipe")
+    return load(io.StringIO(text), "a recipe")
 
 
 def bomb(levels: int, width: int, kind: str) -> str:
@@ -107,9 +107,9 @@ def test_a_file_of_another_size_or_encoding_is_refused(tmp_path):
     for data in (b"\xff\xfe\x00", b"#" * (5 << 20)):
         path.write_bytes(data)
         with pytest.raises(ConfigError, match=r"a\.yaml: a recipe must be a YAML file, got"):
-            _yaml.load(path, "a recipe")
+            load(path, "a recipe")
     path.write_text("a: mod\u00e8le", encoding="utf-8")
-    assert _yaml.load(path, "a recipe") == {"a": "mod\u00e8le"}
+    assert load(path, "a recipe") == {"a": "mod\u00e8le"}
 
 
 def test_what_looks_like_a_date_is_text():

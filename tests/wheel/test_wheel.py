@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import milpress
-from milpress import _core
+import milpress._core as _core
 from milpress import formats as f
 
 WEIGHT = (np.random.default_rng(0).standard_normal((32, 64)) / 8).astype(np.float16)
@@ -39,7 +39,7 @@ def test_pruning_keeps_the_largest():
 
 
 def test_the_command_line_starts():
-    command = [sys.executable, "-c", "from milpress.cli import main; main()", "--version"]
+    command = [sys.executable, "-c", "from milpress.cli.packages import main; main()", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"milpress {milpress.__version__}\n"
 

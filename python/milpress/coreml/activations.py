@@ -6,12 +6,13 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from milpress.activations import CodesOf, quantize_activations
-from milpress.compression import Progress, save_package
+from milpress.calibration.activations import CodesOf, quantize_activations
+from milpress.compression.packages import save_package
 from milpress.coreml.config import OpLinearQuantizerConfig, OptimizationConfig, adopted
-from milpress.coreml.model import opened, returned, temporary_package
+from milpress.engines.mlmodel import opened, returned, temporary_package
 from milpress.formats import PerTensor, QuantizeConfig
-from milpress.ranges import CalibrationConfig, CalibrationKind, Engine
+from milpress.formats.ranges import CalibrationConfig, CalibrationKind, Engine
+from milpress.progress import Progress
 from milpress.recipe import check_codes
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ import numpy as np
 from attrs import define, field
 from attrs.validators import optional
 
-from milpress import _fields, _patterns, _yaml
 from milpress.errors import ConfigError, ConfigTypeError
+from milpress.plain import fields, patterns, yaml
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -40,7 +40,7 @@ class CompressionGranularity(Enum):
 
 
 def _to_weight_threshold(value: int | None) -> int:
-    return DEFAULT_WEIGHT_THRESHOLD if value is None else _fields.whole(value)
+    return DEFAULT_WEIGHT_THRESHOLD if value is None else fields.whole(value)
 
 
 def _weight_threshold() -> Any:
@@ -48,8 +48,8 @@ def _weight_threshold() -> Any:
         default=DEFAULT_WEIGHT_THRESHOLD,
         converter=_to_weight_threshold,
         validator=[
-            _fields.is_integer,
-            _fields.check(
+            fields.is_integer,
+            fields.check(
                 lambda value: value >= 0,
                 '"{name}" must be a non-negative integer. Got {value}.',
             ),
@@ -69,8 +69,8 @@ def _to_granularity(value: str | Enum) -> CompressionGranularity:
     return _GRANULARITIES[name]
 
 
-def _is_granularity(*names: str) -> _fields.Validator:
-    return _fields.one_of(
+def _is_granularity(*names: str) -> fields.Validator:
+    return fields.one_of(
         tuple(_GRANULARITIES[name] for name in names),
         '"{name}" must be one of {allowed}, but got {value}',
     )
@@ -104,7 +104,7 @@ class OpCompressorConfig(ABC):
 
     @classmethod
     def _from_dict(cls, config_dict: Mapping[str, Any], place: str | None = None) -> Self:
-        return _fields.structure(config_dict, cls, place or cls.__name__)
+        return fields.structure(config_dict, cls, place or cls.__name__)
 
 
 @define
@@ -162,30 +162,30 @@ class OpPalettizerConfig(OpCompressorConfig):
 
     mode: str = field(
         default="kmeans",
-        converter=_fields.upper,
+        converter=fields.upper,
         validator=[
-            _fields.is_text,
-            _fields.one_of(
+            fields.is_text,
+            fields.one_of(
                 ("KMEANS", "UNIFORM", "UNIQUE", "CUSTOM"),
                 "Only modes {allowed} are supported for weight palettization. "
                 'Got "mode": "{value}".',
             ),
         ],
     )
-    nbits: int | None = field(default=None, converter=_fields.whole)
+    nbits: int | None = field(default=None, converter=fields.whole)
     lut_function: Callable[..., Any] | None = field(default=None)
     granularity: CompressionGranularity = field(
         default=CompressionGranularity.PER_TENSOR,
         converter=_to_granularity,
         validator=_is_granularity("per_tensor", "per_grouped_channel"),
     )
-    group_size: int = _fields.integer(32, _fields.at_least(0))
-    channel_axis: int | None = _fields.integer(None)
-    cluster_dim: int = _fields.integer(1, _fields.at_least(1))
-    enable_per_channel_scale: bool = field(default=False, validator=_fields.is_flag)
-    num_kmeans_workers: int = _fields.integer(1, _fields.at_least(1))
+    group_size: int = fields.integer(32, fields.at_least(0))
+    channel_axis: int | None = fields.integer(None)
+    cluster_dim: int = fields.integer(1, fields.at_least(1))
+    enable_per_channel_scale: bool = field(default=False, validator=fields.is_flag)
+    num_kmeans_workers: int = fields.integer(1, fields.at_least(1))
     weight_threshold: int = _weight_threshold()
-    on_indivisible: Literal["leave", "divisor"] = _fields.choice("leave", "divisor")
+    on_indivisible: Literal["leave", "divisor"] = fields.choice("leave", "divisor")
 
     @nbits.validator
     def _check_nbits(self, _attribute: Any, nbits: Any) -> None:
@@ -222,7 +222,7 @@ class OpPalettizerConfig(OpCompressorConfig):
 
     @classmethod
     def _from_dict(cls, config_dict: Mapping[str, Any], place: str | None = None) -> Self:
-        _fields.check_mapping(config_dict, place or cls.__name__)
+        fields.check_mapping(config_dict, place or cls.__name__)
         if "lut_function" in config_dict:
             msg = (
                 f"{place or cls.__name__}: _from_dict method does not support lut_function. "
@@ -233,7 +233,7 @@ class OpPalettizerConfig(OpCompressorConfig):
 
 
 def _to_block_size(value: int | Sequence[int] | None) -> int | tuple[int, ...]:
-    size: int | tuple[int, ...] = _DEFAULT_BLOCK_SIZE if value is None else _fields.wholes(value)
+    size: int | tuple[int, ...] = _DEFAULT_BLOCK_SIZE if value is None else fields.wholes(value)
     return size
 
 
@@ -282,10 +282,10 @@ class OpLinearQuantizerConfig(OpCompressorConfig):
 
     mode: str = field(
         default="linear_symmetric",
-        converter=_fields.upper,
+        converter=fields.upper,
         validator=[
-            _fields.is_text,
-            _fields.one_of(
+            fields.is_text,
+            fields.one_of(
                 ("LINEAR_SYMMETRIC", "LINEAR"),
                 "Only mode {allowed} supported for weight affine quantization. "
                 'Got mode: "{value}".',
@@ -295,7 +295,7 @@ class OpLinearQuantizerConfig(OpCompressorConfig):
     dtype: str = field(
         default="int8",
         converter=_to_dtype,
-        validator=_fields.one_of(
+        validator=fields.one_of(
             ("int8", "uint8", "int4", "uint4"),
             "Invalid dtype {value}. Only support int8/uint8/int4/uint4. "
             "Should be int4/8 or uint4/8, but got {value}",
@@ -308,8 +308,8 @@ class OpLinearQuantizerConfig(OpCompressorConfig):
     )
     block_size: int | tuple[int, ...] = field(default=_DEFAULT_BLOCK_SIZE, converter=_to_block_size)
     weight_threshold: int = _weight_threshold()
-    on_indivisible: Literal["leave", "divisor"] = _fields.choice("leave", "divisor")
-    range: Literal["minmax", "mse"] = _fields.choice("minmax", "mse")
+    on_indivisible: Literal["leave", "divisor"] = fields.choice("leave", "divisor")
+    range: Literal["minmax", "mse"] = fields.choice("minmax", "mse")
 
     @block_size.validator
     def _check_block_size(self, _attribute: Any, block_size: Any) -> None:
@@ -374,20 +374,20 @@ class OpMagnitudePrunerConfig(OpCompressorConfig):
 
     target_sparsity: float | None = field(
         default=None,
-        converter=_fields.real,
-        validator=optional([_fields.is_number, _fields.is_fraction]),
+        converter=fields.real,
+        validator=optional([fields.is_number, fields.is_fraction]),
     )
-    block_size: int | None = _fields.integer(
+    block_size: int | None = fields.integer(
         None,
-        _fields.check(lambda value: value > 1, '"{name}" must be an integer > 1. Got {value}.'),
+        fields.check(lambda value: value > 1, '"{name}" must be an integer > 1. Got {value}.'),
     )
     n_m_ratio: tuple[int, int] | None = field(
         default=None,
-        converter=_fields.wholes,
-        validator=optional(_fields.is_a(tuple, "a tuple of two integers")),
+        converter=fields.wholes,
+        validator=optional(fields.is_a(tuple, "a tuple of two integers")),
     )
-    dim: int | None = _fields.integer(
-        None, _fields.check(lambda value: value in (0, 1), '"{name}" must be 1 or 0. Got {value}.')
+    dim: int | None = fields.integer(
+        None, fields.check(lambda value: value in (0, 1), '"{name}" must be 1 or 0. Got {value}.')
     )
     weight_threshold: int = _weight_threshold()
 
@@ -464,17 +464,17 @@ class OpThresholdPrunerConfig(OpCompressorConfig):
 
     threshold: float = field(
         default=1e-12,
-        converter=_fields.real,
+        converter=fields.real,
         validator=[
-            _fields.is_number,
-            _fields.check(
+            fields.is_number,
+            fields.check(
                 lambda value: 0 <= value < math.inf,
                 'Invalid value of "{name}": {value}. Needs to be in [0, inf)',
             ),
         ],
     )
     minimum_sparsity_percentile: float = field(
-        default=0.5, converter=_fields.real, validator=[_fields.is_number, _fields.is_fraction]
+        default=0.5, converter=fields.real, validator=[fields.is_number, fields.is_fraction]
     )
     weight_threshold: int = _weight_threshold()
 
@@ -507,16 +507,16 @@ def _check_for_type(op_type: str, config: Any) -> None:
 
 def _check_for_name(name: str, config: Any) -> None:
     _check_op_config(config)
-    _patterns.check(name)
+    patterns.check(name)
 
 
 def _copied(configs: Mapping[str, OpCompressorConfig | None] | None) -> _Configs:
     return {} if configs is None else dict(configs) if isinstance(configs, Mapping) else configs
 
 
-def _each(check: Callable[[str, Any], None]) -> _fields.Validator:
+def _each(check: Callable[[str, Any], None]) -> fields.Validator:
     def validate(_config: Any, attribute: attrs.Attribute[Any], configs: Any) -> None:
-        _fields.check_mapping(configs, attribute.name)
+        fields.check_mapping(configs, attribute.name)
         for key, op_config in configs.items():
             check(key, op_config)
 
@@ -577,13 +577,13 @@ class OptimizationConfig:
 
     def set_op_type(self, op_type: str, op_config: OpCompressorConfig | None) -> None:
         """Set the config of the weights that ops of a type use."""
-        _fields.check_mapping({op_type: op_config}, "op_type_configs")
+        fields.check_mapping({op_type: op_config}, "op_type_configs")
         _check_for_type(op_type, op_config)
         self.op_type_configs[op_type] = op_config
 
     def set_op_name(self, op_name: str, op_config: OpCompressorConfig | None) -> None:
         """Set the config of a weight or op by its name, or of all that a pattern fits."""
-        _fields.check_mapping({op_name: op_config}, "op_name_configs")
+        fields.check_mapping({op_name: op_config}, "op_name_configs")
         _check_for_name(op_name, op_config)
         self.op_name_configs[op_name] = op_config
 
@@ -675,7 +675,7 @@ class OptimizationConfig:
         return [key for key in self.op_type_configs if key not in op_types] + [
             key
             for key in self.op_name_configs
-            if key not in names and not any(_patterns.matches(key, name) for name in names)
+            if key not in names and not any(patterns.matches(key, name) for name in names)
         ]
 
     def check_types(self, *allowed: type[OpCompressorConfig], function: str) -> None:
@@ -718,7 +718,7 @@ class OptimizationConfig:
         >>> config.op_type_configs["conv"].n_m_ratio
         (3, 4)
         """
-        _fields.check_mapping(config_dict, "an OptimizationConfig object")
+        fields.check_mapping(config_dict, "an OptimizationConfig object")
         valid_keys = ("config_type", *(attribute.name for attribute in attrs.fields(cls)))
         for key in config_dict:
             if key not in valid_keys:
@@ -738,7 +738,7 @@ class OptimizationConfig:
         for level in ("op_type_configs", "op_name_configs"):
             settings = config_dict.get(level)
             if settings is not None:
-                _fields.check_mapping(settings, level)
+                fields.check_mapping(settings, level)
                 levels[level] = {
                     key: _structured(value, kind, f"{level}[{key!r}]")
                     for key, value in settings.items()
@@ -759,7 +759,7 @@ class OptimizationConfig:
         ConfigError
             If it can't be read, is no YAML, or not of that form.
         """
-        return cls.from_dict(_yaml.load(yml, "an optimization config"))
+        return cls.from_dict(yaml.load(yml, "an optimization config"))
 
     def _key_for(self, name: str) -> str | None:
         if name in self.op_name_configs:
@@ -768,7 +768,7 @@ class OptimizationConfig:
             (
                 key
                 for key in self.op_name_configs
-                if _patterns.is_pattern(key) and _patterns.matches(key, name)
+                if patterns.is_pattern(key) and patterns.matches(key, name)
             ),
             None,
         )
@@ -815,10 +815,10 @@ def _kind_named(name: Any, place: str) -> type[OpCompressorConfig]:
 def _structured(settings: Any, kind: str, place: str) -> OpCompressorConfig | None:
     if settings is None:
         return None
-    _fields.check_mapping(settings, place)
-    fields = dict(settings)
-    kind = fields.pop("config_type", kind)
-    return _kind_named(kind, f"{place}: config_type")._from_dict(fields, place)
+    fields.check_mapping(settings, place)
+    rest = dict(settings)
+    kind = rest.pop("config_type", kind)
+    return _kind_named(kind, f"{place}: config_type")._from_dict(rest, place)
 
 
 def adopted(config: Any) -> OptimizationConfig:

@@ -13,13 +13,13 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress.coreml.model import opened
+from milpress.engines.mlmodel import opened
 from milpress.errors import ConfigTypeError, UnsupportedError
-from milpress.formats._order import distinct
+from milpress.formats.order import distinct
 from milpress.mil import values
 from milpress.mil.constexpr import Decoder, is_constexpr, is_part
+from milpress.mil.graph import Node, Scope
 from milpress.mil.package import Package
-from milpress.mil.program import Node, Scope
 from milpress.mil.values import TensorType
 from milpress.mil.weights import Site, sites
 

@@ -8,14 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from milpress.compression import (
+from milpress.calibration.moments import Calibration
+from milpress.compression.packages import (
     OnUnsupported,
-    Progress,
     SampleSettings,
     compress_package,
     decompress_package,
 )
-from milpress.coreml._wishes import ConfigWishes, joint_needs_ios18
+from milpress.compression.report import Report, WeightReport
+from milpress.coreml._requests import ConfigWishes, joint_needs_ios18
 from milpress.coreml.config import (
     OpLinearQuantizerConfig,
     OpMagnitudePrunerConfig,
@@ -23,15 +24,14 @@ from milpress.coreml.config import (
     OpThresholdPrunerConfig,
     adopted,
 )
-from milpress.coreml.model import opened, returned, temporary_package
+from milpress.engines.mlmodel import opened, returned, temporary_package
 from milpress.errors import ConfigError
+from milpress.kernels.device import DeviceName
 from milpress.mil import opset
 from milpress.mil.package import Package
 from milpress.mil.weights import sites, weights
-from milpress.moments import Calibration
-from milpress.placement import DeviceName
-from milpress.report import Report, WeightReport
-from milpress.samples import Data
+from milpress.progress import Progress
+from milpress.samples.data import Data
 
 _logger = logging.getLogger(__name__)
 Destination = str | os.PathLike[str] | None

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from milpress.device.inputs import Arrays
-from milpress.report import decibels
+from milpress.engines.inputs import Arrays
+from milpress.show import decibels
 
 
 class Agreement(NamedTuple):

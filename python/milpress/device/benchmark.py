@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from milpress._structure import Decibels
-from milpress.device import agreement, drivers, inputs, schema, stats
+from milpress.device import agreement, drivers, schema, stats
 from milpress.device.runner import (
     Clock,
     Findings,
@@ -29,10 +28,12 @@ from milpress.device.runner import (
 )
 from milpress.device.schema import Entry, Failure, Kind, Result
 from milpress.device.sessions import ProcessSession, Session, SessionError, worker_command
+from milpress.engines import inputs
 from milpress.errors import ConfigError, DriverError
+from milpress.plain.structure import Decibels
 
 if TYPE_CHECKING:
-    from milpress.samples import Data
+    from milpress.samples.data import Data
 
 # A weight counts as compressed, for what memory suggests, if it takes at most so much of its size.
 _CLEARLY_SMALLER = 0.75
@@ -105,7 +106,7 @@ def run(
     InputError
         If the samples don't suit the first package.
     """
-    from milpress.samples import RandomSamples
+    from milpress.samples.data import RandomSamples
 
     candidates = [_candidate(package) for package in packages]
     if not candidates:
@@ -607,7 +608,7 @@ def package_digest(package: Path) -> str:
 
 
 def _result(described: dict[str, Any], driver: str, entries: Sequence[Entry]) -> Result:
-    from milpress import __version__
+    from milpress._version import __version__
 
     kind: Kind = described["kind"]
     device = None

@@ -10,7 +10,7 @@ from milpress.device.benchmark import ratio_of
 from milpress.device.schema import Distribution, Entry, Result
 from milpress.device.stats import Ratio
 from milpress.errors import ConfigError
-from milpress.report import escaped, human_bytes, human_snr, named_table
+from milpress.show import escaped, human_bytes, human_snr, named_table
 
 if TYPE_CHECKING:
     from rich.table import Table

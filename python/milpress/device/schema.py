@@ -10,12 +10,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from milpress import _json
-from milpress._files import write_whole
-from milpress._structure import Decibels, structured
 from milpress.device import stats
 from milpress.errors import PackageNotFoundError, ResultError
-from milpress.mil.package import system_errors
+from milpress.plain import json
+from milpress.plain.files import system_errors, write_whole
+from milpress.plain.structure import Decibels, structured
 
 SCHEMA = "milpress-bench/1"
 # Parsed, JSON takes up to 25 times its size.
@@ -481,7 +480,7 @@ def read_json(path: str | os.PathLike[str]) -> tuple[Any, str]:
         msg = f"{path}: a result must have at most {MAX_RESULT_BYTES} bytes, got more"
         raise ResultError(msg)
     try:
-        return _json.read(data), hashlib.sha256(data).hexdigest()
+        return json.read(data), hashlib.sha256(data).hexdigest()
     except ValueError as error:
         msg = f"{path}: a result must be JSON, got: {error}"
         raise ResultError(msg) from error
@@ -509,7 +508,7 @@ def save(result: Result, path: str | os.PathLike[str]) -> None:
         If it breaks a rule; nothing is written then.
     """
     path = Path(path)
-    text = _json.text(parse(result.to_dict(), str(path)).to_dict(), indent=1)
+    text = json.text(parse(result.to_dict(), str(path)).to_dict(), indent=1)
     with system_errors(path):
         write_whole(path, f"{text}\n".encode())
 
@@ -521,7 +520,7 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
-    return _json.number(value) if isinstance(value, float) else value
+    return json.number(value) if isinstance(value, float) else value
 
 
 def check_origin(result: Result, origin: str | os.PathLike[str], place: str) -> None:

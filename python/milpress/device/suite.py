@@ -11,20 +11,20 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milpress import _json, _yaml
-from milpress._files import write_whole
-from milpress.compression import compress
+from milpress.compression.packages import compress
 from milpress.device import benchmark, schema
 from milpress.device.benchmark import Candidate
 from milpress.device.runner import Plan, Progress
 from milpress.device.schema import Failure, Result
 from milpress.errors import CompressionError, ConfigError, DestinationError
-from milpress.mil.package import Package, system_errors
+from milpress.mil.package import Package
+from milpress.plain import json, yaml
+from milpress.plain.files import system_errors, write_whole
 from milpress.recipe import Recipe, describe
-from milpress.samples import RandomSamples
+from milpress.samples.data import RandomSamples
 
 if TYPE_CHECKING:
-    from milpress.samples import Data
+    from milpress.samples.data import Data
 
 VERSION = 1
 RESULTS = "results.json"
@@ -66,10 +66,10 @@ class Suite:
         if path is None:
             found = resources.files("milpress.device") / "suite.yaml"
             with found.open(encoding="utf-8") as file:
-                data = _yaml.load(file, place)
+                data = yaml.load(file, place)
         else:
             place = str(path)
-            data = _yaml.load(path, "a suite")
+            data = yaml.load(path, "a suite")
         return cls.from_dict(data, place)
 
     @classmethod
@@ -230,7 +230,7 @@ def _make(
     if variant.recipe.activations is not None:
         samples = RandomSamples(8, seed) if data is None else data
     report = compress(source, path, variant.recipe, sample_data=samples)
-    text = _json.text(report.to_dict(), indent=1)
+    text = json.text(report.to_dict(), indent=1)
     with system_errors(reports):
         write_whole(reports / f"{variant.name}.json", text.encode())
     words = [] if variant.recipe.activations is None else ["8-bit activations"]

@@ -17,14 +17,14 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress import _core
+import milpress._core as _core
 from milpress.errors import ConfigError
-from milpress.formats._factor import Factor, FeedbackConfig, factor_bytes, factorize
-from milpress.formats._layout import Floats, frozen
+from milpress.formats.factor import Factor, FeedbackConfig, factor_bytes, factorize
 from milpress.formats.joint import Compressed, Masked, Treatment, masked
 from milpress.formats.palette import KMeans, Palette, PalettizeConfig, Uniform
 from milpress.formats.palette import palettize as palettize_nearest
 from milpress.formats.quantized import Blocks, PerBlock, PerTensor, QuantizeConfig, Quantized
+from milpress.formats.rows import Floats, frozen
 from milpress.formats.sparse import PruneConfig, Sparse, sparsify
 
 __all__ = [

@@ -9,9 +9,8 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress import _core
+import milpress._core as _core
 from milpress.errors import UnsupportedError
-from milpress.formats._layout import Floats, checked_importance, frozen
 from milpress.formats.palette import (
     Palette,
     PalettizeConfig,
@@ -19,8 +18,9 @@ from milpress.formats.palette import (
     reassigned,
 )
 from milpress.formats.quantized import PerTensor, QuantizeConfig, Quantized, quantize
+from milpress.formats.rows import Floats, checked_importance, frozen
 from milpress.formats.sparse import PruneConfig, Sparse, kept, n_pruned, sparsify
-from milpress.placement import Placement, kernels_for, using
+from milpress.kernels.device import Placement, kernels_for, using
 
 # Core ML stores smaller tensors in the model itself.
 _MIN_ELEMENTS = 10

@@ -10,9 +10,11 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress import _core
+import milpress._core as _core
 from milpress.errors import ConfigError, UnsupportedError
-from milpress.formats._layout import (
+from milpress.formats.order import distinct, distinct_rows
+from milpress.formats.quantized import Quantized
+from milpress.formats.rows import (
     Floats,
     as_weight,
     block_grid,
@@ -22,9 +24,7 @@ from milpress.formats._layout import (
     normalized_axis,
     to_rows,
 )
-from milpress.formats._order import distinct, distinct_rows
-from milpress.formats.quantized import Quantized
-from milpress.placement import Placement, kernels_for, using
+from milpress.kernels.device import Placement, kernels_for, using
 
 Bits = Literal[1, 2, 3, 4, 6, 8]
 _MAX_ENTRIES = 256

@@ -8,9 +8,9 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress import _core
+import milpress._core as _core
 from milpress.errors import ConfigError
-from milpress.formats._layout import (
+from milpress.formats.rows import (
     Floats,
     as_float,
     block_grid,
@@ -21,7 +21,7 @@ from milpress.formats._layout import (
     normalized_axis,
     to_rows,
 )
-from milpress.placement import Placement, kernels_for
+from milpress.kernels.device import Placement, kernels_for
 
 IntDType = Literal["int8", "uint8", "int4", "uint4"]
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress import _core
+import milpress._core as _core
 from milpress.errors import ConfigError, UnsupportedError
-from milpress.formats._layout import Floats, as_weight, frozen
-from milpress.placement import Kernels, Placement, kernels_for
+from milpress.formats.rows import Floats, as_weight, frozen
+from milpress.kernels.device import Kernels, Placement, kernels_for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,9 +12,9 @@ except ModuleNotFoundError as error:
     )
     raise DependencyError(msg) from error
 
-from milpress.interpreter.covered import Coverage, coverage
-from milpress.interpreter.features import Feature
+from milpress.interpreter.coverage import Coverage, coverage
 from milpress.interpreter.program import Program, Result, load
 from milpress.interpreter.states import State
+from milpress.mil.features import Feature
 
 __all__ = ["Coverage", "Feature", "Program", "Result", "State", "coverage", "load"]

@@ -14,7 +14,7 @@ from milpress.errors import PackageError
 from milpress.mil import values
 from milpress.mil.constexpr import Decoder
 from milpress.mil.dtypes import DType
-from milpress.mil.program import Node
+from milpress.mil.graph import Node
 from milpress.mil.values import WeightSource
 
 # Types that torch has, or has no arithmetic for, and what holds their elements instead.

@@ -18,8 +18,8 @@ from milpress.interpreter.constants import Budget, Caster, Weight, caster, const
 from milpress.interpreter.operator import Operator
 from milpress.mil import opset, values
 from milpress.mil.constexpr import Decoder, is_constexpr
+from milpress.mil.graph import Graph, Node
 from milpress.mil.opset import Opset
-from milpress.mil.program import Graph, Node
 from milpress.mil.schema import messages
 from milpress.mil.values import TensorType, WeightSource
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from milpress.errors import ConfigError, ModelKindError, PackageError, UnsupportedError
-from milpress.interpreter import features as io
 from milpress.interpreter.constants import Budget
-from milpress.interpreter.features import Feature
 from milpress.interpreter.graph import bind
 from milpress.interpreter.parts import Model, Part, Passed, Pipeline
 from milpress.interpreter.suppression import suppression_of
+from milpress.mil import features
+from milpress.mil.features import Feature
 from milpress.mil.package import Package, pipeline_models
 from milpress.mil.stages import kind_of
 
@@ -97,9 +97,12 @@ class Loader:
             function_name=name,
             function=function,
             inputs=tuple(
-                io.described(item, function.inputs[item.name].type) for item in description.input
+                features.described(item, function.inputs[item.name].type)
+                for item in description.input
             ),
-            outputs=tuple(io.described(item, outputs[item.name]) for item in description.output),
+            outputs=tuple(
+                features.described(item, outputs[item.name]) for item in description.output
+            ),
         )
 
     def _function_name(self, model: Any, place: tuple[str, ...]) -> str:

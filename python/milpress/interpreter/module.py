@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from milpress.interpreter.constants import Weight, held_as
-from milpress.interpreter.features import Feature, filled, passed_on
+from milpress.interpreter.features import filled, passed_on
 from milpress.interpreter.graph import Block, Frame, Function
 from milpress.interpreter.states import Cell
+from milpress.mil.features import Feature
 
 
 class ProgramModule(nn.Module):

@@ -11,11 +11,11 @@ import torch
 
 from milpress.errors import CompressionError, ExecutionError, UnsupportedOpError
 from milpress.interpreter import features as io
-from milpress.interpreter.features import Feature
 from milpress.interpreter.graph import Frame, Function, Observe, Replace
 from milpress.interpreter.module import PipelineModule, ProgramModule, Stage
 from milpress.interpreter.states import State
 from milpress.interpreter.suppression import Suppression
+from milpress.mil.features import Feature
 
 Part: TypeAlias = "Model | Pipeline | Suppression"
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from milpress.errors import ConfigError, InputError, UnsupportedError
 from milpress.interpreter import features as io
 from milpress.interpreter.constants import Budget, held_as
-from milpress.interpreter.features import Feature
 from milpress.interpreter.graph import Observe, Replace
 from milpress.interpreter.loading import Loader
 from milpress.interpreter.module import PipelineModule, ProgramModule
 from milpress.interpreter.moments import Layer, layers
 from milpress.interpreter.parts import Model, Pipeline, Run
 from milpress.interpreter.states import State
+from milpress.mil.features import Feature
 from milpress.mil.package import Package
 from milpress.mil.values import TensorType
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from milpress.errors import ConfigError, ExecutionError, UnsupportedError
 from milpress.interpreter import features as io
 from milpress.interpreter.program import Program
+from milpress.mil import features
 
 OutputMetric: TypeAlias = Literal["snr", "cosine", "kl"]
 Note: TypeAlias = Callable[[int, int, str], None]
@@ -210,7 +211,9 @@ class OutputError:
             msg = f"the model must be able to compute the samples, got: {error}"
             raise ExecutionError(msg) from error
         outputs = made if isinstance(made, tuple) else (made,)
-        return [each.tensor if isinstance(each, io.Probabilities) else each for each in outputs]
+        return [
+            each.tensor if isinstance(each, features.Probabilities) else each for each in outputs
+        ]
 
     def _points(self, outputs: Sequence[Any]) -> list[Tensor]:
         """Return the points whose squared distances are the error."""

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from milpress.errors import InputError, PackageError
 from milpress.interpreter import features as io
-from milpress.interpreter.features import Feature
+from milpress.mil import features
+from milpress.mil.features import Feature
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,7 +247,7 @@ def _n_boxes(place: str, outputs: list[Any]) -> tuple[int, int | None]:
     for array in outputs:
         shapes = array.enumeratedShapes.shapes
         if array.shapeRange.sizeRanges:
-            least, most = io.size_range(array.shapeRange.sizeRanges[0])
+            least, most = features.size_range(array.shapeRange.sizeRanges[0])
         elif shapes:
             sizes = [shape.shape[0] for shape in shapes if len(shape.shape) == 2]
             least, most = min(sizes, default=0), max(sizes, default=None)

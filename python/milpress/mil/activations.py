@@ -13,14 +13,14 @@ from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
-from milpress import _json
 from milpress.errors import PackageError, VerificationError
 from milpress.mil import dtypes, values
+from milpress.mil.graph import Graph, Node, Scope, new_const, new_op
 from milpress.mil.joins import Value, home, type_of
-from milpress.mil.program import Graph, Node, Scope, new_const, new_op
 from milpress.mil.schema import messages
 from milpress.mil.values import TensorType, WeightSource
 from milpress.mil.weights import Site
+from milpress.plain import json
 
 KEY = "com.milpress.activations"
 
@@ -362,7 +362,7 @@ def read(model: Any) -> Record:
     if KEY not in metadata:
         return Record()
     try:
-        data = _json.read(metadata[KEY])
+        data = json.read(metadata[KEY])
         if data["version"] != 1:
             msg = f"version {data['version']!r}"
             raise ValueError(msg)
@@ -376,7 +376,7 @@ def read(model: Any) -> Record:
 def record(model: Any, made: Record) -> None:
     """Write a record into the model."""
     data = {"version": 1, "settings": made.settings, "pairs": made.pairs}
-    model.description.metadata.userDefined[KEY] = _json.text(data, separators=(",", ":"))
+    model.description.metadata.userDefined[KEY] = json.text(data, separators=(",", ":"))
 
 
 def forget(model: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress import _core
+import milpress._core as _core
 from milpress.formats import Compressed, Masked, Palette, Quantized, Sparse
 from milpress.mil import dtypes, values
 from milpress.mil.dtypes import DType

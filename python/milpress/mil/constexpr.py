@@ -23,7 +23,7 @@ from milpress.formats import (
 )
 from milpress.mil import decoding, dtypes, values
 from milpress.mil.chains import stages
-from milpress.mil.program import CONSTEXPR, Graph, Node, new_const
+from milpress.mil.graph import CONSTEXPR, Graph, Node, new_const
 from milpress.mil.schema import messages
 from milpress.mil.values import Tensor, WeightSink, WeightSource
 

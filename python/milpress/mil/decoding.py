@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress import _core
+import milpress._core as _core
 from milpress.formats import Palette, Quantized
 from milpress.mil.values import Tensor
 

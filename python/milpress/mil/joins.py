@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from milpress.mil import values
-from milpress.mil.program import Graph, Node, Scope
+from milpress.mil.graph import Graph, Node, Scope
 from milpress.mil.values import TensorType
 
 # Ops that put values beside each other. Those of the first share a range, as in coremltools.

@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from milpress.errors import ConfigError, PackageError, UnsupportedError
-from milpress.mil import dtypes, values
+from milpress.mil import dtypes, opset, values
+from milpress.mil.graph import Graph, Node, blocks, new_const, new_op
 from milpress.mil.package import Package
-from milpress.mil.program import Graph, Node, blocks, new_const, new_op
 from milpress.mil.schema import messages
 
 
@@ -303,3 +303,20 @@ def _retype(value: Any, dtype_name: str, shape: tuple[int, ...], package: Packag
         where = value.blobFileValue
         package.retyped[where.fileName, where.offset] = values.stored_type(value).dtype
     values.set_type(value.type, dtypes.by_name(dtype_name), shape)
+
+
+def raise_opsets(package: Package, target: str | None) -> list[str]:
+    """Raise programs to the target, and iOS15 to the first that can be compressed."""
+    asked = None if target is None else opset.by_target(target)
+    notes: dict[str, None] = {}
+    for program in package.programs:
+        for function in program.functions.values():
+            current = opset.by_name(function.opset)
+            goal = max(asked or current, opset.FIRST_WITH_COMPRESSION)
+            if goal > current:
+                opset.raise_to(program.model, function, goal, package)
+                notes[f"raised from {current.target} to {goal.target}"] = None
+        package.model.specificationVersion = max(
+            package.model.specificationVersion, program.model.specificationVersion
+        )
+    return list(notes)

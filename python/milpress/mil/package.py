@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import mmap
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from google.protobuf.message import DecodeError
-from numpy.typing import NDArray
 
-from milpress import _core, _files
+import milpress._core as _core
 from milpress.errors import (
-    CompressionError,
-    DestinationError,
     ModelKindError,
     PackageError,
     PackageNotFoundError,
-    StorageError,
 )
 from milpress.mil.dtypes import DType
 from milpress.mil.schema import count_messages, memory_of, messages
+from milpress.plain.files import system_errors
 
 # The largest seen has 7 MB.
 MAX_MODEL_BYTES = 64 << 20
@@ -235,191 +228,3 @@ def _kind_message(path: Path) -> str:
         "pipelines of them, got another kind (such as a neural network); convert it again with "
         "convert_to='mlprogram'"
     )
-
-
-class Staged:
-    """A package being written beside its destination, in a hidden folder of its own.
-
-    Files that the writer does not replace are copied from the source. Nothing reaches the
-    destination before `commit`; leaving the ``with`` block without it leaves nothing behind, and
-    what a killed process left is removed by the next run.
-    """
-
-    def __init__(self, source: Package, destination: Path, *, force: bool) -> None:
-        self._source = source
-        self._destination = destination
-        self._force = force
-        self._writers: dict[str, _core.BlobWriter] = {}
-        self._lock: int | None = None
-
-    def __enter__(self) -> Staged:
-        check_destination(self._source.path, self._destination, force=self._force)
-        with system_errors(self._destination):
-            _sweep(self._destination)
-            self._folder, self._lock = _create_stage(self._destination)
-        self.path = self._folder / "new.mlpackage"
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._writers.clear()
-        _files.end_draft(self._folder)
-        if self._lock is not None:
-            os.close(self._lock)
-
-    def copy_rest(self, weight_files: set[str]) -> None:
-        """Copy all that is neither the model nor one of the named weight files."""
-        root = self._source.path
-        replaced = {self._source.weight_path(name) for name in weight_files}
-        replaced.add(self._source.model_path)
-        with system_errors(self._destination):
-            self.path.mkdir()
-            for folder, subfolders, files in os.walk(root):
-                here = Path(folder)
-                for name in subfolders:
-                    if (here / name).is_symlink():
-                        msg = f"{here / name}: a package must hold no symbolic link, got one"
-                        raise PackageError(msg)
-                    (self.path / here.relative_to(root) / name).mkdir()
-                for name in files:
-                    if here / name in replaced:
-                        continue
-                    if not (here / name).is_file() or (here / name).is_symlink():
-                        msg = f"{here / name}: a package must hold plain files only, got another"
-                        raise PackageError(msg)
-                    target = self.path / here.relative_to(root) / name
-                    shutil.copyfile(here / name, target)
-
-    def write(self, file_name: str, dtype: int, data: NDArray[np.uint8], padding_bits: int) -> int:
-        """Append a blob to a weight file and return its offset."""
-        with system_errors(self._destination):
-            return self._writer(file_name).write(dtype, data, padding_bits)
-
-    def copy(
-        self,
-        file_name: str,
-        reader: _core.BlobReader,
-        info: _core.BlobInfo,
-        dtype: int,
-        padding_bits: int,
-    ) -> int:
-        """Append the data of a blob of the source and return its new offset."""
-        with system_errors(self._destination):
-            try:
-                return self._writer(file_name).copy(reader, info, dtype, padding_bits)
-            except _core.BlobError as error:
-                raise PackageError(str(error)) from error
-
-    def finish(self, model: Any) -> None:
-        """Write the model and close the weight files."""
-        with system_errors(self._destination):
-            for writer in self._writers.values():
-                writer.close()
-            self._writers.clear()
-            target = self._path_of(self._source.model_path)
-            target.write_bytes(model.SerializeToString(deterministic=True))
-
-    def commit(self) -> None:
-        """Move the package to its destination; an existing one is deleted once that is done."""
-        check_destination(self._source.path, self._destination, force=self._force)
-        with system_errors(self._destination):
-            if self._destination.exists():
-                self._destination.rename(self._folder / "previous.mlpackage")
-            self.path.rename(self._destination)
-
-    def _path_of(self, source_path: Path) -> Path:
-        return self.path / source_path.relative_to(self._source.path)
-
-    def _writer(self, file_name: str) -> _core.BlobWriter:
-        if file_name not in self._writers:
-            path = self._path_of(self._source.weight_path(file_name))
-            self._writers[file_name] = _core.BlobWriter(path)
-        return self._writers[file_name]
-
-
-def check_destination(source: Path, destination: Path, *, force: bool) -> None:
-    """Refuse a destination that must not be written.
-
-    Raises
-    ------
-    DestinationError
-        If it is the source, inside it or around it; taken, without ``force``; or no package.
-    PackageNotFoundError
-        If its parent folder does not exist.
-    """
-    real, real_source = destination.resolve(), source.resolve()
-    if real == real_source or real in real_source.parents or real_source in real.parents:
-        msg = f"{destination}: the destination must be apart from the source {source}"
-        raise DestinationError(msg)
-    if not destination.absolute().parent.is_dir():
-        msg = f"{destination}: the folder of the destination must exist, got none"
-        raise PackageNotFoundError(msg)
-    if not os.path.lexists(destination):
-        return
-    if not force:
-        msg = f"{destination}: the destination must be free, got an existing one; use force"
-        raise DestinationError(msg)
-    if destination.is_symlink() or not (destination / "Manifest.json").is_file():
-        msg = f"{destination}: only an .mlpackage is replaced, got something else"
-        raise DestinationError(msg)
-
-
-def _create_stage(destination: Path) -> tuple[Path, int]:
-    # The lock tells a folder in use from one whose process was killed. It is taken after the
-    # folder exists; whoever finds it unlocked in between deletes it, and we try again.
-    def take_back(folder: Path) -> None:
-        with contextlib.suppress(OSError):
-            _restore(folder, destination)
-        _files.remove(folder)
-
-    for _ in range(100):
-        folder = _files.draft_of(destination.absolute(), take_back)
-        try:
-            folder.mkdir()
-        except OSError:
-            _files.end_draft(folder)
-            raise
-        with contextlib.suppress(OSError):
-            descriptor = os.open(folder, os.O_RDONLY)
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if folder.exists():
-                return folder, descriptor
-            os.close(descriptor)
-        _files.end_draft(folder)
-    msg = f"{destination}: no temporary folder could be made beside it"
-    raise StorageError(msg)
-
-
-def _sweep(destination: Path) -> None:
-    """Remove what a killed run left beside this destination."""
-    pattern = f".{destination.name}{_files.DRAFT_MARK}"
-    for folder in destination.absolute().parent.iterdir():
-        if not folder.name.startswith(pattern) or folder.is_symlink() or not folder.is_dir():
-            continue
-        with contextlib.suppress(OSError):
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _restore(folder, destination)
-                shutil.rmtree(folder)
-            finally:
-                os.close(descriptor)
-
-
-def _restore(folder: Path, destination: Path) -> None:
-    """Put a package that was moved aside back, unless a new one has taken its place."""
-    previous = folder / "previous.mlpackage"
-    if previous.exists() and not destination.exists():
-        previous.rename(destination)
-
-
-@contextlib.contextmanager
-def system_errors(path: Path) -> Iterator[None]:
-    """Turn what the system refuses into a `StorageError` that says where."""
-    try:
-        yield
-    except CompressionError:
-        raise
-    except OSError as error:
-        where = error.filename or path
-        reason = error.strerror or str(error)
-        raise StorageError(error.errno or 0, reason, str(where)) from error

@@ -15,7 +15,7 @@ import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from numpy.typing import NDArray
 
-from milpress import _core
+import milpress._core as _core
 
 _PACKAGE = "milpress.mil"
 

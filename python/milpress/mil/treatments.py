@@ -19,9 +19,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress import _json
 from milpress.errors import PackageError
 from milpress.formats import PruneConfig
+from milpress.plain import json
 
 KEY = "com.milpress.treatments"
 
@@ -117,7 +117,7 @@ def read(model: Any) -> Records:
     if KEY not in metadata:
         return Records()
     try:
-        data = _json.read(metadata[KEY])
+        data = json.read(metadata[KEY])
         if data["version"] != 1:
             msg = f"version {data['version']!r}"
             raise ValueError(msg)
@@ -162,16 +162,16 @@ def record(model: Any, records: Records) -> None:
     """Write the records into the model."""
     groups: dict[str, dict[str, str]] = {}
     for source, entry in records.by_source.items():
-        groups.setdefault(_json.text(entry.steps, sort_keys=True), {})[source] = entry.result
+        groups.setdefault(json.text(entry.steps, sort_keys=True), {})[source] = entry.result
     data: dict[str, Any] = {
         "version": 1,
         "treatments": [
-            {"steps": _json.read(steps), "weights": names} for steps, names in groups.items()
+            {"steps": json.read(steps), "weights": names} for steps, names in groups.items()
         ],
     }
     if records.biases:
         data["biases"] = records.biases
-    model.description.metadata.userDefined[KEY] = _json.text(data, separators=(",", ":"))
+    model.description.metadata.userDefined[KEY] = json.text(data, separators=(",", ":"))
 
 
 def forget(model: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress import _core
+import milpress._core as _core
 from milpress.errors import PackageError
 from milpress.mil import dtypes
 from milpress.mil.dtypes import DType

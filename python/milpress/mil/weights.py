@@ -11,8 +11,8 @@ from milpress.errors import PackageError
 from milpress.mil import values
 from milpress.mil.constexpr import is_compressed, is_constexpr
 from milpress.mil.dtypes import DType
+from milpress.mil.graph import Graph, Node
 from milpress.mil.package import Package, Program
-from milpress.mil.program import Graph, Node
 
 # Smaller constants are settings of ops (strides, axes, a scale), not weights.
 MIN_WEIGHT_ELEMENTS = 10

@@ -6,10 +6,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from milpress._files import write_whole
 from milpress.errors import ConfigError
-from milpress.mil.package import system_errors
 from milpress.page.collect import Page, collect
+from milpress.plain.files import system_errors, write_whole
 
 # Apple's published tables.
 LITERATURE = Path(__file__).parents[1] / "device" / "literature.json"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from milpress.report import human_snr
+from milpress.show import human_snr
 
 
 @dataclass(frozen=True, slots=True)

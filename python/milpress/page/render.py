@@ -18,11 +18,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from milpress import _json
 from milpress.errors import printable
 from milpress.page.collect import Page
 from milpress.page.view import view
-from milpress.report import human_bytes, human_snr
+from milpress.plain import json
+from milpress.show import human_bytes, human_snr
 
 
 def html(page: Page) -> str:
@@ -61,7 +61,7 @@ def _environment(fill: Callable[[str], str]) -> Environment:
     environment.filters.update(order=_order, shown=_shown)
     environment.globals.update(size=human_bytes, snr=human_snr)
     # In JSON that no text can end the element which holds it.
-    environment.policies["json.dumps_function"] = _json.text
+    environment.policies["json.dumps_function"] = json.text
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return environment
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from milpress._structure import Metric, structured
 from milpress.device import schema
 from milpress.device.schema import Result
 from milpress.errors import ResultError
+from milpress.plain.structure import Metric, structured
 
 VERSION = 1
 LITERATURE_SCHEMA = "milpress-literature/1"

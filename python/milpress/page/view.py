@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from milpress import __version__
+from milpress._version import __version__
 from milpress.device.comparison import units_words
 from milpress.device.schema import PROCESSORS, Entry, Placement, Result
 from milpress.errors import printable
@@ -16,7 +16,7 @@ from milpress.page.collect import PackageResults, Page
 from milpress.page.groups import LatencyGroup, groups
 from milpress.page.metrics import METRICS, Metric
 from milpress.page.sources import Compression, Literature, OpMetrics
-from milpress.report import human_bytes
+from milpress.show import human_bytes
 
 # Rows beyond these are left out of tables of ops, and said to be.
 _MOST_OPS = 400

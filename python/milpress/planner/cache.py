@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from milpress import _json
+from milpress.plain import json
 
 SUFFIX = ".milpress-scores"
 
@@ -41,7 +41,7 @@ class ScoreCache:
 
     def _read(self, line: str) -> None:
         with contextlib.suppress(ValueError, TypeError):
-            key, numbers = _json.read(line)
+            key, numbers = json.read(line)
             if isinstance(key, str) and isinstance(numbers, list):
                 self._known[key] = [float(number) for number in numbers]
 
@@ -55,7 +55,7 @@ class ScoreCache:
         self._known.update(entries)
         if not entries or not self.is_writable or self._path is None:
             return
-        lines = "".join(_json.text([key, numbers]) + "\n" for key, numbers in entries.items())
+        lines = "".join(json.text([key, numbers]) + "\n" for key, numbers in entries.items())
         try:
             # A line that was cut off must not swallow the next one.
             descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -69,4 +69,4 @@ class ScoreCache:
 
 def joined(*parts: Any) -> str:
     """Return a key made of parts."""
-    return _json.text(parts, separators=(",", ":"), sort_keys=True)
+    return json.text(parts, separators=(",", ":"), sort_keys=True)

@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress._parallel import in_order
-from milpress.compression import Progress
+from milpress.engines.jobs import Job, jobs_of
 from milpress.errors import UnsupportedError
 from milpress.formats import Treatment, compress
-from milpress.jobs import Job, jobs_of
+from milpress.kernels.threads import in_order
 from milpress.mil.package import Package
 from milpress.mil.weights import weight_files
 from milpress.planner.cache import ScoreCache, joined
 from milpress.planner.items import Item
 from milpress.planner.menu import KEEP
+from milpress.progress import Progress
 from milpress.recipe import treatment_dict
-from milpress.samples import Data
+from milpress.samples.data import Data
 
 if TYPE_CHECKING:
     from milpress.interpreter.sensitivity import Gradients, OutputError, OutputMetric

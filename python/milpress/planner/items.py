@@ -7,16 +7,17 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from milpress import _patterns
-from milpress._plan import RecipeWishes, plan_weight
+from milpress.compression.decisions import plan_weight
+from milpress.compression.requests import RecipeWishes
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.formats import PalettizeConfig, PruneConfig, QuantizeConfig, Treatment
 from milpress.mil import opset, values
 from milpress.mil.constexpr import Decoder
+from milpress.mil.graph import Node
 from milpress.mil.opset import Opset
 from milpress.mil.package import Package
-from milpress.mil.program import Node
 from milpress.mil.weights import Weight, sites, weights
+from milpress.plain import patterns
 from milpress.planner.linting import AVOIDED, Facts, Platform
 from milpress.planner.menu import fine_menu, menu
 from milpress.planner.sizes import treated_bytes
@@ -141,7 +142,7 @@ def items_of(
         If a pattern of ``keep`` means no weight or is wrong.
     """
     for pattern in keep:
-        _patterns.check(pattern)
+        patterns.check(pattern)
     found = list(_candidates(package, min_size))
     unused = [pattern for pattern in keep if not any(_kept(c, pattern) for c, _ in found)]
     if unused:
@@ -210,7 +211,7 @@ def _wish(treatment: Treatment, min_size: int) -> RecipeWishes:
 def _kept(candidate: Candidate, pattern: str) -> bool:
     if pattern.startswith(_OP_TYPE):
         return pattern.removeprefix(_OP_TYPE) in candidate.weight.op_types
-    return _patterns.matches(pattern, candidate.weight.name)
+    return patterns.matches(pattern, candidate.weight.name)
 
 
 def _stored_key(value: Any) -> Any:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from milpress import _yaml
 from milpress.errors import ConfigError, printable
 from milpress.mil.package import Package
 from milpress.mil.weights import sites, weights
+from milpress.plain import yaml
 from milpress.planner import traits as _traits
 from milpress.planner.traits import Traits, is_stateful, traits_of
 
@@ -172,7 +172,7 @@ class Facts:
         """
         found = cls({}, {})
         for path in (_BUILT_IN, *paths):
-            found = found._with(_yaml.load(path, "a file of facts"), str(path))
+            found = found._with(yaml.load(path, "a file of facts"), str(path))
         return found
 
     def _with(self, data: Any, place: str) -> Facts:

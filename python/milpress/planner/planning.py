@@ -11,14 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-import yaml
-
-from milpress import _json
-from milpress._parallel import in_order
-from milpress.compression import Progress, raise_opsets, thread_limit
 from milpress.errors import ConfigError, UnsupportedError, weight_errors
 from milpress.formats import Treatment
+from milpress.kernels.threads import in_order, thread_limit
+from milpress.mil.opset import raise_opsets
 from milpress.mil.package import Package, n_package_bytes
+from milpress.plain import json, yaml
 from milpress.planner import cache, scores, search
 from milpress.planner.cache import ScoreCache
 from milpress.planner.items import Item, items_of
@@ -27,6 +25,7 @@ from milpress.planner.menu import KEEP, menu
 from milpress.planner.scores import Score
 from milpress.planner.search import Option, Point
 from milpress.planner.sizes import package_bytes
+from milpress.progress import Progress
 from milpress.recipe import (
     DEFAULT_MIN_SIZE,
     Keep,
@@ -37,14 +36,14 @@ from milpress.recipe import (
     describe,
     treatment_dict,
 )
-from milpress.report import escaped, human_bytes, human_snr, named_table
+from milpress.show import escaped, human_bytes, human_snr, named_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from milpress.interpreter.sensitivity import OutputMetric
     from milpress.planner.calibrated import Calibrated
-    from milpress.samples import Data
+    from milpress.samples.data import Data
 
 Prefer: TypeAlias = Unit
 _MOST_TRIES = 8
@@ -114,7 +113,7 @@ class PlannedWeight:
             "treatment": None if self.treatment is None else treatment_dict(self.treatment),
             "n_bytes": self.n_bytes,
             "bits_per_weight": self.bits_per_weight,
-            "snr_db": _json.number(self.snr_db),
+            "snr_db": json.number(self.snr_db),
             "is_estimate": self.is_estimate,
             "error": self.error,
             "shares_with": self.shares_with,
@@ -145,7 +144,7 @@ class CurvePoint:
         return {
             "package_bytes": self.package_bytes,
             "bits_per_weight": self.bits_per_weight,
-            "snr_db": _json.number(self.snr_db),
+            "snr_db": json.number(self.snr_db),
         }
 
 
@@ -226,9 +225,7 @@ class Plan:
         rules = self.recipe.steps[0].rules
         for weight, rule in zip(self.weights, rules, strict=True):
             data = Recipe(steps=(Step(rules=(rule,)),)).to_dict()["steps"][0]["rules"][0]
-            flow = yaml.safe_dump(
-                data, default_flow_style=True, sort_keys=False, width=math.inf
-            ).strip()
+            flow = yaml.text(data, default_flow_style=True, width=math.inf).strip()
             lines.append(f"      - {flow}  # {_expected(weight)}")
         return "\n".join(lines) + "\n"
 
@@ -241,7 +238,7 @@ class Plan:
             "n_bytes": self.n_bytes,
             "package_bytes": self.package_bytes,
             "bits_per_weight": self.bits_per_weight,
-            "snr_db": _json.number(self.snr_db),
+            "snr_db": json.number(self.snr_db),
             "scored_by": self.scored_by,
             "formats": list(self.formats),
             "weights": [weight.to_dict() for weight in self.weights],
@@ -352,7 +349,7 @@ def plan(
     min_size
         Least number of elements of a weight that is planned.
     sample_data
-        Samples of the model's inputs, see `milpress.samples.Samples`; needs torch. A few dozen
+        Samples of the model's inputs, see `Samples`; needs torch. A few dozen
         suffice. Of several functions, those that the samples suit are run; a weight that none of
         them reaches counts as without samples.
     metric

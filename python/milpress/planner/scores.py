@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress import _core
+import milpress._core as _core
 from milpress.formats import (
     Palette,
     PalettizeConfig,
@@ -19,7 +19,7 @@ from milpress.formats import (
     Treatment,
     compress,
 )
-from milpress.formats._layout import Floats, as_weight, to_rows
+from milpress.formats.rows import Floats, as_weight, to_rows
 
 # Elements of a weight that a treatment is tried on, if trying it on all takes long.
 SAMPLE_SIZE = 1 << 15

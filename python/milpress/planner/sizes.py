@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from milpress._plan import RecipeWishes
-from milpress._rewrite import Order, Rewriter, Treated
-from milpress.compression import compress_package
+from milpress.compression.packages import compress_package
+from milpress.compression.requests import RecipeWishes
+from milpress.compression.treating import Order, Treated
+from milpress.compression.writer import Rewriter
 from milpress.errors import UnsupportedError
 from milpress.formats import (
     Compressed,

@@ -17,7 +17,7 @@ from milpress.formats import (
     Treatment,
 )
 from milpress.mil import values
-from milpress.mil.program import Graph, Node
+from milpress.mil.graph import Graph, Node
 from milpress.mil.values import TensorType
 from milpress.mil.weights import Weight
 

@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from milpress import _core
+import milpress._core as _core
+from milpress.compression.report import WeightReport
 from milpress.errors import UnsupportedError
 from milpress.formats import Masked, Palette, Quantized, Sparse, Treatment
-from milpress.formats._layout import Floats, as_weight
+from milpress.formats.rows import Floats, as_weight
 from milpress.recipe import describe
-from milpress.report import WeightReport, decibels
+from milpress.show import decibels
 from milpress.torch import _metadata
 from milpress.torch._metadata import Stored
 from milpress.torch._report import Report

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from milpress import _core
+import milpress._core as _core
 from milpress.errors import UnsupportedError
 from milpress.formats import (
     Compressed,
@@ -27,17 +27,10 @@ from milpress.formats import (
     Sparse,
     sparsify,
 )
-from milpress.formats._layout import (
-    Floats,
-    as_weight,
-    block_grid,
-    from_rows,
-    normalized_axis,
-    to_rows,
-)
-from milpress.formats._order import ascending
 from milpress.formats.joint import masked
+from milpress.formats.order import ascending
 from milpress.formats.palette import Bits, fold, split_vectors
+from milpress.formats.rows import Floats, as_weight, block_grid, from_rows, normalized_axis, to_rows
 from milpress.torch._weights import RECURRENT, Weight, whole
 
 PREFIX = "_COREML_"

@@ -6,7 +6,8 @@ from collections import UserDict
 from collections.abc import Iterable
 from typing import Any
 
-from milpress.report import WeightReport, human_bytes
+from milpress.compression.report import WeightReport
+from milpress.show import human_bytes
 
 _MISSING = -1
 

@@ -19,22 +19,24 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from milpress import _core
-from milpress._rewrite import Rewriter
-from milpress.coreml.model import opened, returned, temporary_package
+import milpress._core as _core
+from milpress.compression.report import Report, WeightReport
+from milpress.compression.verification import compare_packages
+from milpress.compression.writer import Rewriter
+from milpress.engines.mlmodel import opened, returned, temporary_package
 from milpress.errors import ConfigError, ConfigTypeError, UnsupportedError, VerificationError
 from milpress.formats import Compressed, Masked, Palette, Quantized
 from milpress.formats.palette import fold
 from milpress.mil import opset, values
 from milpress.mil.constexpr import Decoder, payload_bytes
-from milpress.mil.package import Package, Staged, n_package_bytes
+from milpress.mil.package import Package, n_package_bytes
+from milpress.mil.staging import Staged
 from milpress.mil.weights import Weight as Constant
 from milpress.mil.weights import sites, weight_files, weights
-from milpress.report import Report, WeightReport, decibels
-from milpress.torch import _metadata, _moved
+from milpress.show import decibels
+from milpress.torch import _metadata, _relayout
 from milpress.torch._metadata import Stored
 from milpress.torch._weights import RECURRENT, Weight, whole
-from milpress.verification import compare_packages
 
 __all__ = ["convert"]
 
@@ -347,10 +349,10 @@ def _match(
         if np.array_equal(own, array):
             return item, _as_it_is, array
         if own.ndim == 2 and np.array_equal(own.T, array):
-            return item, _moved.transposed, array
+            return item, _relayout.transposed, array
         rows = _rows_of(array, own) if recurrent else None
         if rows is not None:
-            return item, functools.partial(_moved.taken, rows=rows), array
+            return item, functools.partial(_relayout.taken, rows=rows), array
     return None
 
 
@@ -405,7 +407,7 @@ def _storable(
     UnsupportedError
         If it is beyond that type, above or below, or would be larger than the constant.
     """
-    made = _moved.cast(value, array.dtype)
+    made = _relayout.cast(value, array.dtype)
     n_bytes = payload_bytes(made, early=early)
     if n_bytes >= array.nbytes:
         msg = f"would get larger: {array.nbytes} bytes as it is, {n_bytes} compressed"

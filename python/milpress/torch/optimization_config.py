@@ -15,8 +15,8 @@ import attrs
 import torch
 from attrs import define, field
 
-from milpress import _fields, _patterns, _yaml
 from milpress.errors import ConfigError, ConfigTypeError
+from milpress.plain import fields, patterns, yaml
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -69,7 +69,7 @@ class _Dictable:
         ConfigError
             If it can't be read, is no YAML, or not of the form that `from_dict` takes.
         """
-        settings = _yaml.load(yml, "an optimization config")
+        settings = yaml.load(yml, "an optimization config")
         return cls.from_dict({} if settings is None else settings)
 
     def as_dict(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class _Dictable:
 
     @classmethod
     def _from_dict(cls, config_dict: Mapping[str, Any], place: str) -> Self:
-        _fields.check_mapping(config_dict, place)
+        fields.check_mapping(config_dict, place)
         known = [attribute.name for attribute in attrs.fields(cls)]  # type: ignore[arg-type]
         for key in config_dict:
             if key not in known:
@@ -88,7 +88,7 @@ class _Dictable:
                     f"A key must be one of {known}."
                 )
                 raise ConfigError(msg)
-        return _fields.structure(config_dict, cls, place)
+        return fields.structure(config_dict, cls, place)
 
 
 class ModuleOptimizationConfig(_Dictable):
@@ -119,10 +119,10 @@ def _check_name_key(key: Any) -> None:
     if not isinstance(key, str):
         msg = f"a key of module_name_configs must be text, got {key!r}"
         raise ConfigTypeError(msg)
-    _patterns.check(f"re:{key}")
+    patterns.check(f"re:{key}")
 
 
-def _each_config(check_key: Any) -> _fields.Validator:
+def _each_config(check_key: Any) -> fields.Validator:
     def validate(config: Any, attribute: attrs.Attribute[Any], configs: Any) -> None:
         if not isinstance(configs, Mapping):
             msg = f"{attribute.name} must be a dictionary, got {configs!r}"
@@ -226,7 +226,7 @@ class OptimizationConfig(_Dictable):
             return next(
                 config
                 for key, config in self.module_name_configs.items()
-                if _patterns.matches(f"re:{key}", name)
+                if patterns.matches(f"re:{key}", name)
             )
         for key in (type(module), type(module).__name__):
             if key in self.module_type_configs:
@@ -235,7 +235,7 @@ class OptimizationConfig(_Dictable):
 
     def is_named(self, name: str) -> bool:
         """Whether a module has a config by its name."""
-        return any(_patterns.matches(f"re:{key}", name) for key in self.module_name_configs)
+        return any(patterns.matches(f"re:{key}", name) for key in self.module_name_configs)
 
     def unmatched(self, modules: Iterable[tuple[str, torch.nn.Module]]) -> list[str]:
         """Return the keys that no module of a model answers to, such as misspelt ones."""
@@ -250,12 +250,12 @@ class OptimizationConfig(_Dictable):
         ] + [
             key
             for key in self.module_name_configs
-            if not any(_patterns.matches(f"re:{key}", name) for name in names)
+            if not any(patterns.matches(f"re:{key}", name) for name in names)
         ]
 
     @classmethod
     def _from_dict(cls, config_dict: Mapping[str, Any], place: str) -> Self:
-        _fields.check_mapping(config_dict, place)
+        fields.check_mapping(config_dict, place)
         settings = dict(config_dict)
         if "global_config" in settings:
             settings["global_config"] = cls._module_config(

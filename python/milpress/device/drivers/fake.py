@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from milpress.device import inputs as files
+from milpress.engines import inputs as files
 
 
 class FakeDriver:

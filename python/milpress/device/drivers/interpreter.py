@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milpress.device import inputs as files
 from milpress.device.drivers import Untold
+from milpress.engines import inputs as files
 
 if TYPE_CHECKING:
     from milpress.interpreter import Program

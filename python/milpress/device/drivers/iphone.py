@@ -22,10 +22,11 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from milpress.device import inputs as files
 from milpress.device.drivers import Untold
-from milpress.device.drivers._mac import Mac
-from milpress.device.drivers.coreml import check_is_mac, placed, plain
+from milpress.device.drivers.coreml import placed
+from milpress.engines import inputs as files
+from milpress.engines.coreml import check_is_mac, plain
+from milpress.engines.mac import Mac
 from milpress.errors import DriverError
 
 

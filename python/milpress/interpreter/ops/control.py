@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from milpress.interpreter.features import Probabilities
 from milpress.interpreter.operator import Call, operator
+from milpress.mil.features import Probabilities
 
 
 @operator("cond")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from milpress.interpreter.operator import Operator, operator
-from milpress.interpreter.ops.held import converted, real
+from milpress.interpreter.ops.torch_types import converted, real
 
 
 def _of_one(name: str, function: Callable[[Tensor], Tensor]) -> Operator:

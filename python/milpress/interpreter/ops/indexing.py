@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from milpress.interpreter.operator import operator
-from milpress.interpreter.ops.held import positive
+from milpress.interpreter.ops.torch_types import positive
 
 _IOS17 = 7
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from milpress.interpreter.operator import Call, operator
-from milpress.interpreter.ops.held import positive
+from milpress.interpreter.ops.torch_types import positive
 
 
 def _filled(x: Tensor, shape: Sequence[int]) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from milpress.interpreter.operator import operator
-from milpress.interpreter.ops.held import HELD_IN
+from milpress.interpreter.ops.torch_types import HELD_IN
 
 
 @dataclass(frozen=True, slots=True)

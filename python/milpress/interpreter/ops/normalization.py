@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from milpress.interpreter.operator import operator
-from milpress.interpreter.ops.held import positive
+from milpress.interpreter.ops.torch_types import positive
 
 
 def _standardized(x: Tensor, dims: list[int], epsilon: float) -> Tensor:

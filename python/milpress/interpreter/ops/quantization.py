@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from milpress.interpreter.operator import operator
-from milpress.interpreter.ops.held import converted, limits
+from milpress.interpreter.ops.torch_types import converted, limits
 
 
 def _along(parameter: Tensor, x: Tensor, axis: int | None) -> Tensor:

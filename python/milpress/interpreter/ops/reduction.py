@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from milpress.interpreter.operator import Operator, operator
-from milpress.interpreter.ops.held import converted, positive, real
+from milpress.interpreter.ops.torch_types import converted, positive, real
 
 
 def _over_axes(name: str, function: Callable[[Tensor, list[int], bool], Tensor]) -> Operator:

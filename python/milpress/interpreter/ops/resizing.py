@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from milpress.interpreter.operator import operator
-from milpress.interpreter.ops.held import real
+from milpress.interpreter.ops.torch_types import real
 
 _SAMPLING_MODES = (
     "DEFAULT",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from milpress.interpreter.operator import operator
-from milpress.interpreter.ops.held import converted
+from milpress.interpreter.ops.torch_types import converted
 
 
 @operator("argsort")

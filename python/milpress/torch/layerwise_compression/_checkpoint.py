@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from milpress._files import draft_in_place_of
 from milpress.errors import ConfigError, StorageError
+from milpress.plain.files import draft_in_place_of
 from milpress.torch._weights import Weight, whole
 
 

@@ -13,8 +13,6 @@ from attrs import define, field
 from attrs.validators import optional
 from numpy.typing import NDArray
 
-from milpress import _fields
-from milpress._plan import divisor_of
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.formats import (
     Masked,
@@ -28,11 +26,12 @@ from milpress.formats import (
     Quantized,
     feedback,
 )
-from milpress.formats._layout import Floats
 from milpress.formats.feedback import Factor, FeedbackConfig
 from milpress.formats.joint import masked
 from milpress.formats.palette import Bits
 from milpress.formats.quantized import IntDType
+from milpress.formats.rows import Floats, divisor_of
+from milpress.plain import fields
 from milpress.torch import _metadata
 from milpress.torch._compression import Task, Treated, compress_together
 from milpress.torch._metadata import Stored
@@ -109,20 +108,20 @@ def _adopt_dtype(config: Any, _attribute: Any, value: Any) -> torch.dtype:
 
 
 def _to_granularity(value: Any) -> QuantizationGranularity:
-    return _fields.enumerated(QuantizationGranularity, value)
+    return fields.enumerated(QuantizationGranularity, value)
 
 
 def _to_scheme(value: Any) -> QuantizationScheme:
-    return _fields.enumerated(QuantizationScheme, value)
+    return fields.enumerated(QuantizationScheme, value)
 
 
 def _dampening() -> Any:
     return field(
         default=0.01,
-        converter=_fields.real,
+        converter=fields.real,
         validator=[
-            _fields.is_number,
-            _fields.check(
+            fields.is_number,
+            fields.check(
                 lambda value: 0 <= value < float("inf"),
                 "{name} must be finite and not negative, got {value}",
             ),
@@ -131,7 +130,7 @@ def _dampening() -> Any:
 
 
 def _named(name: str) -> Any:
-    return field(default=name, validator=_fields.one_of((name,), "{name} must be {allowed}"))
+    return field(default=name, validator=fields.one_of((name,), "{name} must be {allowed}"))
 
 
 class LayerwiseCompressionAlgorithmConfig(Registered, ModuleOptimizationConfig):
@@ -143,7 +142,7 @@ class LayerwiseCompressionAlgorithmConfig(Registered, ModuleOptimizationConfig):
     def _from_dict(cls, config_dict: Mapping[str, Any], place: str) -> Self:
         if cls is not LayerwiseCompressionAlgorithmConfig:
             return super()._from_dict(config_dict, place)
-        _fields.check_mapping(config_dict, place)
+        fields.check_mapping(config_dict, place)
         if "algorithm" not in config_dict:
             msg = f"{place} must name an algorithm, got {dict(config_dict)}"
             raise ConfigError(msg)
@@ -248,22 +247,22 @@ class ModuleGPTQConfig(_IntegerConfig):
     quantization_scheme: QuantizationScheme = field(
         default=QuantizationScheme.symmetric, converter=_to_scheme
     )
-    block_size: int | None = _fields.integer(None, _fields.at_least(1))
-    enable_normal_float: bool = field(default=False, validator=_fields.is_flag)
+    block_size: int | None = fields.integer(None, fields.at_least(1))
+    enable_normal_float: bool = field(default=False, validator=fields.is_flag)
     hessian_dampening: float = _dampening()
-    use_activation_order_heuristic: bool = field(default=False, validator=_fields.is_flag)
-    processing_group_size: int = _fields.integer(128, _fields.at_least(1))
+    use_activation_order_heuristic: bool = field(default=False, validator=fields.is_flag)
+    processing_group_size: int = fields.integer(128, fields.at_least(1))
     algorithm: str = _named("gptq")
-    weight_n_bits: int | None = field(default=None, kw_only=True, converter=_fields.whole)
-    range: Literal["minmax", "mse"] = _fields.choice("minmax", "mse")
-    on_indivisible: Literal["leave", "divisor"] = _fields.choice("leave", "divisor")
+    weight_n_bits: int | None = field(default=None, kw_only=True, converter=fields.whole)
+    range: Literal["minmax", "mse"] = fields.choice("minmax", "mse")
+    on_indivisible: Literal["leave", "divisor"] = fields.choice("leave", "divisor")
 
     def __attrs_post_init__(self) -> None:
         self._resolve(self.granularity)
 
 
 def _to_ratio(value: Any) -> Any:
-    return _fields.wholes(value) if isinstance(value, (list, tuple)) else value
+    return fields.wholes(value) if isinstance(value, (list, tuple)) else value
 
 
 @LayerwiseCompressionAlgorithmConfig.register("sparse_gpt")
@@ -298,13 +297,13 @@ class ModuleSparseGPTConfig(_IntegerConfig):
     _dtypes: ClassVar[tuple[str, ...]] = tuple(_DTYPES)
 
     target_sparsity: float = field(
-        default=0.5, converter=_fields.real, validator=[_fields.is_number, _fields.is_fraction]
+        default=0.5, converter=fields.real, validator=[fields.is_number, fields.is_fraction]
     )
     n_m_ratio: tuple[int, int] | None = field(
         default=None,
         converter=_to_ratio,
         validator=optional(
-            _fields.check(
+            fields.check(
                 lambda value: (
                     isinstance(value, tuple)
                     and len(value) == 2
@@ -323,19 +322,19 @@ class ModuleSparseGPTConfig(_IntegerConfig):
     quantization_scheme: QuantizationScheme = field(
         default=QuantizationScheme.symmetric, converter=_to_scheme
     )
-    enable_normal_float: bool = field(default=False, validator=_fields.is_flag)
+    enable_normal_float: bool = field(default=False, validator=fields.is_flag)
     hessian_dampening: float = _dampening()
-    processing_group_size: int = _fields.integer(128, _fields.at_least(1))
+    processing_group_size: int = fields.integer(128, fields.at_least(1))
     algorithm: str = _named("sparse_gpt")
     block_size: int | None = field(
         default=None,
         kw_only=True,
-        converter=_fields.whole,
-        validator=optional([_fields.is_integer, _fields.at_least(1)]),
+        converter=fields.whole,
+        validator=optional([fields.is_integer, fields.at_least(1)]),
     )
-    weight_n_bits: int | None = field(default=None, kw_only=True, converter=_fields.whole)
-    range: Literal["minmax", "mse"] = _fields.choice("minmax", "mse")
-    on_indivisible: Literal["leave", "divisor"] = _fields.choice("leave", "divisor")
+    weight_n_bits: int | None = field(default=None, kw_only=True, converter=fields.whole)
+    range: Literal["minmax", "mse"] = fields.choice("minmax", "mse")
+    on_indivisible: Literal["leave", "divisor"] = fields.choice("leave", "divisor")
 
     def __attrs_post_init__(self) -> None:
         self._resolve(self.quantization_granularity)
@@ -371,8 +370,8 @@ class ModuleGPTQPaletteConfig(ModulePaletteConfig, LayerwiseCompressionAlgorithm
     """
 
     hessian_dampening: float = _dampening()
-    use_activation_order_heuristic: bool = field(default=False, validator=_fields.is_flag)
-    processing_group_size: int = _fields.integer(128, _fields.at_least(1))
+    use_activation_order_heuristic: bool = field(default=False, validator=fields.is_flag)
+    processing_group_size: int = fields.integer(128, fields.at_least(1))
     algorithm: str = _named("gptq_palette")
 
     def __attrs_post_init__(self) -> None:

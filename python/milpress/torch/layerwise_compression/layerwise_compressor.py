@@ -18,10 +18,12 @@ import attrs
 import torch
 from torch import nn
 
-from milpress import _core, _fields
+import milpress._core as _core
+from milpress.compression.report import WeightReport
 from milpress.errors import ConfigError, ConfigTypeError
-from milpress.formats._layout import as_weight
-from milpress.report import WeightReport, decibels
+from milpress.formats.rows import as_weight
+from milpress.plain import fields
+from milpress.show import decibels
 from milpress.torch import _metadata
 from milpress.torch._compression import Progress, Task, compress_together, left
 from milpress.torch._report import Report
@@ -97,7 +99,7 @@ class LayerwiseCompressorConfig(OptimizationConfig):
 
     layers: Any = attrs.field(default=None, validator=_check_layers)
     input_cacher: Any = attrs.field(default="default", converter=_to_cacher)
-    calibration_nsamples: int = _fields.integer(128, _fields.at_least(1))
+    calibration_nsamples: int = fields.integer(128, fields.at_least(1))
     mask: str | None = attrs.field(default="attention_mask", kw_only=True)
 
     def __attrs_post_init__(self) -> None:

@@ -11,14 +11,13 @@ import torch
 from attrs import define, field
 from numpy.typing import NDArray
 
-from milpress import _fields
-from milpress._plan import divisor_of
 from milpress.errors import ConfigError, ConfigTypeError, UnsupportedError
 from milpress.formats import Blocks, Palette, PalettizeConfig, QuantizeConfig, Quantized, quantize
-from milpress.formats._layout import Floats
 from milpress.formats.joint import masked
 from milpress.formats.palette import Bits, folded_bytes, palettize, palettize_scaled, reassigned
 from milpress.formats.quantized import IntDType
+from milpress.formats.rows import Floats, divisor_of
+from milpress.plain import fields
 from milpress.torch import _metadata
 from milpress.torch._compression import Treated
 from milpress.torch._metadata import Stored
@@ -39,7 +38,7 @@ def _to_lut_dtype(value: Any) -> Any:
 
 
 def _to_granularity(value: Any) -> PalettizationGranularity:
-    return _fields.enumerated(PalettizationGranularity, value)
+    return fields.enumerated(PalettizationGranularity, value)
 
 
 @define
@@ -48,16 +47,16 @@ class ModulePaletteConfig(ModuleOptimizationConfig):
 
     n_bits: int = field(
         default=4,
-        converter=_fields.whole,
+        converter=fields.whole,
         validator=[
-            _fields.is_integer,
-            _fields.one_of(BITS, "{name} must be one of {allowed}, got {value}"),
+            fields.is_integer,
+            fields.one_of(BITS, "{name} must be one of {allowed}, got {value}"),
         ],
     )
     lut_dtype: torch.dtype | None = field(
         default=None,
         converter=_to_lut_dtype,
-        validator=_fields.one_of(
+        validator=fields.one_of(
             (None, *_LUT_DTYPES.values()), "{name} must be one of {allowed}, got {value!r}"
         ),
     )
@@ -65,13 +64,13 @@ class ModulePaletteConfig(ModuleOptimizationConfig):
         default=PalettizationGranularity.per_tensor,
         converter=_to_granularity,
     )
-    group_size: int | None = _fields.integer(None)
-    channel_axis: int = _fields.integer(
-        0, _fields.one_of((0, 1), "{name} must be one of {allowed}, got {value}")
+    group_size: int | None = fields.integer(None)
+    channel_axis: int = fields.integer(
+        0, fields.one_of((0, 1), "{name} must be one of {allowed}, got {value}")
     )
-    cluster_dim: int | None = _fields.integer(None, _fields.at_least(1))
-    enable_per_channel_scale: bool = field(default=False, validator=_fields.is_flag)
-    on_indivisible: Literal["leave", "divisor"] = _fields.choice("leave", "divisor")
+    cluster_dim: int | None = fields.integer(None, fields.at_least(1))
+    enable_per_channel_scale: bool = field(default=False, validator=fields.is_flag)
+    on_indivisible: Literal["leave", "divisor"] = fields.choice("leave", "divisor")
 
     @group_size.validator
     def _check_group_size(self, _attribute: Any, group_size: Any) -> None:

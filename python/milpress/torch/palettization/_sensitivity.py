@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import distributed, nn
 
-from milpress._files import draft_in_place_of
 from milpress.errors import ConfigError, ConfigTypeError, UnsupportedError
+from milpress.plain.files import draft_in_place_of
 from milpress.torch._weights import is_spread, whole
 
 LossFunction: TypeAlias = Callable[[nn.Module, Any], torch.Tensor]

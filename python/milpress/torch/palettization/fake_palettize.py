@@ -10,13 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from milpress import _core
+import milpress._core as _core
 from milpress.errors import UnsupportedError
 from milpress.formats import Palette, PalettizeConfig
-from milpress.formats._layout import Floats, as_weight
-from milpress.formats._order import ascending
 from milpress.formats.joint import masked
+from milpress.formats.order import ascending
 from milpress.formats.palette import Bits
+from milpress.formats.rows import Floats, as_weight
 from milpress.torch import _metadata
 from milpress.torch._metadata import Stored
 from milpress.torch._weights import Weight, whole

@@ -9,8 +9,8 @@ from attrs import define, field
 from attrs.validators import optional
 from torch import nn
 
-from milpress import _fields
 from milpress.errors import ConfigError, ConfigTypeError
+from milpress.plain import fields
 from milpress.torch.optimization_config import ModuleOptimizationConfig, OptimizationConfig
 from milpress.torch.palettization._dkm import Settings
 from milpress.torch.palettization._palettes import BITS, ModulePaletteConfig
@@ -38,22 +38,22 @@ _DTYPES = {
 }
 
 
-def _number(default: float, *checks: _fields.Validator) -> Any:
+def _number(default: float, *checks: fields.Validator) -> Any:
     return field(
         default=default,
-        converter=_fields.real,
-        validator=[_fields.is_number, *checks],
+        converter=fields.real,
+        validator=[fields.is_number, *checks],
     )
 
 
 def _flag() -> Any:
-    return field(default=False, validator=_fields.is_flag)
+    return field(default=False, validator=fields.is_flag)
 
 
 def _word(default: str, allowed: tuple[str, ...]) -> Any:
     return field(
         default=default,
-        validator=_fields.one_of(allowed, "{name} must be one of {allowed}, got {value!r}"),
+        validator=fields.one_of(allowed, "{name} must be one of {allowed}, got {value!r}"),
     )
 
 
@@ -61,7 +61,7 @@ def _gone(use: str) -> Any:
     return field(
         default=None,
         validator=optional(
-            _fields.check(lambda _: False, f"{{name}} must be left out, got {{value!r}}: use {use}")
+            fields.check(lambda _: False, f"{{name}} must be left out, got {{value!r}}: use {use}")
         ),
     )
 
@@ -74,7 +74,7 @@ def _to_permutation(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-_positive = _fields.check(lambda value: value > 0, "{name} must be greater than 0, got {value}")
+_positive = fields.check(lambda value: value > 0, "{name} must be greater than 0, got {value}")
 
 
 @define
@@ -147,55 +147,55 @@ palett_lambda, add_extra_centroid
 
     n_bits: Any = field(
         default=None,
-        converter=_fields.whole,
+        converter=fields.whole,
         validator=optional(
             [
-                _fields.is_integer,
-                _fields.one_of(BITS, "{name} must be one of {allowed}, got {value}"),
+                fields.is_integer,
+                fields.one_of(BITS, "{name} must be one of {allowed}, got {value}"),
             ]
         ),
     )
     lut_dtype: str = _word(  # type: ignore[assignment]
         "f32", tuple(_LUT_DTYPES)
     )
-    channel_axis: int = _fields.integer(
-        0, _fields.one_of((0,), "{name} must be 0, got {value}: see cluster_permute")
+    channel_axis: int = fields.integer(
+        0, fields.one_of((0,), "{name} must be 0, got {value}: see cluster_permute")
     )
-    weight_threshold: int = _fields.integer(2048, _fields.at_least(0))
-    milestone: int = _fields.integer(0, _fields.at_least(0))
-    quant_min: int = _fields.integer(-128)
-    quant_max: int = _fields.integer(127)
+    weight_threshold: int = fields.integer(2048, fields.at_least(0))
+    milestone: int = fields.integer(0, fields.at_least(0))
+    quant_min: int = fields.integer(-128)
+    quant_max: int = fields.integer(127)
     dtype: Any = field(
         default=torch.qint8,
         converter=_to_dtype,
-        validator=_fields.one_of(
+        validator=fields.one_of(
             tuple(_DTYPES.values()), "{name} must be one of {allowed}, got {value!r}"
         ),
     )
     quantize_activations: bool = _flag()
     cluster_permute: tuple[int, ...] | None = field(default=None, converter=_to_permutation)
     palett_max_mem: float = _number(1.0)
-    kmeans_max_iter: int = _fields.integer(3, _fields.at_least(1))
-    prune_threshold: float = _number(1e-7, _fields.at_least(0))
+    kmeans_max_iter: int = fields.integer(3, fields.at_least(1))
+    prune_threshold: float = _number(1e-7, fields.at_least(0))
     kmeans_init: str = _word("auto", _STARTS)
-    kmeans_opt1d_threshold: int = _fields.integer(1024)
+    kmeans_opt1d_threshold: int = fields.integer(1024)
     enforce_zero: bool = _flag()
     palett_mode: Literal["dkm", "gsm", "hard", "topk"] = _word("dkm", _MODES)
     palett_tau: float = _number(1e-4, _positive)
-    palett_epsilon: float = _number(1e-4, _fields.at_least(0))
+    palett_epsilon: float = _number(1e-4, fields.at_least(0))
     palett_lambda: float = _number(0.0)
     add_extra_centroid: bool = _flag()
-    palett_cluster_tol: float = _number(0.0, _fields.is_fraction)
-    palett_min_tsize: int = _fields.integer(64 * 1024)
+    palett_cluster_tol: float = _number(0.0, fields.is_fraction)
+    palett_min_tsize: int = fields.integer(64 * 1024)
     palett_unique: bool = _flag()
     palett_shard: bool = _flag()
     palett_batch_mode: bool = _flag()
     palett_dist: bool = _flag()
     per_channel_scaling_factor_scheme: str = _word("min_max", ("min_max", "abs"))
-    percentage_palett_enable: float = _number(1.0, _fields.is_fraction)
-    kmeans_batch_threshold: int = _fields.integer(4)
-    kmeans_n_init: int = _fields.integer(10)
-    zero_threshold: float = _number(1e-7, _fields.at_least(0))
+    percentage_palett_enable: float = _number(1.0, fields.is_fraction)
+    kmeans_batch_threshold: int = fields.integer(4)
+    kmeans_n_init: int = fields.integer(10)
+    zero_threshold: float = _number(1e-7, fields.at_least(0))
     kmeans_error_bnd: float = _number(0.0)
     partition_size: int | None = _gone("group_size")
     cluster_dtype: str | None = _gone("lut_dtype")

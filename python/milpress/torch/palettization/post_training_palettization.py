@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from attrs import define, field
 
-from milpress import _fields
+from milpress.plain import fields
 from milpress.torch._compression import Progress, Task, compress_weights
 from milpress.torch._weights import KINDS, Kinds, weights_of
 from milpress.torch.base_model_optimizer import BasePostTrainingModelOptimizer
@@ -65,8 +65,8 @@ class ModulePostTrainingPalettizerConfig(ModulePaletteConfig):
     16
     """
 
-    enable_fast_kmeans_mode: bool = field(default=True, validator=_fields.is_flag)
-    rounding_precision: int = _fields.integer(4)
+    enable_fast_kmeans_mode: bool = field(default=True, validator=fields.is_flag)
+    rounding_precision: int = fields.integer(4)
 
 
 @define

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from attrs import define, field
 
-from milpress import _fields
 from milpress.errors import ConfigError, UnsupportedError
-from milpress.formats._layout import Floats
+from milpress.formats.rows import Floats
+from milpress.plain import fields
 from milpress.torch._compression import Progress, Task, Treated, compress_weights
 from milpress.torch._weights import KINDS, Kinds, Weight, weights_of
 from milpress.torch.base_model_optimizer import BaseDataCalibratedModelOptimizer
@@ -65,8 +65,8 @@ class SKMPalettizerConfig(OptimizationConfig):
 
     module_config_class: ClassVar[type[ModuleOptimizationConfig]] = ModuleSKMPalettizerConfig
 
-    calibration_nsamples: int = _fields.integer(128, _fields.at_least(1))
-    per_sample: bool = field(default=True, kw_only=True, validator=_fields.is_flag)
+    calibration_nsamples: int = fields.integer(128, fields.at_least(1))
+    per_sample: bool = field(default=True, kw_only=True, validator=fields.is_flag)
 
 
 class SKMPalettizer(BaseDataCalibratedModelOptimizer):

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from milpress import _core
-from milpress.formats._layout import Floats, as_weight
+import milpress._core as _core
+from milpress.formats.rows import Floats, as_weight
 from milpress.formats.sparse import n_pruned
 from milpress.torch._weights import Weight, whole
 

@@ -14,8 +14,8 @@ import torch
 from attrs import define, field
 from torch import nn
 
-from milpress import _fields
 from milpress.errors import ConfigError, LifecycleError
+from milpress.plain import fields
 from milpress.torch import _metadata
 from milpress.torch._report import Report
 from milpress.torch._substitution import Substitution, places, plain
@@ -82,27 +82,27 @@ class ModuleMagnitudePrunerConfig(ModuleOptimizationConfig):
     )
     initial_sparsity: float = field(
         default=0.0,
-        converter=_fields.real,
-        validator=[_fields.is_number, _fields.is_fraction],
+        converter=fields.real,
+        validator=[fields.is_number, fields.is_fraction],
     )
     target_sparsity: float = field(
         default=0.5,
-        converter=_fields.real,
-        validator=[_fields.is_number, _fields.is_fraction],
+        converter=fields.real,
+        validator=[fields.is_number, fields.is_fraction],
     )
     granularity: Literal["per_scalar", "per_kernel", "per_channel"] = field(
         default="per_scalar",
-        validator=_fields.one_of(
+        validator=fields.one_of(
             ("per_scalar", "per_kernel", "per_channel"),
             "{name} must be one of {allowed}, got {value!r}",
         ),
     )
-    block_size: int = _fields.integer(1, _fields.at_least(1))
-    n_m_ratio: tuple[int, int] | None = field(default=None, converter=_fields.wholes)
-    dim: int = _fields.integer(
-        1, _fields.one_of((0, 1), "{name} must be one of {allowed}, got {value}")
+    block_size: int = fields.integer(1, fields.at_least(1))
+    n_m_ratio: tuple[int, int] | None = field(default=None, converter=fields.wholes)
+    dim: int = fields.integer(
+        1, fields.one_of((0, 1), "{name} must be one of {allowed}, got {value}")
     )
-    param_name: str = field(default="weight", validator=_fields.is_text)
+    param_name: str = field(default="weight", validator=fields.is_text)
 
     @n_m_ratio.validator
     def _check_ratio(self, _attribute: Any, ratio: Any) -> None:

@@ -11,8 +11,8 @@ import attrs
 import torch
 from attrs import define, field
 
-from milpress import _fields
 from milpress.errors import ConfigError, ConfigTypeError
+from milpress.plain import fields
 
 __all__ = ["ConstantSparsityScheduler", "PolynomialDecayScheduler", "PruningScheduler"]
 
@@ -88,7 +88,7 @@ class PolynomialDecayScheduler(PruningScheduler):
     """
 
     update_steps: Any = field(converter=_to_steps, eq=attrs.cmp_using(eq=_same))
-    power: int = _fields.integer(3, _fields.at_least(0))
+    power: int = fields.integer(3, fields.at_least(0))
 
     @update_steps.validator
     def _check_steps(self, _attribute: Any, steps: torch.Tensor) -> None:
@@ -121,7 +121,7 @@ class ConstantSparsityScheduler(PruningScheduler):
     """
 
     begin_step: int = field(
-        converter=_fields.whole, validator=[_fields.is_integer, _fields.at_least(0)]
+        converter=fields.whole, validator=[fields.is_integer, fields.at_least(0)]
     )
 
     def compute_sparsity(self, step_count: int, prev_sparsity: float, config: Any) -> float:

@@ -7,13 +7,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from attrs import define, field
 
-from milpress import _fields
-from milpress._plan import divisor_of
 from milpress.errors import ConfigError, ConfigTypeError, UnsupportedError
 from milpress.formats import Blocks, PerChannel, PerTensor, QuantizeConfig, quantize
-from milpress.formats._layout import Floats
 from milpress.formats.joint import masked
 from milpress.formats.quantized import Granularity, IntDType
+from milpress.formats.rows import Floats, divisor_of
+from milpress.plain import fields
 from milpress.torch import _metadata
 from milpress.torch._compression import Progress, Task, Treated, compress_weights
 from milpress.torch._metadata import Stored
@@ -60,15 +59,15 @@ def _adopt_dtype(config: Any, _attribute: Any, value: Any) -> torch.dtype:
 
 
 def _to_granularity(value: Any) -> QuantizationGranularity:
-    return _fields.enumerated(QuantizationGranularity, value)
+    return fields.enumerated(QuantizationGranularity, value)
 
 
 def _to_scheme(value: Any) -> QuantizationScheme:
-    return _fields.enumerated(QuantizationScheme, value)
+    return fields.enumerated(QuantizationScheme, value)
 
 
 def _to_block_size(value: Any) -> Any:
-    sizes = _fields.wholes(value)
+    sizes = fields.wholes(value)
     return (sizes,) if type(sizes) is int else sizes
 
 
@@ -128,9 +127,9 @@ class ModulePostTrainingQuantizerConfig(ModuleOptimizationConfig):
         converter=_to_scheme,
     )
     block_size: tuple[int, ...] | None = field(default=None, converter=_to_block_size)
-    weight_n_bits: int | None = field(default=None, kw_only=True, converter=_fields.whole)
-    range: Literal["minmax", "mse"] = _fields.choice("minmax", "mse")
-    on_indivisible: Literal["leave", "divisor"] = _fields.choice("leave", "divisor")
+    weight_n_bits: int | None = field(default=None, kw_only=True, converter=fields.whole)
+    range: Literal["minmax", "mse"] = fields.choice("minmax", "mse")
+    on_indivisible: Literal["leave", "divisor"] = fields.choice("leave", "divisor")
 
     def __attrs_post_init__(self) -> None:
         given = self.weight_n_bits

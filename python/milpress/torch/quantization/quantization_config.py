@@ -9,8 +9,8 @@ import torch
 from attrs import define, field
 from attrs.validators import optional
 
-from milpress import _fields
 from milpress.errors import ConfigError, ConfigTypeError
+from milpress.plain import fields
 from milpress.torch.optimization_config import ModuleOptimizationConfig, OptimizationConfig
 
 __all__ = [
@@ -68,11 +68,11 @@ def _to_activation_dtype(value: Any) -> Any:
 
 
 def _to_observer(value: Any) -> ObserverType:
-    return _fields.enumerated(ObserverType, value)
+    return fields.enumerated(ObserverType, value)
 
 
 def _to_scheme(value: Any) -> QuantizationScheme:
-    return _fields.enumerated(QuantizationScheme, value)
+    return fields.enumerated(QuantizationScheme, value)
 
 
 @define
@@ -123,7 +123,7 @@ class ModuleLinearQuantizerConfig(ModuleOptimizationConfig):
 
     algorithm: Literal["vanilla", "learnable"] = field(
         default="vanilla",
-        validator=_fields.one_of(
+        validator=fields.one_of(
             ("vanilla", "learnable"), "{name} must be one of {allowed}, got {value!r}"
         ),
     )
@@ -131,11 +131,11 @@ class ModuleLinearQuantizerConfig(ModuleOptimizationConfig):
     weight_observer: ObserverType = field(
         default=ObserverType.moving_average_min_max, converter=_to_observer
     )
-    weight_per_channel: bool = field(default=True, validator=_fields.is_flag)
+    weight_per_channel: bool = field(default=True, validator=fields.is_flag)
     activation_dtype: Any = field(
         default=torch.quint8,
         converter=_to_activation_dtype,
-        validator=_fields.one_of(
+        validator=fields.one_of(
             tuple(_ACTIVATION_DTYPES.values()), "{name} must be one of {allowed}, got {value!r}"
         ),
     )
@@ -146,12 +146,12 @@ class ModuleLinearQuantizerConfig(ModuleOptimizationConfig):
         default=QuantizationScheme.symmetric, converter=_to_scheme
     )
     milestones: list[int] | None = field(default=None)
-    weight_n_bits: int | None = field(default=None, kw_only=True, converter=_fields.whole)
+    weight_n_bits: int | None = field(default=None, kw_only=True, converter=fields.whole)
     block_size: int | None = field(
         default=None,
         kw_only=True,
-        converter=_fields.whole,
-        validator=optional([_fields.is_integer, _fields.at_least(1)]),
+        converter=fields.whole,
+        validator=optional([fields.is_integer, fields.at_least(1)]),
     )
 
     def __attrs_post_init__(self) -> None:

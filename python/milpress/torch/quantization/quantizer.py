@@ -16,8 +16,8 @@ from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 from milpress.errors import ConfigError, LifecycleError, UnsupportedError
 from milpress.formats import Blocks, PerChannel, PerTensor, QuantizeConfig
 from milpress.formats import Quantized as QuantizedWeight
-from milpress.formats._layout import Floats
 from milpress.formats.joint import masked
+from milpress.formats.rows import Floats
 from milpress.torch import _metadata
 from milpress.torch._compression import Task, Treated, compress_weights
 from milpress.torch._metadata import Stored

@@ -1,0 +1,90 @@
+"""What the commands of the command line share: options, and what a terminal is shown."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from milpress.errors import StorageError, printable
+from milpress.plain import json
+
+_Made = TypeVar("_Made")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+UpgradeTo = Annotated[
+    str | None, typer.Option(help="Raise the opset first: iOS16, iOS17, iOS18 or iOS26.")
+]
+WeightThreshold = Annotated[
+    int | None, typer.Option(help="Leave weights of at most so many elements [2048].")
+]
+
+
+def with_progress(work: Callable[[Any], _Made]) -> _Made:
+    """Run long work under a progress bar, if somebody looks on."""
+    if not sys.stderr.isatty():
+        return work(None)
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from milpress.show import escaped
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+
+        def show(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=escaped(name))
+
+        return work(show)
+
+
+def print_found(heading: str | None, table: Any, summary: str) -> None:
+    """Print a heading, a line and a table."""
+    if heading is not None:
+        print_text(heading)
+    print_text(summary)
+    print_table(table)
+
+
+def print_table(table: Any) -> None:
+    """Print a table, as wide as the terminal, or as 140 columns."""
+    from rich.console import Console
+
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            # Of its own it would exit, with the code of a failed verification.
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    width = None if sys.stdout.isatty() else 140
+    with _output():
+        Output(width=width).print(table)
+
+
+def print_text(text: str) -> None:
+    """Print a line, without what would steer a terminal."""
+    with _output():
+        typer.echo(printable(text))
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """Print JSON."""
+    with _output():
+        typer.echo(json.text(data, indent=2))
+
+
+@contextlib.contextmanager
+def _output() -> Iterator[None]:
+    """Say of what can't be printed that it is the output."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StorageError(error.errno or 0, reason, "standard output") from error

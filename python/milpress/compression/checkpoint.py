@@ -1,0 +1,200 @@
+"""Weights that are treated already, kept in files in case that a run is interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import zipfile
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from milpress._version import __version__
+from milpress.compression.treating import Order, Treated
+from milpress.errors import CompressionError, ConfigError, DestinationError
+from milpress.formats import Custom, Masked, Palette, PalettizeConfig, Quantized, Sparse
+from milpress.plain import json
+from milpress.plain.files import system_errors, write_whole
+
+_DAMAGES = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    IndexError,
+    EOFError,
+    zipfile.BadZipFile,
+)
+_KINDS: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (Masked, Palette, Quantized, Sparse)
+}
+
+
+def check_folder(folder: str | os.PathLike[str], packages: Sequence[Path]) -> None:
+    """Refuse a folder that is in one of some packages, or no folder.
+
+    Raises
+    ------
+    DestinationError
+        If it is.
+    """
+    real = Path(folder).resolve()
+    for package in (path.resolve() for path in packages):
+        if real == package or package in real.parents:
+            msg = f"{folder}: the checkpoint must be apart from {package}, got a folder in it"
+            raise DestinationError(msg)
+    if real.exists() and not real.is_dir():
+        msg = f"{folder}: the checkpoint must be a folder, got a file"
+        raise DestinationError(msg)
+
+
+class Checkpoint:
+    """Files of treated weights in a folder.
+
+    Parameters
+    ----------
+    folder
+        Where.
+    identity
+        What tells the package, the samples and how they are used from others.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], identity: Sequence[Any]) -> None:
+        self._folder = Path(folder)
+        self._identity = tuple(identity)
+        self._kept: set[Path] = set()
+
+    def load(self, order: Order) -> Treated | None:
+        """Return what was kept of a weight; ``None`` if there is nothing.
+
+        Raises
+        ------
+        ConfigError
+            If it is of another package, other samples or settings, or no such file.
+        """
+        path = self._path(order)
+        if path is None or not path.exists():
+            return None
+        try:
+            # What numpy opens by itself it leaves open if it can't read it.
+            with (
+                system_errors(path),
+                path.open("rb") as raw,
+                np.load(raw, allow_pickle=False) as file,
+            ):
+                head = json.read(str(file["head"]))
+                matches = head["identity"] == self._identity_of(order)
+                made = _treated(head, file, order) if matches else None
+        except _DAMAGES as error:
+            if isinstance(error, CompressionError):
+                raise
+            msg = f"{path}: must be a weight that was kept of an interrupted run, got {error}"
+            raise ConfigError(msg) from error
+        if made is None:
+            msg = (
+                f"{path}: what was kept must be of the same package, samples and settings, got "
+                "that of others; delete the folder to begin anew"
+            )
+            raise ConfigError(msg)
+        self._kept.add(path)
+        return made
+
+    def save(self, order: Order, made: Treated) -> None:
+        """Keep a weight.
+
+        Raises
+        ------
+        StorageError
+            If the system refuses to.
+        """
+        path = self._path(order)
+        if path is None:
+            return
+        arrays: list[NDArray[Any]] = []
+        head = {
+            "identity": self._identity_of(order),
+            "value": _described(made.value, arrays),
+            "suffix": made.suffix,
+            "treatments": [order.treatments.index(each) for each in made.treatments],
+            "notes": list(made.notes),
+            "corrections": _described(dict(made.corrections), arrays),
+            "fed_back": list(made.fed_back),
+        }
+        data = io.BytesIO()
+        named: dict[str, Any] = {f"array_{i}": array for i, array in enumerate(arrays)}
+        np.savez(data, head=np.array(json.text(head)), **named)
+        with system_errors(path):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, data.getvalue())
+        self._kept.add(path)
+
+    def clear(self) -> None:
+        """Delete what was kept, and the folder if nothing else is in it."""
+        with system_errors(self._folder):
+            for path in self._kept:
+                path.unlink(missing_ok=True)
+            if self._folder.is_dir() and not any(self._folder.iterdir()):
+                self._folder.rmdir()
+
+    def _path(self, order: Order) -> Path | None:
+        """Return the file of a weight; ``None`` if its table is made by a user's function."""
+        if any(
+            isinstance(each, PalettizeConfig) and isinstance(each.table, Custom)
+            for each in order.treatments
+        ):
+            return None
+        name = hashlib.blake2b(order.weight.name.encode(), digest_size=12).hexdigest()
+        return self._folder / f"weight-{name}.npz"
+
+    def _identity_of(self, order: Order) -> str:
+        text = repr(
+            (__version__, *self._identity, order.weight.name, order.treatments, order.early)
+        )
+        return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
+
+
+def _described(value: Any, arrays: list[NDArray[Any]]) -> Any:
+    """Return a value as JSON holds it, with its arrays put beside."""
+    if isinstance(value, np.ndarray):
+        arrays.append(value)
+        return {"array": len(arrays) - 1}
+    if isinstance(value, dict):
+        return {"items": [[key, _described(each, arrays)] for key, each in value.items()]}
+    if isinstance(value, tuple):
+        return {"tuple": [_described(each, arrays) for each in value]}
+    if type(value).__name__ in _KINDS:
+        held = {each.name: _described(getattr(value, each.name), arrays) for each in fields(value)}
+        return {"kind": type(value).__name__, "fields": held}
+    return value
+
+
+def _restored(value: Any, file: Any) -> Any:
+    """Return what `_described` was given."""
+    if not isinstance(value, dict):
+        return value
+    if "array" in value:
+        array = file[f"array_{value['array']}"]
+        array.setflags(write=False)
+        return array
+    if "items" in value:
+        return {key: _restored(each, file) for key, each in value["items"]}
+    if "tuple" in value:
+        return tuple(_restored(each, file) for each in value["tuple"])
+    held = {name: _restored(each, file) for name, each in value["fields"].items()}
+    return _KINDS[value["kind"]](**held)
+
+
+def _treated(head: dict[str, Any], file: Any, order: Order) -> Treated:
+    return Treated(
+        value=_restored(head["value"], file),
+        suffix=str(head["suffix"]),
+        treatments=tuple(order.treatments[i] for i in head["treatments"]),
+        notes=tuple(head["notes"]),
+        corrections=_restored(head["corrections"], file),
+        fed_back=tuple(head["fed_back"]),
+    )

@@ -1,0 +1,390 @@
+"""Scales of output channels moved out of weights, so that one table suits all channels."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from milpress.compression.writer import Rewriter, is_own
+from milpress.errors import ConfigError, UnsupportedError, VerificationError
+from milpress.mil import constexpr, values
+from milpress.mil.constexpr import Decoder
+from milpress.mil.graph import Node
+from milpress.mil.package import Package
+from milpress.mil.schema import messages
+from milpress.mil.staging import Staged, check_destination
+from milpress.mil.weights import Site, Weight, sites, weight_files, weights
+from milpress.plain import patterns
+from milpress.recipe import DEFAULT_MIN_SIZE
+from milpress.show import escaped, named_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_LAYERS = ("conv", "linear")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RescaledLayer:
+    """A layer whose weight was rescaled, or why it was not.
+
+    Parameters
+    ----------
+    name
+        Name of the weight.
+    op_type
+        Kind of the layer; empty if the weight is of none.
+    n_channels
+        How many of its output channels are now multiplied behind it.
+    least_scale
+        The smallest scale.
+    reason
+        Why it stays as it was; empty if it does not.
+    """
+
+    name: str
+    op_type: str
+    n_channels: int = 0
+    least_scale: float = 1.0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rescaling:
+    """What `rescale` did.
+
+    Parameters
+    ----------
+    source, destination
+        The packages.
+    layers
+        The weights that were asked for, in the order of the graph.
+    seconds
+        Wall time.
+    """
+
+    source: str
+    destination: str
+    layers: tuple[RescaledLayer, ...]
+    seconds: float = 0.0
+
+    @property
+    def rescaled(self) -> tuple[RescaledLayer, ...]:
+        """The layers that were rescaled."""
+        return tuple(layer for layer in self.layers if not layer.reason)
+
+    @property
+    def summary(self) -> str:
+        """One line."""
+        return (
+            f"{len(self.layers)} weights asked for: {len(self.rescaled)} rescaled exactly, "
+            f"{len(self.layers) - len(self.rescaled)} left"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON can hold it."""
+        return {
+            "version": 1,
+            "source": self.source,
+            "destination": self.destination,
+            "seconds": self.seconds,
+            "layers": [
+                {
+                    "name": layer.name,
+                    "op_type": layer.op_type,
+                    "n_channels": layer.n_channels,
+                    "least_scale": layer.least_scale,
+                    "reason": layer.reason,
+                }
+                for layer in self.layers
+            ],
+        }
+
+    def __rich__(self) -> Table:
+        """Return the layers as a table."""
+        table = named_table("weight", "used by", "channels rescaled", "least scale", "left")
+        for layer in self.layers:
+            table.add_row(
+                escaped(layer.name),
+                escaped(layer.op_type),
+                "" if layer.reason else str(layer.n_channels),
+                "" if layer.reason else f"1/{round(1 / layer.least_scale)}",
+                escaped(layer.reason),
+            )
+        return table
+
+
+def rescale(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    name: str | None = None,
+    largest: int = 64,
+    min_size: int = DEFAULT_MIN_SIZE,
+    force: bool = False,
+) -> Rescaling:
+    """Divide each output channel of a conv or linear by a power of two, and multiply behind it.
+
+    Channels of very different sizes then fit into one table, or one range, for the whole weight; a
+    ``mul`` with one number a channel gives each its size back, behind the layer and its bias.
+    Powers of two change no digit: weights, biases and float results are the same to the last bit,
+    unless a result exceeds what its type can hold. Core ML is given no scaled ``constexpr`` op.
+
+    Parameters
+    ----------
+    source, destination
+        Paths of the ``.mlpackage`` to read and of the one to write.
+    name
+        Name of the weights, or a pattern (``glob:``, ``re:``); ``None`` for all.
+    largest
+        The most a channel may become larger by, a power of two: what the layer computes becomes
+        larger as well before it is multiplied, and float16 ends at 65,504.
+    min_size
+        Least number of elements of a weight.
+    force
+        Whether an existing package at the destination is replaced.
+
+    Returns
+    -------
+    Rescaling
+        What happened to each layer.
+
+    Raises
+    ------
+    ConfigError
+        If an argument is wrong by itself.
+    UnsupportedError
+        If no weight could be rescaled.
+    VerificationError
+        If the result is not the same to the last bit; nothing is left of it.
+    PackageError
+        If the source is damaged or of an unsupported kind.
+    """
+    started = time.perf_counter()
+    if isinstance(largest, bool) or largest < 2 or largest & (largest - 1):
+        msg = f"largest must be a power of two from 2 on, got {largest}"
+        raise ConfigError(msg)
+    if name is not None:
+        patterns.check(name)
+    package = Package(source)
+    check_destination(package.path, Path(destination), force=force)
+    layers: list[RescaledLayer] = []
+    with Staged(package, Path(destination), force=force) as staged:
+        staged.copy_rest(set(weight_files(package)))
+        rewriter = Rewriter(package, staged)
+        made: dict[str, _Made] = {}
+        for site in sites(package):
+            found = [
+                weight
+                for weight in weights(site.prefix, site.graph)
+                if len(weight.shape) > 1
+                and weight.size >= min_size
+                and (name is None or patterns.matches(name, weight.name))
+            ]
+            changes = []
+            for weight in found:
+                change, layer = _change(weight, package, largest)
+                layers.append(layer)
+                changes.extend([] if change is None else [change])
+            made |= _apply(site, changes, rewriter, Decoder(site.graph, package), staged)
+        if not made:
+            reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in layers[:3])
+            msg = f"{package.path}: some weight must be rescaled, got none ({reasons})"
+            raise UnsupportedError(msg)
+        staged.finish(package.model)
+        _check(package.reopened(), Package(staged.path), made)
+        staged.commit()
+    return Rescaling(
+        source=str(source),
+        destination=str(destination),
+        layers=tuple(layers),
+        seconds=time.perf_counter() - started,
+    )
+
+
+class _Change(NamedTuple):
+    """A layer that is to be rescaled: its weight and bias, and the scale of each channel."""
+
+    weight: Weight
+    layer: Node
+    bias: Node | None
+    scales: NDArray[np.float64]
+
+
+class _Made(NamedTuple):
+    """What came of a layer: names of its bias and of the op behind it."""
+
+    bias: str | None
+    scale: str
+
+
+def _change(weight: Weight, package: Package, largest: int) -> tuple[_Change | None, RescaledLayer]:
+    use = weight.node.uses[0] if weight.node.uses else None
+    layer = None if use is None else use.node
+    kind = "" if layer is None else layer.op.type
+    bias, reason = None, ""
+    if constexpr.is_constexpr(weight.node) or not weight.dtype.is_float:
+        reason = "not a dense float"
+    elif layer is None or len(weight.node.uses) != 1 or weight.node.is_block_output:
+        reason = "not used by one op"
+    elif kind not in _LAYERS or weight.node.uses[0].parameter != "weight":
+        reason = "not the weight of a conv or linear"
+    else:
+        bias, reason = _bias(weight, layer)
+    scales = np.ones(weight.shape[0])
+    if not reason:
+        decoder = Decoder(weight.graph, package)
+        scales = _scales(decoder.dense(weight.node).values, largest)
+        reason = "" if (scales < 1).any() else "its channels are of one size"
+        if bias is not None:
+            given = decoder.dense(bias).values
+            with np.errstate(over="ignore"):
+                if not np.isfinite((given / scales).astype(given.dtype)).all():
+                    reason = f"its bias would exceed {given.dtype}"
+    made = RescaledLayer(
+        name=weight.name,
+        op_type=kind,
+        n_channels=int((scales < 1).sum()),
+        least_scale=float(scales.min()),
+        reason=reason,
+    )
+    if reason or layer is None:
+        return None, made
+    return _Change(weight, layer, bias, scales), made
+
+
+def _bias(weight: Weight, layer: Node) -> tuple[Node | None, str]:
+    """Return the constant that is the layer's bias, or why the layer can't be rescaled."""
+    if "bias" not in layer.op.inputs or not layer.op.inputs["bias"].arguments:
+        return None, ""
+    found = weight.graph.producer(layer, "bias")
+    if found is None or found[0].op.type != "const" or not is_own(found[0]):
+        return None, "its bias is not a constant of its own"
+    return found[0], ""
+
+
+def _scales(weight: NDArray[Any], largest: int) -> NDArray[np.float64]:
+    """Return powers of two, at most 1, by which the channels' greatest magnitudes are alike."""
+    if not np.isfinite(weight).all():
+        return np.ones(len(weight))
+    greatest = np.abs(weight.astype(np.float64)).reshape(len(weight), -1).max(axis=1)
+    alive = greatest > 0
+    if not alive.any():
+        return np.ones(len(weight))
+    exponents = np.frexp(greatest)[1].astype(np.int64)
+    most = int(largest).bit_length() - 1
+    below = np.where(alive, np.minimum(exponents[alive].max() - exponents, most), 0)
+    scales: NDArray[np.float64] = np.ldexp(1.0, -below)
+    return scales
+
+
+def _apply(
+    site: Site,
+    changes: list[_Change],
+    rewriter: Rewriter,
+    decoder: Decoder,
+    staged: Staged,
+) -> dict[str, _Made]:
+    """Write what a graph stores, rescaled or as it is, and put the ops behind the layers."""
+    graph = site.graph
+    divided: dict[Node, NDArray[np.float64]] = {}
+    for change in changes:
+        rank = len(change.weight.shape)
+        divided[change.weight.node] = change.scales.reshape(-1, *[1] * (rank - 1))
+        if change.bias is not None:
+            divided[change.bias] = change.scales
+    for node in graph.nodes:
+        if node in divided:
+            tensor = decoder.dense(node)
+            made = (tensor.values / divided[node]).astype(tensor.values.dtype)
+            constexpr.emit_const(
+                values.Tensor(tensor.dtype, made),
+                node,
+                file_name=_file_of(node),
+                sink=staged,
+            )
+        else:
+            rewriter.copy(node)
+    found: dict[str, _Made] = {}
+    for change in changes:
+        node = change.layer
+        kind = node.type
+        rank = 1 if kind is None else len(kind.shape)
+        shape = (1, -1, *[1] * (rank - 2)) if node.op.type == "conv" else (-1,)
+        numbers = change.scales.astype(change.weight.dtype.storage).reshape(shape)
+        tensor = values.Tensor(change.weight.dtype, numbers)
+        scale_name = graph.unique_name(f"{node.name}_scale")
+        scale = constexpr.const_of(tensor, scale_name, file_name=None, sink=staged)
+        layer = type(node.op).FromString(node.op.SerializeToString())
+        layer.outputs[0].name = graph.unique_name(f"{node.name}_unscaled")
+        product = messages().Operation(type="mul")
+        product.attributes["name"].CopyFrom(values.string(graph.unique_name(f"{node.name}_scaled")))
+        product.inputs["x"].arguments.add(name=layer.outputs[0].name)
+        product.inputs["y"].arguments.add(name=scale_name)
+        product.outputs.add(name=node.name).type.CopyFrom(node.op.outputs[0].type)
+        graph.insert_before(node, [scale, layer])
+        node.op.CopyFrom(product)
+        bias = None if change.bias is None else change.bias.name
+        found[change.weight.name] = _Made(bias, scale_name)
+    graph.apply()
+    return found
+
+
+def _file_of(node: Node) -> str | None:
+    """Return the weight file of a constant; ``None`` if it is stored in the model."""
+    value = node.op.attributes["val"]
+    return str(value.blobFileValue.fileName) if values.is_blob(value) else None
+
+
+def _check(original: Package, rescaled: Package, made: dict[str, _Made]) -> None:
+    """Check that what is stored, multiplied again, is the original's to the last bit."""
+    for left, right in zip(sites(original), sites(rescaled), strict=True):
+        before, after = _stored(left), _stored(right)
+        decoders = Decoder(left.graph, original), Decoder(right.graph, rescaled)
+        factors: dict[str, Any] = {}
+        for name, layer in made.items():
+            own = name.removeprefix(left.prefix)
+            if name.startswith(left.prefix) and own in before and layer.scale in after:
+                scales = decoders[1].dense(after.pop(layer.scale)).values.reshape(-1)
+                factors[own] = scales.reshape(-1, *[1] * (len(before[own].type.shape) - 1))
+                if layer.bias is not None:
+                    factors[layer.bias] = scales
+        if before.keys() != after.keys():
+            msg = f"{left.prefix}: the constants must be the same, got others"
+            raise VerificationError(msg)
+        for name, node in before.items():
+            one, other = decoders[0].dense(node).values, decoders[1].dense(after[name]).values
+            if name in factors:
+                other = (other * factors[name]).astype(one.dtype)
+            if one.shape != other.shape or one.tobytes() != np.ascontiguousarray(other).tobytes():
+                msg = f"{left.prefix}{name}: it must be the same, multiplied again, got another"
+                raise VerificationError(msg)
+        computing = [
+            [node.op.type for node in site.graph.nodes if not node.is_stored]
+            for site in (left, right)
+        ]
+        if sorted(computing[0] + ["mul"] * _n_layers(factors, made, left)) != sorted(computing[1]):
+            msg = f"{left.prefix}: a mul must be behind each rescaled layer and nothing else"
+            raise VerificationError(msg)
+
+
+def _n_layers(factors: dict[str, Any], made: dict[str, _Made], site: Site) -> int:
+    return sum(f"{site.prefix}{name}" in made for name in factors)
+
+
+def _stored(site: Site) -> dict[str, Any]:
+    return dict(_constants(site))
+
+
+def _constants(site: Site) -> Iterator[tuple[str, Any]]:
+    """Yield the constants of numbers by their names."""
+    for node in site.graph.nodes:
+        if node.op.type == "const" and node.type is not None:
+            yield node.name, node

@@ -1,0 +1,223 @@
+"""What coremltools' configs ask for each weight, in milpress' own words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from milpress.compression.requests import Wish, settled_wish
+from milpress.compression.settling import Asked, settle
+from milpress.coreml.config import (
+    CompressionGranularity,
+    OpCompressorConfig,
+    OpLinearQuantizerConfig,
+    OpMagnitudePrunerConfig,
+    OpPalettizerConfig,
+    OpThresholdPrunerConfig,
+    OptimizationConfig,
+    advice,
+)
+from milpress.errors import CompressionError, ConfigError, UnsupportedError
+from milpress.formats import (
+    Blocks,
+    Custom,
+    Granularity,
+    KMeans,
+    PalettizeConfig,
+    PerBlock,
+    PerChannel,
+    PerTensor,
+    PruneConfig,
+    QuantizeConfig,
+    Table,
+    Treatment,
+    Uniform,
+    Unique,
+)
+from milpress.formats.palette import Bits
+from milpress.formats.quantized import IntDType
+from milpress.mil.opset import Opset
+from milpress.mil.weights import Weight
+
+_SINCE = (
+    "{} is supported since iOS18. Please re-convert your model with minimum_deployment_target "
+    "set to at least ct.target.iOS18."
+)
+_NEEDS = {
+    "blocks": "The per_block quantization",
+    "4 bits": "The 4-bit quantization",
+    "groups of channels": "The per_grouped_channel palettization",
+    "vectors": "The vector palettization",
+    "3 bits": "The 3-bit palettization",
+    "scales of channels": "Palettization with per-channel-scale",
+}
+
+
+# Like coremltools, whatever the size of a group or block: 0 makes it a whole axis.
+_GRANULARITY_NEEDS = {
+    CompressionGranularity.PER_GROUPED_CHANNEL: "groups of channels",
+    CompressionGranularity.PER_BLOCK: "blocks",
+}
+
+
+class UnsupportedCombinationError(UnsupportedError, NotImplementedError):
+    """A combination of settings that has no meaning in Core ML."""
+
+
+def joint_needs_ios18() -> CompressionError:
+    """Return the error that says that joint compression takes an iOS18 model."""
+    return UnsupportedError(_SINCE.format("Joint compression").replace("is supp", "is only supp"))
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigWishes:
+    """What an `OptimizationConfig` asks for.
+
+    Like coremltools, it compresses a weight even if that makes it larger.
+    """
+
+    config: OptimizationConfig
+    joint: bool
+    seed: int = 0
+    may_grow: bool = True
+
+    def wish(self, weight: Weight) -> Wish:
+        """Return what the configs that hold for the weight ask for."""
+        name = weight.node.op_name
+        children = [(use.node.op_name, use.node.op.type) for use in weight.node.uses]
+        configs = self.config.configs_for(name, children)
+        wishes = [self._wish(weight, config) for config in configs]
+        kept = [wish.for_size(weight.size) for wish in wishes]
+        if len(set(kept)) < 2:
+            return _of_alike(wishes)
+        by = [f"{kind} {op_name}" for op_name, kind in children]
+        settled = settle(weight, list(map(Asked, by, kept)))
+        other = next(i for i, each in enumerate(kept) if each != kept[0])
+        conflict = self.config.conflict(name, children, 0, other)
+        winners = [
+            wish
+            for wish, each in zip(wishes, kept, strict=True)
+            if each and each == settled.treatments
+        ]
+        asked = next(wish for wish, each in zip(wishes, kept, strict=True) if each)
+        winner = _of_alike(winners) if winners else None
+        return settled_wish(asked, winner, settled.note, conflict)
+
+    def _wish(self, weight: Weight, config: OpCompressorConfig | None) -> Wish:
+        """Return what one config asks for a weight."""
+        if config is None:
+            return Wish()
+        threshold = 2048 if config.weight_threshold is None else config.weight_threshold
+        if isinstance(config, OpPalettizerConfig):
+            treatment: Treatment = _palettize(config, self.seed)
+        elif isinstance(config, OpLinearQuantizerConfig):
+            treatment = _quantize(config)
+            self._check_table(weight, treatment)
+        elif isinstance(config, (OpMagnitudePrunerConfig, OpThresholdPrunerConfig)):
+            treatment = _prune(config)
+        else:
+            msg = (
+                f"{weight.node.op_name}: a config must be one of milpress.coreml, "
+                f"got {type(config).__name__}"
+            )
+            raise ConfigError(msg)
+        return Wish(
+            treatments=(treatment,),
+            min_size=threshold + 1,
+            on_indivisible=getattr(config, "on_indivisible", "leave"),
+            reason=self._reason(weight, config),
+            needs=self._needs(config),
+        )
+
+    def too_early(
+        self,
+        name: str,  # noqa: ARG002
+        treatment: Treatment,  # noqa: ARG002
+        needs: str,
+        current: Opset,  # noqa: ARG002
+    ) -> CompressionError:
+        """Return coremltools' error for a treatment that takes an iOS18 model."""
+        if needs not in _NEEDS:
+            return joint_needs_ios18()
+        return UnsupportedError(_SINCE.format(_NEEDS[needs]))
+
+    def advice(self, weights: Sequence[Weight]) -> str:
+        """Return the configs that say what holds for weights by their names."""
+        return advice(list(dict.fromkeys(weight.node.op_name for weight in weights)))
+
+    def _needs(self, config: Any) -> str:
+        """Return what of a config takes an iOS18 model, whatever the size of a group or block."""
+        granularity = getattr(config, "granularity", None)
+        return "" if granularity is None else _GRANULARITY_NEEDS.get(granularity, "")
+
+    def _reason(self, weight: Weight, config: OpCompressorConfig) -> str:
+        """Return why blocks or runs of channels can't be pruned here; empty if they can."""
+        uses = weight.node.uses
+        if all(config.supports(use.node.op.type, use.parameter) for use in uses):
+            return ""
+        if self.config.is_explicit(weight.node.op_name):
+            return ""
+        return "blocks and n:m are pruned in the weights of conv and linear only"
+
+    def _check_table(self, weight: Weight, treatment: QuantizeConfig) -> None:
+        is_palette = any("_lut_to_" in kind for kind in weight.decoded_by)
+        if self.joint and is_palette and not isinstance(treatment.granularity, PerTensor):
+            msg = (
+                f"{weight.name}: When use joint compression for palettization-quantization, "
+                "please make sure to use per-tensor quantization, got another granularity"
+            )
+            raise UnsupportedCombinationError(msg)
+
+
+def _of_alike(wishes: Sequence[Wish]) -> Wish:
+    """Return one of wishes that come to the same, which says what any of them says."""
+    wish = next((wish for wish in wishes if wish.treatments), Wish())
+    is_left = any(each.treatments and each.on_indivisible == "leave" for each in wishes)
+    return replace(wish, on_indivisible="leave") if is_left else wish
+
+
+def _palettize(config: OpPalettizerConfig, seed: int) -> PalettizeConfig:
+    tables: dict[str, Table] = {"KMEANS": KMeans(seed), "UNIFORM": Uniform(), "UNIQUE": Unique()}
+    if config.lut_function is not None:
+        tables["CUSTOM"] = Custom(config.lut_function)
+    in_groups = config.granularity is CompressionGranularity.PER_GROUPED_CHANNEL
+    return PalettizeConfig(
+        bits=cast("Bits | None", config.nbits),
+        group_size=(config.group_size or None) if in_groups else None,
+        channel_axis=config.channel_axis if in_groups else None,
+        vector_size=config.cluster_dim,
+        channel_scale=config.enable_per_channel_scale,
+        table=tables[config.mode],
+    )
+
+
+def _quantize(config: OpLinearQuantizerConfig) -> QuantizeConfig:
+    granularity: Granularity = PerChannel()
+    if config.granularity is CompressionGranularity.PER_TENSOR:
+        granularity = PerTensor()
+    elif config.granularity is CompressionGranularity.PER_BLOCK:
+        size = config.block_size
+        if not isinstance(size, int):
+            granularity = Blocks(tuple(size))
+        elif size > 0:
+            granularity = PerBlock(size)
+    return QuantizeConfig(
+        dtype=cast("IntDType", config.dtype),
+        granularity=granularity,
+        offset=config.mode == "LINEAR",
+        range=config.range,
+    )
+
+
+def _prune(config: OpMagnitudePrunerConfig | OpThresholdPrunerConfig) -> PruneConfig:
+    if isinstance(config, OpThresholdPrunerConfig):
+        return PruneConfig(
+            threshold=config.threshold, min_sparsity=config.minimum_sparsity_percentile
+        )
+    return PruneConfig(
+        sparsity=config.target_sparsity,
+        n_m=None if config.n_m_ratio is None else (config.n_m_ratio[0], config.n_m_ratio[1]),
+        block_size=config.block_size,
+        axis=config.dim,
+    )

@@ -1,0 +1,73 @@
+"""What of a package is run on samples: each function that they suit, or the whole of a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from milpress.errors import InputError
+from milpress.mil.package import Package
+from milpress.mil.weights import sites
+from milpress.samples.data import Data, Samples
+
+if TYPE_CHECKING:
+    from milpress.interpreter import Program
+
+
+class Job(NamedTuple):
+    """A program, its samples, and what the names of its weights begin with.
+
+    ``prefixes`` tells that by what the names of the values of each of its models begin with.
+    """
+
+    program: Program
+    samples: Samples
+    prefixes: dict[str, str]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to know of the program and the samples."""
+        return (*self.program.notes, *self.samples.notes)
+
+
+def jobs_of(package: Package, data: Data) -> Iterator[Job]:
+    """Yield each function with the samples that suit it; of a pipeline, the whole.
+
+    Raises
+    ------
+    InputError
+        If a sample suits none.
+    """
+    from milpress.interpreter import load
+
+    names: list[str | None] = [None]
+    if not package.programs[0].place:
+        names = list(package.programs[0].functions)
+    if isinstance(data, Iterator):
+        data = tuple(data)
+    refused: InputError | None = None
+    unsuited: dict[str, InputError] | None = None
+    for name in names:
+        program = load(package, name)
+        try:
+            samples = Samples(data, program.inputs, skips_unsuited=len(names) > 1)
+        except InputError as error:
+            refused = refused or error
+            continue
+        known = samples.unsuited if unsuited is None else unsuited
+        unsuited = {place: known[place] for place in known if place in samples.unsuited}
+        yield Job(program, samples, _prefixes(package, program))
+    if unsuited is None and refused is not None:
+        raise refused
+    for reason in (unsuited or {}).values():
+        raise reason
+
+
+def _prefixes(package: Package, program: Program) -> dict[str, str]:
+    found = {}
+    for site in sites(package):
+        place = "".join(f"{part}/" for part in site.program.place)
+        is_run = site.block == site.function.block_specializations[site.function.opset]
+        if program.functions.get(place) == site.function_name and is_run:
+            found[place] = site.prefix
+    return found

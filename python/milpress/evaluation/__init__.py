@@ -1,0 +1,1 @@
+"""How far a compressed model's outputs, and values inside it, are from the original's."""

@@ -1,0 +1,1 @@
+"""Plain data in and out: JSON, YAML, fields of configs, patterns of names, whole files."""

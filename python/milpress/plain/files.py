@@ -1,0 +1,94 @@
+"""What is being written and not yet whole: it is taken back if the work on it ends early."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from milpress.errors import (
+    CompressionError,
+    StorageError,
+)
+
+DRAFT_MARK = ".milpress-"
+
+# Noted before they are made: a signal may end the work at any moment, and whoever handles it has
+# nothing but this to go by.
+_drafts: dict[Path, Callable[[], None]] = {}
+
+
+def draft_of(path: Path, take_back: Callable[[Path], None]) -> Path:
+    """Return a name beside a path for what is to become it, and note how it is taken back."""
+    draft = path.with_name(f".{path.name}{DRAFT_MARK}{secrets.token_hex(4)}")
+    _drafts[draft] = lambda: take_back(draft)
+    return draft
+
+
+def end_draft(draft: Path) -> None:
+    """Take back what is left of a draft, if anything is."""
+    take_back = _drafts.get(draft)
+    if take_back is not None:
+        with contextlib.suppress(OSError):
+            take_back()
+        # Only now: a signal in between finds it still noted.
+        _drafts.pop(draft, None)
+
+
+def end_all_drafts() -> None:
+    """Take back every draft of this process."""
+    for draft in list(_drafts):
+        end_draft(draft)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def draft_in_place_of(path: Path) -> Iterator[Path]:
+    """Yield a name to write a file under; it takes the place of another once the block has ended.
+
+    Whatever ends the block early, the other is as it was before.
+    """
+    target = path.resolve()
+    draft = draft_of(target, remove)
+    try:
+        yield draft
+        draft.replace(target)
+    finally:
+        end_draft(draft)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file such that it is there as a whole or, whatever happens, as it was before.
+
+    Raises
+    ------
+    OSError
+        If the system refuses.
+    """
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)  # a terminal or a pipe
+        return
+    with draft_in_place_of(path) as draft:
+        draft.write_bytes(data)
+
+
+@contextlib.contextmanager
+def system_errors(path: Path) -> Iterator[None]:
+    """Turn what the system refuses into a `StorageError` that says where."""
+    try:
+        yield
+    except CompressionError:
+        raise
+    except OSError as error:
+        where = error.filename or path
+        reason = error.strerror or str(error)
+        raise StorageError(error.errno or 0, reason, str(where)) from error

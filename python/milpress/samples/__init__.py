@@ -1,0 +1,1 @@
+"""What a model is run on: arrays, files, pictures, or random numbers."""
