@@ -45,6 +45,7 @@ def compression(name: str = "small", source: str = "tiny", **changes: Any) -> di
         "treatment": "",
         "note": "too small",
         "snr_db": None,
+        "bytes_after": 6144,
         "bits_per_weight": 16.0,
     }
     return {
@@ -53,7 +54,7 @@ def compression(name: str = "small", source: str = "tiny", **changes: Any) -> di
         "destination": f"models/{name}.mlpackage",
         "package_bytes_before": 8000,
         "package_bytes_after": 3000,
-        "bits_per_weight": 4.1,
+        "bits_per_weight": 10.04,
         "snr_db": 21.0,
         "verified": True,
         "notes": [],
@@ -354,7 +355,6 @@ def hostile(folder: Path, text: str = EVIL) -> list[Path]:
                 "treatment": text,
                 "note": text,
                 "op_types": [text],
-                "status": text,
             }
         ],
     )
@@ -474,6 +474,9 @@ def test_published_tables_are_well_formed_and_name_their_source():
         assert table.rows
 
 
+WEIGHT = compression()["weights"][0]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -481,6 +484,11 @@ def test_published_tables_are_well_formed_and_name_their_source():
         ({"a": 1}, "got another object"),
         ({"schema": "milpress-bench/2"}, "schema must be 'milpress-bench/1'"),
         (compression(weights=[{}]), "weights[0] must be an object with name"),
+        (
+            compression(weights=[{**WEIGHT, "status": EVIL}]),
+            "status must be one of compressed, left",
+        ),
+        (compression(weights=[{**WEIGHT, "shape": [4, 0]}]), "sizes of at least 1, got [4, 0]"),
         (compression(package_bytes_after="3"), "package_bytes_after must be an integer"),
         (compression(package_bytes_after=10**400), "must be an integer of 64 bits"),
         (evaluation(outputs=[{"name": "y", "snr_db": "much"}]), "must be a finite number"),

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from milpress.errors import ConfigError
 from milpress.evaluation.boxes import Boxes
 from milpress.plain import json
+from milpress.plain.structure import Metric as Number
 from milpress.progress import Progress
 from milpress.samples.data import Data, Samples
 from milpress.show import decibels, escaped, human_snr, named_table
@@ -67,12 +68,12 @@ class OutputEvaluation:
     """
 
     name: str
-    snr_db: float | None = None
-    cosine: float | None = None
-    top1: float | None = None
-    kl: float | None = None
+    snr_db: Number | None = None
+    cosine: Number | None = None
+    top1: Number | None = None
+    kl: Number | None = None
     kl_of: str = ""
-    max_error: float | None = None
+    max_error: Number | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the findings as JSON can hold them."""
@@ -104,8 +105,8 @@ class OpEvaluation:
 
     name: str
     op_type: str
-    snr_db: float
-    own_snr_db: float
+    snr_db: Number
+    own_snr_db: Number
 
     def to_dict(self) -> dict[str, Any]:
         """Return the findings as JSON can hold them."""

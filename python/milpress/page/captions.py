@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from milpress.device.comparison import device_words
 from milpress.device.schema import Kind, Result
+from milpress.evaluation.evaluating import Evaluation
 from milpress.page.collect import Page
-from milpress.page.sources import Evaluated, Literature
+from milpress.page.sources import Literature
 
 KIND_NAMES: dict[Kind, str] = {
     "measured": "Measured",
@@ -54,7 +55,7 @@ def banners(page: Page) -> Iterator[Banner]:
             name="Accuracy left out",
             text=f"That of {', '.join(others)} is of other samples than the rest.",
         )
-    if page.contents(Evaluated) and not page.results:
+    if page.contents(Evaluation) and not page.results:
         yield Banner(
             kind="info",
             name="No latencies",

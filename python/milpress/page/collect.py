@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from milpress.compression.report import Report
 from milpress.device.schema import Entry, Result
 from milpress.errors import ConfigError, printable
+from milpress.evaluation.evaluating import Evaluation
 from milpress.page.metrics import METRICS
-from milpress.page.sources import Compression, Evaluated, Source, read
+from milpress.page.sources import Source, read
 
 # Words of a treatment by which its colour is chosen.
 _FAMILIES = {
@@ -33,8 +35,8 @@ class PackageResults:
     treatment: str = ""
     n_bytes: int | None = None
     original_bytes: int | None = None
-    compression: Compression | None = None
-    evaluation: Evaluated | None = None
+    compression: Report | None = None
+    evaluation: Evaluation | None = None
     is_comparable: bool = True
     runs: list[tuple[Result, Entry]] = field(default_factory=list)
 
@@ -147,9 +149,9 @@ def collect(paths: Iterable[str | os.PathLike[str]], *, title: str | None = None
     by_path = _Packages()
     for source in sources:
         content = source.content
-        if isinstance(content, Compression):
+        if isinstance(content, Report):
             by_path.add_compression(content)
-        elif isinstance(content, Evaluated):
+        elif isinstance(content, Evaluation):
             by_path.add_evaluation(content)
         elif isinstance(content, Result):
             by_path.add_result(content)
@@ -160,7 +162,7 @@ def collect(paths: Iterable[str | os.PathLike[str]], *, title: str | None = None
     return Page(title=printable(title), sources=sources, packages=tuple(packages))
 
 
-def _worst(evaluation: Evaluated) -> dict[str, float]:
+def _worst(evaluation: Evaluation) -> dict[str, float]:
     """Return each metric of the output that does worst in it."""
     worst = {}
     for metric in METRICS:
@@ -192,7 +194,7 @@ class _Packages:
     def originals_first(self) -> list[PackageResults]:
         return sorted(self._packages, key=lambda package: not package.is_original)
 
-    def add_compression(self, content: Compression) -> None:
+    def add_compression(self, content: Report) -> None:
         original = self._at(content.source)
         original.n_bytes = original.n_bytes or content.package_bytes_before
         original.is_original = True
@@ -203,7 +205,7 @@ class _Packages:
         package.original_bytes = content.package_bytes_before
         package.treatment = package.treatment or _treatment(content)
 
-    def add_evaluation(self, content: Evaluated) -> None:
+    def add_evaluation(self, content: Evaluation) -> None:
         original = self._at(content.original)
         original.is_original = original.compression is None
         self._at(content.compressed).evaluation = content
@@ -237,7 +239,7 @@ class _Packages:
         return self._packages[-1]
 
 
-def _treatment(content: Compression) -> str:
+def _treatment(content: Report) -> str:
     """Return the treatment of most bytes of weights, in words."""
     sizes: dict[str, int] = {}
     for weight in content.weights:

@@ -6,87 +6,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from milpress.compression.report import Report
 from milpress.device import schema
 from milpress.device.schema import Result
 from milpress.errors import ResultError
+from milpress.evaluation.evaluating import Evaluation
 from milpress.plain.structure import Metric, structured
 
 VERSION = 1
 LITERATURE_SCHEMA = "milpress-literature/1"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weight:
-    """A weight of a compression report."""
-
-    name: str
-    op_types: tuple[str, ...]
-    shape: tuple[int, ...]
-    status: str
-    treatment: str
-    note: str
-    bytes_before: int
-    bytes_after: int
-    bits_per_weight: float
-    snr_db: Metric | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Compression:
-    """What `milpress compress --json` prints."""
-
-    source: str
-    destination: str
-    package_bytes_before: int
-    package_bytes_after: int
-    bits_per_weight: float
-    snr_db: Metric | None
-    weights: tuple[Weight, ...]
-    version: int = 0
-    notes: tuple[str, ...] = ()
-    verified: bool = False
-    asked: int = 0
-    compressed: int = 0
-    left: int = 0
-    ratio: float = 0.0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutputMetrics:
-    """What an evaluation found of one output."""
-
-    name: str
-    snr_db: Metric | None = None
-    cosine: Metric | None = None
-    top1: Metric | None = None
-    kl: Metric | None = None
-    max_error: Metric | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpMetrics:
-    """What an evaluation found of a value inside."""
-
-    name: str
-    op_type: str
-    snr_db: Metric
-    own_snr_db: Metric
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluated:
-    """What `milpress evaluate --json` prints."""
-
-    original: str
-    compressed: str
-    n_samples: int
-    is_random: bool
-    precision: str
-    outputs: tuple[OutputMetrics, ...]
-    version: int = 0
-    ops: tuple[OpMetrics, ...] = ()
-    n_uncompared: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +39,19 @@ class Literature:
     tables: tuple[PublishedTable, ...]
 
 
-Content: TypeAlias = "Compression | Evaluated | Result | Literature"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Derived:
+    """What a report of a package or a weight says besides its fields; it is computed anew."""
+
+    bits_per_weight: float
+    snr_db: Metric | None
+    asked: int = 0
+    compressed: int = 0
+    left: int = 0
+    ratio: float = 0.0
+
+
+Content: TypeAlias = Report | Evaluation | Result | Literature
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,8 +66,8 @@ class Source:
     def what(self) -> str:
         """What it holds, in a word."""
         return {
-            Compression: "compression report",
-            Evaluated: "evaluation",
+            Report: "compression report",
+            Evaluation: "evaluation",
             Result: "benchmark",
             Literature: "published tables",
         }[type(self.content)]
@@ -163,16 +103,23 @@ def _content(data: Any, place: str) -> Content:
         return schema.parse(data, place)
     if {"original", "compressed", "outputs"} <= keys:
         _check_version(data, place)
-        evaluated: Evaluated = structured(data, Evaluated, place, strict=False)
-        _check_counts(evaluated, place)
-        return evaluated
+        evaluation: Evaluation = structured(data, Evaluation, place, strict=False)
+        _check_counts(evaluation, place)
+        return evaluation
     if {"source", "destination", "weights"} <= keys:
         _check_version(data, place)
-        compression: Compression = structured(data, Compression, place, strict=False)
-        _check_counts(compression, place)
-        for i, weight in enumerate(compression.weights):
-            _check_counts(weight, f"{place}: weights[{i}]")
-        return compression
+        # What became of activations is on no page.
+        report: Report = structured({**data, "activations": None}, Report, place, strict=False)
+        _check_counts(report, place)
+        _check_counts(structured(data, _Derived, place, strict=False), place)
+        for i, weight in enumerate(report.weights):
+            at = f"{place}: weights[{i}]"
+            _check_counts(weight, at)
+            _check_counts(structured(data["weights"][i], _Derived, at, strict=False), at)
+            if min(weight.shape, default=1) < 1:
+                msg = f"{at}: shape must be of sizes of at least 1, got {list(weight.shape)}"
+                raise ResultError(msg)
+        return report
     msg = (
         f"{place}: a report must be of what `milpress compress --json`, `evaluate --json` or "
         f"`bench` wrote, got {'another object' if keys else type(data).__name__}"

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from milpress._version import __version__
+from milpress.compression.report import Report
 from milpress.device.comparison import units_words
 from milpress.device.schema import PROCESSORS, Entry, Placement, Result
 from milpress.errors import printable
+from milpress.evaluation.evaluating import OpEvaluation
 from milpress.page import captions
 from milpress.page.collect import PackageResults, Page
 from milpress.page.groups import LatencyGroup, groups
 from milpress.page.metrics import METRICS, Metric
-from milpress.page.sources import Compression, Literature, OpMetrics
+from milpress.page.sources import Literature
 from milpress.show import human_bytes
 
 # Rows beyond these are left out of tables of ops, and said to be.
@@ -37,7 +39,7 @@ class Errors:
     """Values inside a package that have errors of their own, and how many others there are."""
 
     package: PackageResults
-    ops: tuple[OpMetrics, ...]
+    ops: tuple[OpEvaluation, ...]
     n_left: int
 
 
@@ -145,7 +147,7 @@ def _tiles(page: Page, metrics: list[Metric], latencies: list[LatencyGroup]) -> 
             unit="ms",
             detail=f"{run.package.name}, {group.title}, measured on {group.where}",
         )
-    reports = page.contents(Compression)
+    reports = page.contents(Report)
     n_weights = sum(each.status == "compressed" for report in reports for each in report.weights)
     if n_weights:
         n_verified = sum(report.verified for report in reports)
