@@ -617,15 +617,19 @@ def _result(described: dict[str, Any], driver: str, entries: Sequence[Entry]) ->
         device = schema.Device(**{**given, "compute_devices": tuple(given["compute_devices"])})
     warnings = []
     if device is not None and not device.has_neural_engine:
-        warnings.append("Core ML offers no Neural Engine here: no time is one of a Neural Engine")
+        warnings.append(
+            "Core ML offers no Neural Engine here: no latency is that of a Neural Engine"
+        )
     if device is not None:
         spoils = {
-            "a virtual machine": device.is_virtual,
-            "low power mode": device.low_power,
-            "running on battery": device.on_battery,
-            "Python for another processor (Rosetta)": platform.machine() != "arm64",
+            "This is a virtual machine": device.is_virtual,
+            "Low power mode is on": device.low_power,
+            "It runs on battery": device.on_battery,
+            "Python runs in Rosetta": platform.machine() != "arm64",
         }
-        warnings += [f"{what} spoils figures" for what, is_so in spoils.items() if is_so]
+        warnings += [
+            f"{what}: latencies are not comparable" for what, is_so in spoils.items() if is_so
+        ]
     return Result(
         run_id=str(uuid.uuid4()),
         created=_now(),
