@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from milpress.inspection import Inspection, inspect
     from milpress.kernels.device import Device, devices
     from milpress.planner.linting import Lint, lint
-    from milpress.planner.planning import Plan, plan
+    from milpress.planner.plan import Plan
+    from milpress.planner.planning import plan
     from milpress.recipe import Recipe
     from milpress.samples.data import RandomSamples
 

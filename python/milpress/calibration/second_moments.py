@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from milpress.calibration.moments import DEFAULT_MASK
 from milpress.engines.jobs import jobs_of
 from milpress.errors import ConfigError
-from milpress.formats import PruneConfig, Treatment, feedback
-from milpress.formats.feedback import Factor, FeedbackConfig
+from milpress.formats import PruneConfig, Treatment, error_feedback
+from milpress.formats.error_feedback import Factor, FeedbackConfig
 from milpress.formats.rows import Floats
 from milpress.kernels.threads import Room
 from milpress.mil.package import Package
@@ -61,7 +61,7 @@ def _n_bytes(n_groups: int, edges: Edges) -> int:
     moments = _moment_bytes(n_groups, edges)
     widest = max(end - begin for begin, end in pairwise(edges))
     # Factors are as large as moments; one at a time takes more while it is computed.
-    working = feedback.factor_bytes(n_groups, widest) - _moment_bytes(n_groups, (0, widest))
+    working = error_feedback.factor_bytes(n_groups, widest) - _moment_bytes(n_groups, (0, widest))
     return 2 * moments + working
 
 
@@ -108,7 +108,9 @@ class Inputs:
         if sums is None:
             return None
         evenly = self.evenly(values)
-        return tuple(feedback.factorize(each, FeedbackConfig(), evenly=evenly) for each in sums)
+        return tuple(
+            error_feedback.factorize(each, FeedbackConfig(), evenly=evenly) for each in sums
+        )
 
 
 class SecondMoments:

@@ -24,9 +24,9 @@ from milpress.formats import (
     PruneConfig,
     QuantizeConfig,
     Quantized,
-    feedback,
+    error_feedback,
 )
-from milpress.formats.feedback import Factor, FeedbackConfig
+from milpress.formats.error_feedback import Factor, FeedbackConfig
 from milpress.formats.joint import masked
 from milpress.formats.palette import Bits
 from milpress.formats.quantized import IntDType
@@ -461,13 +461,13 @@ class OBSCompressionAlgorithm(LayerwiseCompressionAlgorithm):
         self.moments, self._factor = other.moments, other._factor
 
     def factor(self) -> Factor:
-        """Return what is known of the inputs, as `milpress.formats.feedback` takes it."""
+        """Return what is known of the inputs, as `milpress.formats.error_feedback` takes it."""
         settings = self.settings()
         if self._factor is None or self._factor[0] != settings:
             if self.moments is None or self.moments.n_positions == 0:
                 msg = "no sample came to the layer"
                 raise UnsupportedError(msg)
-            self._factor = settings, feedback.factorize(self.moments.sums(), settings)
+            self._factor = settings, error_feedback.factorize(self.moments.sums(), settings)
         return self._factor[1]
 
     def settings(self) -> FeedbackConfig:
@@ -506,7 +506,7 @@ class _IntegerAlgorithm(OBSCompressionAlgorithm):
         kept = array != 0 if _metadata.is_pruned(weight) else None
         if config.enable_normal_float:
             tables, scale = _normal_floats(weight, array, config.weight_n_bits, granularity)
-            palette = feedback.palettize(
+            palette = error_feedback.palettize(
                 array, tables, factor, settings, scale=scale, pruning=pruning, kept=kept
             )
             treatment = PalettizeConfig(bits=cast("Bits", config.weight_n_bits), channel_scale=True)
@@ -523,7 +523,7 @@ class _IntegerAlgorithm(OBSCompressionAlgorithm):
             offset=config.quantization_scheme is QuantizationScheme.affine,
             range=config.range,
         )
-        value = feedback.quantize(
+        value = error_feedback.quantize(
             array,
             quantization,
             factor,
@@ -588,7 +588,7 @@ class SparseGPT(_IntegerAlgorithm):
         if config.n_m_ratio is not None:
             pruning = PruneConfig(n_m=config.n_m_ratio)
         if config.weight_n_bits >= 16:
-            value = feedback.prune(
+            value = error_feedback.prune(
                 array,
                 pruning,
                 self.factor(),
@@ -621,11 +621,13 @@ class GPTQPalette(OBSCompressionAlgorithm):
     def treat(self, weight: Weight, array: Floats, config: Any) -> Treated:
         """Return what is to be stored of a weight."""
         factor = self.factor()
-        nearest = palettized(weight, array, config, feedback.power_of_inputs(factor, array.shape))
+        nearest = palettized(
+            weight, array, config, error_feedback.power_of_inputs(factor, array.shape)
+        )
         stored = nearest.stored
         kept = stored.value.mask() if isinstance(stored.value, Masked) else None
         tables = stored.value.value if isinstance(stored.value, Masked) else stored.value
-        value = feedback.palettize(
+        value = error_feedback.palettize(
             array,
             cast("Palette", tables),
             factor,
