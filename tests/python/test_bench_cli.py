@@ -140,7 +140,7 @@ def test_without_a_mac_core_ml_is_refused_and_nothing_is_written(command, crepe_
         (["run", "m", "--recorded", "r"], "--recorded has no effect without --driver replay"),
         (["run", "m", "-o", "no/r.json"], "/no does not exist"),
         (["suite", "none.mlpackage"], "none.mlpackage: no such package"),
-        (["suite", "m", "--suite", "none.yaml"], "none.yaml: a suite must be there, got nothing"),
+        (["suite", "m", "--suite", "none.yaml"], "none.yaml: no such file"),
     ],
 )
 def test_a_wrong_call_is_one_sentence(arguments, message, tmp_path, monkeypatch):
