@@ -117,8 +117,8 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
             model = _graph.traced(source, self._config.non_traceable_module_names)
         except (fx.proxy.TraceError, TypeError, ValueError) as error:
             msg = (
-                "torch.fx must be able to trace the model, name the modules that it should not "
-                f"look into in non_traceable_module_names; got: {error}"
+                f"torch.fx can't trace the model: {error}; name the modules that it should not "
+                "look into in non_traceable_module_names"
             )
             raise UnsupportedError(msg) from error
         placing = _graph.Placing(model, self._config_of, _graph.ranks(model, example_inputs))
