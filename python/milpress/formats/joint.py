@@ -11,15 +11,10 @@ from numpy.typing import NDArray
 
 import milpress._core as _core
 from milpress.errors import UnsupportedError
-from milpress.formats.palette import (
-    Palette,
-    PalettizeConfig,
-    palettize,
-    reassigned,
-)
+from milpress.formats.palette import Palette, PalettizeConfig, palettize, reassigned
 from milpress.formats.quantized import PerTensor, QuantizeConfig, Quantized, quantize
 from milpress.formats.rows import Floats, checked_importance, frozen
-from milpress.formats.sparse import PruneConfig, Sparse, kept, n_pruned, sparsify
+from milpress.formats.sparse import PruneConfig, Sparse, bitmask_of, n_pruned, sparsify
 from milpress.kernels.device import Placement, kernels_for, using
 
 # Core ML stores smaller tensors in the model itself.
@@ -222,7 +217,7 @@ def _pruned(value: Palette | Quantized, treatment: PruneConfig) -> Masked:
             dense.reshape(-1), *around, value.vector_size, n_zeros
         )
     else:
-        bitmask = kept(dense, treatment)
+        bitmask = bitmask_of(dense, treatment)
     mask = _core.unpack(bitmask, 1, dense.size).view(np.bool_).reshape(dense.shape)
     return masked(value, mask)
 
@@ -255,11 +250,10 @@ def _palettized_codes(value: Quantized, treatment: PalettizeConfig, channel_axis
     table = lut
     for axis, (n, m) in enumerate(zip(lut.shape, value.scale.shape, strict=False)):
         table = np.repeat(table, math.lcm(n, m) // n, axis)
-    offset = None if value.offset is None else value.offset[..., None, None]
     quantized = Quantized(
         codes=frozen(table.astype(value.codes.dtype)),
         scale=value.scale[..., None, None],
-        offset=offset,
+        offset=None if value.offset is None else value.offset[..., None, None],
         bits=8,
     )
     return replace(codes, lut=quantized)

@@ -232,12 +232,12 @@ def quantize(
     share = None if importance is None else checked_importance(importance, array.shape)
     settings = (*config.code_range, config.offset)
     if config.range == "minmax":
-        made = kernels.quantize(rows, *settings)
+        codes, scales, offsets = kernels.quantize(rows, *settings)
     elif share is None:
-        made = kernels.quantize_mse(rows, *settings)
+        codes, scales, offsets = kernels.quantize_mse(rows, *settings)
     else:
-        made = kernels.quantize_mse_weighted(rows, to_rows(share, block_shape), *settings)
-    codes, scales, offsets = made
+        shares = to_rows(share, block_shape)
+        codes, scales, offsets = kernels.quantize_mse_weighted(rows, shares, *settings)
     if not np.isfinite(scales).all():
         check_finite(array)
     if offsets is None and not config.signed:

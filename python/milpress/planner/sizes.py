@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -94,8 +93,3 @@ def _blank(weight: Weight, treatment: Treatment) -> Compressed:
         offset=np.zeros(grid, codes) if offset else None,
         bits=treatment.bits,
     )
-
-
-def dense_bytes(weight: Weight) -> int:
-    """Return how many bytes a weight takes as it came."""
-    return math.prod(weight.shape) * weight.dtype.bits // 8
