@@ -10,7 +10,7 @@ import pytest
 from command_line import failed, run
 
 import milpress
-from milpress.compression import treating, writer
+from milpress.compression import treating
 from milpress.errors import ConfigError, DestinationError
 from milpress.formats import Custom, PalettizeConfig, PerBlock, PruneConfig, QuantizeConfig
 from milpress.recipe import Recipe, Step
@@ -38,18 +38,18 @@ def files(package: Path) -> dict[str, bytes]:
 @pytest.fixture
 def interrupt(monkeypatch):
     """Return a function that lets so many weights be treated before it interrupts."""
-    treated = treating.treat
+    treated = treating._treat
 
     def after(n_weights: int) -> list[str]:
         names: list[str] = []
 
-        def count(order: Any, *rest: Any) -> Any:
+        def count(job: Any, *rest: Any) -> Any:
             if len(names) == n_weights:
                 raise KeyboardInterrupt
-            names.append(order.weight.name)
-            return treated(order, *rest)
+            names.append(job.weight.name)
+            return treated(job, *rest)
 
-        monkeypatch.setattr(writer, "treat", count)
+        monkeypatch.setattr(treating, "_treat", count)
         return names
 
     return after

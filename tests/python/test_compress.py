@@ -26,7 +26,6 @@ from milpress import formats as f
 from milpress.errors import UnsupportedError, VerificationError
 from milpress.mil import treatments
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weights
 
 EARLY = {
     "int8": f.QuantizeConfig(),
@@ -283,8 +282,8 @@ def test_shared_blobs_stay_shared(build, tmp_path):
     assert {w.name for w in report.with_status("compressed")} >= {"first/both", "second/both"}
     spec = Package(out)
     offsets = {}
-    for site in sites(spec):
-        for weight in weights(site.prefix, site.graph):
+    for graph in spec.graphs:
+        for weight in graph.weights:
             if weight.node.op.type == "constexpr_lut_to_dense":
                 value = weight.node.op.inputs["indices"].arguments[0].value
                 offsets[weight.name] = value.blobFileValue.offset
@@ -393,8 +392,8 @@ def tampered(source: Path, out: Path, change: Any) -> Path:
 
 
 def _flip(package: Package, parameter: str, byte: int = 0) -> None:
-    (site,) = sites(package)
-    for node in site.graph.nodes:
+    (graph,) = package.graphs
+    for node in graph.nodes:
         if node.op.type.startswith("constexpr_"):
             value = node.op.attributes[parameter]
             path = package.weight_path(value.blobFileValue.fileName)
@@ -405,8 +404,8 @@ def _flip(package: Package, parameter: str, byte: int = 0) -> None:
 
 
 def _flip_bias(package: Package) -> None:
-    (site,) = sites(package)
-    node = next(n for n in site.graph.nodes if n.name.endswith("conv3_bias_to_fp16"))
+    (graph,) = package.graphs
+    node = next(n for n in graph.nodes if n.name.endswith("conv3_bias_to_fp16"))
     value = node.op.attributes["val"]
     path = package.weight_path(value.blobFileValue.fileName)
     data = bytearray(path.read_bytes())
@@ -415,13 +414,13 @@ def _flip_bias(package: Package) -> None:
 
 
 def _rename_op(package: Package) -> None:
-    (site,) = sites(package)
-    next(n for n in site.graph.nodes if n.op.type == "relu").op.type = "relu6"
+    (graph,) = package.graphs
+    next(n for n in graph.nodes if n.op.type == "relu").op.type = "relu6"
 
 
 def _rewire(package: Package) -> None:
-    (site,) = sites(package)
-    convs = [n for n in site.graph.nodes if n.op.type == "conv"]
+    (graph,) = package.graphs
+    convs = [n for n in graph.nodes if n.op.type == "conv"]
     three, four = (c.op.inputs["weight"].arguments[0] for c in convs[2:4])
     four.name = three.name
 
@@ -470,8 +469,8 @@ def test_verify_finds_vectors_at_other_than_a_nearest_entry(build, tmp_path, set
     assert check.promise == "nearest"
 
     def change(package: Package) -> None:
-        (site,) = sites(package)
-        node = next(n for n in site.graph.nodes if n.op.type == "constexpr_lut_to_dense")
+        (graph,) = package.graphs
+        node = next(n for n in graph.nodes if n.op.type == "constexpr_lut_to_dense")
         where = node.op.inputs[parameter].arguments[0].value.blobFileValue
         path = package.weight_path(where.fileName)
         data = bytearray(path.read_bytes())

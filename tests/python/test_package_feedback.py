@@ -19,7 +19,7 @@ import milpress
 from milpress.calibration import second_moments
 from milpress.calibration.moments import calibrate
 from milpress.calibration.second_moments import SecondMoments
-from milpress.compression import treating, writer
+from milpress.compression import treating
 from milpress.errors import ConfigError
 from milpress.formats import PalettizeConfig, PerBlock, PruneConfig, QuantizeConfig
 from milpress.formats.error_feedback import factor_bytes
@@ -180,19 +180,19 @@ def test_a_package_is_the_same_on_any_number_of_threads_and_in_little_memory(cha
 
 def test_threads_wait_for_memory(chain, tmp_path, monkeypatch):
     at_once, most, lock = [], [], threading.Lock()
-    treated = treating.treat
+    treated = treating._treat
 
-    def counted(order: Any, *rest: Any) -> Any:
+    def counted(job: Any, *rest: Any) -> Any:
         with lock:
-            at_once.append(order)
+            at_once.append(job)
             most.append(len(at_once))
         time.sleep(0.02)  # others would come in meanwhile
-        made = treated(order, *rest)
+        made = treated(job, *rest)
         with lock:
-            at_once.remove(order)
+            at_once.remove(job)
         return made
 
-    monkeypatch.setattr(writer, "treat", counted)
+    monkeypatch.setattr(treating, "_treat", counted)
     milpress.compress(
         chain,
         tmp_path / "out.mlpackage",

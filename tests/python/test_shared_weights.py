@@ -18,7 +18,6 @@ from milpress.calibration.uses import Statistics
 from milpress.formats import PalettizeConfig, PruneConfig, QuantizeConfig
 from milpress.mil import treatments
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weights
 from milpress.recipe import Recipe
 
 N = 64
@@ -98,8 +97,8 @@ def test_feedback_lessens_the_error_of_lookups_and_layers_together(treatment, ti
 
 
 def weight_named(path: Path, name: str) -> Any:
-    for site in sites(Package(path)):
-        for weight in weights(site.prefix, site.graph):
+    for graph in Package(path).graphs:
+        for weight in graph.weights:
             if weight.name == name:
                 return weight
     raise AssertionError(name)

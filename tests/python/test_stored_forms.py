@@ -25,7 +25,6 @@ from milpress.mil import values
 from milpress.mil.graph import new_const
 from milpress.mil.package import Package
 from milpress.mil.schema import messages
-from milpress.mil.weights import sites, weights
 from milpress.recipe import Recipe, Step
 
 PALETTE = f.PalettizeConfig(bits=4)
@@ -340,8 +339,8 @@ def test_vectors_along_an_axis_from_the_end_go_through_every_command(tmp_path, s
 
 def assert_channels_lie_where_coremltools_has_them(prog: Any, path: Path) -> None:
     save(prog, path, "iOS18")
-    (site,) = sites(Package(path))
-    found = {one.name: one.channel_axes for one in weights(site.prefix, site.graph)}
+    (graph,) = Package(path).graphs
+    found = {one.name: one.channel_axes for one in graph.weights}
     consts = {op.name: op for op in prog.functions["main"].operations if op.name in found}
     assert consts
     for name, op in consts.items():

@@ -25,7 +25,6 @@ from milpress.formats import (
 )
 from milpress.interpreter import load
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weights
 from milpress.torch import _relayout
 from milpress.torch._weights import KINDS, weights_of
 
@@ -85,10 +84,7 @@ def compressed_weights(path) -> dict[str, np.ndarray]:
     """Return the weights of a package that it does not store densely."""
     package = Package(path)
     names = {
-        weight.name
-        for site in sites(package)
-        for weight in weights(site.prefix, site.graph)
-        if weight.is_compressed
+        weight.name for graph in package.graphs for weight in graph.weights if weight.is_compressed
     }
     return {name: value for name, value in decoded(path).items() if name in names}
 

@@ -19,9 +19,8 @@ from milpress.compression.verification import compare_packages
 from milpress.errors import PackageError, VerificationError
 from milpress.formats import sparse
 from milpress.mil import dtypes, treatments, values
-from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package
-from milpress.mil.weights import blob_values, sites, weights
+from milpress.mil.values import blob_values
 from milpress.recipe import Recipe, Step
 
 # Pruning
@@ -428,9 +427,9 @@ def test_a_mask_of_a_chain_is_stored_once(coding, build, tmp_path):
     recipe = Recipe(steps=(Step(treatment=PRUNE), Step(treatment=coding)))
     report = milpress.compress(build("shared"), out, recipe)
     package = Package(out)
-    (site,) = sites(package)
-    (weight,) = (each for each in weights("", site.graph) if each.name == "both_sparsified")
-    decoder = Decoder(site.graph, package)
+    (graph,) = package.graphs
+    (weight,) = (each for each in graph.weights if each.name == "both_sparsified")
+    decoder = graph.decoder
     places = {
         (stored.blobFileValue.offset, values.stored_type(stored).dtype.name)
         for node in (weight.node, *decoder.parts(weight.node))

@@ -16,12 +16,11 @@ import milpress
 from milpress import formats as f
 from milpress.compression.packages import save_package
 from milpress.compression.verification import compare_packages
-from milpress.compression.writer import Rewriter
+from milpress.compression.writer import WeightWriter
 from milpress.errors import PackageError, VerificationError, WeightError
 from milpress.mil import activations, dtypes, values
 from milpress.mil.package import Package
 from milpress.mil.staging import Counter
-from milpress.mil.weights import sites, weights
 from milpress.recipe import Recipe
 
 INT8 = f.QuantizeConfig()
@@ -153,13 +152,13 @@ def test_a_bias_that_others_use_too_stays_and_the_layer_gets_another(change, bui
     edited = Edited(build("layers", dtype="fp32"))
     change(edited)
     package = edited.reopened()
-    (site,) = sites(package)
-    (weight,) = (each for each in weights("", site.graph) if each.name == "linear_weight_0")
-    (layer,) = (node for node in site.graph.nodes if node.name == "linear")
-    bias, _ = site.graph.producer(layer, "bias")
+    (graph,) = package.graphs
+    (weight,) = (each for each in graph.weights if each.name == "linear_weight_0")
+    (layer,) = (node for node in graph.nodes if node.name == "linear")
+    bias, _ = graph.producer(layer, "bias")
     before = bias.op.SerializeToString(deterministic=True)
-    rewriter = Rewriter(package, Counter())
-    assert rewriter.correct(weight, layer, np.ones(96))
+    writer = WeightWriter(package, Counter(package))
+    assert writer.correct(weight, layer, np.ones(96))
     assert bias.op.SerializeToString(deterministic=True) == before
     assert use(layer.op, "bias").name != bias.name
 
@@ -172,12 +171,10 @@ def paired(build: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     """Return a model and one in which the inputs of its linear layers are quantized."""
     source, out = build("shared"), tmp_path_factory.mktemp("paired") / "out.mlpackage"
     package = Package(source)
-    (site,) = sites(package)
-    placement = activations.place(
-        site.graph, lambda node: "all" if node.op.type == "linear" else None
-    )
+    (graph,) = package.graphs
+    placement = activations.place(graph, lambda node: "all" if node.op.type == "linear" else None)
     parameters = activations.Parameters(np.float16(0.125), 3, "uint8")
-    pairs = activations.insert(site.graph, placement, lambda *_: parameters)
+    pairs = activations.insert(graph, placement, lambda *_: parameters)
     activations.record(package.model, activations.Record(pairs))
     save_package(package, out)
     assert milpress.verify(source, out).n_quantized == len(pairs) >= 3

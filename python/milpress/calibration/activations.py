@@ -17,12 +17,12 @@ from milpress.errors import ConfigError, InputError
 from milpress.formats import QuantizeConfig, quantize
 from milpress.formats.ranges import CalibrationConfig, Engine, Observer, Range
 from milpress.mil import activations as mil
-from milpress.mil import opset
+from milpress.mil import opset, raising
 from milpress.mil.activations import Parameters, Placement
 from milpress.mil.graph import Node
 from milpress.mil.joins import Value
 from milpress.mil.package import Package
-from milpress.mil.weights import Site, sites
+from milpress.mil.program import ProgramGraph
 from milpress.progress import Progress
 from milpress.samples.data import Data, RandomSamples, Samples, opened
 
@@ -91,7 +91,7 @@ def quantize_activations(
     calibration = calibration or CalibrationConfig()
     chosen = _chosen(package, function)
     notes = _raised(package, chosen)
-    jobs = [_Job(package, site, codes_of, calibration) for site in _sites(package, chosen)]
+    jobs = [_Job(graph, codes_of, calibration) for graph in _graphs(package, chosen)]
     observers = {name: observer for job in jobs for name, observer in job.observers.items()}
     with _engine(package, chosen, calibration.engine) as engine:
         n_samples = _observe(engine, samples, observers, taps_at_once, progress, notes)
@@ -99,7 +99,7 @@ def quantize_activations(
     before = len(made.pairs)
     for job in jobs:
         pairs = job.insert()
-        prefix = job.site.prefix
+        prefix = job.graph.prefix
         made.pairs.update({f"{prefix}{k}": f"{prefix}{v}" for k, v in pairs.items()})
     n_pairs = len(made.pairs) - before
     if n_pairs:
@@ -141,7 +141,7 @@ def _raised(package: Package, chosen: _Chosen) -> list[str]:
         raised = program.functions[chosen[program.place]]
         current = opset.by_name(raised.opset)
         if current < FIRST_OPSET:
-            opset.raise_to(program.model, raised, FIRST_OPSET, package)
+            raising.raise_to(program.model, raised, FIRST_OPSET, package)
             notes[f"raised from {current.target} to {FIRST_OPSET.target}"] = None
         package.model.specificationVersion = max(
             package.model.specificationVersion, program.model.specificationVersion
@@ -149,12 +149,11 @@ def _raised(package: Package, chosen: _Chosen) -> list[str]:
     return list(notes)
 
 
-def _sites(package: Package, chosen: _Chosen) -> list[Site]:
+def _graphs(package: Package, chosen: _Chosen) -> list[ProgramGraph]:
     return [
-        site
-        for site in sites(package)
-        if site.function_name == chosen[site.program.place]
-        and site.block is site.function.block_specializations[site.function.opset]
+        graph
+        for graph in package.graphs
+        if graph.function_name == chosen[graph.place] and graph.is_run
     ]
 
 
@@ -162,18 +161,18 @@ class _Job:
     """A graph whose activations are to be quantized, and what looks at them."""
 
     def __init__(
-        self, package: Package, site: Site, codes_of: CodesOf, calibration: CalibrationConfig
+        self, graph: ProgramGraph, codes_of: CodesOf, calibration: CalibrationConfig
     ) -> None:
         def setting_of(node: Node) -> QuantizeConfig | None:
             return codes_of(node.op_name, node.op.type)
 
-        self.site = site
+        self.graph = graph
         self.activations: list[Activation] = []
         self._calibration = calibration
-        self._placement: Placement[QuantizeConfig] = mil.place(site.graph, setting_of)
-        self._prefix = "".join(f"{part}/" for part in site.program.place)
+        self._placement: Placement[QuantizeConfig] = mil.place(graph, setting_of)
+        self._prefix = "".join(f"{part}/" for part in graph.place)
         self._wanted = self._placement.wanted
-        self._joining = Joining(site.graph, package, self._wanted)
+        self._joining = Joining(graph, self._wanted)
         self._observers = {value: calibration.observer() for value in self._joining.observed}
         self._unions: dict[tuple[Value, ...], Observer] = {}
         self._known: dict[tuple[Value, QuantizeConfig], Parameters | None] = {}
@@ -216,10 +215,10 @@ class _Job:
         codes = next((setting for settings in self._wanted.values() for setting in settings), None)
         if codes is not None:
             self._joining.settle(lambda group: self._range(group, codes), codes)
-        return mil.insert(self.site.graph, self._placement, self._parameters)
+        return mil.insert(self.graph, self._placement, self._parameters)
 
     def _named(self, value: Value | str) -> str:
-        return f"{self.site.prefix}{value if isinstance(value, str) else value.name}"
+        return f"{self.graph.prefix}{value if isinstance(value, str) else value.name}"
 
     def _range(self, group: Sequence[Value], codes: QuantizeConfig) -> Range | None:
         """Return the range of what several values were together."""

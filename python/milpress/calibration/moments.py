@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from milpress.engines.jobs import jobs_of
 from milpress.errors import CompressionError, ConfigError, InputError
 from milpress.mil.package import Package
-from milpress.mil.weights import weight_files
 from milpress.plain import json
 from milpress.plain.files import system_errors, write_whole
 from milpress.progress import Progress
@@ -281,7 +280,7 @@ def _checked(calibration: Calibration, package: Package) -> Calibration:
 def package_digest(package: Package) -> str:
     """Return a hash of a package's model and weights."""
     digest = hashlib.sha256(package.model_bytes)
-    for name in weight_files(package):
+    for name in package.weight_files:
         path = package.weight_path(name)
         with system_errors(path), path.open("rb") as file:
             while chunk := file.read(1 << 20):

@@ -11,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from milpress.calibration.moments import Calibration, LayerMoments, importance
-from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package
-from milpress.mil.weights import Weight, blob_places, sites, weights
+from milpress.mil.program import Weight
 
 # Of each op that multiplies parameters by what is computed: which ones.
 _MULTIPLIED = {
@@ -78,10 +77,9 @@ class Statistics:
             by_weight.setdefault(each.weight, []).append(each)
         self._uses: dict[str, _Uses] = {}
         twins: dict[Any, _Uses] = {}
-        for site in sites(package):
-            decoder = Decoder(site.graph, package)
-            for weight in weights(site.prefix, site.graph):
-                places = blob_places(decoder.stored_values(weight.node))
+        for graph in package.graphs:
+            for weight in graph.weights:
+                places = weight.places
                 key = (places, weight.shape) if places else weight.name
                 shared = twins.setdefault(key, _Uses())
                 _add_uses(shared, weight, by_weight.get(weight.name, ()))

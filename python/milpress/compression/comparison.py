@@ -15,11 +15,10 @@ from milpress.formats import Sparse
 from milpress.formats.fidelity import fidelity
 from milpress.kernels.threads import in_order
 from milpress.mil import values
-from milpress.mil.constexpr import Decoder, is_compressed, is_constexpr
+from milpress.mil.constexpr import is_compressed, is_constexpr
 from milpress.mil.graph import Graph, Node, Scope
-from milpress.mil.package import Package
+from milpress.mil.program import ProgramGraph
 from milpress.mil.treatments import Promise, Records, Step, bias_digest, promise_of
-from milpress.mil.weights import Site
 from milpress.show import decibels
 
 
@@ -75,17 +74,13 @@ class Comparison:
 
     def __init__(
         self,
-        left: Site,
-        right: Site,
-        original: Package,
-        compressed: Package,
+        left: ProgramGraph,
+        right: ProgramGraph,
         records: Records,
         before: Records,
     ) -> None:
         self._prefix = left.prefix
-        self._graphs = (left.graph, right.graph)
-        self._packages = (original, compressed)
-        self._decoders = (Decoder(left.graph, original), Decoder(right.graph, compressed))
+        self._graphs = (left, right)
         self._records = records
         self._before = before
         self._matches: dict[Node, Node] = {}
@@ -188,7 +183,7 @@ class Comparison:
         if after is None or after[0].op.type != "const":
             fail(f"{where}: the corrected bias must be a constant, got another")
         node = after[0]
-        tensor = self._decoders[1].dense(node)
+        tensor = self._graphs[1].decoder.dense(node)
         if bias_digest(tensor.values) != digest:
             fail(f"{where}: the corrected bias must be as recorded, got another")
         if before is not None and before[0].type != node.type:
@@ -214,8 +209,8 @@ class Comparison:
         else:
             types = [value.type.SerializeToString(deterministic=True) for value in (one, other)]
             payloads = [
-                values.read_payload(value, package)
-                for value, package in zip((one, other), self._packages, strict=True)
+                values.read_payload(value, graph.source)
+                for value, graph in zip((one, other), self._graphs, strict=True)
             ]
             same = types[0] == types[1] and np.array_equal(payloads[0], payloads[1])
         if not same:
@@ -261,7 +256,7 @@ class Comparison:
             return self._check_unchanged(one, other, name)
         if one.type != other.type:
             fail(f"{name}: the decoded weight must be {one.type}, got {other.type}")
-        source = self._decoders[0].dense(one).values
+        source = self._graphs[0].decoder.dense(one).values
         if not is_constexpr(other):
             return self._check_equal(source, other, name)
         if not self._records.by_source:
@@ -289,7 +284,7 @@ class Comparison:
         return record.steps[len(before) :]
 
     def _was_only_pruned(self, one: Node) -> bool:
-        return isinstance(self._decoders[0].value(one), Sparse)
+        return isinstance(self._graphs[0].decoder.value(one), Sparse)
 
     def _check_unchanged(self, one: Node, other: Node, name: str) -> int:
         if one.op.type != other.op.type or one.name != other.name or one.type != other.type:
@@ -300,7 +295,7 @@ class Comparison:
         )
 
     def _check_equal(self, source: Any, other: Node, name: str) -> WeightCheck:
-        decoded = self._decoders[1].dense(other).values
+        decoded = self._graphs[1].decoder.dense(other).values
         if source.dtype != decoded.dtype or source.tobytes() != decoded.tobytes():
             fail(f"{name}: the decompressed weight must be equal, got another")
         signal, noise, _ = fidelity(source, source)
@@ -308,8 +303,8 @@ class Comparison:
 
     def _check_unpromised(self, source: Any, other: Node, name: str) -> WeightCheck:
         """Report the error of a weight of which nothing is recorded."""
-        value = self._decoders[1].value(other)
-        decoded = self._decoders[1].dense(other).values if value is None else value.dense()
+        value = self._graphs[1].decoder.value(other)
+        decoded = self._graphs[1].decoder.dense(other).values if value is None else value.dense()
         kinds = [f"{array.dtype}{list(array.shape)}" for array in (source, decoded)]
         if kinds[0] != kinds[1]:
             fail(f"{name}: it must be decoded as {kinds[0]}, got {kinds[1]}")
@@ -320,7 +315,7 @@ class Comparison:
     def _check_promise(
         self, source: Any, other: Node, name: str, promise: Promise, steps: tuple[Step, ...]
     ) -> WeightCheck:
-        value = self._decoders[1].value(other)
+        value = self._graphs[1].decoder.value(other)
         if value is None:
             fail(f"{name}: the weight must be compressed as recorded, got {other.op.type}")
         signal, noise, wrong = judge(source, value, promise, steps)

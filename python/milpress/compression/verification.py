@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from milpress.compression.comparison import Comparison, WeightCheck, fail, paired
-from milpress.mil import activations, opset, treatments
+from milpress.mil import activations, opset, raising, treatments
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weight_files
 from milpress.plain.files import system_errors
 from milpress.show import decibels, escaped, human_snr, named_table
 
@@ -125,9 +124,9 @@ def compare_packages(original: Package, compressed: Package) -> Verification:
     _compare_rest(original, compressed)
     checks: list[WeightCheck] = []
     n_unchanged = n_corrected = 0
-    pairs = paired(list(sites(original)), list(sites(compressed)), "blocks of functions")
+    pairs = paired(list(original.graphs), list(compressed.graphs), "blocks of functions")
     for left, right in pairs:
-        comparison = Comparison(left, right, original, compressed, records, before)
+        comparison = Comparison(left, right, records, before)
         checks.extend(comparison.run())
         n_unchanged += comparison.n_unchanged
         n_corrected += comparison.n_corrected
@@ -158,7 +157,7 @@ def _without_pairs(original: Package, compressed: Package) -> int:
     for package, mine, other in zip((original, compressed), records, records[::-1], strict=True):
         pairs = {name: codes for name, codes in mine.items() if name not in other}
         found = (
-            [name for site in sites(package) for name, _ in activations.strip(site, pairs, package)]
+            [name for graph in package.graphs for name, _ in activations.strip(graph, pairs)]
             if pairs
             else []
         )
@@ -173,7 +172,7 @@ def _compare_files(original: Package, compressed: Package) -> None:
     """Check that all but the model and the weight files is the same, byte for byte."""
     listed = []
     for package in (original, compressed):
-        replaced = {package.weight_path(name) for name in weight_files(package)}
+        replaced = {package.weight_path(name) for name in package.weight_files}
         replaced.add(package.model_path)
         with system_errors(package.path):
             found = sorted(package.path.rglob("*"))
@@ -188,7 +187,7 @@ def _compare_files(original: Package, compressed: Package) -> None:
             }
         listed.append(files)
     weight_paths = {
-        original.weight_path(name).relative_to(original.path) for name in weight_files(original)
+        original.weight_path(name).relative_to(original.path) for name in original.weight_files
     }
     for path in sorted(listed[0] ^ listed[1]):
         if path not in weight_paths:
@@ -206,7 +205,7 @@ def _raise_like(original: Package, compressed: Package) -> None:
         for name, function in left.functions.items():
             target = opset.by_name(right.functions[name].opset)
             if target > opset.by_name(function.opset):
-                opset.raise_to(left.model, function, target, original)
+                raising.raise_to(left.model, function, target, original)
     root = compressed.model.specificationVersion
     if original.model.specificationVersion < root:
         original.model.specificationVersion = min(

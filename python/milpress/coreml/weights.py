@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from milpress.calibration.moments import Calibration
+from milpress.compression.advice import SampleSettings
 from milpress.compression.packages import (
     OnUnsupported,
-    SampleSettings,
     compress_package,
     decompress_package,
 )
 from milpress.compression.report import Report, WeightReport
-from milpress.coreml._requests import ConfigWishes, joint_needs_ios18
+from milpress.compression.run import Run
+from milpress.coreml._requests import ConfigRequests, joint_needs_ios18
 from milpress.coreml.config import (
     OpLinearQuantizerConfig,
     OpMagnitudePrunerConfig,
@@ -29,7 +30,6 @@ from milpress.errors import ConfigError
 from milpress.kernels.device import DeviceName
 from milpress.mil import opset
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weights
 from milpress.progress import Progress
 from milpress.samples.data import Data
 
@@ -96,15 +96,17 @@ def palettize_weights(
     PackageError
         If the model is damaged, or not made of ML programs.
     """
-    wishes = _wishes("palettize_weights", config, (OpPalettizerConfig,), joint_compression, seed)
+    requests = _requests(
+        "palettize_weights", config, (OpPalettizerConfig,), joint_compression, seed
+    )
     samples = SampleSettings.of(
         sample_data,
         cache=calibration_cache,
         mask=calibration_mask,
         bias_correction=bias_correction,
     )
-    settings = {"progress": progress, "threads": threads, "device": device, "samples": samples}
-    return _compressed(mlmodel, wishes, destination, on_unsupported, settings)
+    run = Run(progress=progress, threads=threads, device=device)
+    return _compressed(mlmodel, requests, destination, on_unsupported, samples, run)
 
 
 def linear_quantize_weights(
@@ -148,15 +150,15 @@ def linear_quantize_weights(
         As `palettize_weights` does.
     """
     allowed = (OpLinearQuantizerConfig,)
-    wishes = _wishes("linear_quantize_weights", config, allowed, joint_compression)
+    requests = _requests("linear_quantize_weights", config, allowed, joint_compression)
     samples = SampleSettings.of(
         sample_data,
         cache=calibration_cache,
         mask=calibration_mask,
         bias_correction=bias_correction,
     )
-    settings = {"progress": progress, "threads": threads, "device": device, "samples": samples}
-    return _compressed(mlmodel, wishes, destination, on_unsupported, settings)
+    run = Run(progress=progress, threads=threads, device=device)
+    return _compressed(mlmodel, requests, destination, on_unsupported, samples, run)
 
 
 def prune_weights(
@@ -195,9 +197,9 @@ def prune_weights(
         As `palettize_weights` does.
     """
     allowed = (OpMagnitudePrunerConfig, OpThresholdPrunerConfig)
-    wishes = _wishes("prune_weights", config, allowed, joint_compression)
-    settings = {"progress": progress, "threads": threads, "device": device}
-    return _compressed(mlmodel, wishes, destination, on_unsupported, settings)
+    requests = _requests("prune_weights", config, allowed, joint_compression)
+    run = Run(progress=progress, threads=threads, device=device)
+    return _compressed(mlmodel, requests, destination, on_unsupported, None, run)
 
 
 def decompress_weights(
@@ -226,49 +228,51 @@ def decompress_weights(
     return _written(
         mlmodel,
         destination,
-        lambda path: decompress_package(package, path, threads=threads, may_be_idle=True),
+        lambda path: decompress_package(package, path, Run(threads=threads), may_be_idle=True),
     )
 
 
-def _wishes(
+def _requests(
     function_name: str,
     config: Any,
     allowed: tuple[type[Any], ...],
     joint_compression: bool,
     seed: int = 0,
-) -> ConfigWishes:
+) -> ConfigRequests:
     ours = adopted(config)
     ours.check_types(*allowed, function=function_name)
-    return ConfigWishes(ours, joint=joint_compression, seed=seed)
+    return ConfigRequests(ours, joint=joint_compression, seed=seed)
 
 
 def _compressed(
     mlmodel: Any,
-    wishes: ConfigWishes,
+    requests: ConfigRequests,
     destination: Destination,
     on_unsupported: OnUnsupported,
-    settings: dict[str, Any],
+    samples: SampleSettings | None,
+    run: Run,
 ) -> Any:
     if on_unsupported not in ("leave", "error"):
         msg = f"on_unsupported must be 'leave' or 'error', got {on_unsupported!r}"
         raise ConfigError(msg)
     package = opened(mlmodel)
-    if wishes.joint and any(
+    if requests.joint and any(
         not opset.by_name(function.opset).has_blocks
         for program in package.programs
         for function in program.functions.values()
     ):
         raise joint_needs_ios18()
-    _warn_of_typos(package, wishes)
+    _warn_of_typos(package, requests)
 
     def compress(path: Path) -> Report:
         return compress_package(
             package,
             path,
-            wishes,
+            requests,
+            run,
             strict=on_unsupported == "error",
             may_be_idle=True,
-            **settings,
+            samples=samples,
         )
 
     return _written(mlmodel, destination, compress)
@@ -299,12 +303,12 @@ def _sentence(weight: WeightReport) -> str:
     return f"{weight.name}: {weight.note}. Skipped this op."
 
 
-def _warn_of_typos(package: Package, wishes: ConfigWishes) -> None:
+def _warn_of_typos(package: Package, requests: ConfigRequests) -> None:
     names: set[str] = set()
     op_types: set[str] = set()
-    for site in sites(package):
-        names.update(node.op_name for node in site.graph.nodes)
-        op_types.update(node.op.type for node in site.graph.nodes)
-        names.update(weight.name for weight in weights(site.prefix, site.graph))
-    for key in wishes.config.unmatched(names, op_types):
+    for graph in package.graphs:
+        names.update(node.op_name for node in graph.nodes)
+        op_types.update(node.op.type for node in graph.nodes)
+        names.update(weight.name for weight in graph.weights)
+    for key in requests.config.unmatched(names, op_types):
         _logger.warning("the config names %r, which nothing in the model matches", key)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from milpress.errors import InputError
 from milpress.mil.package import Package
-from milpress.mil.weights import sites
 from milpress.samples.data import Data, Samples
 
 if TYPE_CHECKING:
@@ -65,9 +64,8 @@ def jobs_of(package: Package, data: Data) -> Iterator[Job]:
 
 def _prefixes(package: Package, program: Program) -> dict[str, str]:
     found = {}
-    for site in sites(package):
-        place = "".join(f"{part}/" for part in site.program.place)
-        is_run = site.block == site.function.block_specializations[site.function.opset]
-        if program.functions.get(place) == site.function_name and is_run:
-            found[place] = site.prefix
+    for graph in package.graphs:
+        place = "".join(f"{part}/" for part in graph.place)
+        if program.functions.get(place) == graph.function_name and graph.is_run:
+            found[place] = graph.prefix
     return found

@@ -176,7 +176,7 @@ class Grid:
 
     def round(self, panel: Panel, kept: NDArray[np.uint8] | None, n_m: tuple[int, int]) -> Rounded:
         """Round a panel; return weights, codes, errors and what is left of it."""
-        return _core.compensate(panel.weights, panel.factor, kept, *n_m)
+        return _core.error_feedback(panel.weights, panel.factor, kept, *n_m)
 
 
 class Integers(Grid):
@@ -232,7 +232,7 @@ class Integers(Grid):
     def round(self, panel: Panel, kept: NDArray[np.uint8] | None, n_m: tuple[int, int]) -> Rounded:
         if self._are_blocks_in_turn and panel.begin % self._block_width == 0:
             self._set_range(panel.g, panel.begin, panel.pending)
-        return _core.compensate_linear(
+        return _core.error_feedback_linear(
             panel.weights,
             panel.factor,
             self._scales[panel.g],
@@ -253,7 +253,8 @@ class Integers(Grid):
         """Return the scale and offset of each row."""
         middle = 2 ** (self._bits - 1)
         if self._treatment.range == "mse":
-            _, scale, signed = _core.quantize_mse(rows, -middle, middle - 1, self._treatment.offset)
+            has_offset = self._treatment.offset
+            _, scale, signed = _core.quantize_mse(rows, None, -middle, middle - 1, has_offset)
             shift = np.zeros(len(rows), np.int8) if signed is None else signed
             return self._as_stored(scale), shift.astype(np.float32) + np.float32(middle)
         high = np.maximum(rows.max(axis=1), 0)
@@ -295,7 +296,7 @@ class Tables(Grid):
         self._group_width = np.uint32(math.prod(shape[2:]) * group_shape[1])
 
     def round(self, panel: Panel, kept: NDArray[np.uint8] | None, n_m: tuple[int, int]) -> Rounded:
-        return _core.compensate_lut(
+        return _core.error_feedback_lut(
             panel.weights,
             panel.factor,
             self._luts,

@@ -337,8 +337,8 @@ def _fitted(
         luts = np.stack([np.pad(table, (0, 2**bits - len(table)), "edge") for table in tables])
     else:
         row_importance = None if importance is None else to_rows(importance, group_shape)
-        luts = kernels_for(None).kmeans1d(rows, 2**bits, row_importance)
-    codes = kernels_for(None).lut_assign(rows, luts)
+        luts = kernels_for(None).dispatch(_core.kmeans1d)(rows, 2**bits, row_importance)
+    codes = kernels_for(None).dispatch(_core.lut_assign)(rows, luts)
     return _palette(codes, luts[..., None], array.shape, group_shape, bits)
 
 
@@ -370,7 +370,7 @@ def _vectors(
         if importance is not None:
             share = split_vectors(importance, size, axis, group_shape)[1].mean(axis=-1)
         seed = config.table.seed if isinstance(config.table, KMeans) else 0
-        flat, codes = kernels_for(None).kmeans_vector(
+        flat, codes = kernels_for(None).dispatch(_core.kmeans_vector)(
             rows.reshape(n_groups, -1), 2**bits, size, seed, share
         )
         luts = flat.reshape(n_groups, 2**bits, size)
@@ -504,6 +504,7 @@ def fold(palette: Palette, scale: NDArray[Any], output: int, like: Floats | None
 def reassigned(palette: Palette, array: Floats) -> Palette:
     """Return the palette of single values with each index naming the entry nearest to a weight."""
     _, luts = palette.rows()
-    codes = kernels_for(None).lut_assign(to_rows(array, palette.group_shape), luts)
+    rows = to_rows(array, palette.group_shape)
+    codes = kernels_for(None).dispatch(_core.lut_assign)(rows, luts)
     codes = from_rows(codes, palette.codes.shape, palette.group_shape)
     return replace(palette, codes=frozen(codes), vector_axis=None)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from google.protobuf.message import DecodeError
 
@@ -18,7 +19,10 @@ from milpress.errors import (
     PackageNotFoundError,
 )
 from milpress.mil.dtypes import DType
+from milpress.mil.graph import all_ops
+from milpress.mil.program import Program, ProgramGraph, Weight
 from milpress.mil.schema import count_messages, memory_of, messages
+from milpress.mil.values import blob_values
 from milpress.plain.files import system_errors
 
 # The largest seen has 7 MB.
@@ -30,21 +34,6 @@ _FREE_MEMORY = 16 << 20
 MAX_MANIFEST_BYTES = 1 << 20
 _MAX_PIPELINE_DEPTH = 8
 _MODEL_PATH = "@model_path/"
-
-
-class Program(NamedTuple):
-    """One ML program of a package, and where in a pipeline it stands.
-
-    ``place`` is empty for a package that is one program, else the names of the pipeline's models.
-    """
-
-    place: tuple[str, ...]
-    model: Any
-
-    @property
-    def functions(self) -> dict[str, Any]:
-        """The functions, in the order of their names."""
-        return dict(sorted(self.model.mlProgram.functions.items()))
 
 
 class Package:
@@ -72,7 +61,7 @@ class Package:
     def __init__(self, path: str | os.PathLike[str], *, model_bytes: bytes | None = None) -> None:
         self.path = Path(path)
         self.retyped: dict[tuple[str, int], DType] = {}
-        self.weight_files: tuple[str, ...] | None = None
+        self._graphs: tuple[ProgramGraph, ...] | None = None
         self._readers: dict[str, _core.BlobReader] = {}
         with system_errors(self.path):
             _check_kind(self.path)
@@ -88,6 +77,49 @@ class Package:
     def reopened(self) -> Package:
         """Return the package as it was opened, without what has been done to its model since."""
         return Package(self.path, model_bytes=self.model_bytes)
+
+    @property
+    def graphs(self) -> tuple[ProgramGraph, ...]:
+        """The graph of every block of every function, in an order that the file does not give.
+
+        They are made once, and anew where `Graph.apply` has changed one.
+
+        Raises
+        ------
+        PackageError
+            If a function has no block, or an op uses a value that nothing defines.
+        """
+        if self._graphs is None:
+            self._graphs = tuple(
+                graph for program in self.programs for graph in _graphs_of(program, self)
+            )
+        elif any(graph.is_applied for graph in self._graphs):
+            self._graphs = tuple(
+                graph.anew() if graph.is_applied else graph for graph in self._graphs
+            )
+        return self._graphs
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """The weights of all graphs, in order."""
+        return tuple(weight for graph in self.graphs for weight in graph.weights)
+
+    @functools.cached_property
+    def weight_files(self) -> tuple[str, ...]:
+        """The weight files that the model names, each once, sorted."""
+        names = {
+            value.blobFileValue.fileName
+            for program in self.programs
+            for function in program.functions.values()
+            for block in function.block_specializations.values()
+            for op in all_ops(block)
+            for value in blob_values(op)
+        }
+        return tuple(sorted(names))
+
+    def forget_graphs(self) -> None:
+        """Make the graphs anew when they are asked for: functions have other blocks now."""
+        self._graphs = None
 
     def reader(self, file_name: str) -> _core.BlobReader:
         """Return the reader of a weight file, by the name that the model gives it."""
@@ -140,6 +172,26 @@ class Package:
             msg = f"{self.path}: the package must contain {path.relative_to(self.path)}, got none"
             raise PackageError(msg)
         return path
+
+
+def _graphs_of(program: Program, package: Package) -> Iterator[ProgramGraph]:
+    functions = program.functions
+    for name, function in functions.items():
+        above = (*program.place, name) if len(functions) > 1 else program.place
+        specializations = sorted(function.block_specializations.items())
+        if not specializations:
+            msg = f"{package.path}: function {name!r} must have a block, got none"
+            raise PackageError(msg)
+        for opset_name, block in specializations:
+            shown = (*above, opset_name) if len(specializations) > 1 else above
+            yield ProgramGraph(
+                function,
+                block,
+                package,
+                place=program.place,
+                function_name=name,
+                prefix="".join(f"{part}/" for part in shown),
+            )
 
 
 def n_package_bytes(path: Path) -> int:

@@ -19,13 +19,31 @@ from milpress.errors import (
     PackageNotFoundError,
     StorageError,
 )
-from milpress.mil.package import Package
+from milpress.mil.package import Package, n_package_bytes
 from milpress.plain import files
 from milpress.plain.files import system_errors
 
 
 class Sink(Protocol):
-    """Where weight files go."""
+    """Where a package goes.
+
+    ``path`` is where it is before it is at its destination, ``None`` if nothing is written;
+    ``n_bytes`` is its size once it is finished.
+    """
+
+    @property
+    def path(self) -> Path | None:
+        """Where it is by now."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Its size."""
+
+    def finish(self, model: Any) -> None:
+        """Write the model and close the weight files."""
+
+    def commit(self) -> None:
+        """Move the package to its destination."""
 
     def write(self, file_name: str, dtype: int, data: NDArray[np.uint8], padding_bits: int) -> int:
         """Append a blob and return its offset."""
@@ -44,13 +62,24 @@ class Sink(Protocol):
 class Counter:
     """A sink that only adds up sizes, for a dry run."""
 
-    def __init__(self) -> None:
+    path = None
+
+    def __init__(self, package: Package) -> None:
         self._ends: dict[str, int] = {}
+        replaced = {package.model_path, *map(package.weight_path, package.weight_files)}
+        self._rest = n_package_bytes(package.path) - sum(p.stat().st_size for p in replaced)
 
     @property
     def n_bytes(self) -> int:
-        """Size of all weight files."""
-        return sum(self._ends.values())
+        """Size of the package."""
+        return self._rest + sum(self._ends.values())
+
+    def finish(self, model: Any) -> None:
+        """Count the model."""
+        self._rest += model.ByteSize()
+
+    def commit(self) -> None:
+        """Do nothing."""
 
     def write(
         self,
@@ -167,6 +196,11 @@ class Staged:
             if self._destination.exists():
                 self._destination.rename(self._folder / "previous.mlpackage")
             self.path.rename(self._destination)
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of the package as it is written."""
+        return n_package_bytes(self.path)
 
     def _path_of(self, source_path: Path) -> Path:
         return self.path / source_path.relative_to(self._source.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 import milpress._core as _core
 from milpress.errors import PackageError
-from milpress.mil import dtypes
+from milpress.mil import dtypes, values
 from milpress.mil.dtypes import DType
 from milpress.mil.schema import messages
 
@@ -277,3 +278,23 @@ def read_scalar(value: Any) -> Any:
         return None
     numbers = getattr(tensor, field).values
     return numbers[0] if len(numbers) == 1 else None
+
+
+def blob_values(op: Any) -> Iterator[Any]:
+    """Yield every value of an op that is stored in a weight file."""
+    for _, value in sorted(op.attributes.items()):
+        if values.is_blob(value):
+            yield value
+    for _, argument in sorted(op.inputs.items()):
+        for binding in argument.arguments:
+            if binding.WhichOneof("choice") == "value" and values.is_blob(binding.value):
+                yield binding.value
+
+
+def blob_places(stored: Sequence[Any]) -> tuple[tuple[str, int], ...]:
+    """Return where in which weight files some values are stored."""
+    return tuple(
+        (value.blobFileValue.fileName, value.blobFileValue.offset)
+        for value in stored
+        if values.is_blob(value)
+    )

@@ -15,9 +15,8 @@ from milpress.errors import UnsupportedError
 from milpress.formats import compress
 from milpress.kernels.threads import in_order
 from milpress.mil.package import Package
-from milpress.mil.weights import weight_files
 from milpress.planner.cache import ScoreCache, cache_key
-from milpress.planner.groups import WeightGroup
+from milpress.planner.groups import WeightGroup, axes_of
 from milpress.planner.menu import KEEP
 from milpress.progress import Progress
 from milpress.recipe import treatment_dict
@@ -261,7 +260,7 @@ def _mean(numbers: Sequence[float]) -> float:
 def _digest(package: Package) -> str:
     """Return a hash of a package's model and weights."""
     digest = hashlib.sha256(package.model_bytes)
-    for name in weight_files(package):
+    for name in package.weight_files:
         with package.weight_path(name).open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
@@ -277,10 +276,10 @@ class _Function(NamedTuple):
     def names(self, group: WeightGroup) -> dict[int, list[str]]:
         """Return the names of a group's weights in what is run, by the place of their twin."""
         names: dict[int, list[str]] = {}
-        for i, member in enumerate(group.members):
-            model = self.models.get(member.weight.prefix)
-            if model is not None and self.error.has(model + member.weight.node.name):
-                names.setdefault(group.twin(i), []).append(model + member.weight.node.name)
+        for i, weight in enumerate(group.weights):
+            model = self.models.get(weight.prefix)
+            if model is not None and self.error.has(model + weight.node.name):
+                names.setdefault(group.twin(i), []).append(model + weight.node.name)
         return names
 
 
@@ -319,7 +318,7 @@ class _Model:
         for function in self._functions:
             weights: dict[str, NDArray[Any]] = {}
             for i, twins in function.names(group).items():
-                weights |= dict.fromkeys(twins, _treated(group, i, name, group.members[i].array()))
+                weights |= dict.fromkeys(twins, _treated(group, i, name, group.weights[i].dense()))
             if weights:
                 total += function.error.error(weights)
         return total / len(self._functions)
@@ -349,7 +348,7 @@ class _Model:
         for function in self._functions:
             names = [function.names(group) for group in groups]
             places = [(k, i) for k, some in enumerate(names) for i in some]
-            weights = [(names[k][i], groups[k].members[i].axes[0]) for k, i in places]
+            weights = [(names[k][i], axes_of(groups[k].weights[i])[0]) for k, i in places]
             each = function.error.gradients(weights, self._note)
             for (k, i), new in zip(places, each, strict=True):
                 gradients[k][i] = gradients[k][i].plus(new) if i in gradients[k] else new
@@ -365,16 +364,16 @@ def _first_order(
 ) -> dict[str, float]:
     errors = dict.fromkeys(group.scores, 0.0)
     for i, gradient in gradients.items():
-        array = group.members[i].array()
+        array = group.weights[i].dense()
         weight = array.astype(np.float32)
         for name in errors:
             change = _treated(group, i, name, array).astype(np.float32) - weight
-            error = gradient.error(weight, change, group.members[i].axes[0])
+            error = gradient.error(weight, change, axes_of(group.weights[i])[0])
             errors[name] += error / n_functions
     return errors
 
 
 def _treated(group: WeightGroup, i: int, name: str, array: NDArray[Any]) -> NDArray[Any]:
-    output, inputs = group.members[i].axes
+    output, inputs = axes_of(group.weights[i])
     treatment = group.choices[name].treatments[i]
     return compress(array, treatment, channel_axis=output, input_axis=inputs).dense()

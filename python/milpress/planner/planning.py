@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.kernels.threads import thread_limit
-from milpress.mil.opset import raise_opsets
 from milpress.mil.package import Package
+from milpress.mil.raising import raise_opsets
 from milpress.planner import cache
 from milpress.planner.cache import ScoreCache
 from milpress.planner.groups import WeightGroup, groups_of

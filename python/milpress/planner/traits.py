@@ -18,8 +18,8 @@ from milpress.formats import (
 )
 from milpress.mil import values
 from milpress.mil.graph import Graph, Node
+from milpress.mil.program import Weight
 from milpress.mil.values import TensorType
-from milpress.mil.weights import Weight
 
 _SPARSE = "constexpr_sparse_to_dense"
 _SHIFT_SCALES = ("constexpr_blockwise_shift_scale", "constexpr_sparse_blockwise_shift_scale")
@@ -112,12 +112,9 @@ def traits_of(weight: Weight, *, stateful: bool = False) -> Traits:
 
 
 def traits_after(
-    weight: Weight, treatments: Sequence[Treatment], *, early: bool, stateful: bool = False
+    weight: Weight, treatments: Sequence[Treatment], *, stateful: bool = False
 ) -> Traits:
-    """Return the traits that a dense weight will have once it is treated.
-
-    ``early`` says that its program's opset is below CoreML8.
-    """
+    """Return the traits that a dense weight will have once it is treated."""
     traits = Traits(
         dtype=weight.dtype.name,
         used_by=weight.op_types,
@@ -141,7 +138,8 @@ def traits_after(
                 **_table_grid(weight, treatment),
             )
         else:
-            decoder = "affine_dequantize" if early else "blockwise_shift_scale"
+            has_blocks = weight.graph.opset.has_blocks
+            decoder = "blockwise_shift_scale" if has_blocks else "affine_dequantize"
             traits = replace(
                 traits,
                 form=f"{sparse}quantized",

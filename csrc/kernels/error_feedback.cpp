@@ -1,4 +1,4 @@
-#include "kernels/compensate.h"
+#include "kernels/error_feedback.h"
 
 #include <algorithm>
 #include <bit>
@@ -9,24 +9,18 @@
 #include "core/check.h"
 #include "core/parallel.h"
 #include "core/vectorize.h"
+#include "kernels/linear_step.h"
 #include "kernels/lut_assign.h"
 
 namespace milpress {
 namespace {
 
-constexpr std::size_t kMaxEntries = 256;   // a code is one byte
 constexpr std::size_t kGrain = 4'194'304;  // updates of weights that a thread makes at a time
 
 struct Rounded {
   float value;
   std::uint8_t code;
 };
-
-// The nearest integer, ties to even; exact below 2^22.
-constexpr float round_even(float value) {
-  constexpr float kMagic = 0x1.8p23F;
-  return (value + kMagic) - kMagic;
-}
 
 constexpr float clamp(float value, float low, float high) {
   value = value > low ? value : low;
@@ -92,11 +86,11 @@ void choose(const float* weights, const MatrixView<const float>& factor, std::si
 
 // Rows `begin` to `end`. A row depends on no other.
 template <typename Rounder>
-MILPRESS_VECTORIZE void compensate_rows(const Rounder& rounder, MatrixView<const float> factor,
-                                        Pruning pruning, MatrixView<float> weights,
-                                        MatrixView<std::uint8_t> kept,
-                                        MatrixView<std::uint8_t> codes, MatrixView<float> errors,
-                                        std::size_t begin, std::size_t end) {
+MILPRESS_VECTORIZE void feed_back_rows(const Rounder& rounder, MatrixView<const float> factor,
+                                       Pruning pruning, MatrixView<float> weights,
+                                       MatrixView<std::uint8_t> kept,
+                                       MatrixView<std::uint8_t> codes, MatrixView<float> errors,
+                                       std::size_t begin, std::size_t end) {
   const std::size_t n = factor.n_cols;
   for (std::size_t row = begin; row < end; ++row) {
     float* const weight = weights.data + row * n;
@@ -122,11 +116,6 @@ MILPRESS_VECTORIZE void compensate_rows(const Rounder& rounder, MatrixView<const
   }
 }
 
-template <typename Element>
-bool has_shape(const MatrixView<Element>& matrix, std::size_t n_rows, std::size_t n_cols) {
-  return matrix.n_rows == n_rows && matrix.n_cols == n_cols;
-}
-
 void check_groups(std::span<const std::uint32_t> groups, std::size_t n_cols, std::size_t n_groups) {
   check(groups.size() == n_cols, "groups must have ", n_cols, " elements, one a column, got ",
         groups.size());
@@ -135,34 +124,34 @@ void check_groups(std::span<const std::uint32_t> groups, std::size_t n_cols, std
 }
 
 template <typename Rounder>
-void compensate_by(const Rounder& rounder, MatrixView<const float> factor, Pruning pruning,
-                   MatrixView<float> weights, MatrixView<std::uint8_t> kept,
-                   MatrixView<std::uint8_t> codes, MatrixView<float> errors) {
+void feed_back(const Rounder& rounder, MatrixView<const float> factor, Pruning pruning,
+               MatrixView<float> weights, MatrixView<std::uint8_t> kept,
+               MatrixView<std::uint8_t> codes, MatrixView<float> errors) {
   const std::size_t work = std::max<std::size_t>(1, factor.n_cols * factor.n_cols / 2);
   parallel_for(weights.n_rows, std::max<std::size_t>(1, kGrain / work),
                [&](std::size_t begin, std::size_t end) {
-                 compensate_rows(rounder, factor, pruning, weights, kept, codes, errors, begin,
-                                 end);
+                 feed_back_rows(rounder, factor, pruning, weights, kept, codes, errors, begin, end);
                });
 }
 
 }  // namespace
 
 template <typename Grid>
-void compensate(MatrixView<const float> factor, const Grid& grid, Pruning pruning,
-                MatrixView<float> weights, MatrixView<std::uint8_t> kept,
-                MatrixView<std::uint8_t> codes, MatrixView<float> errors) {
+void error_feedback(MatrixView<const float> factor, const Grid& grid, Pruning pruning,
+                    MatrixView<float> weights, MatrixView<std::uint8_t> kept,
+                    MatrixView<std::uint8_t> codes, MatrixView<float> errors) {
   const std::size_t n_rows = weights.n_rows;
   const std::size_t n_cols = weights.n_cols;
-  check(has_shape(factor, n_cols, n_cols), "factor must be ", n_cols, " x ", n_cols, ", got ",
-        factor.n_rows, " x ", factor.n_cols);
+  check(factor.n_rows == n_cols && factor.n_cols == n_cols, "factor must be ", n_cols, " x ",
+        n_cols, ", got ", factor.n_rows, " x ", factor.n_cols);
   for (std::size_t i = 0; i < n_cols; ++i) {
     check(factor.data[i * n_cols + i] > 0, "the diagonal of factor must be positive, got ",
           factor.data[i * n_cols + i], " at ", i);
   }
-  check(has_shape(errors, n_rows, n_cols), "errors must have the shape of weights");
-  check(has_shape(kept, n_rows, n_cols) || (kept.size() == 0 && pruning.m == 0),
-        "kept must have the shape of weights");
+  check_shape("errors", errors, "weights", n_rows, n_cols);
+  if (kept.size() > 0 || pruning.m > 0) {
+    check_shape("kept", kept, "weights", n_rows, n_cols);
+  }
   check(pruning.n <= pruning.m, "pruning must be n of m, n not above m, got ", pruning.n, " of ",
         pruning.m);
   if (n_rows == 0 || n_cols == 0) {
@@ -170,19 +159,20 @@ void compensate(MatrixView<const float> factor, const Grid& grid, Pruning prunin
   }
   if constexpr (std::is_same_v<Grid, NoGrid>) {
     check(codes.size() == 0, "codes must be empty without a grid");
-    compensate_by(NoRounder{}, factor, pruning, weights, kept, MatrixView<std::uint8_t>{}, errors);
+    feed_back(NoRounder{}, factor, pruning, weights, kept, MatrixView<std::uint8_t>{}, errors);
     return;
   } else {
-    check(has_shape(codes, n_rows, n_cols), "codes must have the shape of weights");
+    check_shape("codes", codes, "weights", n_rows, n_cols);
   }
   if constexpr (std::is_same_v<Grid, LinearGrid>) {
     const std::size_t n_groups = grid.scales.n_cols;
-    check(grid.scales.n_rows == n_rows && has_shape(grid.offsets, n_rows, n_groups),
-          "scales and offsets must have ", n_rows, " rows and as many columns");
+    check(grid.scales.n_rows == n_rows, "scales must have ", n_rows, " rows, got ",
+          grid.scales.n_rows);
+    check_shape("offsets", grid.offsets, "scales", n_rows, n_groups);
     check(grid.code_max >= 0 && grid.code_max <= 255, "code_max must be from 0 to 255, got ",
           grid.code_max);
     check_groups(grid.groups, n_cols, n_groups);
-    compensate_by(LinearRounder{grid}, factor, pruning, weights, kept, codes, errors);
+    feed_back(LinearRounder{grid}, factor, pruning, weights, kept, codes, errors);
   }
   if constexpr (std::is_same_v<Grid, TableGrid>) {
     const std::size_t n_entries = grid.luts.n_cols;
@@ -203,16 +193,18 @@ void compensate(MatrixView<const float> factor, const Grid& grid, Pruning prunin
       std::copy_n(table.begin(), n_entries - 1,
                   midpoints.begin() + static_cast<std::ptrdiff_t>(i * n_midpoints));
     }
-    compensate_by(TableRounder{grid, midpoints, n_midpoints}, factor, pruning, weights, kept, codes,
-                  errors);
+    feed_back(TableRounder{grid, midpoints, n_midpoints}, factor, pruning, weights, kept, codes,
+              errors);
   }
 }
 
-template void compensate(MatrixView<const float>, const LinearGrid&, Pruning, MatrixView<float>,
-                         MatrixView<std::uint8_t>, MatrixView<std::uint8_t>, MatrixView<float>);
-template void compensate(MatrixView<const float>, const TableGrid&, Pruning, MatrixView<float>,
-                         MatrixView<std::uint8_t>, MatrixView<std::uint8_t>, MatrixView<float>);
-template void compensate(MatrixView<const float>, const NoGrid&, Pruning, MatrixView<float>,
-                         MatrixView<std::uint8_t>, MatrixView<std::uint8_t>, MatrixView<float>);
+#define MILPRESS_INSTANTIATE(Grid)                                                               \
+  template void error_feedback(MatrixView<const float>, const Grid&, Pruning, MatrixView<float>, \
+                               MatrixView<std::uint8_t>, MatrixView<std::uint8_t>,               \
+                               MatrixView<float>);
+
+MILPRESS_INSTANTIATE(LinearGrid)
+MILPRESS_INSTANTIATE(TableGrid)
+MILPRESS_INSTANTIATE(NoGrid)
 
 }  // namespace milpress

@@ -51,8 +51,8 @@ struct Pruning {
 /// Weights and factor are finite. Quotients are rounded half to even; a weight halfway between two
 /// entries takes the lower one. The result does not depend on the core count.
 template <typename Grid>
-void compensate(MatrixView<const float> factor, const Grid& grid, Pruning pruning,
-                MatrixView<float> weights, MatrixView<std::uint8_t> kept,
-                MatrixView<std::uint8_t> codes, MatrixView<float> errors);
+void error_feedback(MatrixView<const float> factor, const Grid& grid, Pruning pruning,
+                    MatrixView<float> weights, MatrixView<std::uint8_t> kept,
+                    MatrixView<std::uint8_t> codes, MatrixView<float> errors);
 
 }  // namespace milpress

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "core/parallel.h"
-#include "kernels/compensate.h"
+#include "kernels/error_feedback.h"
 
 namespace milpress {
 namespace {
@@ -63,9 +63,9 @@ Result run(const Case& given, const Grid& grid, Pruning pruning = {},
     return data.empty() ? MatrixView<Element>{}
                         : MatrixView<Element>{data.data(), given.n_rows, given.n_cols};
   };
-  compensate<Grid>({given.factor.data(), given.n_cols, given.n_cols}, grid, pruning,
-                   shaped(result.weights), shaped(result.kept), shaped(result.codes),
-                   shaped(result.errors));
+  error_feedback<Grid>({given.factor.data(), given.n_cols, given.n_cols}, grid, pruning,
+                       shaped(result.weights), shaped(result.kept), shaped(result.codes),
+                       shaped(result.errors));
   return result;
 }
 
@@ -300,8 +300,8 @@ TEST_CASE("shapes that don't fit and factors that are none are refused") {
   const std::vector<std::uint32_t> groups{0, 0, 0};
   const auto call = [&](const LinearGrid& grid, const std::vector<float>& factor,
                         std::size_t n_codes, Pruning pruning) {
-    compensate<LinearGrid>({factor.data(), 3, 3}, grid, pruning, {weights.data(), 2, 3}, {},
-                           {codes.data(), 2, n_codes}, {errors.data(), 2, 3});
+    error_feedback<LinearGrid>({factor.data(), 3, 3}, grid, pruning, {weights.data(), 2, 3}, {},
+                               {codes.data(), 2, n_codes}, {errors.data(), 2, 3});
   };
   const LinearGrid good{{scales.data(), 2, 1}, {offsets.data(), 2, 1}, groups, 15};
   CHECK_NOTHROW(call(good, given.factor, 3, {}));

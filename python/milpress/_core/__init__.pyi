@@ -4,12 +4,13 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from milpress._core import metal as metal
+
 _Float = TypeVar("_Float", bound=np.floating[Any])
 _Code = TypeVar("_Code", np.int8, np.uint8)
 _Bytes = NDArray[np.uint8]
 
 class BlobError(ValueError): ...
-class DeviceError(RuntimeError): ...
 
 class BlobInfo:
     def __init__(self, *args: object, **kwargs: object) -> None: ...
@@ -53,16 +54,13 @@ def quantize(
     weights: NDArray[_Float], code_min: int, code_max: int, fit_offset: bool
 ) -> tuple[NDArray[np.int8] | _Bytes, NDArray[_Float], NDArray[np.int8] | _Bytes | None]: ...
 def quantize_mse(
-    weights: NDArray[_Float], code_min: int, code_max: int, fit_offset: bool
-) -> tuple[NDArray[np.int8] | _Bytes, NDArray[_Float], NDArray[np.int8] | _Bytes | None]: ...
-def quantize_mse_weighted(
     weights: NDArray[_Float],
-    importance: NDArray[np.float32],
+    importance: NDArray[np.float32] | None,
     code_min: int,
     code_max: int,
     fit_offset: bool,
 ) -> tuple[NDArray[np.int8] | _Bytes, NDArray[_Float], NDArray[np.int8] | _Bytes | None]: ...
-def compensate_linear(
+def error_feedback_linear(
     weights: NDArray[np.float32],
     factor: NDArray[np.float32],
     scales: NDArray[np.float32],
@@ -73,7 +71,7 @@ def compensate_linear(
     n: int,
     m: int,
 ) -> tuple[NDArray[np.float32], _Bytes, NDArray[np.float32], _Bytes]: ...
-def compensate_lut(
+def error_feedback_lut(
     weights: NDArray[np.float32],
     factor: NDArray[np.float32],
     luts: NDArray[np.float32],
@@ -83,7 +81,7 @@ def compensate_lut(
     n: int,
     m: int,
 ) -> tuple[NDArray[np.float32], _Bytes, NDArray[np.float32], _Bytes]: ...
-def compensate(
+def error_feedback(
     weights: NDArray[np.float32],
     factor: NDArray[np.float32],
     kept: _Bytes | None,
@@ -129,23 +127,5 @@ def compare_vectors(
 def compare_sparse(
     source: NDArray[_Float], bitmask: _Bytes, nonzeros: NDArray[_Float]
 ) -> tuple[float, float, int, int, int, float, float]: ...
-def metal_device() -> tuple[str, str]: ...
-def metal_self_test() -> str: ...
-def metal_kmeans1d(
-    weights: NDArray[_Float], n_entries: int, importance: NDArray[np.float32] | None
-) -> NDArray[_Float]: ...
-def metal_lut_assign(weights: NDArray[_Float], luts: NDArray[_Float]) -> _Bytes: ...
-def metal_quantize(
-    weights: NDArray[_Float], code_min: int, code_max: int, fit_offset: bool
-) -> tuple[NDArray[np.int8] | _Bytes, NDArray[_Float], NDArray[np.int8] | _Bytes | None]: ...
-def metal_quantize_mse(
-    weights: NDArray[_Float], code_min: int, code_max: int, fit_offset: bool
-) -> tuple[NDArray[np.int8] | _Bytes, NDArray[_Float], NDArray[np.int8] | _Bytes | None]: ...
-def metal_keep_largest(weights: NDArray[_Float], n_zeros: int) -> _Bytes: ...
-def metal_keep_above(weights: NDArray[_Float], threshold: float) -> _Bytes: ...
-def metal_keep_n_m(
-    weights: NDArray[_Float], outer: int, n_channels: int, inner: int, n: int, m: int
-) -> _Bytes: ...
-def metal_compact(weights: NDArray[_Float], bitmask: _Bytes) -> NDArray[_Float]: ...
 def thread_limit() -> int: ...
 def set_thread_limit(n_threads: int) -> int: ...
