@@ -126,7 +126,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused_and_kept(build, tmp_path):
         milpress.compress(source, out, recipe, checkpoint=source / "kept")
     taken = tmp_path / "file"
     taken.write_text("own")
-    with pytest.raises(DestinationError, match="must be a folder, got a file"):
+    with pytest.raises(DestinationError, match="a file; give a folder"):
         milpress.compress(source, out, recipe, checkpoint=taken)
     folder = tmp_path / "kept"
     folder.mkdir()
@@ -155,6 +155,6 @@ def test_the_command_line_keeps_weights(build, tmp_path):
     run("compress", source, tmp_path / "out.mlpackage", *options)
     assert not folder.exists()
     folder.write_text("own")
-    assert "must be a folder, got a file" in failed(
+    assert "a file; give a folder" in failed(
         "compress", source, tmp_path / "twin.mlpackage", *options
     )

@@ -263,7 +263,7 @@ AFFINE = {"quantized_data": tensor(np.zeros((2, 4), np.int8)), "zero_point": ten
             "lut_to_dense",
             {"indices": CODES, "lut": PAIRS},
             False,
-            "vector_axis must be given with vectors of 2, got none",
+            "vectors of 2 need a vector_axis",
         ),
         (
             "lut_to_sparse",

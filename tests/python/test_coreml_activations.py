@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import milpress as ours
 from milpress import interpreter
-from milpress.cli.packages import app
+from milpress.cli.app import app
 from milpress.coreml import (
     OpLinearQuantizerConfig,
     OpPalettizerConfig,

@@ -460,7 +460,7 @@ def test_arguments_of_a_wrong_type_are_refused(make, message):
 
 
 def test_nothing_at_a_path_is_an_error(tmp_path):
-    with pytest.raises(PackageNotFoundError, match="a model must be there"):
+    with pytest.raises(PackageNotFoundError, match="no such package"):
         get_weights_metadata(tmp_path / "none.mlpackage")
 
 

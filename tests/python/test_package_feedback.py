@@ -17,7 +17,7 @@ from small_models import TARGETS, save, weight
 
 import milpress
 from milpress.calibration import second_moments
-from milpress.calibration.moments import calibrate
+from milpress.calibration.calibrating import calibrate
 from milpress.calibration.second_moments import SecondMoments
 from milpress.compression import treating
 from milpress.errors import ConfigError
@@ -312,7 +312,7 @@ def test_memory_for_feedback_is_a_number_of_bytes(memory, chain, tmp_path):
 
 def test_memory_for_feedback_comes_with_feedback(chain, tmp_path):
     recipe = Recipe.of(PalettizeConfig(bits=4))
-    with pytest.raises(ConfigError, match="feedback_memory must come with feedback, got none"):
+    with pytest.raises(ConfigError, match="feedback_memory has no effect without feedback"):
         milpress.compress(
             chain,
             tmp_path / "x.mlpackage",
@@ -325,10 +325,12 @@ def test_memory_for_feedback_comes_with_feedback(chain, tmp_path):
 def test_feedback_takes_samples(samples, build, tmp_path):
     source = build("layers", dtype="fp32")
     recipe = Recipe.of(PalettizeConfig(bits=4))
-    with pytest.raises(ConfigError, match="feedback must come with samples, got none"):
+    with pytest.raises(
+        ConfigError, match="feedback can't be used without samples: give sample_data"
+    ):
         milpress.compress(source, tmp_path / "x.mlpackage", recipe, feedback=True)
     known = calibrate(source, samples)
-    with pytest.raises(ConfigError, match="got their moments alone"):
+    with pytest.raises(ConfigError, match="needs the samples themselves, not statistics"):
         milpress.compress(
             source, tmp_path / "x.mlpackage", recipe, feedback=True, sample_data=known
         )
@@ -352,6 +354,6 @@ def test_the_command_line_feeds_errors_back(samples, build, tmp_path):
     assert "a size must be such as 12MB" in failed(
         "compress", source, tmp_path / "x.mlpackage", *options, "--feedback-memory", "much"
     )
-    assert "must come with samples" in failed(
+    assert "can't be used without samples" in failed(
         "compress", source, tmp_path / "x.mlpackage", "--palettize", 4, "--feedback"
     )

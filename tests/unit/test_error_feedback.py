@@ -297,7 +297,7 @@ def test_bad_settings_and_inputs_are_refused():
         FeedbackConfig(dampening=-1)
     with pytest.raises(ConfigError, match="panel_size must be at least 1"):
         FeedbackConfig(panel_size=0)
-    with pytest.raises(UnsupportedError, match="must be finite"):
+    with pytest.raises(UnsupportedError, match="inputs of the layer are not finite"):
         error_feedback.factorize(np.full((1, 2, 2), np.nan, np.float32), FeedbackConfig())
     factor = error_feedback.factorize(np.eye(6, dtype=np.float32)[None], FeedbackConfig())
     with pytest.raises(ConfigError, match="block_size must divide the 6 input channels, got 4"):

@@ -114,7 +114,7 @@ def test_a_weight_is_decoded_by_256_ops_at_most(n):
     if n == 256:
         assert graph_of(*ops, last).nodes[-1].n_parts == n
     else:
-        with pytest.raises(PackageError, match="decoded by at most 256 ops"):
+        with pytest.raises(PackageError, match="one weight is decoded by more than 256 ops"):
             graph_of(*ops, last)
 
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from milpress.calibration.moments import Calibration
-from milpress.calibration.second_moments import Inputs, SecondMoments, checked_memory
-from milpress.calibration.uses import Statistics
+from milpress.calibration.input_statistics import Calibration
+from milpress.calibration.second_moments import SecondMoments, WeightInputs, checked_memory
+from milpress.calibration.weight_statistics import WeightStatistics
 from milpress.compression.treating import Job, Outcome
 from milpress.errors import ConfigError
 from milpress.mil.package import Package
@@ -46,24 +46,24 @@ class SampleSettings:
         memory = settings.get("feedback_memory")
         checked_memory(memory)
         if memory is not None and not settings.get("feedback"):
-            msg = "feedback_memory must come with feedback, got none"
+            msg = "feedback_memory has no effect without feedback"
             raise ConfigError(msg)
         if data is not None:
             if isinstance(data, Calibration) and settings.get("feedback"):
-                msg = "feedback must come with samples, got their moments alone"
+                msg = "feedback needs the samples themselves, not statistics of them"
                 raise ConfigError(msg)
             # Weights and activations each go through them.
             return cls(data=list(data) if isinstance(data, Iterator) else data, **settings)
         unserved = [name for name, value in settings.items() if value]
         if unserved:
-            msg = f"{' and '.join(unserved)} must come with samples, got none"
+            msg = f"{' and '.join(unserved)} can't be used without samples: give sample_data"
             raise ConfigError(msg)
         return None
 
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """Statistics of a package's weights, and what they are used for.
+    """WeightStatistics of a package's weights, and what they are used for.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ class Advice:
         What errors are fed back by, if they are.
     """
 
-    statistics: Statistics
+    statistics: WeightStatistics
     corrects: bool = False
     moments: SecondMoments | None = None
 
@@ -88,7 +88,7 @@ class Advice:
         weights: Iterable[Weight],
     ) -> Advice:
         """Return the advice for weights, in the order in which they will ask for it."""
-        statistics = Statistics(calibration, package)
+        statistics = WeightStatistics(calibration, package)
         if not samples.feedback or isinstance(samples.data, Calibration):
             return cls(statistics, samples.bias_correction)
         moments = SecondMoments(
@@ -112,7 +112,7 @@ class Advice:
             advice["correct"] = functools.partial(self.statistics.correct, weight)
         if self.moments is not None:
             evenly = functools.partial(self.statistics.evenly, weight)
-            advice["inputs"] = Inputs(self.moments, layers, weight.shape, evenly)
+            advice["inputs"] = WeightInputs(self.moments, layers, weight.shape, evenly)
         return advice
 
     def notes(self, job: Job, outcome: Outcome) -> tuple[str, ...]:

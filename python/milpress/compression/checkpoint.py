@@ -46,10 +46,10 @@ def check_folder(folder: str | os.PathLike[str], packages: Sequence[Path]) -> No
     real = Path(folder).resolve()
     for package in (path.resolve() for path in packages):
         if real == package or package in real.parents:
-            msg = f"{folder}: the checkpoint must be apart from {package}, got a folder in it"
+            msg = f"{folder}: inside {package}; give a folder outside it for the checkpoint"
             raise DestinationError(msg)
     if real.exists() and not real.is_dir():
-        msg = f"{folder}: the checkpoint must be a folder, got a file"
+        msg = f"{folder}: a file; give a folder for the checkpoint"
         raise DestinationError(msg)
 
 
@@ -101,12 +101,12 @@ class Checkpoint:
         except _DAMAGES as error:
             if isinstance(error, CompressionError):
                 raise
-            msg = f"{path}: must be a weight that was kept of an interrupted run, got {error}"
+            msg = f"{path}: not a weight of an interrupted run: {error}"
             raise ConfigError(msg) from error
         if outcome is None:
             msg = (
-                f"{path}: what was kept must be of the same package, samples and settings, got "
-                "that of others; delete the folder to begin anew"
+                f"{path}: holds weights of another package, other samples or settings; delete the "
+                "folder to begin anew"
             )
             raise ConfigError(msg)
         self._kept.add(path)

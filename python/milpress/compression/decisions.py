@@ -122,7 +122,7 @@ def decide(weight: Weight, requests: Requests, request: Request | None = None) -
     if not request.treatments:
         reason = "not selected"
     elif weight.size < request.min_size:
-        reason = f"fewer than {request.min_size} elements"
+        reason = f"at most {request.min_size - 1:,} elements"
     elif len(weight.shape) < 2:
         reason = "a vector"
     elif "int" in weight.dtype.name:

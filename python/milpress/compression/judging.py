@@ -80,7 +80,7 @@ def _another_kind(value: Compressed) -> str:
 def _judge_palette(source: Floats, value: Palette) -> Judgement:
     is_scalar = value.vector_size == 1
     if is_scalar and (np.diff(value.rows()[1].astype(np.float32), axis=1) < 0).any():
-        return Judgement(0.0, 0.0, "a table must ascend, got one that does not")
+        return Judgement(0.0, 0.0, "the entries of a table do not ascend")
     signal, noise, n_outside = fidelity(source, value)
     kind = "entry" if is_scalar else "vector"
     wrong = f"{n_outside} indices don't name the nearest {kind} of their table"

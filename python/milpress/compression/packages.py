@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from milpress.calibration.moments import Calibration, calibrate, package_digest
+from milpress.calibration.calibrating import calibrate
+from milpress.calibration.input_statistics import Calibration
 from milpress.compression.advice import Advice, SampleSettings
 from milpress.compression.checkpoint import Checkpoint, check_folder
 from milpress.compression.decisions import decide_all
@@ -25,6 +26,7 @@ from milpress.errors import ConfigError, UnsupportedError, weight_errors
 from milpress.kernels.device import DeviceName, Kernels
 from milpress.mil import treatments
 from milpress.mil.constexpr import is_constexpr, is_part
+from milpress.mil.digest import content_digest
 from milpress.mil.package import Package, n_package_bytes
 from milpress.mil.raising import raise_opsets
 from milpress.mil.staging import check_destination
@@ -145,8 +147,8 @@ def compress(
     )
     if recipe.activations is not None and samples is None:
         msg = (
-            "samples must be given to quantize activations, as sample_data or by "
-            "--calibration-data, got none"
+            "quantizing activations needs samples: give sample_data (on the command line, "
+            "--calibration-data)"
         )
         raise ConfigError(msg)
     run = Run(
@@ -177,9 +179,9 @@ def _activations(
     if step is None:
         return None
     if isinstance(data, Calibration):
-        msg = "sample_data must be samples where activations are quantized, got their moments"
+        msg = "quantizing activations needs the samples themselves, not statistics of them"
         raise ConfigError(msg)
-    from milpress.calibration.activations import quantize_activations
+    from milpress.calibration.activation_quantization import quantize_activations
 
     return functools.partial(
         quantize_activations,
@@ -238,7 +240,7 @@ def compress_package(
             notes.extend([] if advice.moments is None else ["errors fed back"])
         files = None
         if checkpoint is not None and not run.dry_run:
-            digests = [package_digest(package), "" if calibration is None else calibration.data]
+            digests = [content_digest(package), "" if calibration is None else calibration.data]
             files = Checkpoint(
                 checkpoint, [*digests, *(() if samples is None else samples.identity)]
             )
@@ -280,7 +282,7 @@ def _refuse_idle(
     left.extend(f"{each.name}: {each.note}" for each in unquantized)
     what = "weight or activation" if unquantized else "weight"
     reasons = "; ".join(left[:3] or ["none was selected"])
-    msg = f"{package.path}: some {what} must be compressed, got none ({reasons})"
+    msg = f"{package.path}: no {what} can be compressed ({reasons})"
     raise UnsupportedError(msg)
 
 
@@ -336,7 +338,7 @@ def decompress_package(
     with run.limits(), rewriting(package, destination, run) as writer:
         weights = _decompress_weights(package, writer)
         if not may_be_idle and not weights:
-            msg = f"{package.path}: some weight must be compressed, got none"
+            msg = f"{package.path}: no weight is compressed, so there is nothing to decompress"
             raise UnsupportedError(msg)
         treatments.forget(package.model)
         verification, size = writer.commit(compare_packages if run.verify else None)

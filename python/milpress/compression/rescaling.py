@@ -83,8 +83,8 @@ class Rescaling:
     def summary(self) -> str:
         """One line."""
         return (
-            f"{len(self.layers)} weights asked for: {len(self.rescaled)} rescaled exactly, "
-            f"{len(self.layers) - len(self.rescaled)} left"
+            f"Rescaled {len(self.rescaled)} of {len(self.layers)} selected weights, without any "
+            "error"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def rescale(
             made |= _apply(graph, changes, writer)
         if not made:
             reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in layers[:3])
-            msg = f"{package.path}: some weight must be rescaled, got none ({reasons})"
+            msg = f"{package.path}: no weight can be rescaled ({reasons})"
             raise UnsupportedError(msg)
         writer.commit(functools.partial(_check, made=made))
     return Rescaling(
@@ -333,7 +333,7 @@ def _check(original: Package, rescaled: Package, made: dict[str, _Made]) -> None
                 if layer.bias is not None:
                     factors[layer.bias] = scales
         if before.keys() != after.keys():
-            msg = f"{left.prefix}: the constants must be the same, got others"
+            msg = f"{left.prefix}: constants were added or removed"
             raise VerificationError(msg)
         for name, node in before.items():
             one = left.decoder.dense(node).values
@@ -341,7 +341,10 @@ def _check(original: Package, rescaled: Package, made: dict[str, _Made]) -> None
             if name in factors:
                 other = (other * factors[name]).astype(one.dtype)
             if one.shape != other.shape or one.tobytes() != np.ascontiguousarray(other).tobytes():
-                msg = f"{left.prefix}{name}: it must be the same, multiplied again, got another"
+                msg = (
+                    f"{left.prefix}{name}: the rescaled weight does not give back the original "
+                    "bit for bit"
+                )
                 raise VerificationError(msg)
         computing = [
             [node.op.type for node in graph.nodes if not node.is_stored] for graph in (left, right)

@@ -19,7 +19,7 @@ from milpress.mil import encode
 from milpress.mil.program import Weight
 
 if TYPE_CHECKING:
-    from milpress.calibration.second_moments import Inputs
+    from milpress.calibration.second_moments import WeightInputs
 
 # What is to be added to the biases of layers, by their names, for an error of their weight.
 Corrections: TypeAlias = Mapping[str, NDArray[np.float64]]
@@ -58,7 +58,7 @@ class Job:
     is_repeated: bool = False
     importance: Callable[[Floats], NDArray[np.float32] | None] | None = None
     correct: Correct | None = None
-    inputs: Inputs | None = None
+    inputs: WeightInputs | None = None
     layers: tuple[str, ...] = ()
     note: str = ""
 
@@ -90,7 +90,7 @@ def _treat(job: Job, kernels: Kernels) -> Outcome:
     if weight.is_compressed:
         made = weight.value()
         if made is None:
-            msg = "compressed already, in a way that milpress does not build on"
+            msg = "already compressed in a form that milpress can't compress further"
             raise UnsupportedError(msg)
     dense: Any = None
     if made is None or job.importance is not None or job.correct is not None:

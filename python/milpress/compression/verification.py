@@ -135,7 +135,7 @@ def compare_packages(original: Package, compressed: Package) -> Verification:
         known = before.by_source.get(source)
         named = source if known is None else known.result
         if record != known and named not in checked:
-            fail(f"{named}: the weight must be compressed as recorded, got it unchanged")
+            fail(f"{named}: unchanged, though the record says it was compressed")
     n_recorded = len(records.biases.items() - before.biases.items())
     if n_corrected != n_recorded:
         fail(f"{n_recorded} layers must have a corrected bias as recorded, got {n_corrected}")
@@ -163,7 +163,7 @@ def _without_pairs(original: Package, compressed: Package) -> int:
         )
         missing = sorted(pairs.keys() - set(found))
         if missing:
-            fail(f"{missing[0]}: the model must have this dequantize, as recorded, got none")
+            fail(f"{missing[0]}: the record names this dequantize, which the model does not have")
         n_pairs += len(found)
     return n_pairs
 
@@ -179,7 +179,7 @@ def _compare_files(original: Package, compressed: Package) -> None:
             for path in found:
                 if path.is_symlink():
                     where = path.relative_to(package.path)
-                    fail(f"{where}: a package must hold no symbolic link, got one")
+                    fail(f"{where}: a symbolic link, which a package must not hold")
             files = {
                 path.relative_to(package.path)
                 for path in found
@@ -191,17 +191,17 @@ def _compare_files(original: Package, compressed: Package) -> None:
     }
     for path in sorted(listed[0] ^ listed[1]):
         if path not in weight_paths:
-            fail(f"{path}: both packages must have this file, got one without")
+            fail(f"{path}: only one of the packages has this file")
     for path in sorted(listed[0] & listed[1]):
         with system_errors(original.path / path):
             if not filecmp.cmp(original.path / path, compressed.path / path, shallow=False):
-                fail(f"{path}: the file must be unchanged, got another")
+                fail(f"{path}: the file differs from that of the source")
 
 
 def _raise_like(original: Package, compressed: Package) -> None:
     for left, right in paired(list(original.programs), list(compressed.programs), "ML programs"):
         if left.place != right.place or list(left.functions) != list(right.functions):
-            fail("the packages must have the same models and functions, got others")
+            fail("the packages differ in their models or functions")
         for name, function in left.functions.items():
             target = opset.by_name(right.functions[name].opset)
             if target > opset.by_name(function.opset):
@@ -225,7 +225,7 @@ def _compare_rest(original: Package, compressed: Package) -> None:
         _strip(model)
         stripped.append(model.SerializeToString(deterministic=True))
     if stripped[0] != stripped[1]:
-        fail("the description of the model must be unchanged, got another")
+        fail("the description of the model changed")
 
 
 def _strip(model: Any) -> None:

@@ -114,7 +114,10 @@ class WeightWriter:
         """
         n_bytes = encode.payload_bytes(outcome.value, early=job.early)
         if n_bytes >= job.n_bytes and not may_grow:
-            msg = f"would get larger: {job.n_bytes} bytes as it is, {n_bytes} compressed"
+            msg = (
+                f"left as it is: compressed it would be larger ({n_bytes:,} bytes instead of "
+                f"{job.n_bytes:,})"
+            )
             raise UnsupportedError(msg)
         inner = self.store(job.weight, outcome.value, suffix=outcome.suffix)
         written = Written([*inner, job.weight.node.op], n_bytes, outcome)

@@ -8,16 +8,15 @@ from typing import Any, cast
 
 from milpress.compression.requests import Request, settled_request
 from milpress.compression.settling import Asked, settle
-from milpress.coreml.config import (
+from milpress.coreml.op_config import (
     CompressionGranularity,
     OpCompressorConfig,
     OpLinearQuantizerConfig,
     OpMagnitudePrunerConfig,
     OpPalettizerConfig,
     OpThresholdPrunerConfig,
-    OptimizationConfig,
-    advice,
 )
+from milpress.coreml.optimization_config import OptimizationConfig, advice
 from milpress.errors import CompressionError, ConfigError, UnsupportedError
 from milpress.formats import (
     Blocks,
@@ -165,7 +164,7 @@ class ConfigRequests:
         if self.joint and is_palette and not isinstance(treatment.granularity, PerTensor):
             msg = (
                 f"{weight.name}: When use joint compression for palettization-quantization, "
-                "please make sure to use per-tensor quantization, got another granularity"
+                "please make sure to use per-tensor quantization"
             )
             raise UnsupportedCombinationError(msg)
 

@@ -369,7 +369,7 @@ def read(model: Any) -> Record:
         pairs = {str(name): str(codes) for name, codes in data["pairs"].items()}
         return Record(pairs, [dict(setting) for setting in data["settings"]])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        msg = f"the user metadata {KEY} must be a record of version 1, got another text: {error}"
+        msg = f"the user metadata {KEY} is not a record of version 1: {error}"
         raise PackageError(msg) from error
 
 
@@ -408,19 +408,19 @@ def strip(graph: ProgramGraph, pairs: Mapping[str, str]) -> list[tuple[str, Para
             quantizes[codes],
         )
         if dense[1]._replace(dtype="") != given._replace(dtype=""):
-            _fail(f"{name}: it must have the scale and zero point of {codes}, got others")
+            _fail(f"{name}: its scale or zero point differs from that of {codes}")
         if f"{graph.prefix}{_source(dense[0])}" != codes:
             _fail(f"{name}: it must take {codes}, got {_source(dense[0])}")
         if dense[0].type != _type_of_source(quantize):
-            _fail(f"{name}: it must be of the type of what is quantized, got another")
+            _fail(f"{name}: its type differs from that of what is quantized")
         removed.update(dict.fromkeys((quantize, dense[0])))
         found.append((name, given))
     for node in removed:
         for use in node.uses if node.op.type == "quantize" else ():
             if use.node not in removed:
-                _fail(f"{graph.prefix}{node.name}: its codes must be dequantized, got another use")
+                _fail(f"{graph.prefix}{node.name}: its codes have a use other than dequantize")
         if node.is_block_output:
-            _fail(f"{graph.prefix}{node.name}: a block must return what it did, got this one")
+            _fail(f"{graph.prefix}{node.name}: added to the model, but a block returns it")
     for node in [node for node in removed if node.op.type == "dequantize"]:
         for use in node.uses:
             use.binding.name = _origin(node, graph, removed)
@@ -456,7 +456,7 @@ def _checked(
 ) -> tuple[Node, Parameters]:
     node = named.get(name)
     if node is None or node.op.type != kind or not node.op.inputs["input"].arguments:
-        _fail(f"{name}: the model must have this {kind}, as recorded, got none")
+        _fail(f"{name}: the record names this {kind}, which the model does not have")
     scale, zero_point = graph.constant(node, "scale"), graph.constant(node, "zero_point")
     stored = None if scale is None else values.read(scale, graph.source).values
     dense = _type_of_source(node) if kind == "quantize" else node.type

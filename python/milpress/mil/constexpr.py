@@ -188,7 +188,7 @@ class Decoder:
     def _need(self, node: Node, parameter: str) -> Tensor:
         tensor = self._tensor(node, parameter)
         if tensor is None:
-            msg = f"{node.name}: {node.op.type} must have {parameter}, got none"
+            msg = f"{node.name}: {node.op.type} has no {parameter}"
             raise PackageError(msg)
         return tensor
 

@@ -140,8 +140,8 @@ class Graph:
                 use.node.n_parts += 1 + producer.n_parts
                 if use.node.n_parts > _MAX_PARTS:
                     msg = (
-                        f"{use.node.name}: a weight must be decoded by at most {_MAX_PARTS} ops, "
-                        "got more"
+                        f"{use.node.name}: one weight is decoded by more than {_MAX_PARTS} ops, "
+                        "the most that milpress follows"
                     )
                     raise PackageError(msg)
 

@@ -146,7 +146,7 @@ class Package:
             manifest = json.loads(text)
             entry = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            msg = f"{self.path}: Manifest.json must name the model's file, got no such entry"
+            msg = f"{self.path}: Manifest.json does not name the model's file"
             raise PackageError(msg) from error
         if not isinstance(entry, str):
             msg = f"{self.path}: the path of the model in Manifest.json must be text"
@@ -169,7 +169,7 @@ class Package:
             msg = f"{self.path}: a file must be no symbolic link, got {name!r}"
             raise PackageError(msg)
         if not path.is_file():
-            msg = f"{self.path}: the package must contain {path.relative_to(self.path)}, got none"
+            msg = f"{self.path}: {path.relative_to(self.path)} is missing in the package"
             raise PackageError(msg)
         return path
 
@@ -180,7 +180,7 @@ def _graphs_of(program: Program, package: Package) -> Iterator[ProgramGraph]:
         above = (*program.place, name) if len(functions) > 1 else program.place
         specializations = sorted(function.block_specializations.items())
         if not specializations:
-            msg = f"{package.path}: function {name!r} must have a block, got none"
+            msg = f"{package.path}: function {name!r} has no block"
             raise PackageError(msg)
         for opset_name, block in specializations:
             shown = (*above, opset_name) if len(specializations) > 1 else above
@@ -202,16 +202,16 @@ def n_package_bytes(path: Path) -> int:
 
 def _check_kind(path: Path) -> None:
     if not path.exists():
-        msg = f"{path}: a model must be there, got nothing"
+        msg = f"{path}: no such package"
         raise PackageNotFoundError(msg)
     if path.suffix == ".mlmodel" or path.is_file():
         msg = (
-            f"{path}: the model must be an .mlpackage, got a file; convert it again with "
+            f"{path}: a file, where an .mlpackage is a folder; convert it again with "
             "coremltools as an ML program (convert_to='mlprogram')"
         )
         raise ModelKindError(msg)
     if not (path / "Manifest.json").exists():
-        msg = f"{path}: an .mlpackage must contain Manifest.json, got a folder without"
+        msg = f"{path}: not an .mlpackage, as it has no Manifest.json"
         raise PackageError(msg)
 
 
@@ -219,13 +219,13 @@ def _read_bounded(path: Path, limit: int) -> bytes:
     with path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        msg = f"{path}: the file must have at most {limit} bytes, got more"
+        msg = f"{path}: larger than {limit:,} bytes, the most that is read"
         raise PackageError(msg)
     return data
 
 
 def _parse(data: bytes, path: Path) -> Any:
-    msg = f"{path}: the model must be a Core ML protobuf message, got damaged or bottomless data"
+    msg = f"{path}: damaged, or not a Core ML model: its protobuf message can't be read"
     try:
         counts = count_messages(data)
     except ValueError as error:
@@ -277,6 +277,6 @@ def _programs(model: Any, path: Path, place: tuple[str, ...] = ()) -> Iterator[P
 def _kind_message(path: Path) -> str:
     return (
         f"{path}: milpress is meant to be used only with mlprogram typed coreml models and "
-        "pipelines of them, got another kind (such as a neural network); convert it again with "
+        "pipelines of them, not with other kinds such as neural networks; convert it again with "
         "convert_to='mlprogram'"
     )

@@ -16,7 +16,6 @@ import milpress._core as _core
 from milpress.errors import (
     DestinationError,
     PackageError,
-    PackageNotFoundError,
     StorageError,
 )
 from milpress.mil.package import Package, n_package_bytes
@@ -148,14 +147,14 @@ class Staged:
                 here = Path(folder)
                 for name in subfolders:
                     if (here / name).is_symlink():
-                        msg = f"{here / name}: a package must hold no symbolic link, got one"
+                        msg = f"{here / name}: a symbolic link, which a package must not hold"
                         raise PackageError(msg)
                     (self.path / here.relative_to(root) / name).mkdir()
                 for name in files:
                     if here / name in replaced:
                         continue
                     if not (here / name).is_file() or (here / name).is_symlink():
-                        msg = f"{here / name}: a package must hold plain files only, got another"
+                        msg = f"{here / name}: not a plain file; a package must hold no others"
                         raise PackageError(msg)
                     target = self.path / here.relative_to(root) / name
                     shutil.copyfile(here / name, target)
@@ -226,16 +225,11 @@ def check_destination(source: Path, destination: Path, *, force: bool) -> None:
     if real == real_source or real in real_source.parents or real_source in real.parents:
         msg = f"{destination}: the destination must be apart from the source {source}"
         raise DestinationError(msg)
-    if not destination.absolute().parent.is_dir():
-        msg = f"{destination}: the folder of the destination must exist, got none"
-        raise PackageNotFoundError(msg)
+    files.check_free(destination, force=force, is_package=True)
     if not os.path.lexists(destination):
         return
-    if not force:
-        msg = f"{destination}: the destination must be free, got an existing one; use force"
-        raise DestinationError(msg)
     if destination.is_symlink() or not (destination / "Manifest.json").is_file():
-        msg = f"{destination}: only an .mlpackage is replaced, got something else"
+        msg = f"{destination} exists and is not an .mlpackage, so it is not replaced"
         raise DestinationError(msg)
 
 

@@ -104,7 +104,7 @@ def stored_type(value: Any) -> TensorType:
     """
     tensor_type = type_of(value.type)
     if tensor_type is None:
-        msg = "a stored value must be a tensor, got another kind"
+        msg = "a stored value is not a tensor"
         raise PackageError(msg)
     return TensorType(tensor_type.dtype, tensor_type.fixed_shape)
 
@@ -174,7 +174,7 @@ def read(value: Any, source: WeightSource) -> Tensor:
     if is_blob(value):
         return Tensor(dtype, _unpacked(read_payload(value, source), dtype, shape))
     if not value.HasField("immediateValue") or not value.immediateValue.HasField("tensor"):
-        msg = "a stored tensor must have an immediate value or name a weight file, got neither"
+        msg = "a stored tensor has neither an immediate value nor a place in a weight file"
         raise PackageError(msg)
     tensor = value.immediateValue.tensor
     field = tensor.WhichOneof("choice")
@@ -200,7 +200,7 @@ def read(value: Any, source: WeightSource) -> Tensor:
     try:
         return Tensor(dtype, np.array(numbers, dtype.storage).reshape(shape))
     except OverflowError as error:
-        msg = f"an immediate {dtype.name} must hold numbers of that type, got others"
+        msg = f"an immediate {dtype.name} holds numbers that its type can't hold"
         raise PackageError(msg) from error
 
 

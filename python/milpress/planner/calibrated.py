@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress.engines.jobs import Job, jobs_of
+from milpress.engines.programs import SuitedProgram, suited_programs
 from milpress.errors import UnsupportedError
 from milpress.formats import compress
 from milpress.kernels.threads import in_order
@@ -87,7 +87,7 @@ def calibrate(
     from milpress.interpreter.sensitivity import OutputError
 
     source = package.reopened()
-    jobs = list(jobs_of(source, data))
+    jobs = list(suited_programs(source, data))
     digests = [job.samples.digest() for job in jobs]
     model = _Model(
         [
@@ -113,15 +113,15 @@ def calibrate(
     reached = {i for i, some in zip(used, errors, strict=True) if scale.is_reached(i, some)}
     if not reached:
         msg = (
-            f"{package.path}: the samples must reach a weight that is planned, got none that moves "
-            "the outputs; plan without samples"
+            f"{package.path}: with these samples, no weight of the plan has an effect on the "
+            "outputs; plan without samples"
         )
         raise UnsupportedError(msg)
     others = [group.name for i, group in enumerate(groups) if i not in reached]
     return Calibrated(scale.filled(used, errors), [note, *_notes(package, jobs, others)])
 
 
-def _notes(package: Package, jobs: Sequence[Job], unreached: Sequence[str]) -> list[str]:
+def _notes(package: Package, jobs: Sequence[SuitedProgram], unreached: Sequence[str]) -> list[str]:
     notes = [note for job in jobs for note in job.notes]
     if any(job.program.kept_boxes for job in jobs):
         notes.append(

@@ -67,7 +67,7 @@ def menu(names: Sequence[str] | None = None) -> dict[str, Treatment | None]:
     if names is None:
         return {name: _treatment(name) for name in _DEFAULT}
     if not names:
-        msg = "formats must name at least one treatment, got none"
+        msg = "formats is empty: name at least one"
         raise ConfigError(msg)
     matching = [fnmatch.filter(_DEFAULT, name) or [name] for name in names]
     return {name: _treatment(name) for some in matching for name in some}

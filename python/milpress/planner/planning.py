@@ -177,6 +177,6 @@ def _with_choices(groups: Sequence[WeightGroup], package: Package) -> list[Weigh
     planned = [group for group in groups if group.choices]
     if not planned:
         reasons = [f"{group.name}: {group.reason}" for group in groups[:3]] or ["it has none"]
-        msg = f"{package.path}: there must be a weight to plan, got none ({'; '.join(reasons)})"
+        msg = f"{package.path}: no weight to plan ({'; '.join(reasons)})"
         raise UnsupportedError(msg)
     return planned

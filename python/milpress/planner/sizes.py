@@ -50,7 +50,7 @@ def package_bytes(package: Package, recipe: Recipe) -> int:
 def _blank_outcome(job: Job, kernels: Kernels) -> Outcome:  # noqa: ARG001
     """Return zeros in place of what a treatment makes: as many, and of the same form."""
     if len(job.treatments) != 1:
-        msg = f"{job.weight.name}: a plan must have one treatment a weight, got several"
+        msg = f"{job.weight.name}: a plan gives a weight one treatment, and this has several"
         raise UnsupportedError(msg)
     (treatment,) = job.treatments
     suffix = encode.suffixed("", None, treatment)

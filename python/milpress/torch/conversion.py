@@ -34,7 +34,7 @@ from milpress.mil.program import Weight as Constant
 from milpress.show import decibels
 from milpress.torch import _metadata, _relayout
 from milpress.torch._metadata import Stored
-from milpress.torch._weights import RECURRENT, Weight, whole
+from milpress.torch._module_weights import RECURRENT, ModuleWeight, whole
 
 __all__ = ["convert"]
 
@@ -111,7 +111,7 @@ def convert(
         raise ConfigTypeError(msg)
     compressed = [_Compressed.read(weight) for weight in _compressed_weights(module)]
     if not compressed:
-        msg = "some weight of the module must be compressed, got none"
+        msg = "no weight of the module is compressed"
         raise UnsupportedError(msg)
     dense = _dense_model(module, compressed, example_inputs, frontend, dynamic_shapes, settings)
     package = opened(dense)
@@ -130,14 +130,14 @@ def convert(
 class _Compressed:
     """A compressed weight of a module, and what became of it in the model."""
 
-    weight: Weight
+    weight: ModuleWeight
     stored: Stored
     report: WeightReport
     signal: float = 0.0
     noise: float = 0.0
 
     @classmethod
-    def read(cls, weight: Weight) -> _Compressed:
+    def read(cls, weight: ModuleWeight) -> _Compressed:
         try:
             stored = _metadata.read(weight)
         except UnsupportedError as error:
@@ -189,11 +189,11 @@ class _Compressed:
         return whole(tensor).float().numpy()
 
 
-def _compressed_weights(module: nn.Module) -> Iterator[Weight]:
+def _compressed_weights(module: nn.Module) -> Iterator[ModuleWeight]:
     seen: set[int] = set()
     for name, part in module.named_modules():
         for parameter in _metadata.compressed_parameters(part):
-            weight = Weight(name, part, parameter)
+            weight = ModuleWeight(name, part, parameter)
             if id(weight.tensor) not in seen:
                 seen.add(id(weight.tensor))
                 yield weight
@@ -402,7 +402,10 @@ def _storable(
     made = _relayout.cast(value, array.dtype)
     n_bytes = payload_bytes(made, early=early)
     if n_bytes >= array.nbytes:
-        msg = f"would get larger: {array.nbytes} bytes as it is, {n_bytes} compressed"
+        msg = (
+            f"left as it is: compressed it would be larger ({n_bytes:,} bytes instead of "
+            f"{array.nbytes:,})"
+        )
         raise UnsupportedError(msg)
     signal, noise, _ = _core.compare(_flat(array), _flat(made.dense()))
     if noise > signal * _MAX_NOISE:
@@ -416,7 +419,7 @@ def _check_early(compressed: list[_Compressed]) -> None:
         reason = _needs_ios18(_folded(item))
         if reason:
             msg = (
-                f"{item.weight.name}: {reason} must be stored in an iOS18 model, got an earlier "
+                f"{item.weight.name}: {reason} must be stored in an iOS18 model; raise "
                 "minimum_deployment_target"
             )
             raise ConfigError(msg)
@@ -469,8 +472,8 @@ def _check(package: Package, expected: dict[str, bytes]) -> None:
     for weight in package.weights:
         digest = missing.pop(weight.name, None)
         if digest is not None and _digest(weight.dense()) != digest:
-            msg = f"{weight.name}: the stored weight must decode to its value, got another"
+            msg = f"{weight.name}: the stored weight decodes to another value than the module's"
             raise VerificationError(msg)
     if missing:
-        msg = f"the package must hold {sorted(missing)}, got none of that name"
+        msg = f"missing in the package: {', '.join(sorted(missing))}"
         raise VerificationError(msg)

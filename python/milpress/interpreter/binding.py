@@ -446,7 +446,7 @@ class _Binder:
 def _opset_of(function: Any, place: str) -> Opset:
     found = opset.by_name(function.opset)
     if function.opset not in function.block_specializations:
-        msg = f"{place}: a function must have a block for its opset {function.opset}, got none"
+        msg = f"{place}: the function has no block for its opset {function.opset}"
         raise PackageError(msg)
     return found
 
