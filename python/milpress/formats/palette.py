@@ -255,7 +255,7 @@ def palettize(
             return fold(palette, scale, output, like=array)
         axis = _axis(config, output, array.ndim)
         share = None if importance is None else checked_importance(importance, array.shape)
-        return _fitted(array, config, axis, _group_shape(array.shape, config, axis), share)
+        return _fitted(array, config, axis, share)
 
 
 def palettize_scaled(
@@ -284,8 +284,7 @@ def palettize_scaled(
     relative = (scale / scale.max()).astype(np.float32)
     share = relative**2 * (np.ones(array.shape, np.float32) if share is None else share)
     scaled = (array / scale.astype(np.float32)).astype(array.dtype)
-    palette = _fitted(scaled, config, axis, _group_shape(array.shape, config, axis), share)
-    return palette, scale.astype(array.dtype)
+    return _fitted(scaled, config, axis, share), scale.astype(array.dtype)
 
 
 def _axis(config: PalettizeConfig, output: int, rank: int) -> int:
@@ -316,13 +315,10 @@ def _group_shape(shape: tuple[int, ...], config: PalettizeConfig, axis: int) -> 
 
 
 def _fitted(
-    array: Floats,
-    config: PalettizeConfig,
-    axis: int,
-    group_shape: tuple[int, ...],
-    importance: NDArray[np.float32] | None,
+    array: Floats, config: PalettizeConfig, axis: int, importance: NDArray[np.float32] | None
 ) -> Palette:
     """Make tables and indices of the groups, scales aside."""
+    group_shape = _group_shape(array.shape, config, axis)
     if isinstance(config.table, Custom):
         return _custom(array, config.table, config.vector_size, axis, group_shape)
     if config.vector_size > 1:

@@ -1,4 +1,4 @@
-"""Weights as kernels see them: rows of elements that share parameters."""
+"""Weights as kernels take them: arrays of floats, cut into rows that share parameters."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import milpress._core as _core
 from milpress.errors import ConfigError, UnsupportedError
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
+# What is done where a group or block does not divide the channels.
+OnIndivisible: TypeAlias = Literal["divisor", "leave"]
 
 
 def as_weight(weight: Any) -> Floats:
@@ -154,9 +156,6 @@ def frozen(array: NDArray[Any]) -> NDArray[Any]:
     view: NDArray[Any] = array.view()
     view.flags.writeable = False
     return view
-
-
-OnIndivisible: TypeAlias = Literal["divisor", "leave"]
 
 
 def divisor_of(

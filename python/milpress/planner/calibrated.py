@@ -87,15 +87,15 @@ def calibrate(
     from milpress.interpreter.sensitivity import OutputError
 
     source = package.reopened()
-    jobs = list(suited_programs(source, data))
-    digests = [job.samples.digest() for job in jobs]
+    suited = list(suited_programs(source, data))
+    digests = [each.samples.digest() for each in suited]
     model = _Model(
         [
             _Function(
-                OutputError(job.program, job.samples, metric),
-                {v: k for k, v in job.prefixes.items()},
+                OutputError(each.program, each.samples, metric),
+                {v: k for k, v in each.prefixes.items()},
             )
-            for job in jobs
+            for each in suited
         ],
         cache_key(_VERSION, _digest(source), *digests, metric),
         cache,
@@ -118,17 +118,19 @@ def calibrate(
         )
         raise UnsupportedError(msg)
     others = [group.name for i, group in enumerate(groups) if i not in reached]
-    return Calibrated(scale.filled(used, errors), [note, *_notes(package, jobs, others)])
+    return Calibrated(scale.filled(used, errors), [note, *_notes(package, suited, others)])
 
 
-def _notes(package: Package, jobs: Sequence[SuitedProgram], unreached: Sequence[str]) -> list[str]:
-    notes = [note for job in jobs for note in job.notes]
-    if any(job.program.kept_boxes for job in jobs):
+def _notes(
+    package: Package, suited: Sequence[SuitedProgram], unreached: Sequence[str]
+) -> list[str]:
+    notes = [note for each in suited for note in each.notes]
+    if any(each.program.kept_boxes for each in suited):
         notes.append(
             "weights count with what a non-maximum suppression takes, not with what it gives"
         )
     if not package.programs[0].place:
-        run = {name for job in jobs for name in job.program.functions.values()}
+        run = {name for each in suited for name in each.program.functions.values()}
         rest = [name for name in package.programs[0].functions if name not in run]
         if rest:
             notes.append(f"the samples do not suit {', '.join(rest)}, which were not run")
@@ -176,9 +178,8 @@ def _exact(model: _Model, groups: Sequence[WeightGroup]) -> tuple[list[dict[str,
     errors: dict[WeightGroup, dict[str, float]] = {group: {} for group in groups}
     for group, name, error in model.run(pairs):
         errors[group][name] = error
-    return list(
-        errors.values()
-    ), f"the model was run with each of {len(pairs)} treatments of weights"
+    note = f"the model was run with each of {len(pairs)} treatments of weights"
+    return list(errors.values()), note
 
 
 def _corrected(

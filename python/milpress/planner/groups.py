@@ -300,7 +300,7 @@ def _is_at_risk(
 ) -> bool:
     """Whether a treatment brings a weight a risk that it does not have as it is."""
     anyway = facts.firing(traits_of(weight, stateful=stateful), platform)
-    after = traits_after(weight, (treatment,), stateful=stateful)
+    after = traits_after(weight, treatment, stateful=stateful)
     return any(
         fact.effect in AVOIDED and fact not in anyway for fact in facts.firing(after, platform)
     )

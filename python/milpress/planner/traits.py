@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -86,13 +85,7 @@ def is_stateful(graph: Graph) -> bool:
 
 def traits_of(weight: Weight, *, stateful: bool = False) -> Traits:
     """Return the traits of a weight as it is stored."""
-    base = Traits(
-        dtype=weight.dtype.name,
-        used_by=weight.op_types,
-        activations=_activations(weight),
-        stateful=stateful,
-        decoded_by=weight.decoded_by,
-    )
+    base = _base(weight, weight.decoded_by, stateful)
     if not weight.is_compressed:
         return base
     node, graph = weight.node, weight.graph
@@ -111,44 +104,39 @@ def traits_of(weight: Weight, *, stateful: bool = False) -> Traits:
     return base
 
 
-def traits_after(
-    weight: Weight, treatments: Sequence[Treatment], *, stateful: bool = False
-) -> Traits:
-    """Return the traits that a dense weight will have once it is treated."""
-    traits = Traits(
+def traits_after(weight: Weight, treatment: Treatment, *, stateful: bool = False) -> Traits:
+    """Return the traits that a dense weight will have once it is palettized or quantized."""
+    if isinstance(treatment, PalettizeConfig):
+        return replace(
+            _base(weight, ("constexpr_lut_to_dense",), stateful),
+            form="palette",
+            bits=treatment.bits,
+            codes=f"uint{treatment.bits}",
+            table=weight.dtype.name,
+            vector_size=treatment.vector_size,
+            **_table_grid(weight, treatment),
+        )
+    if isinstance(treatment, PruneConfig):
+        return replace(_base(weight, (), stateful), form="sparse")
+    has_blocks = weight.graph.opset.has_blocks
+    decoder = "blockwise_shift_scale" if has_blocks else "affine_dequantize"
+    return replace(
+        _base(weight, (f"constexpr_{decoder}",), stateful),
+        form="quantized",
+        bits=treatment.bits,
+        codes=treatment.dtype,
+        granularity=_granularity_of(treatment),
+    )
+
+
+def _base(weight: Weight, decoded_by: tuple[str, ...], stateful: bool) -> Traits:
+    return Traits(
         dtype=weight.dtype.name,
         used_by=weight.op_types,
         activations=_activations(weight),
         stateful=stateful,
+        decoded_by=decoded_by,
     )
-    for treatment in treatments:
-        if isinstance(treatment, PruneConfig):
-            traits = replace(traits, form="sparse")
-            continue
-        sparse = "sparse " if traits.form.startswith("sparse") else ""
-        if isinstance(treatment, PalettizeConfig):
-            traits = replace(
-                traits,
-                form=f"{sparse}palette",
-                decoded_by=("constexpr_lut_to_dense",),
-                bits=treatment.bits,
-                codes=f"uint{treatment.bits}",
-                table=weight.dtype.name,
-                vector_size=treatment.vector_size,
-                **_table_grid(weight, treatment),
-            )
-        else:
-            has_blocks = weight.graph.opset.has_blocks
-            decoder = "blockwise_shift_scale" if has_blocks else "affine_dequantize"
-            traits = replace(
-                traits,
-                form=f"{sparse}quantized",
-                decoded_by=(f"constexpr_{decoder}",),
-                bits=treatment.bits,
-                codes=treatment.dtype,
-                granularity=_granularity_of(treatment),
-            )
-    return traits
 
 
 def _table_grid(weight: Weight, treatment: PalettizeConfig) -> dict[str, Any]:
