@@ -12,7 +12,7 @@ import pytest
 import milpress
 import milpress._core as _core
 from milpress import formats as f
-from milpress.cli.packages import main
+from milpress.cli.app import main
 from milpress.errors import ConfigError
 from milpress.kernels.device import Kernels, devices, kernels_for, using
 

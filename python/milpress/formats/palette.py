@@ -145,7 +145,7 @@ class Palette:
             axis = normalized_axis(self.vector_axis, self.codes.ndim)
             object.__setattr__(self, "vector_axis", axis)
         elif self.vector_size > 1:
-            msg = f"vector_axis must be given with vectors of {self.vector_size}, got none"
+            msg = f"vectors of {self.vector_size} need a vector_axis"
             raise ConfigError(msg)
 
     @property

@@ -1,4 +1,4 @@
-"""Values inside a model, shown by Core ML: its part is played by the interpreter here."""
+"""Intermediate values as Core ML computes them: its part is played by the interpreter here."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 import milpress
 from milpress import coreml, interpreter
-from milpress.cli.packages import app
+from milpress.cli.app import app
 from milpress.engines import coreml as engine
-from milpress.engines.coreml import CoreML
+from milpress.engines.calls import CoreML
 from milpress.errors import ConfigError, DriverError, InputError, UnsupportedError
 from milpress.mil import staging
 from milpress.mil.expose import expose
@@ -196,7 +196,9 @@ def test_the_command_line_and_recipes_say_who_runs_the_model(core_ml, tmp_path):
     engine = ["--calibration-engine", "coreml"]
     found = CliRunner().invoke(app, [*arguments, *given, *engine])
     assert found.exit_code != 0
-    assert "--calibration-engine must go with --quantize-activations" in str(found.exception)
+    assert "--calibration-engine has no effect without --quantize-activations" in str(
+        found.exception
+    )
     activations = ["--quantize-activations", "int8", *engine]
     found = CliRunner().invoke(app, [*arguments, *given, *activations])
     assert found.exit_code == 0, found.output
@@ -252,7 +254,7 @@ def test_core_ml_takes_a_mac_and_its_failures_are_told(tmp_path, monkeypatch, co
     with pytest.raises(DriverError, match=r"m\.mlpackage: .* execution plan"):
         coreml.linear_quantize_activations(str(path), config(), samples(""), engine="coreml")
     monkeypatch.undo()
-    with pytest.raises(DriverError, match="must run on a Mac"):
+    with pytest.raises(DriverError, match="runs on a Mac only"):
         coreml.linear_quantize_activations(str(path), config(), samples(""), engine="coreml")
     with pytest.raises(ConfigError, match="engine must be one of"):
         coreml.linear_quantize_activations(str(path), config(), samples(""), engine="metal")

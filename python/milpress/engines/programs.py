@@ -1,4 +1,4 @@
-"""What of a package is run on samples: each function that they suit, or the whole of a pipeline."""
+"""Programs of a package with the samples that suit them."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from milpress.errors import InputError
 from milpress.mil.package import Package
-from milpress.mil.weights import sites
 from milpress.samples.data import Data, Samples
 
 if TYPE_CHECKING:
     from milpress.interpreter import Program
 
 
-class Job(NamedTuple):
-    """A program, its samples, and what the names of its weights begin with.
+class SuitedProgram(NamedTuple):
+    """A program with samples that suit it.
 
-    ``prefixes`` tells that by what the names of the values of each of its models begin with.
+    Parameters
+    ----------
+    program, samples
+        The program and its samples.
+    prefixes
+        Prefix of the names of its weights, by the prefix of the values of each of its models.
     """
 
     program: Program
@@ -26,12 +30,12 @@ class Job(NamedTuple):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What there is to know of the program and the samples."""
+        """Remarks on the program and the samples."""
         return (*self.program.notes, *self.samples.notes)
 
 
-def jobs_of(package: Package, data: Data) -> Iterator[Job]:
-    """Yield each function with the samples that suit it; of a pipeline, the whole.
+def suited_programs(package: Package, data: Data) -> Iterator[SuitedProgram]:
+    """Yield each function that samples suit, with these; of a pipeline, the whole.
 
     Raises
     ------
@@ -54,9 +58,9 @@ def jobs_of(package: Package, data: Data) -> Iterator[Job]:
         except InputError as error:
             refused = refused or error
             continue
-        known = samples.unsuited if unsuited is None else unsuited
-        unsuited = {place: known[place] for place in known if place in samples.unsuited}
-        yield Job(program, samples, _prefixes(package, program))
+        before = samples.unsuited if unsuited is None else unsuited
+        unsuited = {place: before[place] for place in before if place in samples.unsuited}
+        yield SuitedProgram(program, samples, _prefixes(package, program))
     if unsuited is None and refused is not None:
         raise refused
     for reason in (unsuited or {}).values():
@@ -65,9 +69,8 @@ def jobs_of(package: Package, data: Data) -> Iterator[Job]:
 
 def _prefixes(package: Package, program: Program) -> dict[str, str]:
     found = {}
-    for site in sites(package):
-        place = "".join(f"{part}/" for part in site.program.place)
-        is_run = site.block == site.function.block_specializations[site.function.opset]
-        if program.functions.get(place) == site.function_name and is_run:
-            found[place] = site.prefix
+    for graph in package.graphs:
+        place = "".join(f"{part}/" for part in graph.place)
+        if program.functions.get(place) == graph.function_name and graph.is_run:
+            found[place] = graph.prefix
     return found

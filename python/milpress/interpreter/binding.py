@@ -17,9 +17,10 @@ from milpress.interpreter import ops
 from milpress.interpreter.constants import Budget, Caster, Weight, caster, constant, held_as
 from milpress.interpreter.operator import Operator
 from milpress.mil import opset, values
-from milpress.mil.constexpr import Decoder, is_constexpr
-from milpress.mil.graph import Graph, Node
+from milpress.mil.constexpr import is_constexpr
+from milpress.mil.graph import Node
 from milpress.mil.opset import Opset
+from milpress.mil.program import ProgramGraph
 from milpress.mil.schema import messages
 from milpress.mil.values import TensorType, WeightSource
 
@@ -272,10 +273,10 @@ class _Binder:
         self._opset = _opset_of(function, place)
         body = function.block_specializations[function.opset]
         self._body = body
-        graph = Graph(function, body)
+        graph = ProgramGraph(function, body, source)
         # The graph lists its nodes in the order in which this class walks the blocks.
         self._nodes = iter(graph.nodes)
-        self._decoder = Decoder(graph, source)
+        self._decoder = graph.decoder
         self._stored: list[Any] = []
         self._stored_names: dict[int, str] = {}
         self._types: list[TensorType | None] = []
@@ -445,7 +446,7 @@ class _Binder:
 def _opset_of(function: Any, place: str) -> Opset:
     found = opset.by_name(function.opset)
     if function.opset not in function.block_specializations:
-        msg = f"{place}: a function must have a block for its opset {function.opset}, got none"
+        msg = f"{place}: the function has no block for its opset {function.opset}"
         raise PackageError(msg)
     return found
 

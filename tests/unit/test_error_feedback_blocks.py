@@ -15,19 +15,19 @@ from milpress.formats import (
     PerBlock,
     PruneConfig,
     QuantizeConfig,
-    feedback,
+    error_feedback,
     palettize,
 )
 from milpress.formats import (
     factor as factoring,
 )
-from milpress.formats.feedback import FeedbackConfig
+from milpress.formats.error_feedback import FeedbackConfig
 from milpress.kernels.threads import Room
 
 RNG = np.random.default_rng
 
 
-def second(n: int, n_groups: int = 1, seed: int = 0) -> np.ndarray:
+def second_moments(n: int, n_groups: int = 1, seed: int = 0) -> np.ndarray:
     """Return moments of inputs that depend on each other."""
     random = RNG(seed)
     x = random.normal(size=(n_groups, 4 * n, n)) @ random.normal(size=(n, n))
@@ -49,9 +49,9 @@ def bands(monkeypatch) -> None:
 @pytest.mark.parametrize("n", [17, 24, 100])
 @pytest.mark.parametrize("activation_order", [False, True])
 def test_a_factor_in_bands_is_the_factor_of_the_inverse(n, activation_order):
-    moments = second(n, 2)
+    moments = second_moments(n, 2)
     config = FeedbackConfig(activation_order=activation_order, dampening=0.01)
-    found = feedback.factorize(moments, config, evenly=2.5)
+    found = error_feedback.factorize(moments, config, evenly=2.5)
     for g in range(2):
         h = moments[g].astype(np.float64) + 2.5 * np.eye(n)
         h += 0.01 * h.diagonal().mean() * np.eye(n)
@@ -67,16 +67,16 @@ def test_a_factor_in_bands_is_the_factor_of_the_inverse(n, activation_order):
 @pytest.mark.usefixtures("bands")
 def test_inputs_in_bands_that_depend_on_each_other_wholly_take_more_dampening():
     moments = np.ones((1, 60, 60), np.float32)
-    assert feedback.factorize(moments, FeedbackConfig(dampening=0.0)).dampening > 0
+    assert error_feedback.factorize(moments, FeedbackConfig(dampening=0.0)).dampening > 0
 
 
 def test_what_counts_evenly_is_added_to_the_diagonal():
-    moments = second(20, 2)
+    moments = second_moments(20, 2)
     added = moments + np.float32(4) * np.eye(20, dtype=np.float32)
     config = FeedbackConfig()
     found, expected = (
-        feedback.factorize(moments, config, evenly=4.0),
-        feedback.factorize(added, config),
+        error_feedback.factorize(moments, config, evenly=4.0),
+        error_feedback.factorize(added, config),
     )
     np.testing.assert_allclose(found.power, expected.power, rtol=2.0**-23)
     # The sum was rounded to float32 there; the condition makes more of it.
@@ -90,16 +90,16 @@ def test_a_factor_takes_no_more_memory_than_it_says(n, n_groups, monkeypatch):
     monkeypatch.setattr(factoring, "_BAND", 32)
     moments = np.zeros((n_groups, n, n), np.float32)
     moments[:, range(n), range(n)] = RNG(0).random(n, np.float32) + 1
-    feedback.factorize(moments, FeedbackConfig())  # what is loaded at first does not count
+    error_feedback.factorize(moments, FeedbackConfig())  # what is loaded at first does not count
     tracemalloc.start()
     try:
-        feedback.factorize(moments, FeedbackConfig())
+        error_feedback.factorize(moments, FeedbackConfig())
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     # A few blocks of a band, vectors, and Python's own objects.
     fixed = 64 * 32 * 32 + 64 * n * n_groups + 100_000
-    assert peak <= feedback.factor_bytes(n_groups, n) + fixed
+    assert peak <= error_feedback.factor_bytes(n_groups, n) + fixed
 
 
 def test_a_large_factor_takes_a_third_of_what_lapack_takes():
@@ -107,7 +107,7 @@ def test_a_large_factor_takes_a_third_of_what_lapack_takes():
     moments = np.eye(n, dtype=np.float32)[None]
     tracemalloc.start()
     try:
-        feedback.factorize(moments, FeedbackConfig())
+        error_feedback.factorize(moments, FeedbackConfig())
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -115,8 +115,10 @@ def test_a_large_factor_takes_a_third_of_what_lapack_takes():
     assert peak < 12 * n * n
 
 
-def blocks_of(moments: np.ndarray, edges: list[int]) -> list[feedback.Factor]:
-    return [feedback.factorize(moments[:, a:b, a:b], FeedbackConfig()) for a, b in pairwise(edges)]
+def blocks_of(moments: np.ndarray, edges: list[int]) -> list[error_feedback.Factor]:
+    return [
+        error_feedback.factorize(moments[:, a:b, a:b], FeedbackConfig()) for a, b in pairwise(edges)
+    ]
 
 
 TREATMENTS = {
@@ -130,14 +132,14 @@ TREATMENTS = {
 @pytest.mark.parametrize("n_groups", [1, 2])
 def test_blocks_of_columns_are_each_as_if_they_stood_alone(kind, n_groups):
     w, edges = weight((8, 40)), [0, 8, 24, 40]
-    factors = blocks_of(second(40, n_groups), edges)
+    factors = blocks_of(second_moments(40, n_groups), edges)
     tables = palettize(w, PalettizeConfig(bits=3, group_size=2))
 
-    def made(part: np.ndarray, columns: slice, factor: feedback.Factors) -> np.ndarray:
+    def made(part: np.ndarray, columns: slice, factor: error_feedback.Factors) -> np.ndarray:
         if kind == "tables":
             own = replace(tables, codes=np.ascontiguousarray(tables.codes[:, columns]))
-            return feedback.palettize(part, own, factor).dense()
-        return feedback.compress(part, TREATMENTS[kind], factor).dense()
+            return error_feedback.palettize(part, own, factor).dense()
+        return error_feedback.compress(part, TREATMENTS[kind], factor).dense()
 
     together = made(w, slice(0, 40), factors)
     for factor, (begin, end) in zip(factors, pairwise(edges), strict=True):
@@ -147,11 +149,11 @@ def test_blocks_of_columns_are_each_as_if_they_stood_alone(kind, n_groups):
 
 
 def test_runs_of_zeros_do_not_cross_blocks():
-    factors = blocks_of(second(40), [0, 8, 24, 40])
-    assert feedback.fits(factors, PruneConfig(n_m=(1, 4)))
-    assert not feedback.fits(factors, PruneConfig(n_m=(1, 3)))
-    assert feedback.fits(factors, PruneConfig(sparsity=0.5))
-    assert feedback.fits(factors[0], PruneConfig(n_m=(1, 3)))
+    factors = blocks_of(second_moments(40), [0, 8, 24, 40])
+    assert error_feedback.fits(factors, PruneConfig(n_m=(1, 4)))
+    assert not error_feedback.fits(factors, PruneConfig(n_m=(1, 3)))
+    assert error_feedback.fits(factors, PruneConfig(sparsity=0.5))
+    assert error_feedback.fits(factors[0], PruneConfig(n_m=(1, 3)))
 
 
 def test_room_is_given_in_the_order_in_which_it_is_asked_for():

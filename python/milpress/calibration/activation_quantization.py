@@ -1,4 +1,4 @@
-"""Quantizing what a model computes: ranges by running it on samples, then pairs of ops."""
+"""Quantization of activations: ranges by running the model on samples, then pairs of ops."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ import numpy as np
 
 from milpress.calibration.activation_report import Activation, ActivationReport
 from milpress.calibration.joining import Joining
-from milpress.engines.interpreter import _Engine, _Interpreter
+from milpress.engines.engine import Engine
+from milpress.engines.interpreter import InterpreterEngine
 from milpress.errors import ConfigError, InputError
 from milpress.formats import QuantizeConfig, quantize
-from milpress.formats.ranges import CalibrationConfig, Engine, Observer, Range
+from milpress.formats.ranges import CalibrationConfig, Observer, Range
 from milpress.mil import activations as mil
-from milpress.mil import opset
+from milpress.mil import opset, raising
 from milpress.mil.activations import Parameters, Placement
 from milpress.mil.graph import Node
 from milpress.mil.joins import Value
 from milpress.mil.package import Package
-from milpress.mil.weights import Site, sites
+from milpress.mil.program import ProgramGraph
 from milpress.progress import Progress
 from milpress.samples.data import Data, RandomSamples, Samples, opened
 
@@ -44,7 +45,7 @@ def quantize_activations(
     *,
     calibration: CalibrationConfig | None = None,
     function: str | None = None,
-    taps_at_once: int = -1,
+    values_at_once: int = -1,
     progress: Progress | None = None,
 ) -> ActivationReport:
     """Quantize the activations of an open package, in its model in memory.
@@ -63,9 +64,9 @@ def quantize_activations(
     function
         The function of a package with several; by default the one that Core ML would take. In a
         pipeline, it is every model's only one.
-    taps_at_once
-        How many values are looked at in a run; -1 for all. With fewer, there are more runs, and the
-        same results.
+    values_at_once
+        How many intermediate values are observed in a run; -1 for all. With fewer, there are more
+        runs, and the same results.
     progress
         Called with samples done, samples in all (0 if that is not known) and what is at hand.
 
@@ -85,21 +86,23 @@ def quantize_activations(
     DriverError
         If Core ML is to run the model, and this is no Mac, or it fails.
     """
-    if isinstance(taps_at_once, bool) or (taps_at_once != -1 and taps_at_once < 1):
-        msg = f"the values looked at in a run must be at least 1, or -1 for all, got {taps_at_once}"
+    if isinstance(values_at_once, bool) or (values_at_once != -1 and values_at_once < 1):
+        msg = (
+            f"the values observed in a run must be at least 1, or -1 for all, got {values_at_once}"
+        )
         raise ConfigError(msg)
     calibration = calibration or CalibrationConfig()
     chosen = _chosen(package, function)
     notes = _raised(package, chosen)
-    jobs = [_Job(package, site, codes_of, calibration) for site in _sites(package, chosen)]
+    jobs = [_Job(graph, codes_of, calibration) for graph in _graphs(package, chosen)]
     observers = {name: observer for job in jobs for name, observer in job.observers.items()}
     with _engine(package, chosen, calibration.engine) as engine:
-        n_samples = _observe(engine, samples, observers, taps_at_once, progress, notes)
+        n_samples = _observe(engine, samples, observers, values_at_once, progress, notes)
     made = mil.read(package.model)
     before = len(made.pairs)
     for job in jobs:
         pairs = job.insert()
-        prefix = job.site.prefix
+        prefix = job.graph.prefix
         made.pairs.update({f"{prefix}{k}": f"{prefix}{v}" for k, v in pairs.items()})
     n_pairs = len(made.pairs) - before
     if n_pairs:
@@ -141,7 +144,7 @@ def _raised(package: Package, chosen: _Chosen) -> list[str]:
         raised = program.functions[chosen[program.place]]
         current = opset.by_name(raised.opset)
         if current < FIRST_OPSET:
-            opset.raise_to(program.model, raised, FIRST_OPSET, package)
+            raising.raise_to(program.model, raised, FIRST_OPSET, package)
             notes[f"raised from {current.target} to {FIRST_OPSET.target}"] = None
         package.model.specificationVersion = max(
             package.model.specificationVersion, program.model.specificationVersion
@@ -149,12 +152,11 @@ def _raised(package: Package, chosen: _Chosen) -> list[str]:
     return list(notes)
 
 
-def _sites(package: Package, chosen: _Chosen) -> list[Site]:
+def _graphs(package: Package, chosen: _Chosen) -> list[ProgramGraph]:
     return [
-        site
-        for site in sites(package)
-        if site.function_name == chosen[site.program.place]
-        and site.block is site.function.block_specializations[site.function.opset]
+        graph
+        for graph in package.graphs
+        if graph.function_name == chosen[graph.place] and graph.is_run
     ]
 
 
@@ -162,18 +164,18 @@ class _Job:
     """A graph whose activations are to be quantized, and what looks at them."""
 
     def __init__(
-        self, package: Package, site: Site, codes_of: CodesOf, calibration: CalibrationConfig
+        self, graph: ProgramGraph, codes_of: CodesOf, calibration: CalibrationConfig
     ) -> None:
         def setting_of(node: Node) -> QuantizeConfig | None:
             return codes_of(node.op_name, node.op.type)
 
-        self.site = site
+        self.graph = graph
         self.activations: list[Activation] = []
         self._calibration = calibration
-        self._placement: Placement[QuantizeConfig] = mil.place(site.graph, setting_of)
-        self._prefix = "".join(f"{part}/" for part in site.program.place)
+        self._placement: Placement[QuantizeConfig] = mil.place(graph, setting_of)
+        self._prefix = "".join(f"{part}/" for part in graph.place)
         self._wanted = self._placement.wanted
-        self._joining = Joining(site.graph, package, self._wanted)
+        self._joining = Joining(graph, self._wanted)
         self._observers = {value: calibration.observer() for value in self._joining.observed}
         self._unions: dict[tuple[Value, ...], Observer] = {}
         self._known: dict[tuple[Value, QuantizeConfig], Parameters | None] = {}
@@ -216,10 +218,10 @@ class _Job:
         codes = next((setting for settings in self._wanted.values() for setting in settings), None)
         if codes is not None:
             self._joining.settle(lambda group: self._range(group, codes), codes)
-        return mil.insert(self.site.graph, self._placement, self._parameters)
+        return mil.insert(self.graph, self._placement, self._parameters)
 
     def _named(self, value: Value | str) -> str:
-        return f"{self.site.prefix}{value if isinstance(value, str) else value.name}"
+        return f"{self.graph.prefix}{value if isinstance(value, str) else value.name}"
 
     def _range(self, group: Sequence[Value], codes: QuantizeConfig) -> Range | None:
         """Return the range of what several values were together."""
@@ -297,50 +299,49 @@ def parameters_of(found: Range, codes: QuantizeConfig, dtype: np.dtype[Any]) -> 
 
 
 def _engine(
-    package: Package, chosen: _Chosen, name: Engine
-) -> contextlib.AbstractContextManager[_Engine]:
+    package: Package, chosen: _Chosen, name: str
+) -> contextlib.AbstractContextManager[Engine]:
     if name == "coreml":
-        from milpress.engines.coreml import CoreMLTaps
+        from milpress.engines.coreml import CoreMLEngine
 
-        return CoreMLTaps(package, chosen)
-    return contextlib.nullcontext(_Interpreter(package, chosen.get(())))
+        return CoreMLEngine(package, chosen)
+    return contextlib.nullcontext(InterpreterEngine(package, chosen.get(())))
 
 
 def _observe(
-    engine: _Engine,
+    engine: Engine,
     samples: Data,
     observers: Mapping[str, Observer],
-    taps_at_once: int,
+    values_at_once: int,
     progress: Progress | None,
     notes: list[str],
 ) -> int:
-    """Run the samples and let observers look; return how many there were, and note how."""
+    """Show intermediate values to observers; return the number of samples, and add remarks."""
 
-    def look(name: str, value: Any) -> None:
+    def observe(name: str, value: Any) -> None:
         observers[name].add(value)
 
     if isinstance(samples, (str, os.PathLike, RandomSamples, Mapping)):
         samples = Samples(samples, engine.inputs)
         notes.extend(samples.notes)
     notes.extend(engine.notes)
+    note = progress or (lambda *_: None)
     total = len(samples) if isinstance(samples, Sized) else 0
     names = list(observers)
-    size = len(names) if taps_at_once == -1 else taps_at_once
+    size = len(names) if values_at_once == -1 else values_at_once
     n_samples = 0
     for sample in samples:
-        if progress is not None:
-            progress(n_samples, total, f"sample {n_samples + 1}")
+        note(n_samples, total, f"sample {n_samples + 1}")
         inputs, _ = opened(
             named(sample, [feature.name for feature in engine.inputs]), engine.inputs
         )
         for start in range(0, len(names), max(size, 1)):
-            engine.look(inputs, names[start : start + size], look)
+            engine.intermediate(inputs, names[start : start + size], observe)
         n_samples += 1
     if not n_samples:
-        msg = "the samples must be at least one, got none"
+        msg = "there are no samples: give at least one"
         raise InputError(msg)
-    if progress is not None:
-        progress(n_samples, total, "")
+    note(n_samples, total, "")
     return n_samples
 
 
