@@ -17,7 +17,7 @@ from device_results import entry, model, placement, result
 import milpress
 from milpress import device, errors
 from milpress.device import schema, suite
-from milpress.engines import inputs
+from milpress.samples.files import read_samples, write_samples
 
 QUICK = ("--warmup", 1, "--round", 2, "--min-rounds", 2, "--max-rounds", 2)
 
@@ -229,11 +229,11 @@ def test_hostile_names_do_not_steer_the_terminal(tmp_path):
 
 def test_samples_survive_their_file(tmp_path):
     samples = [{"a/b": np.float16([[1, 2]]), "n": np.int32(3)}, {"a/b": np.ones((2, 2))}]
-    inputs.write(tmp_path / "s.npz", samples)
+    write_samples(tmp_path / "s.npz", samples)
     first = (tmp_path / "s.npz").read_bytes()
-    inputs.write(tmp_path / "s.npz", samples)
+    write_samples(tmp_path / "s.npz", samples)
     assert (tmp_path / "s.npz").read_bytes() == first
-    for got, expected in zip(inputs.read(tmp_path / "s.npz"), samples, strict=True):
+    for got, expected in zip(read_samples(tmp_path / "s.npz"), samples, strict=True):
         assert got.keys() == expected.keys()
         for name in got:
             np.testing.assert_array_equal(got[name], expected[name])

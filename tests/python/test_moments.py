@@ -18,7 +18,8 @@ from small_models import TARGETS, save, weight
 from torch import nn
 
 import milpress
-from milpress.calibration.moments import Calibration, calibrate, importance
+from milpress.calibration.calibrating import calibrate
+from milpress.calibration.input_statistics import Calibration, importance
 from milpress.errors import ConfigError, InputError, VerificationError
 from milpress.formats import (
     PalettizeConfig,

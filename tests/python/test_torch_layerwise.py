@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 import milpress as cto
 from milpress.errors import ConfigError, ConfigTypeError, UnsupportedError
 from milpress.interpreter import load
-from milpress.torch._weights import weights_of
+from milpress.torch._module_weights import weights_of
 from milpress.torch.layerwise_compression import (
     GPTQ,
     DefaultInputCacher,
@@ -32,7 +32,7 @@ from milpress.torch.layerwise_compression import (
     ModuleGPTQPaletteConfig,
     ModuleSparseGPTConfig,
 )
-from milpress.torch.layerwise_compression._moments import LAYERS, Moments
+from milpress.torch.layerwise_compression._layer_moments import LAYERS, LayerMoments
 
 INT4 = {"algorithm": "gptq", "weight_dtype": "int4"}
 
@@ -112,7 +112,7 @@ def test_moments_tell_how_large_the_output_of_any_weight_is(layer):
     torch.manual_seed(0)
     rank = layer.weight.ndim - 2
     shapes = [(2, 6, *[7] * rank), (1, 6, *[9] * rank)] if rank else [(2, 5, 6), (3, 6)]
-    moments = Moments(layer)
+    moments = LayerMoments(layer)
     total = np.zeros(layer.weight.shape[0])
     layer = layer.double()
     layer.bias = None

@@ -8,16 +8,15 @@ from typing import Any, cast
 
 from milpress.compression.requests import Request, settled_request
 from milpress.compression.settling import Asked, settle
-from milpress.coreml.config import (
+from milpress.coreml.op_config import (
     CompressionGranularity,
     OpCompressorConfig,
     OpLinearQuantizerConfig,
     OpMagnitudePrunerConfig,
     OpPalettizerConfig,
     OpThresholdPrunerConfig,
-    OptimizationConfig,
-    advice,
 )
+from milpress.coreml.optimization_config import OptimizationConfig, advice
 from milpress.errors import CompressionError, ConfigError, UnsupportedError
 from milpress.formats import (
     Blocks,

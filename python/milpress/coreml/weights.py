@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from milpress.calibration.moments import Calibration
+from milpress.calibration.input_statistics import Calibration
 from milpress.compression.advice import SampleSettings
 from milpress.compression.packages import (
     OnUnsupported,
@@ -18,14 +18,14 @@ from milpress.compression.packages import (
 from milpress.compression.report import Report, WeightReport
 from milpress.compression.run import Run
 from milpress.coreml._requests import ConfigRequests, joint_needs_ios18
-from milpress.coreml.config import (
+from milpress.coreml.op_config import (
     OpLinearQuantizerConfig,
     OpMagnitudePrunerConfig,
     OpPalettizerConfig,
     OpThresholdPrunerConfig,
-    adopted,
 )
-from milpress.engines.mlmodel import opened, returned, temporary_package
+from milpress.coreml.optimization_config import adopted
+from milpress.engines.mlmodel import opened, written
 from milpress.errors import ConfigError
 from milpress.kernels.device import DeviceName
 from milpress.mil import opset
@@ -96,14 +96,10 @@ def palettize_weights(
     PackageError
         If the model is damaged, or not made of ML programs.
     """
-    requests = _requests(
-        "palettize_weights", config, (OpPalettizerConfig,), joint_compression, seed
-    )
+    kinds = (OpPalettizerConfig,)
+    requests = _requests("palettize_weights", kinds, config, joint_compression, seed)
     samples = SampleSettings.of(
-        sample_data,
-        cache=calibration_cache,
-        mask=calibration_mask,
-        bias_correction=bias_correction,
+        sample_data, cache=calibration_cache, mask=calibration_mask, bias_correction=bias_correction
     )
     run = Run(progress=progress, threads=threads, device=device)
     return _compressed(mlmodel, requests, destination, on_unsupported, samples, run)
@@ -149,13 +145,10 @@ def linear_quantize_weights(
     CompressionError
         As `palettize_weights` does.
     """
-    allowed = (OpLinearQuantizerConfig,)
-    requests = _requests("linear_quantize_weights", config, allowed, joint_compression)
+    kinds = (OpLinearQuantizerConfig,)
+    requests = _requests("linear_quantize_weights", kinds, config, joint_compression)
     samples = SampleSettings.of(
-        sample_data,
-        cache=calibration_cache,
-        mask=calibration_mask,
-        bias_correction=bias_correction,
+        sample_data, cache=calibration_cache, mask=calibration_mask, bias_correction=bias_correction
     )
     run = Run(progress=progress, threads=threads, device=device)
     return _compressed(mlmodel, requests, destination, on_unsupported, samples, run)
@@ -196,8 +189,8 @@ def prune_weights(
     CompressionError
         As `palettize_weights` does.
     """
-    allowed = (OpMagnitudePrunerConfig, OpThresholdPrunerConfig)
-    requests = _requests("prune_weights", config, allowed, joint_compression)
+    kinds = (OpMagnitudePrunerConfig, OpThresholdPrunerConfig)
+    requests = _requests("prune_weights", kinds, config, joint_compression)
     run = Run(progress=progress, threads=threads, device=device)
     return _compressed(mlmodel, requests, destination, on_unsupported, None, run)
 
@@ -233,15 +226,11 @@ def decompress_weights(
 
 
 def _requests(
-    function_name: str,
-    config: Any,
-    allowed: tuple[type[Any], ...],
-    joint_compression: bool,
-    seed: int = 0,
+    function: str, kinds: tuple[type[Any], ...], config: Any, joint: bool, seed: int = 0
 ) -> ConfigRequests:
     ours = adopted(config)
-    ours.check_types(*allowed, function=function_name)
-    return ConfigRequests(ours, joint=joint_compression, seed=seed)
+    ours.check_types(*kinds, function=function)
+    return ConfigRequests(ours, joint=joint, seed=seed)
 
 
 def _compressed(
@@ -264,29 +253,19 @@ def _compressed(
         raise joint_needs_ios18()
     _warn_of_typos(package, requests)
 
-    def compress(path: Path) -> Report:
-        return compress_package(
-            package,
-            path,
-            requests,
-            run,
-            strict=on_unsupported == "error",
-            may_be_idle=True,
-            samples=samples,
-        )
-
-    return _written(mlmodel, destination, compress)
+    strict = on_unsupported == "error"
+    return _written(
+        mlmodel,
+        destination,
+        lambda path: compress_package(
+            package, path, requests, run, strict=strict, may_be_idle=True, samples=samples
+        ),
+    )
 
 
 def _written(mlmodel: Any, destination: Destination, work: Callable[[Path], Report]) -> Any:
     """Let some work write a package, and return it as a model."""
-    if destination is not None:
-        report = work(Path(destination))
-        model = returned(Path(destination), mlmodel, temporary=False)
-    else:
-        with temporary_package() as path:
-            report = work(path)
-            model = returned(path, mlmodel, temporary=True)
+    model, report = written(mlmodel, destination, work)
     for weight in report.with_status("left"):
         _logger.warning("%s", _sentence(weight))
     model.compression_report = report

@@ -13,13 +13,13 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from milpress.interpreter.products import Products, windows
-from milpress.torch._weights import Kinds
+from milpress.torch._module_weights import Kinds
 
 CONVOLUTIONS: Kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS: Kinds = (nn.Linear, *CONVOLUTIONS)
 
 
-class Moments:
+class LayerMoments:
     """Sums of products of the values that elements of a weight are multiplied by.
 
     Parameters

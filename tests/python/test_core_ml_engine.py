@@ -1,4 +1,4 @@
-"""Values inside a model, shown by Core ML: its part is played by the interpreter here."""
+"""Intermediate values as Core ML computes them: its part is played by the interpreter here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import milpress
 from milpress import coreml, interpreter
 from milpress.cli.app import app
 from milpress.engines import coreml as engine
-from milpress.engines.coreml import CoreML
+from milpress.engines.calls import CoreML
 from milpress.errors import ConfigError, DriverError, InputError, UnsupportedError
 from milpress.mil import staging
 from milpress.mil.expose import expose

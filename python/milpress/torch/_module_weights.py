@@ -31,7 +31,7 @@ _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weig
 
 
 @dataclass(frozen=True, slots=True)
-class Weight:
+class ModuleWeight:
     """A parameter of a module.
 
     Parameters
@@ -79,12 +79,19 @@ class Weight:
         return int(getattr(self.module, "groups", 1))
 
 
-def weights_of(model: nn.Module, kinds: Kinds) -> Iterator[Weight]:
+def weights_of(model: nn.Module, kinds: Kinds) -> Iterator[ModuleWeight]:
     """Yield the weights of the modules of some kinds, in order, each module once."""
     for name, module in model.named_modules():
         if isinstance(module, kinds):
             for parameter_name in _parameter_names(module):
-                yield Weight(name, module, parameter_name)
+                yield ModuleWeight(name, module, parameter_name)
+
+
+def attention_around(model: nn.Module, name: str) -> tuple[str, nn.Module] | None:
+    """Return the attention, by its name, whose output projection a module is."""
+    holder, _, own_name = name.rpartition(".")
+    module = model.get_submodule(holder) if own_name == "out_proj" else None
+    return (holder, module) if isinstance(module, nn.MultiheadAttention) else None
 
 
 def _parameter_names(module: nn.Module) -> tuple[str, ...]:
@@ -98,11 +105,9 @@ def _parameter_names(module: nn.Module) -> tuple[str, ...]:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """Return a parameter on the CPU, put together if it is spread over processes."""
-    found: Any = tensor.detach()
-    if is_spread(tensor):
-        found = found.full_tensor()
-    complete: torch.Tensor = found if found.is_meta else found.cpu()
-    return complete
+    values: Any = tensor.detach()
+    complete: torch.Tensor = values.full_tensor() if is_spread(tensor) else values
+    return complete if complete.is_meta else complete.cpu()
 
 
 def is_spread(tensor: torch.Tensor) -> bool:

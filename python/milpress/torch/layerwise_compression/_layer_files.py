@@ -12,10 +12,10 @@ import torch
 
 from milpress.errors import ConfigError, StorageError
 from milpress.plain.files import draft_in_place_of
-from milpress.torch._weights import Weight, whole
+from milpress.torch._module_weights import ModuleWeight, whole
 
 
-class Checkpoint:
+class LayerFiles:
     """Files of compressed layers in a folder.
 
     Parameters
@@ -28,7 +28,7 @@ class Checkpoint:
         self._folder = None if folder is None else Path(folder)
         self._made: list[Path] = []
 
-    def load(self, number: int, weight: Weight, config: Any) -> dict[str, Any] | None:
+    def load(self, number: int, weight: ModuleWeight, config: Any) -> dict[str, Any] | None:
         """Return what was kept of a layer; ``None`` if there is nothing.
 
         Raises
@@ -57,7 +57,7 @@ class Checkpoint:
         state: dict[str, Any] = found["state"]
         return state
 
-    def identity(self, weight: Weight, config: Any) -> str:
+    def identity(self, weight: ModuleWeight, config: Any) -> str:
         """Return what tells a weight, as it is now, and its config from others."""
         return "" if self._folder is None else _identity(weight, config)
 
@@ -92,7 +92,7 @@ class Checkpoint:
         return (self._folder or Path()) / f"layer-{number:05}.pt"
 
 
-def _identity(weight: Weight, config: Any) -> str:
+def _identity(weight: ModuleWeight, config: Any) -> str:
     digest = hashlib.blake2b(f"{weight.name} {weight.shape} {config!r}".encode())
     if weight.tensor is not None:
         tensor = whole(weight.tensor).contiguous()
