@@ -31,6 +31,7 @@ from milpress.torch.quantization._folding import (
     RoundedWeight,
     channel_scale,
     fold,
+    freeze_norms,
     thaw,
 )
 from milpress.torch.quantization.quantization_config import (
@@ -190,7 +191,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
             if self._step_count == stay:
                 fake.enable_observer(False)
         if self._step_count == freeze:
-            freeze(self._model)
+            freeze_norms(self._model)
         self._step_count += 1
 
     def load_state_dict(self, state_dict: Any) -> None:
@@ -204,7 +205,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
         super().load_state_dict(state_dict)
         freeze = -1 if self._milestones is None else self._milestones[3]
         if self._is_prepared and 0 <= freeze < self._step_count:
-            freeze(self._model)
+            freeze_norms(self._model)
 
     def finalize(self, model: nn.Module | None = None, inplace: bool = False) -> nn.Module:
         """Round the weights for good, and put ops that round where layers did.
