@@ -17,7 +17,7 @@ from small_models import TARGETS, save, weight
 
 import milpress
 from milpress.calibration import second_moments
-from milpress.calibration.moments import calibrate
+from milpress.calibration.calibrating import calibrate
 from milpress.calibration.second_moments import SecondMoments
 from milpress.compression import treating
 from milpress.errors import ConfigError

@@ -11,8 +11,8 @@ import pytest
 from milpress.device.drivers.fake import FakeDriver
 from milpress.device.runner import Findings, Job, Plan, Runner
 from milpress.device.sessions import ProcessSession, SessionError, worker_command
-from milpress.engines import inputs
 from milpress.errors import ConfigError
+from milpress.samples.files import write_samples
 
 
 class Clock:
@@ -47,7 +47,7 @@ class Scripted:
 @pytest.fixture
 def samples(tmp_path):
     path = tmp_path / "samples.npz"
-    inputs.write(path, [{"x": np.ones((1, 4), np.float32)}])
+    write_samples(path, [{"x": np.ones((1, 4), np.float32)}])
     return path
 
 

@@ -76,8 +76,8 @@ def evaluate(
     as_json: opt.Json = False,
 ) -> None:
     """Run two packages on samples and compare their outputs."""
-    from milpress.evaluation.evaluating import METRICS
     from milpress.evaluation.evaluating import evaluate as evaluate_packages
+    from milpress.evaluation.results import METRICS
     from milpress.samples.data import RandomSamples
 
     samples = data if random is None else RandomSamples(random, seed)
@@ -116,7 +116,7 @@ def evaluate(
 
 def _arrays(options: list[str]) -> dict[str, Any]:
     """Return the arrays that ``--input`` options name."""
-    from milpress.engines.running import read_arrays
+    from milpress.plain.arrays import read_arrays
     from milpress.samples.pictures import is_picture
 
     arrays: dict[str, Any] = {}

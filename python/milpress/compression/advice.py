@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from milpress.calibration.moments import Calibration
-from milpress.calibration.second_moments import Inputs, SecondMoments, checked_memory
-from milpress.calibration.uses import Statistics
+from milpress.calibration.input_statistics import Calibration
+from milpress.calibration.second_moments import SecondMoments, WeightInputs, checked_memory
+from milpress.calibration.weight_statistics import WeightStatistics
 from milpress.compression.treating import Job, Outcome
 from milpress.errors import ConfigError
 from milpress.mil.package import Package
@@ -63,7 +63,7 @@ class SampleSettings:
 
 @dataclass(frozen=True, slots=True)
 class Advice:
-    """Statistics of a package's weights, and what they are used for.
+    """WeightStatistics of a package's weights, and what they are used for.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ class Advice:
         What errors are fed back by, if they are.
     """
 
-    statistics: Statistics
+    statistics: WeightStatistics
     corrects: bool = False
     moments: SecondMoments | None = None
 
@@ -88,7 +88,7 @@ class Advice:
         weights: Iterable[Weight],
     ) -> Advice:
         """Return the advice for weights, in the order in which they will ask for it."""
-        statistics = Statistics(calibration, package)
+        statistics = WeightStatistics(calibration, package)
         if not samples.feedback or isinstance(samples.data, Calibration):
             return cls(statistics, samples.bias_correction)
         moments = SecondMoments(
@@ -112,7 +112,7 @@ class Advice:
             advice["correct"] = functools.partial(self.statistics.correct, weight)
         if self.moments is not None:
             evenly = functools.partial(self.statistics.evenly, weight)
-            advice["inputs"] = Inputs(self.moments, layers, weight.shape, evenly)
+            advice["inputs"] = WeightInputs(self.moments, layers, weight.shape, evenly)
         return advice
 
     def notes(self, job: Job, outcome: Outcome) -> tuple[str, ...]:

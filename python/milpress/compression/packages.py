@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from milpress.calibration.moments import Calibration, calibrate, package_digest
+from milpress.calibration.calibrating import calibrate
+from milpress.calibration.input_statistics import Calibration
 from milpress.compression.advice import Advice, SampleSettings
 from milpress.compression.checkpoint import Checkpoint, check_folder
 from milpress.compression.decisions import decide_all
@@ -25,6 +26,7 @@ from milpress.errors import ConfigError, UnsupportedError, weight_errors
 from milpress.kernels.device import DeviceName, Kernels
 from milpress.mil import treatments
 from milpress.mil.constexpr import is_constexpr, is_part
+from milpress.mil.digest import content_digest
 from milpress.mil.package import Package, n_package_bytes
 from milpress.mil.raising import raise_opsets
 from milpress.mil.staging import check_destination
@@ -179,7 +181,7 @@ def _activations(
     if isinstance(data, Calibration):
         msg = "quantizing activations needs the samples themselves, not statistics of them"
         raise ConfigError(msg)
-    from milpress.calibration.activations import quantize_activations
+    from milpress.calibration.activation_quantization import quantize_activations
 
     return functools.partial(
         quantize_activations,
@@ -238,7 +240,7 @@ def compress_package(
             notes.extend([] if advice.moments is None else ["errors fed back"])
         files = None
         if checkpoint is not None and not run.dry_run:
-            digests = [package_digest(package), "" if calibration is None else calibration.data]
+            digests = [content_digest(package), "" if calibration is None else calibration.data]
             files = Checkpoint(
                 checkpoint, [*digests, *(() if samples is None else samples.identity)]
             )

@@ -19,7 +19,7 @@ from milpress.mil import encode
 from milpress.mil.program import Weight
 
 if TYPE_CHECKING:
-    from milpress.calibration.second_moments import Inputs
+    from milpress.calibration.second_moments import WeightInputs
 
 # What is to be added to the biases of layers, by their names, for an error of their weight.
 Corrections: TypeAlias = Mapping[str, NDArray[np.float64]]
@@ -58,7 +58,7 @@ class Job:
     is_repeated: bool = False
     importance: Callable[[Floats], NDArray[np.float32] | None] | None = None
     correct: Correct | None = None
-    inputs: Inputs | None = None
+    inputs: WeightInputs | None = None
     layers: tuple[str, ...] = ()
     note: str = ""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, cast
 
-from milpress.calibration.activations import CodesOf, quantize_activations
+from milpress.calibration.activation_quantization import CodesOf, quantize_activations
 from milpress.compression.packages import save_package
 from milpress.coreml.op_config import OpLinearQuantizerConfig
 from milpress.coreml.optimization_config import OptimizationConfig, adopted
@@ -102,7 +102,7 @@ def linear_quantize_activations(
         sample_data,
         calibration=settings,
         function=function,
-        taps_at_once=calibration_op_group_size,
+        values_at_once=calibration_op_group_size,
         progress=progress,
     )
     model, _ = written(mlmodel, destination, lambda path: save_package(package, path))

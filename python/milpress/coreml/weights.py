@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from milpress.calibration.moments import Calibration
+from milpress.calibration.input_statistics import Calibration
 from milpress.compression.advice import SampleSettings
 from milpress.compression.packages import (
     OnUnsupported,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from milpress.compression.packages import compress
 from milpress.device import benchmark, schema
-from milpress.device.benchmark import Candidate
+from milpress.device.entries import Candidate, failed_entry, model_of
 from milpress.device.runner import Plan, Progress
 from milpress.device.schema import Failure, Result
 from milpress.errors import CompressionError, ConfigError, DestinationError
@@ -201,10 +201,10 @@ def run(
         open_session=session,
         progress=progress,
     )
-    original = benchmark.model_of(Candidate(package=Path(model), name=""))
+    original = model_of(Candidate(package=Path(model), name=""))
     names = {entry.settings.compute_units: None for entry in result.entries}
     missing = [
-        benchmark.failed_entry(
+        failed_entry(
             Candidate(package=Path(model), name=name),
             dataclasses.replace(original, name=name),
             each,

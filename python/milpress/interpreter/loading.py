@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from milpress.errors import ConfigError, ModelKindError, PackageError, UnsupportedError
+from milpress.interpreter.binding import bind
 from milpress.interpreter.constants import Budget
-from milpress.interpreter.graph import bind
 from milpress.interpreter.parts import Model, Part, Passed, Pipeline
 from milpress.interpreter.suppression import suppression_of
 from milpress.mil import features

@@ -11,7 +11,7 @@ import torch
 
 from milpress.errors import CompressionError, ExecutionError, UnsupportedOpError
 from milpress.interpreter import features as io
-from milpress.interpreter.graph import Frame, Function, Observe, Replace
+from milpress.interpreter.binding import Frame, Function, Observe, Replace
 from milpress.interpreter.module import PipelineModule, ProgramModule, Stage
 from milpress.interpreter.states import State
 from milpress.interpreter.suppression import Suppression

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from milpress.errors import ConfigError, InputError, UnsupportedError
 from milpress.interpreter import features as io
+from milpress.interpreter.binding import Observe, Replace
 from milpress.interpreter.constants import Budget, held_as
-from milpress.interpreter.graph import Observe, Replace
+from milpress.interpreter.layers import Layer, layers
 from milpress.interpreter.loading import Loader
 from milpress.interpreter.module import PipelineModule, ProgramModule
-from milpress.interpreter.moments import Layer, layers
 from milpress.interpreter.parts import Model, Pipeline, Run
 from milpress.interpreter.states import State
 from milpress.mil.features import Feature
@@ -92,6 +92,12 @@ def load(
         package = Package(package)
     loader = Loader(package, function, precision == "float16", Budget(weight_memory))
     return Program(loader.part(package.model), precision=precision, seed=seed)
+
+
+def run_once(program: Program, inputs: Mapping[str, Any], **watch: Any) -> Result:
+    """Run a program by itself, as `Program.run` does: states begin as zeros."""
+    state = program.make_state() if program.is_stateful else None
+    return program.run(inputs, state=state, **watch)
 
 
 class Program:

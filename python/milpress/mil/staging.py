@@ -16,7 +16,6 @@ import milpress._core as _core
 from milpress.errors import (
     DestinationError,
     PackageError,
-    PackageNotFoundError,
     StorageError,
 )
 from milpress.mil.package import Package, n_package_bytes
@@ -226,14 +225,9 @@ def check_destination(source: Path, destination: Path, *, force: bool) -> None:
     if real == real_source or real in real_source.parents or real_source in real.parents:
         msg = f"{destination}: the destination must be apart from the source {source}"
         raise DestinationError(msg)
-    if not destination.absolute().parent.is_dir():
-        msg = f"{destination}: the folder {destination.absolute().parent} does not exist"
-        raise PackageNotFoundError(msg)
+    files.check_free(destination, force=force, is_package=True)
     if not os.path.lexists(destination):
         return
-    if not force:
-        msg = f"{destination} exists already; --force (`force=True`) replaces it"
-        raise DestinationError(msg)
     if destination.is_symlink() or not (destination / "Manifest.json").is_file():
         msg = f"{destination} exists and is not an .mlpackage, so it is not replaced"
         raise DestinationError(msg)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from milpress.formats import Treatment
@@ -120,11 +120,8 @@ class CurvePoint:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the point as JSON can hold it."""
-        return {
-            "package_bytes": self.package_bytes,
-            "bits_per_weight": self.bits_per_weight,
-            "snr_db": json.number(self.snr_db),
-        }
+        data: dict[str, Any] = json.plain(asdict(self))
+        return data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,7 +57,7 @@ class _Frozen(Hooks):
         module.training = module.__dict__.pop("_was_training", module.training)
 
 
-def freeze_norms(model: nn.Module) -> None:
+def freeze(model: nn.Module) -> None:
     """Keep the batch normalizations that are folded to their running statistics."""
     for module in plain(model).modules():
         for rounded in RoundedWeight.of(module):
@@ -68,7 +68,7 @@ def freeze_norms(model: nn.Module) -> None:
 
 
 def thaw(module: nn.Module) -> None:
-    """Undo `freeze_norms`."""
+    """Undo `freeze`."""
     for frozen in _Frozen.of(module):
         frozen.detach(module)
     module.__dict__.pop("freeze_bn", None)

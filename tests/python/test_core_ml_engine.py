@@ -1,4 +1,4 @@
-"""Values inside a model, shown by Core ML: its part is played by the interpreter here."""
+"""Intermediate values as Core ML computes them: its part is played by the interpreter here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import milpress
 from milpress import coreml, interpreter
 from milpress.cli.app import app
 from milpress.engines import coreml as engine
-from milpress.engines.coreml import CoreML
+from milpress.engines.calls import CoreML
 from milpress.errors import ConfigError, DriverError, InputError, UnsupportedError
 from milpress.mil import staging
 from milpress.mil.expose import expose
@@ -254,7 +254,7 @@ def test_core_ml_takes_a_mac_and_its_failures_are_told(tmp_path, monkeypatch, co
     with pytest.raises(DriverError, match=r"m\.mlpackage: .* execution plan"):
         coreml.linear_quantize_activations(str(path), config(), samples(""), engine="coreml")
     monkeypatch.undo()
-    with pytest.raises(DriverError, match="must run on a Mac"):
+    with pytest.raises(DriverError, match="the driver coreml needs a Mac"):
         coreml.linear_quantize_activations(str(path), config(), samples(""), engine="coreml")
     with pytest.raises(ConfigError, match="engine must be one of"):
         coreml.linear_quantize_activations(str(path), config(), samples(""), engine="metal")

@@ -1,4 +1,4 @@
-"""What samples say of a weight, by all of its uses."""
+"""Statistics of weights: those of the inputs of all layers that use them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress.calibration.moments import Calibration, LayerMoments, importance
+from milpress.calibration.input_statistics import Calibration, InputStatistics, importance
 from milpress.mil.package import Package
 from milpress.mil.program import Weight
 
@@ -49,18 +49,18 @@ class _Uses:
         Names of uses of which is not known what the error of an element does to them.
     """
 
-    layers: list[LayerMoments] = field(default_factory=list)
+    layers: list[InputStatistics] = field(default_factory=list)
     alike: list[str] = field(default_factory=list)
     share: float = 0.0
     others: list[str] = field(default_factory=list)
 
     @property
-    def count(self) -> list[LayerMoments]:
+    def count(self) -> list[InputStatistics]:
         """The layers by which errors count: none if there is another use."""
         return [] if self.others else self.layers
 
 
-class Statistics:
+class WeightStatistics:
     """A calibration, by weights, of which those that share a blob count as one.
 
     Every use of a weight counts. The squared error of a layer's outputs is what the second moments
@@ -72,7 +72,7 @@ class Statistics:
     """
 
     def __init__(self, calibration: Calibration, package: Package) -> None:
-        by_weight: dict[str, list[LayerMoments]] = {}
+        by_weight: dict[str, list[InputStatistics]] = {}
         for each in calibration.layers:
             by_weight.setdefault(each.weight, []).append(each)
         self._uses: dict[str, _Uses] = {}
@@ -148,7 +148,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _add_uses(uses: _Uses, weight: Weight, layers: Collection[LayerMoments]) -> None:
+def _add_uses(uses: _Uses, weight: Weight, layers: Collection[InputStatistics]) -> None:
     """Sort the uses of a weight by what is known of them."""
     uses.layers.extend(layers)
     ran = {each.layer for each in layers}

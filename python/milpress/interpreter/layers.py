@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import pad
 
+from milpress.interpreter.binding import Function, Step, operand_name
 from milpress.interpreter.constants import Weight
-from milpress.interpreter.graph import Function, Step, operand_name
 from milpress.interpreter.ops.convolution import transposed_pairs, window_extents, window_pairs
 from milpress.interpreter.products import BlockProducts, windows
 
@@ -28,7 +28,7 @@ _PARAMETERS = {
 _RECURRENT = ("lstm", "gru", "rnn")
 
 
-class Sums(NamedTuple):
+class InputSums(NamedTuple):
     """Sums over all positions at which a layer uses its weight.
 
     ``first`` and ``second`` are of the values that elements of the weight are multiplied by, and of
@@ -85,7 +85,7 @@ class Layer:
         kernel = self.shape[2:] if self.kind.startswith("conv") else self._aligned(0)
         return (self.kind, self.parameter, kernel, self.groups, repr(self.settings))
 
-    def sums(self, x: Tensor, mask: Tensor | None) -> Sums:
+    def sums(self, x: Tensor, mask: Tensor | None) -> InputSums:
         """Return the sums of one run.
 
         Parameters
@@ -101,7 +101,7 @@ class Layer:
         if self.kind in _RECURRENT:
             parts = [self._channels(rows, (1, x.shape[-1])) for rows in _steps(x, mask)]
             first, second = (np.concatenate(each) for each in list(zip(*parts, strict=True))[:2])
-            return Sums(first, second, parts[0].n)
+            return InputSums(first, second, parts[0].n)
         axis = -1
         if self.kind == "matmul" and x.dim() > 1:
             transposed = bool(
@@ -169,14 +169,14 @@ class Layer:
         shape[axis] = n
         return tuple(shape)
 
-    def _channels(self, rows: Tensor, shape: tuple[int, ...]) -> Sums:
+    def _channels(self, rows: Tensor, shape: tuple[int, ...]) -> InputSums:
         wide = rows.reshape(-1, rows.shape[-1]).double()
         first, second = (
             total.numpy().reshape(shape) for total in (wide.sum(0), (wide * wide).sum(0))
         )
-        return Sums(first, second, len(wide))
+        return InputSums(first, second, len(wide))
 
-    def _windows(self, x: Tensor, mask: Tensor | None) -> Sums:
+    def _windows(self, x: Tensor, mask: Tensor | None) -> InputSums:
         kernel, n_channels = self.shape[2:], x.shape[1]
         is_transposed = self.kind == "conv_transpose"
         blocks = (n_channels, 1) if is_transposed else (self.groups, n_channels // self.groups)
@@ -198,7 +198,7 @@ class Layer:
             for reach in reaches:
                 total = torch.tensordot(total, reach, dims=([1], [1]))
             totals.append(total.numpy().reshape(*blocks, *kernel))
-        return Sums(totals[0], totals[1], x.shape[0] * self._n_outputs(sizes))
+        return InputSums(totals[0], totals[1], x.shape[0] * self._n_outputs(sizes))
 
     def _geometry(self, sizes: Sequence[int]) -> Iterator[tuple[int, int, int, int, int, int]]:
         """Yield size, kernel, stride, dilation, padding before and output size of each axis."""

@@ -1,4 +1,4 @@
-"""What of a package is run on samples: each function that they suit, or the whole of a pipeline."""
+"""Programs of a package with the samples that suit them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,15 @@ if TYPE_CHECKING:
     from milpress.interpreter import Program
 
 
-class Job(NamedTuple):
-    """A program, its samples, and what the names of its weights begin with.
+class SuitedProgram(NamedTuple):
+    """A program with samples that suit it.
 
-    ``prefixes`` tells that by what the names of the values of each of its models begin with.
+    Parameters
+    ----------
+    program, samples
+        The program and its samples.
+    prefixes
+        Prefix of the names of its weights, by the prefix of the values of each of its models.
     """
 
     program: Program
@@ -25,12 +30,12 @@ class Job(NamedTuple):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What there is to know of the program and the samples."""
+        """Remarks on the program and the samples."""
         return (*self.program.notes, *self.samples.notes)
 
 
-def jobs_of(package: Package, data: Data) -> Iterator[Job]:
-    """Yield each function with the samples that suit it; of a pipeline, the whole.
+def suited_programs(package: Package, data: Data) -> Iterator[SuitedProgram]:
+    """Yield each function that samples suit, with these; of a pipeline, the whole.
 
     Raises
     ------
@@ -53,9 +58,9 @@ def jobs_of(package: Package, data: Data) -> Iterator[Job]:
         except InputError as error:
             refused = refused or error
             continue
-        known = samples.unsuited if unsuited is None else unsuited
-        unsuited = {place: known[place] for place in known if place in samples.unsuited}
-        yield Job(program, samples, _prefixes(package, program))
+        before = samples.unsuited if unsuited is None else unsuited
+        unsuited = {place: before[place] for place in before if place in samples.unsuited}
+        yield SuitedProgram(program, samples, _prefixes(package, program))
     if unsuited is None and refused is not None:
         raise refused
     for reason in (unsuited or {}).values():

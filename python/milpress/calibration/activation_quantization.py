@@ -1,4 +1,4 @@
-"""Quantizing what a model computes: ranges by running it on samples, then pairs of ops."""
+"""Quantization of activations: ranges by running the model on samples, then pairs of ops."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import numpy as np
 
 from milpress.calibration.activation_report import Activation, ActivationReport
 from milpress.calibration.joining import Joining
-from milpress.engines.interpreter import _Engine, _Interpreter
+from milpress.engines.engine import Engine
+from milpress.engines.interpreter import InterpreterEngine
 from milpress.errors import ConfigError, InputError
 from milpress.formats import QuantizeConfig, quantize
-from milpress.formats.ranges import CalibrationConfig, Engine, Observer, Range
+from milpress.formats.ranges import CalibrationConfig, Observer, Range
 from milpress.mil import activations as mil
 from milpress.mil import opset, raising
 from milpress.mil.activations import Parameters, Placement
@@ -44,7 +45,7 @@ def quantize_activations(
     *,
     calibration: CalibrationConfig | None = None,
     function: str | None = None,
-    taps_at_once: int = -1,
+    values_at_once: int = -1,
     progress: Progress | None = None,
 ) -> ActivationReport:
     """Quantize the activations of an open package, in its model in memory.
@@ -63,9 +64,9 @@ def quantize_activations(
     function
         The function of a package with several; by default the one that Core ML would take. In a
         pipeline, it is every model's only one.
-    taps_at_once
-        How many values are looked at in a run; -1 for all. With fewer, there are more runs, and the
-        same results.
+    values_at_once
+        How many intermediate values are observed in a run; -1 for all. With fewer, there are more
+        runs, and the same results.
     progress
         Called with samples done, samples in all (0 if that is not known) and what is at hand.
 
@@ -85,8 +86,10 @@ def quantize_activations(
     DriverError
         If Core ML is to run the model, and this is no Mac, or it fails.
     """
-    if isinstance(taps_at_once, bool) or (taps_at_once != -1 and taps_at_once < 1):
-        msg = f"the values looked at in a run must be at least 1, or -1 for all, got {taps_at_once}"
+    if isinstance(values_at_once, bool) or (values_at_once != -1 and values_at_once < 1):
+        msg = (
+            f"the values observed in a run must be at least 1, or -1 for all, got {values_at_once}"
+        )
         raise ConfigError(msg)
     calibration = calibration or CalibrationConfig()
     chosen = _chosen(package, function)
@@ -94,7 +97,7 @@ def quantize_activations(
     jobs = [_Job(graph, codes_of, calibration) for graph in _graphs(package, chosen)]
     observers = {name: observer for job in jobs for name, observer in job.observers.items()}
     with _engine(package, chosen, calibration.engine) as engine:
-        n_samples = _observe(engine, samples, observers, taps_at_once, progress, notes)
+        n_samples = _observe(engine, samples, observers, values_at_once, progress, notes)
     made = mil.read(package.model)
     before = len(made.pairs)
     for job in jobs:
@@ -296,50 +299,49 @@ def parameters_of(found: Range, codes: QuantizeConfig, dtype: np.dtype[Any]) -> 
 
 
 def _engine(
-    package: Package, chosen: _Chosen, name: Engine
-) -> contextlib.AbstractContextManager[_Engine]:
+    package: Package, chosen: _Chosen, name: str
+) -> contextlib.AbstractContextManager[Engine]:
     if name == "coreml":
-        from milpress.engines.coreml import CoreMLTaps
+        from milpress.engines.coreml import CoreMLEngine
 
-        return CoreMLTaps(package, chosen)
-    return contextlib.nullcontext(_Interpreter(package, chosen.get(())))
+        return CoreMLEngine(package, chosen)
+    return contextlib.nullcontext(InterpreterEngine(package, chosen.get(())))
 
 
 def _observe(
-    engine: _Engine,
+    engine: Engine,
     samples: Data,
     observers: Mapping[str, Observer],
-    taps_at_once: int,
+    values_at_once: int,
     progress: Progress | None,
     notes: list[str],
 ) -> int:
-    """Run the samples and let observers look; return how many there were, and note how."""
+    """Show intermediate values to observers; return the number of samples, and add remarks."""
 
-    def look(name: str, value: Any) -> None:
+    def observe(name: str, value: Any) -> None:
         observers[name].add(value)
 
     if isinstance(samples, (str, os.PathLike, RandomSamples, Mapping)):
         samples = Samples(samples, engine.inputs)
         notes.extend(samples.notes)
     notes.extend(engine.notes)
+    note = progress or (lambda *_: None)
     total = len(samples) if isinstance(samples, Sized) else 0
     names = list(observers)
-    size = len(names) if taps_at_once == -1 else taps_at_once
+    size = len(names) if values_at_once == -1 else values_at_once
     n_samples = 0
     for sample in samples:
-        if progress is not None:
-            progress(n_samples, total, f"sample {n_samples + 1}")
+        note(n_samples, total, f"sample {n_samples + 1}")
         inputs, _ = opened(
             named(sample, [feature.name for feature in engine.inputs]), engine.inputs
         )
         for start in range(0, len(names), max(size, 1)):
-            engine.look(inputs, names[start : start + size], look)
+            engine.intermediate(inputs, names[start : start + size], observe)
         n_samples += 1
     if not n_samples:
         msg = "there are no samples: give at least one"
         raise InputError(msg)
-    if progress is not None:
-        progress(n_samples, total, "")
+    note(n_samples, total, "")
     return n_samples
 
 
