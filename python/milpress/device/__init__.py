@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from milpress.device.benchmark import Candidate, replay, run
+from milpress.device.benchmark import replay, run
 from milpress.device.comparison import Comparison, compare
+from milpress.device.entries import Candidate
 from milpress.device.runner import Plan
 from milpress.device.schema import Result, load, parse, problems, save
 from milpress.device.suite import Suite

@@ -472,17 +472,17 @@ def read_json(path: str | os.PathLike[str]) -> tuple[Any, str]:
     """
     path = Path(path)
     if not path.is_file():
-        msg = f"{path}: a result must be there, got nothing"
+        msg = f"{path}: no such file"
         raise PackageNotFoundError(msg)
     with system_errors(path), path.open("rb") as file:
         data = file.read(MAX_RESULT_BYTES + 1)
     if len(data) > MAX_RESULT_BYTES:
-        msg = f"{path}: a result must have at most {MAX_RESULT_BYTES} bytes, got more"
+        msg = f"{path}: larger than {MAX_RESULT_BYTES:,} bytes, the most that a result may have"
         raise ResultError(msg)
     try:
         return json.read(data), hashlib.sha256(data).hexdigest()
     except ValueError as error:
-        msg = f"{path}: a result must be JSON, got: {error}"
+        msg = f"{path}: not valid JSON: {error}"
         raise ResultError(msg) from error
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from milpress.device.comparison import device_words
 from milpress.device.schema import Kind, Result
-from milpress.evaluation.evaluating import Evaluation
+from milpress.evaluation.results import Evaluation
 from milpress.page.collect import Page
 from milpress.page.sources import Literature
 

@@ -13,7 +13,7 @@ from typing import Any
 from milpress.compression.report import Report
 from milpress.device.schema import Entry, Result
 from milpress.errors import ConfigError, printable
-from milpress.evaluation.evaluating import Evaluation
+from milpress.evaluation.results import Evaluation
 from milpress.page.metrics import METRICS
 from milpress.page.sources import Source, read
 
@@ -144,7 +144,7 @@ def collect(paths: Iterable[str | os.PathLike[str]], *, title: str | None = None
     """
     sources = tuple(read(Path(path)) for path in paths)
     if not sources:
-        msg = "a page must be of at least 1 result, got none"
+        msg = "no result to show: give at least one"
         raise ConfigError(msg)
     by_path = _Packages()
     for source in sources:

@@ -10,7 +10,7 @@ from milpress.compression.report import Report
 from milpress.device import schema
 from milpress.device.schema import Result
 from milpress.errors import ResultError
-from milpress.evaluation.evaluating import Evaluation
+from milpress.evaluation.results import Evaluation
 from milpress.plain.structure import Metric, structured
 
 VERSION = 1
@@ -93,10 +93,8 @@ def _content(data: Any, place: str) -> Content:
         literature: Literature = structured(data, Literature, place)
         for table in literature.tables:
             if any(len(row) != len(table.columns) for row in table.rows):
-                msg = (
-                    f"{place}: each row of {table.title!r} must have {len(table.columns)} cells, "
-                    "got another number"
-                )
+                n = len(table.columns)
+                msg = f"{place}: not every row of {table.title!r} has {n} cells"
                 raise ResultError(msg)
         return literature
     if str(data.get("schema") if keys else "").startswith("milpress-bench/"):

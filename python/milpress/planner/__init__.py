@@ -4,7 +4,8 @@
 """
 
 from milpress.planner.linting import Fact, Facts, Finding, Lint, Platform, lint
-from milpress.planner.planning import Plan, PlannedWeight, plan
+from milpress.planner.plan import Plan, PlannedWeight
+from milpress.planner.planning import plan
 
 __all__ = [
     "Fact",
