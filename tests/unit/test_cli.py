@@ -92,7 +92,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(crepe_tiny, tmp_path):
         (["--palettize", 4, "--group-size", 0], "group_size must be at least 1, got 0"),
         (["--palettize", 4, "--group-size", 16], "raise it with --upgrade-to iOS18"),
         (["--quantize", "int8", "--upgrade-to", "iOS99"], "a target must be one of"),
-        (["--recipe", "/nowhere.yaml"], "/nowhere.yaml: a recipe must be there, got nothing"),
+        (["--recipe", "/nowhere.yaml"], "/nowhere.yaml: no such file"),
         (["--quantize", "int8", "--weight-threshold", 10**9], "some weight must be compressed"),
     ],
 )

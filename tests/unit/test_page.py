@@ -201,7 +201,7 @@ def test_what_counts_is_not_negative(place, made, tmp_path):
 def test_what_is_no_json_is_a_sentence(text, tmp_path):
     path = tmp_path / "a.json"
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
-    assert "a.json: a result must be JSON, got: " in failed_call("report", path)
+    assert "a.json: not JSON: " in failed_call("report", path)
 
 
 def test_two_runs_of_one_package_are_told_apart(tmp_path):
@@ -459,12 +459,15 @@ def test_published_tables_are_well_formed_and_name_their_source():
         ([], "a report must be of what `milpress compress --json`"),
         ({"a": 1}, "got another object"),
         ({"schema": "milpress-bench/2"}, "schema must be 'milpress-bench/1'"),
-        (compression(weights=[{}]), "weights[0] must be an object with name"),
-        (compression(package_bytes_after="3"), "package_bytes_after must be an integer"),
-        (compression(package_bytes_after=10**400), "must be an integer of 64 bits"),
+        (compression(weights=[{}]), "weights[0]: name, op_types, shape, "),
+        (
+            compression(package_bytes_after="3"),
+            "package_bytes_after must be a whole number",
+        ),
+        (compression(package_bytes_after=10**400), "must be a whole number of 64 bits"),
         (evaluation(outputs=[{"name": "y", "snr_db": "much"}]), "must be a finite number"),
         (published(rows=[["net"]]), "must have 2 cells"),
-        (published(extra=1), "got also extra"),
+        (published(extra=1), "tables[0]: unknown key extra"),
     ],
 )
 def test_another_file_is_one_sentence(content, message, tmp_path):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from milpress.device import agreement, drivers, schema, stats
+from milpress.device import agreement, drivers, files, schema, stats
 from milpress.device.runner import (
     Clock,
     Findings,
@@ -173,8 +173,8 @@ def replay(path: str | os.PathLike[str]) -> Result:
     """
     from milpress.device.drivers.replay import ReplayDriver
 
-    data, digest = schema.read_json(path)
-    recorded = schema.parse(data, str(path))
+    data, digest = files.read_json(path)
+    recorded = files.parse(data, str(path))
     if recorded.provenance.kind in ("replay", "estimate"):
         msg = f"{path}: a replay must be of something that ran, got {recorded.provenance.kind}"
         raise ConfigError(msg)

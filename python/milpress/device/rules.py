@@ -68,10 +68,10 @@ def a_replay_names_what_it_replays(result: Result) -> Iterator[str]:
     kind, origin = result.provenance.kind, result.provenance.origin
     if kind != "replay":
         if origin is not None:
-            yield f"only a replay must have an origin, got one for kind {kind}"
+            yield f"only a replay has an origin, got kind {kind}"
         return
     if origin is None:
-        yield "a replay must name its origin, got none"
+        yield "a replay must name its origin"
         return
     if origin.kind in ("replay", "estimate"):
         yield f"a replay must be of something that ran, got {origin.kind}"
@@ -84,7 +84,7 @@ def only_measured_results_have_a_device(result: Result) -> Iterator[str]:
     is_measured = result.provenance.effective == "measured"
     if result.device is None:
         if is_measured:
-            yield "a measured result must describe its device, got none"
+            yield "a measured result must describe its device"
         return
     if not is_measured:
         yield f"a device must be that of a measured result, got {result.provenance.effective}"
@@ -144,7 +144,7 @@ def estimates_have_fields_of_their_own(result: Result) -> Iterator[str]:
         return
     for entry in result.entries:
         if entry.timing is not None:
-            yield f"{entry.id}: an estimate must have estimate_ms and no timing, got one"
+            yield f"{entry.id}: an estimate has estimate_ms and no timing"
 
 
 def a_neural_engine_is_there_if_it_is_named(result: Result) -> Iterator[str]:
@@ -152,12 +152,13 @@ def a_neural_engine_is_there_if_it_is_named(result: Result) -> Iterator[str]:
     if result.device is None or result.device.has_neural_engine:
         return
     if result.device.neural_engine_cores:
-        yield "a device without Neural Engine must have no cores of it, got some"
+        n_cores = result.device.neural_engine_cores
+        yield f"a device without Neural Engine has no cores of it, got {n_cores}"
     for entry in result.entries:
         if entry.placement is not None and entry.placement.counts["neural_engine"]:
-            yield f"{entry.id}: ops must be placed on what the device has, got a Neural Engine"
+            yield f"{entry.id}: ops are placed on a Neural Engine, which the device lacks"
         if entry.energy is not None and entry.energy.neural_engine_mw is not None:
-            yield f"{entry.id}: power must be of what the device has, got a Neural Engine's"
+            yield f"{entry.id}: power is a Neural Engine's, which the device lacks"
 
 
 def statistics_follow_from_samples(result: Result) -> Iterator[str]:
@@ -176,7 +177,7 @@ def statistics_follow_from_samples(result: Result) -> Iterator[str]:
                 or len(set(found.rounds)) != len(found.rounds)
                 or len(sizes) != len(found.rounds)
             ):
-                yield f"{place}: rounds must hold every sample once, got {len(found.samples)}"
+                yield f"{place}: rounds must hold each of {len(found.samples)} samples once"
                 continue
             expected = {
                 "median": stats.median(found.samples),
@@ -220,21 +221,21 @@ def an_entry_has_figures_or_a_failure(result: Result) -> Iterator[str]:
         has_latency = isinstance(entry.timing, Timing) and entry.timing.best is not None
         if entry.status == "failed":
             if entry.failure is None:
-                yield f"{entry.id}: a failed entry must say why, got no failure"
+                yield f"{entry.id}: a failed entry must say why, in failure"
             if has_latency:
-                yield f"{entry.id}: a failed entry must have no latency, got one"
+                yield f"{entry.id}: a failed entry has no latency"
         else:
             if entry.failure is not None:
-                yield f"{entry.id}: only a failed entry must have a failure, got one"
+                yield f"{entry.id}: only a failed entry has a failure"
             if not has_latency and entry.estimate is None:
-                yield f"{entry.id}: an entry must have a latency or an estimate, got neither"
+                yield f"{entry.id}: an entry must have a latency or an estimate"
 
 
 def entries_are_told_apart(result: Result) -> Iterator[str]:
     """No two entries have the same id."""
     names = [entry.id for entry in result.entries]
     for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"the id of an entry must be its own, got {name!r} again"
+        yield f"several entries have the id {name!r}"
 
 
 RULES: tuple[Rule, ...] = (

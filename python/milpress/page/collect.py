@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from milpress.device import schema
+from milpress.device import files
 from milpress.device.schema import Entry, Result
 from milpress.errors import ConfigError, ResultError, printable
 from milpress.plain.structure import Metric, structured
@@ -314,7 +314,7 @@ def _leave_out_other_accuracies(packages: list[Package]) -> None:
 
 
 def _source(path: Path) -> Source:
-    data, digest = schema.read_json(path)
+    data, digest = files.read_json(path)
     return Source(name=path.name, sha256=digest, content=_content(data, str(path)))
 
 
@@ -331,7 +331,7 @@ def _content(data: Any, place: str) -> Content:
                 raise ResultError(msg)
         return literature
     if str(data.get("schema") if keys else "").startswith("milpress-bench/"):
-        return schema.parse(data, place)
+        return files.parse(data, place)
     if {"original", "compressed", "outputs"} <= keys:
         _check_version(data, place)
         evaluated: Evaluated = structured(data, Evaluated, place, strict=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -14,12 +15,19 @@ def number(value: float | None) -> float | str | None:
 
 
 def plain(data: Any) -> Any:
-    """Return dictionaries and lists with every number as `number` gives it."""
+    """Return dictionaries, lists and dataclasses with every number as `number` gives it."""
+    if dataclasses.is_dataclass(data):
+        return record(data, *(item.name for item in dataclasses.fields(data)))
     if isinstance(data, Mapping):
         return {key: plain(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
         return [plain(value) for value in data]
     return number(data) if isinstance(data, float) else data
+
+
+def record(value: Any, *names: str) -> dict[str, Any]:
+    """Return fields and properties of a value, by name, as `plain` gives them."""
+    return {name: plain(getattr(value, name)) for name in names}
 
 
 def text(data: Any, **settings: Any) -> str:

@@ -18,7 +18,7 @@ from milpress.mil.opset import Opset
 from milpress.mil.package import Package
 from milpress.mil.weights import Weight, sites, weights
 from milpress.plain import patterns
-from milpress.planner.linting import AVOIDED, Facts, Platform
+from milpress.planner.facts import AVOIDED, Facts, Platform
 from milpress.planner.menu import fine_menu, menu
 from milpress.planner.sizes import treated_bytes
 from milpress.planner.traits import is_stateful, traits_after, traits_of

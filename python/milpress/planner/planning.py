@@ -19,8 +19,8 @@ from milpress.mil.package import Package, n_package_bytes
 from milpress.plain import json, yaml
 from milpress.planner import cache, scores, search
 from milpress.planner.cache import ScoreCache
+from milpress.planner.facts import Facts, Platform, Unit
 from milpress.planner.items import Item, items_of
-from milpress.planner.linting import Facts, Platform, Unit
 from milpress.planner.menu import KEEP, menu
 from milpress.planner.scores import Score
 from milpress.planner.search import Option, Point
