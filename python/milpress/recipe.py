@@ -19,6 +19,7 @@ from milpress.formats import (
     PerTensor,
     PruneConfig,
     QuantizeConfig,
+    Table,
     Treatment,
     Uniform,
     Unique,
@@ -269,11 +270,12 @@ class _Palettize:
     seed: int = 0
 
     def value(self) -> PalettizeConfig:
-        tables = {"kmeans": KMeans(self.seed), "uniform": Uniform(), "unique": Unique()}
         settings = _changed(self, "table", "seed")
+        table: Table = Uniform() if self.table == "uniform" else KMeans(self.seed)
         if self.table == "unique":
+            table = Unique()
             settings.setdefault("bits", None)
-        return PalettizeConfig(table=tables[self.table], **settings)
+        return PalettizeConfig(table=table, **settings)
 
 
 @_form
@@ -410,10 +412,12 @@ def _reader() -> Converter:
         Step | ActivationStep,
         lambda data: _ActivationStep if isinstance(data, dict) and _ACTIVATIONS in data else _Step,
     )
-    reader.register_structure_hook(
-        int | tuple[int, ...] | None,
-        lambda data, _: reader.structure(data, tuple[int, ...] if isinstance(data, list) else int),
-    )
+
+    def block_size(data: Any, _: Any) -> Any:
+        kind: Any = tuple[int, ...] if isinstance(data, list) else int
+        return None if data is None else reader.structure(data, kind)
+
+    reader.register_structure_hook(int | tuple[int, ...] | None, block_size)
     reader.register_structure_hook(float, structure.number)  # as it was given
     return reader
 

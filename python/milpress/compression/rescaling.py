@@ -21,7 +21,7 @@ from milpress.mil.package import Package
 from milpress.mil.schema import messages
 from milpress.mil.staging import Staged, check_destination
 from milpress.mil.weights import Site, Weight, sites, weight_files, weights
-from milpress.plain import patterns
+from milpress.plain import json, patterns
 from milpress.recipe import DEFAULT_MIN_SIZE
 from milpress.show import escaped, named_table
 
@@ -90,22 +90,7 @@ class Rescaling:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON can hold it."""
-        return {
-            "version": 1,
-            "source": self.source,
-            "destination": self.destination,
-            "seconds": self.seconds,
-            "layers": [
-                {
-                    "name": layer.name,
-                    "op_type": layer.op_type,
-                    "n_channels": layer.n_channels,
-                    "least_scale": layer.least_scale,
-                    "reason": layer.reason,
-                }
-                for layer in self.layers
-            ],
-        }
+        return {"version": 1, **json.record(self, "source", "destination", "seconds", "layers")}
 
     def __rich__(self) -> Table:
         """Return the layers as a table."""

@@ -11,6 +11,7 @@ from milpress.compression.comparison import Comparison, WeightCheck, fail, paire
 from milpress.mil import activations, opset, treatments
 from milpress.mil.package import Package
 from milpress.mil.weights import sites, weight_files
+from milpress.plain import json
 from milpress.plain.files import system_errors
 from milpress.show import decibels, escaped, human_snr, named_table
 
@@ -67,20 +68,9 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the findings as JSON can hold them."""
-        return {
-            "version": 1,
-            "n_unchanged": self.n_unchanged,
-            "n_corrected": self.n_corrected,
-            "n_quantized": self.n_quantized,
-            "weights": [
-                {
-                    "name": check.name,
-                    "promise": check.promise,
-                    "snr_db": "inf" if check.noise == 0 else check.snr_db,
-                }
-                for check in self.weights
-            ],
-        }
+        counts = json.record(self, "n_unchanged", "n_corrected", "n_quantized")
+        weights = [json.record(check, "name", "promise", "snr_db") for check in self.weights]
+        return {"version": 1, **counts, "weights": weights}
 
     def __rich__(self) -> Table:
         """Return the weights as a table."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from milpress.device import stats
@@ -423,4 +423,4 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the run as JSON can hold it."""
-        return json.record(self, *(item.name for item in fields(self)))
+        return json.record(self)

@@ -76,14 +76,9 @@ class OutputEvaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the findings as JSON can hold them."""
-        found: dict[str, Any] = {"name": self.name}
-        for key in ("snr_db", "cosine", "top1", "kl", "max_error"):
-            value = getattr(self, key)
-            if value is not None:
-                found[key] = json.number(value)
-        if self.kl is not None:
-            found["kl_of"] = self.kl_of
-        return found
+        metrics = json.record(self, "snr_db", "cosine", "top1", "kl", "max_error")
+        found = {name: value for name, value in metrics.items() if value is not None}
+        return {"name": self.name, **found} | ({} if self.kl is None else {"kl_of": self.kl_of})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,12 +104,7 @@ class OpEvaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the findings as JSON can hold them."""
-        return {
-            "name": self.name,
-            "op_type": self.op_type,
-            "snr_db": json.number(self.snr_db),
-            "own_snr_db": json.number(self.own_snr_db),
-        }
+        return json.record(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,18 +164,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the findings as JSON can hold them."""
-        return {
-            "version": 1,
-            "original": self.original,
-            "compressed": self.compressed,
-            "n_samples": self.n_samples,
-            "is_random": self.is_random,
-            "precision": self.precision,
-            "outputs": [output.to_dict() for output in self.outputs],
-            "ops": [op.to_dict() for op in self.ops],
-            "n_uncompared": self.n_uncompared,
-            "notes": list(self.notes),
-        }
+        return {"version": 1, **json.record(self)}
 
     def __rich__(self) -> Table:
         """Return the outputs as a table."""

@@ -15,9 +15,14 @@ def number(value: float | None) -> float | str | None:
 
 
 def plain(data: Any) -> Any:
-    """Return dictionaries, lists and dataclasses with every number as `number` gives it."""
+    """Return dictionaries, lists and values with every number as `number` gives it.
+
+    A value is what its own ``to_dict`` says, or a dataclass.
+    """
+    if hasattr(data, "to_dict"):
+        return data.to_dict()
     if dataclasses.is_dataclass(data):
-        return record(data, *(item.name for item in dataclasses.fields(data)))
+        return record(data)
     if isinstance(data, Mapping):
         return {key: plain(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
@@ -26,7 +31,8 @@ def plain(data: Any) -> Any:
 
 
 def record(value: Any, *names: str) -> dict[str, Any]:
-    """Return fields and properties of a value, by name, as `plain` gives them."""
+    """Return what a value has by these names, or all fields of a dataclass, as `plain` does."""
+    names = names or tuple(item.name for item in dataclasses.fields(value))
     return {name: plain(getattr(value, name)) for name in names}
 
 

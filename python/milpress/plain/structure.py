@@ -10,6 +10,7 @@ import functools
 import math
 import typing
 from collections.abc import Callable, Mapping
+from types import GenericAlias
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin
 
 from milpress.errors import CompressionError, ResultError
@@ -98,8 +99,8 @@ def problems_of(error: BaseException, place: str, path: tuple[str, ...] = ()) ->
         return lines
     if isinstance(error, ForbiddenExtraKeysError):
         keys = ", ".join(sorted(error.extra_fields))
-        known = ", ".join(item.name for item in getattr(error.cl, "__attrs_attrs__", ()))
-        known = known or ", ".join(item.name for item in dataclasses.fields(error.cl))
+        items = getattr(error.cl, "__attrs_attrs__", None) or dataclasses.fields(error.cl)
+        known = ", ".join(item.name for item in items)
         many = "s" if len(error.extra_fields) > 1 else ""
         return [_at(place, path, f"unknown key{many} {keys}; the keys are {known}")]
     if isinstance(error, _WrongTypeError):
@@ -145,17 +146,22 @@ def reader(*, strict: bool = True) -> Converter:
             raise _wrong(data, "a list")
         if others != [...] and len(data) != len(others) + 1:
             raise _wrong(data, f"a list of {len(others) + 1}")
-        return tuple(converter.structure(data, list[first]))  # type: ignore[valid-type]
+        items: Any = GenericAlias(list, (first,))
+        return tuple(converter.structure(data, items))
 
     def mapping(data: Any, kind: Any) -> dict[str, Any]:
-        return dict(converter.structure(_mapping(data), Mapping[get_args(kind)]))  # type: ignore[misc]
+        items: Any = GenericAlias(Mapping, get_args(kind))
+        return dict(converter.structure(_mapping(data), items))
 
     converter.register_structure_hook_factory(dataclasses.is_dataclass, record)
-    for origin, read in ((Literal, _choice), (tuple, sequence), (dict, mapping)):
-        converter.register_structure_hook_func(
-            lambda kind, origin=origin: get_origin(kind) is origin, read
-        )
+    converter.register_structure_hook_func(lambda kind: _is_of(kind, Literal), _choice)
+    converter.register_structure_hook_func(lambda kind: _is_of(kind, tuple), sequence)
+    converter.register_structure_hook_func(lambda kind: _is_of(kind, dict), mapping)
     return converter
+
+
+def _is_of(kind: Any, origin: Any) -> bool:
+    return get_origin(kind) is origin
 
 
 def number(data: Any, _: Any = None) -> int | float:

@@ -173,7 +173,7 @@ class Facts:
         return found
 
     def _with(self, data: Any, place: str) -> Facts:
-        known = {name: json.plain(fact) for name, fact in self.by_id.items()}
+        known = {name: json.record(fact) for name, fact in self.by_id.items()}
         if isinstance(data, dict) and isinstance(data.get("facts"), list):
             data = data | {"facts": [_completed(entry, known) for entry in data["facts"]]}
         file: _File = structured(data, _File, place, error=ConfigError)

@@ -92,13 +92,8 @@ class Lint:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the findings as JSON can hold them."""
-        return {
-            "version": 1,
-            "path": self.path,
-            **json.plain(self.platform),
-            "n_weights": self.n_weights,
-            "findings": [finding.to_dict() for finding in self.findings],
-        }
+        found = json.record(self, "n_weights", "findings")
+        return {"version": 1, "path": self.path, **json.record(self.platform), **found}
 
     @property
     def details(self) -> str:
