@@ -232,7 +232,7 @@ def _clipping(data: Data, effort: Effort) -> Line:
     rows, few = data.weights.reshape(-1, 32), data.slow.reshape(-1, 32)
     return _line(
         [
-            _ours(lambda: _core.quantize_mse(rows, -8, 7, False), rows.size),
+            _ours(lambda: _core.quantize_mse(rows, None, -8, 7, False), rows.size),
             data.memcpy(rows),
             Contender("NumPy", lambda: numpy_clip_search(few), few.size),
         ],

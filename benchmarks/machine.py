@@ -112,7 +112,7 @@ class Process:
 _CHILD = """
 import re, sys, time
 from pathlib import Path
-from milpress.cli.packages import main
+from milpress.cli.app import main
 started = time.perf_counter()
 try:
     main()

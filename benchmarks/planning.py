@@ -74,11 +74,11 @@ def of_crepe(folder: Path) -> Subject:
     recipe = milpress.Recipe.from_dict({"target": "iOS18", "steps": [{"rules": [{"keep": True}]}]})
     if not path.exists():
         from milpress.compression.packages import compress_package
-        from milpress.compression.requests import RecipeWishes
+        from milpress.compression.requests import RecipeRequests
         from milpress.mil.package import Package
 
         compress_package(
-            Package(source), path, RecipeWishes(recipe), target="iOS18", may_be_idle=True
+            Package(source), path, RecipeRequests(recipe), target="iOS18", may_be_idle=True
         )
     (name,) = (feature.name for feature in milpress.interpreter.load(path).inputs)
     rng = np.random.default_rng(0)

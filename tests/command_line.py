@@ -8,9 +8,9 @@ import subprocess
 import sys
 from unittest import mock
 
-from milpress.cli.packages import main
+from milpress.cli.app import main
 
-MILPRESS = [sys.executable, "-c", "from milpress.cli.packages import main; main()"]
+MILPRESS = [sys.executable, "-c", "from milpress.cli.app import main; main()"]
 
 
 def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:

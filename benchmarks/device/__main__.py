@@ -56,7 +56,7 @@ def main() -> None:
     command = [
         sys.executable,
         "-c",
-        "from milpress.cli.packages import main; main()",
+        "from milpress.cli.app import main; main()",
         "bench",
         "suite",
     ]

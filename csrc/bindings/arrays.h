@@ -2,10 +2,14 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -31,6 +35,18 @@ namespace py = pybind11;
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
+using Bytes = Array<std::uint8_t>;
+
+/// An argument that is such an array.
+inline py::arg exact(const char* name) { return py::arg(name).noconvert(); }
+
+/// Calls `run` on views with Python's lock off. They are taken before, while it is held.
+template <typename Run, typename... Views>
+decltype(auto) unlocked(const Run& run, Views... views) {
+  const py::gil_scoped_release released;
+  return run(views...);
+}
+
 template <typename T>
 std::span<const T> view(const Array<T>& array) {
   return {array.data(), static_cast<std::size_t>(array.size())};
@@ -49,6 +65,17 @@ MatrixView<const T> rows(const Array<T>& array) {
   }
   return {array.data(), static_cast<std::size_t>(array.shape(0)),
           static_cast<std::size_t>(array.shape(1))};
+}
+
+/// No view where there is no array.
+template <typename T>
+std::span<const T> view(const std::optional<Array<T>>& array) {
+  return array ? view(*array) : std::span<const T>();
+}
+
+template <typename T>
+MatrixView<const T> rows(const std::optional<Array<T>>& array) {
+  return array ? rows(*array) : MatrixView<const T>{};
 }
 
 template <typename T>
@@ -76,6 +103,19 @@ template <typename T>
 Array<T> empty(std::size_t n_rows, std::size_t n_cols) {
   return empty_shaped<T>({static_cast<py::ssize_t>(n_rows), static_cast<py::ssize_t>(n_cols)},
                          n_rows * n_cols);
+}
+
+/// A copy of `values`.
+template <typename T>
+py::array_t<T> array_of(const std::vector<T>& values) {
+  return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+}
+
+/// An array with the rows and columns of `other`.
+template <typename T, typename Other>
+Array<T> empty_like(const Array<Other>& other) {
+  const auto shape = rows(other);
+  return empty<T>(shape.n_rows, shape.n_cols);
 }
 
 }  // namespace milpress

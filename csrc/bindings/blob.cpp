@@ -6,7 +6,6 @@
 #include <memory>
 #include <string_view>
 #include <system_error>
-#include <vector>
 
 #include "bindings/arrays.h"
 #include "bindings/register.h"
@@ -17,36 +16,24 @@
 namespace milpress {
 namespace {
 
-using Bytes = Array<std::uint8_t>;
-
 Bytes read(const BlobReader& reader, const BlobInfo& info) {
   auto data = empty<std::uint8_t>(info.n_bytes);
-  const auto out = mutable_view(data);
-  {
-    const py::gil_scoped_release unlocked;
-    reader.read(info, 0, std::as_writable_bytes(out));
-  }
+  unlocked([&](auto out) { reader.read(info, 0, std::as_writable_bytes(out)); },
+           mutable_view(data));
   return data;
 }
 
 std::uint64_t write(BlobWriter& writer, std::uint32_t dtype, const Bytes& data,
                     std::uint64_t padding_bits) {
-  const auto in = view(data);
-  const py::gil_scoped_release unlocked;
-  return writer.write(dtype, std::as_bytes(in), padding_bits);
+  return unlocked([&](auto in) { return writer.write(dtype, std::as_bytes(in), padding_bits); },
+                  view(data));
 }
 
 // Of the bytes of a file as Python reads them; they can't change meanwhile.
 py::array_t<std::uint64_t> counted(const py::bytes& data, const Bytes& kinds) {
   const std::string_view text = data;
   const std::span in(reinterpret_cast<const std::uint8_t*>(text.data()), text.size());
-  const auto kind_of = rows(kinds);
-  std::vector<std::uint64_t> counts;
-  {
-    const py::gil_scoped_release unlocked;
-    counts = milpress::count_messages(in, kind_of);
-  }
-  return py::array_t<std::uint64_t>(static_cast<py::ssize_t>(counts.size()), counts.data());
+  return array_of(unlocked(count_messages, in, rows(kinds)));
 }
 
 void translate_system_error(std::exception_ptr error) {
@@ -68,7 +55,7 @@ void register_blob(py::module_& m) {
   py::register_exception<BlobError>(m, "BlobError", PyExc_ValueError);
   py::register_exception_translator(&translate_system_error);
 
-  m.def("count_messages", &counted, py::arg("data"), py::arg("kinds").noconvert(),
+  m.def("count_messages", &counted, py::arg("data"), exact("kinds"),
         "How many messages of each kind the bytes of a protobuf message hold.");
 
   // Ordinary classes: pybind11's own metaclass serves static properties, of which there are none.
@@ -94,7 +81,7 @@ void register_blob(py::module_& m) {
              return std::make_unique<BlobWriter>(path.string());
            }),
            py::arg("path"))
-      .def("write", &write, py::arg("dtype"), py::arg("data").noconvert(), py::arg("padding_bits"),
+      .def("write", &write, py::arg("dtype"), exact("data"), py::arg("padding_bits"),
            "Appends a blob; returns the offset of its metadata.")
       .def("copy", &BlobWriter::copy, py::arg("reader"), py::arg("info"), py::arg("dtype"),
            py::arg("padding_bits"), py::call_guard<py::gil_scoped_release>(),

@@ -1,6 +1,7 @@
 #include "core/convert.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "core/vectorize.h"
 
@@ -99,5 +100,12 @@ void narrow(const float* values, std::size_t n, Half* out) {
 void widen(const float* weights, std::size_t n, float* out) { std::copy_n(weights, n, out); }
 
 void narrow(const float* values, std::size_t n, float* out) { std::copy_n(values, n, out); }
+
+float factor_to_one(float magnitude) {
+  constexpr int kMaxExponent = 126;
+  return magnitude == 0
+             ? 1.0F
+             : std::ldexp(1.0F, std::clamp(-std::ilogb(magnitude), -kMaxExponent, kMaxExponent));
+}
 
 }  // namespace milpress

@@ -19,4 +19,8 @@ void narrow(const float* values, std::size_t n, float* out);
 void widen_plain(const Half* weights, std::size_t n, float* out);
 void narrow_plain(const float* values, std::size_t n, Half* out);
 
+/// The power of two by which a magnitude comes near 1, so that no square overflows and no product
+/// vanishes; 1 for zero.
+float factor_to_one(float magnitude);
+
 }  // namespace milpress

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <span>
 
+#include "core/check.h"
+
 namespace milpress {
 
 /// `n_rows` times `n_cols` elements, row after row without gaps, owned by someone else.
@@ -24,5 +26,13 @@ struct MatrixView {
 
   std::span<T> flat() const { return {data, size()}; }
 };
+
+/// Throws `std::invalid_argument` unless a matrix has that shape, which is that of `other`.
+template <typename T>
+void check_shape(const char* name, MatrixView<T> matrix, const char* other, std::size_t n_rows,
+                 std::size_t n_cols) {
+  check(matrix.n_rows == n_rows && matrix.n_cols == n_cols, name, " must have the shape of ", other,
+        ", ", n_rows, " x ", n_cols, ", got ", matrix.n_rows, " x ", matrix.n_cols);
+}
 
 }  // namespace milpress

@@ -1,7 +1,9 @@
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <functional>
+#include <vector>
 
 namespace milpress {
 
@@ -13,6 +15,31 @@ namespace milpress {
 /// from within a body runs on the calling thread.
 void parallel_for(std::size_t n, std::size_t grain,
                   const std::function<void(std::size_t, std::size_t)>& body);
+
+/// What `body(begin, end)` returns for each of those pieces, in their order; `grain` is not 0.
+template <typename Body>
+auto parallel_map(std::size_t n, std::size_t grain, const Body& body) {
+  std::vector<decltype(body(n, n))> results((n + grain - 1) / grain);
+  parallel_for(n, grain, [&](std::size_t begin, std::size_t end) {
+    results[begin / grain] = body(begin, end);
+  });
+  return results;
+}
+
+/// Calls `body(row, begin, end)` for pieces of the columns of a matrix, up to `piece` of them: many
+/// short rows or a part of a long one are a thread's share.
+template <typename Body>
+void parallel_for_rows(std::size_t n_rows, std::size_t n_cols, std::size_t piece,
+                       const Body& body) {
+  const std::size_t per_row = (n_cols + piece - 1) / piece;
+  const std::size_t grain = piece / std::max<std::size_t>(1, n_cols);
+  parallel_for(n_rows * per_row, grain, [&](std::size_t first, std::size_t last) {
+    for (std::size_t i = first; i < last; ++i) {
+      const std::size_t begin = i % per_row * piece;
+      body(i / per_row, begin, std::min(begin + piece, n_cols));
+    }
+  });
+}
 
 /// Threads that `parallel_for` may use when called from this thread: what `set_thread_limit` said,
 /// else the environment variable MILPRESS_NUM_THREADS, else the number of cores.

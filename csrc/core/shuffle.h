@@ -23,7 +23,10 @@ std::size_t compact_eights(const T* weights, const std::uint8_t* mask, std::size
 template <typename T>
 std::size_t expand_eights(const T* values, const std::uint8_t* mask, std::size_t n_bytes, T* out);
 
-/// Writes `lut[codes[i]]`; `lut` has 16 entries and codes are below 16.
+/// Entries of a table that `look_up_sixteen` takes.
+constexpr std::size_t kShuffleEntries = 16;
+
+/// Writes `lut[codes[i]]`; codes are below 16.
 void look_up_sixteen(const Half* lut, const std::uint8_t* codes, std::size_t n, Half* out);
 
 template <typename T>

@@ -11,15 +11,16 @@
 
 #include "core/check.h"
 #include "core/convert.h"
-#include "core/order.h"
+#include "core/keys.h"
 #include "core/parallel.h"
 #include "core/prefetch.h"
+#include "core/shuffle.h"
 #include "core/vectorize.h"
-#include "kernels/kmeans_vector.h"
 #include "kernels/lut_assign.h"
 #include "kernels/pack.h"
 #include "kernels/quantize.h"
 #include "kernels/sparsify.h"
+#include "kernels/vector_assign.h"
 
 namespace milpress {
 namespace {
@@ -106,18 +107,23 @@ void round_in_place(Chunk& values, std::size_t n, Half /*precision*/) {
 
 void round_in_place(Chunk& /*values*/, std::size_t /*n*/, float /*precision*/) {}
 
+void add(Fidelity& total, const Fidelity& piece) {
+  total.signal += piece.signal;
+  total.noise += piece.noise;
+  total.n_outside += piece.n_outside;
+}
+
 // Sums `body(begin, end, partial)` over pieces of kGrain weights, in their order.
 template <typename Body>
 Fidelity sum_pieces(std::size_t n, const Body& body) {
-  std::vector<Fidelity> partial((n + kGrain - 1) / kGrain);
-  parallel_for(n, kGrain, [&](std::size_t begin, std::size_t end) {
-    body(begin, end, partial[begin / kGrain]);
-  });
+  const auto of_piece = [&](std::size_t begin, std::size_t end) {
+    Fidelity piece;
+    body(begin, end, piece);
+    return piece;
+  };
   Fidelity total;
-  for (const Fidelity& piece : partial) {
-    total.signal += piece.signal;
-    total.noise += piece.noise;
-    total.n_outside += piece.n_outside;
+  for (const Fidelity& piece : parallel_map(n, kGrain, of_piece)) {
+    add(total, piece);
   }
   return total;
 }
@@ -146,13 +152,8 @@ Fidelity compare(std::span<const T> source, std::span<const T> decoded) {
 template <typename T, typename Code>
 Fidelity compare_quantized(MatrixView<const T> source, MatrixView<const Code> codes,
                            std::span<const T> scales, std::span<const Code> offsets) {
-  check(codes.n_rows == source.n_rows && codes.n_cols == source.n_cols,
-        "codes must have the shape of source");
-  check(scales.size() == source.n_rows, "scales must have one element a row, ", source.n_rows,
-        ", got ", scales.size());
-  check(offsets.empty() || offsets.size() == source.n_rows,
-        "offsets must be empty or have one element a row, ", source.n_rows, ", got ",
-        offsets.size());
+  check_shape("codes", codes, "source", source.n_rows, source.n_cols);
+  check_steps(source.n_rows, scales.size(), offsets.size());
   const std::size_t n_cols = source.n_cols;
   // Several short rows at a time, or a part of one.
   const auto judge = [&](std::size_t row, std::size_t n_rows, std::size_t begin, std::size_t count,
@@ -193,24 +194,58 @@ Fidelity compare_quantized(MatrixView<const T> source, MatrixView<const Code> co
 
 namespace {
 
-// Whether codes are what `lut_assign` makes of the weights; `nearest` receives that if it has to be
-// worked out.
-bool is_assigned(std::span<const Half> weights, std::span<const Half> lut,
-                 std::span<const std::uint8_t> codes, std::vector<std::uint8_t>& nearest) {
-  if (lut.size() <= kMaxFewEntries && names_nearest(weights, lut, codes)) {
-    return true;
+// Whether every key lies above `lower` and not above `upper` of the code that goes with it.
+MILPRESS_VECTORIZE bool lies_within(const Half* weights, const Half* lower, const Half* upper,
+                                    std::size_t n) {
+  std::uint16_t n_outside = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    const std::int16_t key = compare_key(weights[i]);
+    const auto low = static_cast<std::int16_t>(lower[i].bits);
+    const auto high = static_cast<std::int16_t>(upper[i].bits);
+    n_outside = static_cast<std::uint16_t>(n_outside | ((key <= low) | (key > high)));
   }
-  nearest.resize(weights.size());
-  lut_assign<Half>({weights.data(), 1, weights.size()}, {lut.data(), 1, lut.size()},
-                   {nearest.data(), 1, weights.size()});
-  return std::equal(codes.begin(), codes.end(), nearest.begin());
+  return n_outside == 0;
 }
 
-bool is_assigned(std::span<const float> weights, std::span<const float> lut,
+// Whether each code is what `lut_assign` writes for its weight, by a table that can be looked up.
+bool names_nearest(std::span<const Half> weights, std::span<const Half> lut,
+                   std::span<const std::uint8_t> codes) {
+  const std::vector<float> midpoints = midpoint_table(lut);
+  const auto half_of = [](std::int16_t key) { return std::bit_cast<Half>(key); };
+  // NaN has the least key of all and takes entry 0, so the first limit is checked by itself.
+  std::array<Half, kShuffleEntries> limits_below{half_of(std::numeric_limits<std::int16_t>::min())};
+  std::array<Half, kShuffleEntries> limits_above{};
+  for (std::size_t j = 0; j < midpoints.size(); ++j) {
+    limits_above[j] = limits_below[j + 1] = half_of(key_up_to<Half>(midpoints[j]));
+  }
+  limits_above[midpoints.size()] = half_of(std::numeric_limits<std::int16_t>::max());
+  std::array<Half, kChunk> lower;
+  std::array<Half, kChunk> upper;
+  for (std::size_t begin = 0; begin < weights.size(); begin += kChunk) {
+    const std::size_t n = std::min(kChunk, weights.size() - begin);
+    prefetch(weights, begin + kChunk, kChunk);
+    look_up_sixteen(limits_below.data(), codes.data() + begin, n, lower.data());
+    look_up_sixteen(limits_above.data(), codes.data() + begin, n, upper.data());
+    if (!lies_within(weights.data() + begin, lower.data(), upper.data(), n)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Whether codes are what `lut_assign` makes of the weights; `nearest` receives that if it has to be
+// worked out.
+template <typename T>
+bool is_assigned(std::span<const T> weights, std::span<const T> lut,
                  std::span<const std::uint8_t> codes, std::vector<std::uint8_t>& nearest) {
+  if constexpr (sizeof(T) == 2) {
+    if (lut.size() <= kShuffleEntries && names_nearest(weights, lut, codes)) {
+      return true;
+    }
+  }
   nearest.resize(weights.size());
-  lut_assign<float>({weights.data(), 1, weights.size()}, {lut.data(), 1, lut.size()},
-                    {nearest.data(), 1, weights.size()});
+  lut_assign<T>({weights.data(), 1, weights.size()}, {lut.data(), 1, lut.size()},
+                {nearest.data(), 1, weights.size()});
   return std::equal(codes.begin(), codes.end(), nearest.begin());
 }
 
@@ -234,10 +269,8 @@ std::size_t count_not_nearest(std::span<const T> weights, std::span<const T> lut
 template <typename T>
 Fidelity compare_palette(MatrixView<const T> source, MatrixView<const std::uint8_t> codes,
                          MatrixView<const T> luts) {
-  check(codes.n_rows == source.n_rows && codes.n_cols == source.n_cols,
-        "codes must have the shape of source");
-  check(luts.n_rows == source.n_rows, "luts must have one row a row of source, ", source.n_rows,
-        ", got ", luts.n_rows);
+  check_shape("codes", codes, "source", source.n_rows, source.n_cols);
+  check_luts(luts, source.n_rows);
   const std::size_t n_cols = source.n_cols;
   return sum_pieces(source.size(), [&](std::size_t begin, std::size_t end, Fidelity& total) {
     std::vector<std::uint8_t> nearest;
@@ -250,7 +283,7 @@ Fidelity compare_palette(MatrixView<const T> source, MatrixView<const std::uint8
       const std::span<const T> lut = luts.row(row);
       const auto piece = source.flat().subspan(begin, n_in_row);
       const auto names = codes.flat().subspan(begin, n_in_row);
-      check(greatest_code(names) < luts.n_cols, "codes must be below ", luts.n_cols);
+      check_codes(names, luts.n_cols);
       if (!is_assigned(piece, lut, names, nearest)) {
         total.n_outside += count_not_nearest(piece, lut, names, nearest);
       }
@@ -315,8 +348,7 @@ Fidelity compare_vectors(MatrixView<const T> source, std::size_t dim,
   std::vector<std::uint8_t> nearest(codes.size());
   const MatrixView<std::uint8_t> nearest_rows{nearest.data(), codes.n_rows, codes.n_cols};
   vector_assign<T>(source, dim, luts, nearest_rows);  // checks the shapes
-  check(codes.size() == 0 || greatest_code(codes.flat()) < luts.n_cols / dim,
-        "codes must be below ", luts.n_cols / dim);
+  check_codes(codes.flat(), luts.n_cols / dim);
   std::vector<T> decoded(source.size());
   std::size_t n_outside = 0;
   for (std::size_t row = 0; row < source.n_rows; ++row) {
@@ -338,9 +370,8 @@ namespace {
 // The greatest magnitude dropped and the least kept, as bits, which order as magnitudes do.
 template <typename T>
 struct Split {
-  using Bits = decltype(magnitude_bits(T{}));
-  Bits greatest_pruned = 0;
-  Bits least_kept = std::numeric_limits<Bits>::max();
+  Magnitude<T> greatest_pruned = 0;
+  Magnitude<T> least_kept = std::numeric_limits<Magnitude<T>>::max();
 };
 
 // Updates `split` and tells whether any weight that is kept differs from its source.
@@ -348,7 +379,7 @@ template <typename T>
 MILPRESS_VECTORIZE bool split_magnitudes(const T* source, const T* decoded,
                                          const std::uint8_t* is_kept, std::size_t n,
                                          Split<T>& split) {
-  using Bits = typename Split<T>::Bits;
+  using Bits = Magnitude<T>;
   Bits pruned = split.greatest_pruned;
   Bits kept = split.least_kept;
   Bits changed = 0;
@@ -364,15 +395,6 @@ MILPRESS_VECTORIZE bool split_magnitudes(const T* source, const T* decoded,
   }
   split = {pruned, kept};
   return changed != 0;
-}
-
-template <typename T>
-float magnitude_at(std::uint32_t bits) {
-  if constexpr (sizeof(T) == 2) {
-    return to_float(Half{static_cast<std::uint16_t>(bits)});
-  } else {
-    return std::bit_cast<float>(bits);
-  }
 }
 
 template <typename T>
@@ -439,20 +461,17 @@ template <typename T>
 SparseFidelity compare_sparse(std::span<const T> source, std::span<const std::uint8_t> bitmask,
                               std::span<const T> nonzeros) {
   const std::vector<std::size_t> starts = kept_before(bitmask, kGrain);
-  check_expandable(source.size(), bitmask, nonzeros.size());
-  std::vector<SparsePiece<T>> pieces((source.size() + kGrain - 1) / kGrain);
-  parallel_for(source.size(), kGrain, [&](std::size_t begin, std::size_t end) {
+  check_expand(source.size(), bitmask, nonzeros.size());
+  const auto of_piece = [&](std::size_t begin, std::size_t end) {
     const std::size_t piece = begin / kGrain;
     const std::size_t next = piece + 1 < starts.size() ? starts[piece + 1] : nonzeros.size();
-    pieces[piece] = judge_piece(source.subspan(begin, end - begin), bitmask.subspan(begin / 8),
-                                nonzeros.subspan(starts[piece], next - starts[piece]));
-  });
+    return judge_piece(source.subspan(begin, end - begin), bitmask.subspan(begin / 8),
+                       nonzeros.subspan(starts[piece], next - starts[piece]));
+  };
   SparseFidelity result;
   Split<T> split;
-  for (const SparsePiece<T>& piece : pieces) {
-    result.fidelity.signal += piece.fidelity.signal;
-    result.fidelity.noise += piece.fidelity.noise;
-    result.fidelity.n_outside += piece.fidelity.n_outside;
+  for (const SparsePiece<T>& piece : parallel_map(source.size(), kGrain, of_piece)) {
+    add(result.fidelity, piece.fidelity);
     result.n_source_zeros += piece.n_source_zeros;
     split.greatest_pruned = std::max(split.greatest_pruned, piece.split.greatest_pruned);
     split.least_kept = std::min(split.least_kept, piece.split.least_kept);

@@ -1,9 +1,8 @@
 #include "kernels/finite.h"
 
 #include <algorithm>
-#include <limits>
 
-#include "core/order.h"
+#include "core/keys.h"
 #include "core/vectorize.h"
 
 namespace milpress {
@@ -25,12 +24,12 @@ MILPRESS_VECTORIZE auto greatest_magnitude(const T* weights, std::size_t n) {
 
 template <typename T>
 std::size_t first_nonfinite(std::span<const T> weights) {
-  constexpr auto kInfinity = magnitude_bits(from_float<T>(std::numeric_limits<float>::infinity()));
   for (std::size_t begin = 0; begin < weights.size(); begin += kChunk) {
     const auto chunk = weights.subspan(begin, std::min(kChunk, weights.size() - begin));
-    if (greatest_magnitude(chunk.data(), chunk.size()) >= kInfinity) {
-      const auto found = std::find_if(chunk.begin(), chunk.end(),
-                                      [](T weight) { return magnitude_bits(weight) >= kInfinity; });
+    if (greatest_magnitude(chunk.data(), chunk.size()) >= kInfinityBits<T>) {
+      const auto found = std::find_if(chunk.begin(), chunk.end(), [](T weight) {
+        return magnitude_bits(weight) >= kInfinityBits<T>;
+      });
       return begin + static_cast<std::size_t>(found - chunk.begin());
     }
   }

@@ -2,7 +2,6 @@
 
 #include <cstddef>
 #include <span>
-#include <vector>
 
 #include "core/half.h"
 #include "core/matrix.h"
@@ -24,30 +23,19 @@ namespace milpress {
 template <typename T>
 void kmeans1d(MatrixView<const T> weights, MatrixView<const float> importance, MatrixView<T> luts);
 
-/// Distinct values in ascending order, each with the total importance of the weights that have it.
-struct WeightedValues {
-  std::vector<double> values;
-  std::vector<double> weights;  // > 0
-};
+/// Throws `std::invalid_argument` unless the shapes are as above.
+template <typename T>
+void check_kmeans1d(MatrixView<const T> weights, MatrixView<const float> importance,
+                    MatrixView<T> luts) {
+  check(luts.n_rows == weights.n_rows, "luts must have ", weights.n_rows,
+        " rows like weights, got ", luts.n_rows);
+  check(luts.n_rows == 0 || luts.n_cols > 0, "luts must have at least 1 entry a row");
+  if (importance.n_rows > 0) {
+    check_shape("importance", importance, "weights", weights.n_rows, weights.n_cols);
+  }
+}
 
-/// The distinct finite values of `weights` and how many weights have each; both zeros are one
-/// value.
-WeightedValues value_counts(std::span<const Half> weights);
-
-/// The ends of the `k` clusters of least squared error: cluster j is
-/// `[ends[j - 1], ends[j])`, with 0 before the first; the last end is the number of values.
-/// Fewer than `k` values give one cluster each. Exposed for testing.
-///
-/// Lagrangian search over a concave least-weight subsequence: Groenlund et al. 2017, "Fast Exact
-/// k-Means, k-Medians and Bregman Divergence Clustering in 1D" (arXiv 1701.07204), section 4.
-std::vector<std::size_t> optimal_clusters(const WeightedValues& data, std::size_t k);
-
-/// The same by divide and conquer over the dynamic program, O(k n log n) time and O(k n) memory:
-/// the oracle, and the way for one or two clusters.
-std::vector<std::size_t> optimal_clusters_by_dynamic_program(const WeightedValues& data,
-                                                             std::size_t k);
-
-/// `sum_i weight_i * (value_i - mean of its cluster)^2`, in a numerically careful two-pass way.
-double squared_error(const WeightedValues& data, std::span<const std::size_t> ends);
+/// Throws `std::invalid_argument` unless `importance` is finite and not negative.
+void check_importance(std::span<const float> importance);
 
 }  // namespace milpress

@@ -11,301 +11,16 @@
 #include <span>
 #include <vector>
 
-#include "core/check.h"
-#include "core/convert.h"
 #include "core/parallel.h"
+#include "core/random.h"
 #include "core/vectorize.h"
+#include "kernels/kmeans1d.h"
+#include "kernels/lut_assign.h"
+#include "kernels/vector_assign.h"
+#include "kernels/vectors.h"
 
 namespace milpress {
 namespace {
-
-constexpr std::size_t kMaxEntries = 256;  // a code is one byte
-constexpr std::size_t kLanes = 32;        // vectors handled side by side
-constexpr std::size_t kPiece = 8192;      // vectors a thread takes at a time; a multiple of kLanes
-constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-// SplitMix64 (Steele, Lea, Flood 2014): the standard library's distributions differ between
-// platforms.
-class Random {
- public:
-  explicit Random(std::uint64_t seed) : state_(seed) {}
-
-  // In [0, 1).
-  double unit() {
-    state_ += 0x9e3779b97f4a7c15;
-    std::uint64_t bits = state_;
-    bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9;
-    bits = (bits ^ bits >> 27) * 0x94d049bb133111eb;
-    return static_cast<double>((bits ^ bits >> 31) >> 11) * 0x1p-53;
-  }
-
- private:
-  std::uint64_t state_;
-};
-
-// Vectors as a structure of arrays: element d of vector i is `values[d * stride + i]`. Those past
-// the `count`-th, up to a multiple of kLanes, are zeros without importance.
-struct Vectors {
-  std::size_t dim;
-  std::size_t count;
-  std::size_t stride;
-  std::vector<float> values;
-  std::vector<float> shares;  // importance
-
-  Vectors(std::size_t n_elements, std::size_t n)
-      : dim(n_elements),
-        count(n),
-        stride((n + kLanes - 1) / kLanes * kLanes),
-        values(dim * stride),
-        shares(stride) {}
-
-  float& at(std::size_t i, std::size_t d) { return values[d * stride + i]; }
-  float at(std::size_t i, std::size_t d) const { return values[d * stride + i]; }
-};
-
-using Entries = std::vector<float>;  // one after the other, `dim` floats each
-
-// ---------------------------------------------------------------------------------------------
-// Distances
-
-// The squared distances of kLanes vectors from `entry`; `kDim` is 0 if it isn't known.
-template <std::size_t kDim>
-[[gnu::always_inline]] inline void distances_from(const float* entry, std::size_t dim,
-                                                  const float* values, std::size_t stride,
-                                                  std::array<float, kLanes>& out) {
-  if constexpr (kDim > 0) {
-    for (std::size_t lane = 0; lane < kLanes; ++lane) {
-      const float first = values[lane] - entry[0];
-      float sum = first * first;
-      for (std::size_t d = 1; d < kDim; ++d) {
-        const float difference = values[d * stride + lane] - entry[d];
-        sum += difference * difference;
-      }
-      out[lane] = sum;
-    }
-  } else {
-    out.fill(0);
-    for (std::size_t d = 0; d < dim; ++d) {
-      for (std::size_t lane = 0; lane < kLanes; ++lane) {
-        const float difference = values[d * stride + lane] - entry[d];
-        out[lane] += difference * difference;
-      }
-    }
-  }
-}
-
-// Entries are compared a few at a time, so that what is nearest so far stays in registers;
-// infinities make up the last few and are nearest to nothing.
-template <std::size_t kDim>
-[[gnu::always_inline]] inline void find_nearest(const Entries& entries, const float* values,
-                                                std::size_t stride, std::size_t n,
-                                                std::uint8_t* codes, float* distances) {
-  constexpr std::size_t kAtOnce = kDim == 4 ? 4 : 2;  // as the registers allow
-  std::array<float, kMaxEntries * kDim> padded;
-  padded.fill(kInfinity);
-  std::copy(entries.begin(), entries.end(), padded.begin());
-  for (std::size_t i = 0; i < n; i += kLanes) {
-    std::array<float, kLanes> least;
-    std::array<std::int32_t, kLanes> nearest{};
-    least.fill(kInfinity);
-    for (std::size_t j = 0; j * kDim < entries.size(); j += kAtOnce) {
-      const float* const few = padded.data() + j * kDim;
-      for (std::size_t lane = 0; lane < kLanes; ++lane) {
-        for (std::size_t other = 0; other < kAtOnce; ++other) {
-          const float* const entry = few + other * kDim;
-          const float first = values[i + lane] - entry[0];
-          float distance = first * first;
-          for (std::size_t d = 1; d < kDim; ++d) {
-            const float difference = values[d * stride + i + lane] - entry[d];
-            distance += difference * difference;
-          }
-          const bool is_nearer = distance < least[lane];
-          least[lane] = is_nearer ? distance : least[lane];
-          nearest[lane] = is_nearer ? static_cast<std::int32_t>(j + other) : nearest[lane];
-        }
-      }
-    }
-    for (std::size_t lane = 0; lane < kLanes; ++lane) {
-      codes[i + lane] = static_cast<std::uint8_t>(nearest[lane]);
-      distances[i + lane] = least[lane];
-    }
-  }
-}
-
-// The same for vectors of any dimension.
-[[gnu::always_inline]] inline void find_nearest_one_by_one(const Entries& entries, std::size_t dim,
-                                                           const float* values, std::size_t stride,
-                                                           std::size_t n, std::uint8_t* codes,
-                                                           float* distances) {
-  for (std::size_t i = 0; i < n; i += kLanes) {
-    std::array<float, kLanes> distance;
-    std::array<float, kLanes> least;
-    std::array<std::int32_t, kLanes> nearest{};
-    least.fill(kInfinity);
-    for (std::size_t j = 0; j * dim < entries.size(); ++j) {
-      distances_from<0>(entries.data() + j * dim, dim, values + i, stride, distance);
-      for (std::size_t lane = 0; lane < kLanes; ++lane) {
-        const bool is_nearer = distance[lane] < least[lane];
-        least[lane] = is_nearer ? distance[lane] : least[lane];
-        nearest[lane] = is_nearer ? static_cast<std::int32_t>(j) : nearest[lane];
-      }
-    }
-    for (std::size_t lane = 0; lane < kLanes; ++lane) {
-      codes[i + lane] = static_cast<std::uint8_t>(nearest[lane]);
-      distances[i + lane] = least[lane];
-    }
-  }
-}
-
-// Writes code and squared distance of the first of the nearest entries; `n` is a multiple of
-// kLanes.
-MILPRESS_VECTORIZE
-void nearest_entries(const Entries& entries, std::size_t dim, const float* values,
-                     std::size_t stride, std::size_t n, std::uint8_t* codes, float* distances) {
-  switch (dim) {
-    case 1:
-      return find_nearest<1>(entries, values, stride, n, codes, distances);
-    case 2:
-      return find_nearest<2>(entries, values, stride, n, codes, distances);
-    case 4:
-      return find_nearest<4>(entries, values, stride, n, codes, distances);
-    case 8:
-      return find_nearest<8>(entries, values, stride, n, codes, distances);
-    default:
-      return find_nearest_one_by_one(entries, dim, values, stride, n, codes, distances);
-  }
-}
-
-// ---------------------------------------------------------------------------------------------
-// Greedy k-means++ (Arthur, Vassilvitskii 2007): each entry is the best of a few vectors drawn in
-// proportion to their share of the error so far
-
-template <std::size_t kDim>
-[[gnu::always_inline]] inline double lower_distances(const Vectors& vectors, const float* entry,
-                                                     std::span<const float> before, float* after,
-                                                     double* sums) {
-  double total = 0;
-  for (std::size_t i = 0; i < vectors.stride; i += kLanes) {
-    std::array<float, kLanes> distance;
-    distances_from<kDim>(entry, vectors.dim, vectors.values.data() + i, vectors.stride, distance);
-    for (std::size_t lane = 0; lane < kLanes; ++lane) {
-      distance[lane] = before[i + lane] < distance[lane] ? before[i + lane] : distance[lane];
-    }
-    if (after != nullptr) {
-      std::copy(distance.begin(), distance.end(), after + i);
-    }
-    for (std::size_t lane = 0; lane < kLanes; ++lane) {
-      distance[lane] *= vectors.shares[i + lane];
-    }
-    for (std::size_t half = kLanes / 2; half > 0; half /= 2) {
-      for (std::size_t lane = 0; lane < half; ++lane) {
-        distance[lane] += distance[lane + half];
-      }
-    }
-    if (sums != nullptr) {
-      sums[i / kLanes] = distance[0];
-    }
-    total += distance[0];
-  }
-  return total;
-}
-
-// The error if `entry` joins those that are `before` away. Writes distances to `after`, and the
-// error of every kLanes vectors to `sums`, unless these are null.
-MILPRESS_VECTORIZE
-double error_with(const Vectors& vectors, const float* entry, std::span<const float> before,
-                  float* after, double* sums) {
-  switch (vectors.dim) {
-    case 2:
-      return lower_distances<2>(vectors, entry, before, after, sums);
-    case 4:
-      return lower_distances<4>(vectors, entry, before, after, sums);
-    case 8:
-      return lower_distances<8>(vectors, entry, before, after, sums);
-    default:
-      return lower_distances<0>(vectors, entry, before, after, sums);
-  }
-}
-
-// The vector at `place`, in [0, 1), of the error that `sums` cut into kLanes vectors each.
-std::size_t draw(double place, double total, std::span<const double> sums,
-                 std::span<const float> distances, std::span<const float> shares) {
-  double left = place * total;
-  std::size_t last = 0;
-  for (std::size_t i = 0; i < sums.size(); ++i) {
-    if (sums[i] > 0) {
-      last = i;
-      if (left < sums[i]) {
-        break;
-      }
-      left -= sums[i];
-    }
-  }
-  std::size_t drawn = last * kLanes;
-  for (std::size_t i = last * kLanes; i < (last + 1) * kLanes; ++i) {
-    const double part = double{distances[i]} * shares[i];
-    if (part > 0) {
-      drawn = i;
-      if (left < part) {
-        break;
-      }
-      left -= part;
-    }
-  }
-  return drawn;
-}
-
-Entries random_start(const Vectors& vectors, std::size_t n_entries, Random& random) {
-  const std::size_t dim = vectors.dim;
-  std::size_t n_draws = 2;
-  for (std::size_t n = n_entries; n > 2; n = n * 3 / 8) {
-    ++n_draws;  // about 2 + log(n_entries)
-  }
-  const auto entry_at = [&](std::size_t i) {
-    Entries entry(dim);
-    for (std::size_t d = 0; d < dim; ++d) {
-      entry[d] = vectors.at(i, d);
-    }
-    return entry;
-  };
-  // For the first entry all vectors are equally far.
-  std::vector<float> distances(vectors.stride, 1.0F);
-  std::vector<double> sums(vectors.stride / kLanes);
-  double total = 0;
-  for (std::size_t i = 0; i < sums.size(); ++i) {
-    const auto first = vectors.shares.begin() + static_cast<std::ptrdiff_t>(i * kLanes);
-    sums[i] = std::accumulate(first, first + kLanes, 0.0);
-    total += sums[i];
-  }
-  Entries entries = entry_at(draw(random.unit(), total, sums, distances, vectors.shares));
-  std::fill(distances.begin(), distances.end(), kInfinity);
-  total = error_with(vectors, entries.data(), distances, distances.data(), sums.data());
-  while (entries.size() < n_entries * dim && total > 0) {
-    Entries best;
-    double least = std::numeric_limits<double>::infinity();
-    for (std::size_t i = 0; i < n_draws; ++i) {
-      Entries entry = entry_at(draw(random.unit(), total, sums, distances, vectors.shares));
-      const double error = error_with(vectors, entry.data(), distances, nullptr, nullptr);
-      if (error < least) {
-        least = error;
-        best = std::move(entry);
-      }
-    }
-    if (best.empty()) {
-      break;
-    }
-    entries.insert(entries.end(), best.begin(), best.end());
-    total = error_with(vectors, best.data(), distances, distances.data(), sums.data());
-  }
-  // Distances too small for a float leave some over.
-  while (entries.size() < n_entries * dim) {
-    entries.push_back(entries[entries.size() - dim]);
-  }
-  return entries;
-}
-
-// ---------------------------------------------------------------------------------------------
-// Lloyd iterations
 
 struct Fit {
   Entries entries;
@@ -580,19 +295,6 @@ Entries cluster(const Vectors& vectors, std::size_t n_entries, std::uint64_t see
 // ---------------------------------------------------------------------------------------------
 // Rows
 
-// The power of two by which the greatest magnitude comes near 1, so that no square overflows and no
-// product vanishes.
-template <typename T>
-float factor_for(std::span<const T> values) {
-  constexpr int kMaxExponent = 126;
-  float limit = 0;
-  for (const T value : values) {
-    limit = std::max(limit, std::abs(to_float(value)));
-  }
-  return limit == 0 ? 1.0F
-                    : std::ldexp(1.0F, std::clamp(-std::ilogb(limit), -kMaxExponent, kMaxExponent));
-}
-
 void multiply(std::vector<float>& values, float factor) {
   std::transform(values.begin(), values.end(), values.begin(),
                  [factor](float value) { return value * factor; });
@@ -652,27 +354,6 @@ Distinct distinct_vectors(const Vectors& vectors, std::size_t n_entries) {
 }
 
 template <typename T>
-void assign(std::span<const T> weights, std::size_t dim, std::span<const T> lut, float factor,
-            std::span<std::uint8_t> codes) {
-  Entries entries(lut.size());
-  std::transform(lut.begin(), lut.end(), entries.begin(),
-                 [factor](T entry) { return to_float(entry) * factor; });
-  parallel_for(codes.size(), kPiece, [&](std::size_t begin, std::size_t end) {
-    Vectors vectors(dim, end - begin);
-    for (std::size_t i = begin; i < end; ++i) {
-      for (std::size_t d = 0; d < dim; ++d) {
-        vectors.at(i - begin, d) = to_float(weights[i * dim + d]) * factor;
-      }
-    }
-    std::vector<std::uint8_t> nearest(vectors.stride);
-    std::vector<float> distances(vectors.stride);
-    nearest_entries(entries, dim, vectors.values.data(), vectors.stride, vectors.stride,
-                    nearest.data(), distances.data());
-    std::copy_n(nearest.begin(), end - begin, codes.begin() + static_cast<std::ptrdiff_t>(begin));
-  });
-}
-
-template <typename T>
 void fit_row(const Row<T>& row, std::span<T> lut, std::span<std::uint8_t> codes) {
   const std::size_t dim = row.settings.dim;
   const std::size_t n_entries = lut.size() / dim;
@@ -698,51 +379,21 @@ void fit_row(const Row<T>& row, std::span<T> lut, std::span<std::uint8_t> codes)
     std::transform(entries.begin(), entries.end(), lut.begin(),
                    [factor](float entry) { return from_float<T>(entry / factor); });
   }
-  assign<T>(row.weights, dim, lut, factor, codes);
-}
-
-template <typename T>
-void check_shapes(MatrixView<const T> weights, std::size_t dim, std::size_t n_luts,
-                  std::size_t n_in_lut, MatrixView<std::uint8_t> codes) {
-  check(dim > 0 && weights.n_cols % dim == 0, "dim must divide the ", weights.n_cols,
-        " weights of a row, got ", dim);
-  check(n_luts == weights.n_rows, "luts must have ", weights.n_rows, " rows like weights, got ",
-        n_luts);
-  check(n_luts == 0 || (n_in_lut % dim == 0 && n_in_lut >= dim && n_in_lut / dim <= kMaxEntries),
-        "luts must have 1 to ", kMaxEntries, " entries of ", dim, " a row, got ", n_in_lut,
-        " elements");
-  const std::size_t n_vectors = weights.n_cols / dim;
-  check(codes.n_rows == weights.n_rows && codes.n_cols == n_vectors,
-        "codes must have one element a vector, ", weights.n_rows, " x ", n_vectors, ", got ",
-        codes.n_rows, " x ", codes.n_cols);
+  assign_row<T>(row.weights, dim, lut, factor, codes);
 }
 
 }  // namespace
 
 template <typename T>
-void vector_assign(MatrixView<const T> weights, std::size_t dim, MatrixView<const T> luts,
-                   MatrixView<std::uint8_t> codes) {
-  check_shapes(weights, dim, luts.n_rows, luts.n_cols, codes);
-  for (std::size_t row = 0; row < weights.n_rows; ++row) {
-    const std::span<const T> in = weights.row(row);
-    assign<T>(in, dim, luts.row(row), factor_for(in), codes.row(row));
-  }
-}
-
-template <typename T>
 void kmeans_vector(MatrixView<const T> weights, MatrixView<const float> importance,
                    VectorSettings settings, MatrixView<T> luts, MatrixView<std::uint8_t> codes) {
-  check_shapes(weights, settings.dim, luts.n_rows, luts.n_cols, codes);
+  check_vectors(weights, settings.dim, luts.n_rows, luts.n_cols, codes);
   const std::size_t n_vectors = codes.n_cols;
   check(importance.n_rows == 0 ||
             (importance.n_rows == weights.n_rows && importance.n_cols == n_vectors),
         "importance must have one element a vector, ", weights.n_rows, " x ", n_vectors, ", got ",
         importance.n_rows, " x ", importance.n_cols);
-  const std::span<const float> shares = importance.flat();
-  check(std::all_of(
-            shares.begin(), shares.end(),
-            [](float share) { return share >= 0 && share <= std::numeric_limits<float>::max(); }),
-        "importance must be finite and not negative");
+  check_importance(importance.flat());
   const auto fit = [&](std::size_t row) {
     const auto share = importance.n_rows == 0 ? std::span<const float>() : importance.row(row);
     fit_row(Row<T>{weights.row(row), share, settings}, luts.row(row), codes.row(row));
@@ -761,10 +412,6 @@ void kmeans_vector(MatrixView<const T> weights, MatrixView<const float> importan
   });
 }
 
-template void vector_assign(MatrixView<const Half>, std::size_t, MatrixView<const Half>,
-                            MatrixView<std::uint8_t>);
-template void vector_assign(MatrixView<const float>, std::size_t, MatrixView<const float>,
-                            MatrixView<std::uint8_t>);
 template void kmeans_vector(MatrixView<const Half>, MatrixView<const float>, VectorSettings,
                             MatrixView<Half>, MatrixView<std::uint8_t>);
 template void kmeans_vector(MatrixView<const float>, MatrixView<const float>, VectorSettings,

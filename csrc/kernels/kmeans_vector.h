@@ -33,10 +33,4 @@ template <typename T>
 void kmeans_vector(MatrixView<const T> weights, MatrixView<const float> importance,
                    VectorSettings settings, MatrixView<T> luts, MatrixView<std::uint8_t> codes);
 
-/// Writes to each row of `codes` the index of the entry of the same row of `luts` nearest to each
-/// vector of `weights`, found as `kmeans_vector` finds it.
-template <typename T>
-void vector_assign(MatrixView<const T> weights, std::size_t dim, MatrixView<const T> luts,
-                   MatrixView<std::uint8_t> codes);
-
 }  // namespace milpress

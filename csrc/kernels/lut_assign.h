@@ -10,6 +10,8 @@
 
 namespace milpress {
 
+constexpr std::size_t kMaxEntries = 256;  // a code is one byte
+
 /// Writes to `codes` the index of the entry of the same row of `luts` nearest to each weight.
 ///
 /// A row of `luts` is ascending, 1 to 256 entries, infinite ones allowed. A weight halfway between
@@ -26,19 +28,29 @@ template <typename T>
 void lut_to_dense(MatrixView<const std::uint8_t> codes, MatrixView<const T> luts,
                   MatrixView<T> weights);
 
-/// Entries of a table that `names_nearest` takes.
-constexpr std::size_t kMaxFewEntries = 16;
+/// Throws `std::invalid_argument` unless there is a table of 1 to `kMaxEntries` entries for each of
+/// `n_rows` rows.
+template <typename T>
+void check_luts(MatrixView<const T> luts, std::size_t n_rows) {
+  check(luts.n_rows == n_rows, "luts must have ", n_rows, " rows like weights, got ", luts.n_rows);
+  check(n_rows == 0 || (luts.n_cols >= 1 && luts.n_cols <= kMaxEntries), "luts must have 1 to ",
+        kMaxEntries, " entries a row, got ", luts.n_cols);
+}
 
-/// Whether each code is what `lut_assign` writes for its weight. `lut` is ascending and has up to
-/// `kMaxFewEntries` entries; codes are below their number.
-bool names_nearest(std::span<const Half> weights, std::span<const Half> lut,
-                   std::span<const std::uint8_t> codes);
+/// Throws `std::invalid_argument` unless the shapes are those that `lut_assign` takes.
+template <typename T>
+void check_lut_assign(MatrixView<const T> weights, MatrixView<const T> luts,
+                      MatrixView<std::uint8_t> codes) {
+  check_luts(luts, weights.n_rows);
+  check_shape("codes", codes, "weights", weights.n_rows, weights.n_cols);
+}
 
-/// The greatest of `codes`, 0 if there are none.
-std::uint8_t greatest_code(std::span<const std::uint8_t> codes);
+/// Throws `std::invalid_argument` unless `codes` are below `n_entries`.
+void check_codes(std::span<const std::uint8_t> codes, std::size_t n_entries);
 
 /// For each pair of neighbours in `lut`, the largest float that is not nearer to the upper one. A
 /// weight's nearest entry is the number of midpoints below it.
-std::vector<float> midpoint_table(std::span<const float> lut);
+template <typename T>
+std::vector<float> midpoint_table(std::span<const T> lut);
 
 }  // namespace milpress

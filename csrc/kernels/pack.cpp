@@ -106,26 +106,24 @@ void with_width(int bits, const Body& body) {
   }
 }
 
-void check_sizes(std::size_t n_codes, int bits, std::size_t n_bytes) {
-  check(n_bytes == packed_size(n_codes, bits), "packed must have ", packed_size(n_codes, bits),
-        " bytes for ", n_codes, " codes of ", bits, " bits, got ", n_bytes);
-}
-
 }  // namespace
 
-void pack(std::span<const std::uint8_t> codes, int bits, std::span<std::uint8_t> packed) {
-  with_width(bits, [&](auto width) {
-    check_sizes(codes.size(), bits, packed.size());
-    pack_all<width()>(codes, packed);
+void check_pack(std::size_t n_codes, int bits, std::size_t n_bytes) {
+  with_width(bits, [&](auto) {
+    check(n_bytes == packed_size(n_codes, bits), "packed must have ", packed_size(n_codes, bits),
+          " bytes for ", n_codes, " codes of ", bits, " bits, got ", n_bytes);
   });
+}
+
+void pack(std::span<const std::uint8_t> codes, int bits, std::span<std::uint8_t> packed) {
+  check_pack(codes.size(), bits, packed.size());
+  with_width(bits, [&](auto width) { pack_all<width()>(codes, packed); });
 }
 
 template <typename Code>
 void unpack(std::span<const std::uint8_t> packed, int bits, std::span<Code> codes) {
-  with_width(bits, [&](auto width) {
-    check_sizes(codes.size(), bits, packed.size());
-    unpack_all<width()>(packed, codes);
-  });
+  check_pack(codes.size(), bits, packed.size());
+  with_width(bits, [&](auto width) { unpack_all<width()>(packed, codes); });
 }
 
 template void unpack(std::span<const std::uint8_t>, int, std::span<std::int8_t>);

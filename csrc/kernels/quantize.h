@@ -1,19 +1,15 @@
 #pragma once
 
-#include <bit>
+#include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <span>
 
 #include "core/half.h"
 #include "core/matrix.h"
+#include "kernels/linear_step.h"
 
 namespace milpress {
-
-/// The codes that a block may use, `code_min` to `code_max`, within the range of a byte.
-struct CodeRange {
-  int code_min = -127;
-  int code_max = 127;
-};
 
 /// Writes to `codes` each weight divided by the scale of its row, rounded half to even, plus the
 /// offset of its row, so that `scale * (code - offset)` restores the weight within half a step
@@ -41,16 +37,12 @@ void quantize(MatrixView<const T> weights, CodeRange range, std::span<T> scales,
 /// codes that reaches further down than up is tried with negative scales too, so that the greatest
 /// magnitude may take `code_min` whatever its sign. Quotients are not rounded to `T`. Rows of zeros
 /// and rows that are not finite fare as with `quantize`; every other decodes to finite weights.
+///
+/// The squared error of each weight is multiplied by its `importance`: finite, not negative, of the
+/// shape of `weights`, or no rows at all for equal importance.
 template <typename T, typename Code>
-void quantize_mse(MatrixView<const T> weights, CodeRange range, std::span<T> scales,
-                  std::span<Code> offsets, MatrixView<Code> codes);
-
-/// Does what `quantize_mse` does, where the squared error of each weight is multiplied by its
-/// `importance`: finite, not negative, of the shape of `weights`.
-template <typename T, typename Code>
-void quantize_mse_weighted(MatrixView<const T> weights, MatrixView<const float> importance,
-                           CodeRange range, std::span<T> scales, std::span<Code> offsets,
-                           MatrixView<Code> codes);
+void quantize_mse(MatrixView<const T> weights, MatrixView<const float> importance, CodeRange range,
+                  std::span<T> scales, std::span<Code> offsets, MatrixView<Code> codes);
 
 /// Writes `scale * (code - offset)` to `weights`, rounded to `T` once. One scale a row; one offset
 /// a row, or none for zero.
@@ -58,19 +50,18 @@ template <typename T, typename Code>
 void dequantize(MatrixView<const Code> codes, std::span<const T> scales,
                 std::span<const Code> offsets, MatrixView<T> weights);
 
-constexpr float magnitude(float value) {
-  return std::bit_cast<float>(std::bit_cast<std::uint32_t>(value) & 0x7fffffffU);
-}
+/// Throws `std::invalid_argument` unless there is one scale a row, and one offset or none at all.
+void check_steps(std::size_t n_rows, std::size_t n_scales, std::size_t n_offsets);
 
-/// The largest error that `quantize` promises for `weight` restored as `decoded`: half a step,
-/// half a last place of the quotient and of the product, and the spacing of subnormals.
-template <typename T>
-constexpr float half_step_bound(float weight, float decoded, float scale) {
-  constexpr float kHalfPlace = sizeof(T) == 2 ? 0x1.01p-11F : 0x1.01p-24F;
-  constexpr float kSubnormal = sizeof(T) == 2 ? 0x1p-25F : 0x1p-149F;
-  // Multiplied apart: the sum of two large magnitudes may overflow.
-  const float places = kHalfPlace * magnitude(weight) + kHalfPlace * magnitude(decoded);
-  return 0.5F * scale + places + kSubnormal;
+/// Throws `std::invalid_argument` unless range and shapes are those that `quantize` takes.
+template <typename T, typename Code>
+void check_quantize(MatrixView<const T> weights, CodeRange range, std::span<T> scales,
+                    std::span<Code> offsets, MatrixView<Code> codes) {
+  check(range.code_min < range.code_max && range.code_min >= std::numeric_limits<Code>::min() &&
+            range.code_max <= std::numeric_limits<Code>::max(),
+        "code range must ascend within a byte, got ", range.code_min, " to ", range.code_max);
+  check_steps(weights.n_rows, scales.size(), offsets.size());
+  check_shape("codes", codes, "weights", weights.n_rows, weights.n_cols);
 }
 
 }  // namespace milpress

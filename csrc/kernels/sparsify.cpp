@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "core/check.h"
-#include "core/order.h"
+#include "core/keys.h"
 #include "core/parallel.h"
 #include "core/shuffle.h"
 #include "core/vectorize.h"
@@ -39,17 +39,17 @@ Histogram count_digits(std::span<const T> weights, unsigned shift, std::uint32_t
   constexpr std::uint32_t kMask = (1U << kDigitBits<T>)-1;
   const std::size_t n_pieces = (weights.size() + kGrain - 1) / kGrain;
   const std::size_t per_slot = (n_pieces + 7) / 8;
-  std::vector<std::vector<std::uint32_t>> slots((n_pieces + per_slot - 1) / per_slot);
-  parallel_for(weights.size(), per_slot * kGrain, [&](std::size_t begin, std::size_t end) {
-    std::vector<std::uint32_t> counts(std::size_t{kMask} + 1);
-    for (std::size_t i = begin; i < end; ++i) {
-      const std::uint32_t bits = magnitude_bits(weights[i]);
-      if (kDigits<T> == 1 || std::uint64_t{bits} >> (shift + kDigitBits<T>) == prefix) {
-        ++counts[bits >> shift & kMask];
-      }
-    }
-    slots[begin / (per_slot * kGrain)] = std::move(counts);
-  });
+  const auto slots =
+      parallel_map(weights.size(), per_slot * kGrain, [&](std::size_t begin, std::size_t end) {
+        std::vector<std::uint32_t> counts(std::size_t{kMask} + 1);
+        for (std::size_t i = begin; i < end; ++i) {
+          const std::uint32_t bits = magnitude_bits(weights[i]);
+          if (kDigits<T> == 1 || std::uint64_t{bits} >> (shift + kDigitBits<T>) == prefix) {
+            ++counts[bits >> shift & kMask];
+          }
+        }
+        return counts;
+      });
   Histogram total(std::size_t{kMask} + 1);
   for (const std::vector<std::uint32_t>& counts : slots) {
     std::transform(counts.begin(), counts.end(), total.begin(), total.begin(), std::plus<>());
@@ -78,15 +78,10 @@ Cut find_cut(std::span<const T> weights, std::size_t n_zeros) {
   return {prefix, rank + 1};
 }
 
-void check_bitmask(std::size_t n_weights, std::size_t n_bytes) {
-  check(n_bytes == (n_weights + 7) / 8, "bitmask must have ", (n_weights + 7) / 8, " bytes for ",
-        n_weights, " weights, got ", n_bytes);
-}
-
 template <typename T>
 MILPRESS_VECTORIZE void mask_above(const T* weights, std::size_t n, std::uint32_t magnitude,
                                    std::uint8_t* bitmask) {
-  const auto cut = static_cast<decltype(magnitude_bits(T{}))>(magnitude);
+  const auto cut = static_cast<Magnitude<T>>(magnitude);
   for (std::size_t i = 0; i < n / 8; ++i) {
     unsigned byte = 0;
     for (unsigned bit = 0; bit < 8; ++bit) {
@@ -102,7 +97,7 @@ MILPRESS_VECTORIZE void mask_above(const T* weights, std::size_t n, std::uint32_
 
 template <typename T>
 MILPRESS_VECTORIZE bool has_magnitude(const T* weights, std::size_t n, std::uint32_t magnitude) {
-  using Bits = decltype(magnitude_bits(T{}));
+  using Bits = Magnitude<T>;
   Bits found = 0;
   for (std::size_t i = 0; i < n; ++i) {
     found = static_cast<Bits>(found | (magnitude_bits(weights[i]) == magnitude));
@@ -120,11 +115,41 @@ void mask_all_above(std::span<const T> weights, std::uint32_t magnitude,
 
 }  // namespace
 
+void check_bitmask(std::size_t n_weights, std::size_t n_bytes) {
+  check(n_bytes == (n_weights + 7) / 8, "bitmask must have ", (n_weights + 7) / 8, " bytes for ",
+        n_weights, " weights, got ", n_bytes);
+}
+
+void check_channels(std::size_t n_weights, ChannelShape shape) {
+  const auto [n_outer, n_channels, n_inner] = shape;
+  const bool fits = n_weights == 0 ? n_outer == 0 || n_channels == 0 || n_inner == 0
+                                   : n_outer > 0 && n_weights % n_outer == 0 && n_channels > 0 &&
+                                         n_weights / n_outer % n_channels == 0 &&
+                                         n_weights / n_outer / n_channels == n_inner;
+  check(fits, "shape must have ", n_weights, " elements like weights, got ", n_outer, " x ",
+        n_channels, " x ", n_inner);
+}
+
+void check_compact(std::size_t n_weights, std::span<const std::uint8_t> bitmask,
+                   std::size_t n_nonzeros) {
+  check_bitmask(n_weights, bitmask.size());
+  const std::size_t n_kept = count_kept(bitmask);
+  check(n_nonzeros == n_kept, "nonzeros must have one element for each of the ", n_kept,
+        " bits set, got ", n_nonzeros);
+}
+
+void check_expand(std::size_t n_weights, std::span<const std::uint8_t> bitmask,
+                  std::size_t n_nonzeros) {
+  check_compact(n_weights, bitmask, n_nonzeros);
+  check(n_weights % 8 == 0 || bitmask.back() >> n_weights % 8 == 0,
+        "spare bits of the last byte of bitmask must be 0, got ",
+        bitmask.empty() ? 0 : static_cast<int>(bitmask.back()));
+}
+
 template <typename T>
 void keep_largest(std::span<const T> weights, std::size_t n_zeros,
                   std::span<std::uint8_t> bitmask) {
-  check(n_zeros <= weights.size(), "n_zeros must be at most ", weights.size(), ", got ", n_zeros);
-  check_bitmask(weights.size(), bitmask.size());
+  check_keep_largest(weights, n_zeros, bitmask);
   if (n_zeros == 0) {
     mask_all_above(weights, 0, bitmask);
     return;
@@ -151,8 +176,7 @@ void keep_largest(std::span<const T> weights, std::size_t n_zeros,
 
 template <typename T>
 void keep_above(std::span<const T> weights, T threshold, std::span<std::uint8_t> bitmask) {
-  check(to_float(threshold) >= 0, "threshold must not be negative, got ", to_float(threshold));
-  check_bitmask(weights.size(), bitmask.size());
+  check_keep_above(weights, threshold, bitmask);
   mask_all_above(weights, magnitude_bits(threshold), bitmask);
 }
 
@@ -160,19 +184,6 @@ namespace {
 
 constexpr std::size_t kLanes = 64;   // runs ranked side by side
 constexpr std::size_t kRanked = 32;  // channels of a run up to which comparing all pairs pays
-
-void check_shape(std::size_t n_weights, ChannelShape shape) {
-  const auto [n_outer, n_channels, n_inner] = shape;
-  const bool fits = n_weights == 0 ? n_outer == 0 || n_channels == 0 || n_inner == 0
-                                   : n_outer > 0 && n_weights % n_outer == 0 && n_channels > 0 &&
-                                         n_weights / n_outer % n_channels == 0 &&
-                                         n_weights / n_outer / n_channels == n_inner;
-  check(fits, "shape must have ", n_weights, " elements like weights, got ", n_outer, " x ",
-        n_channels, " x ", n_inner);
-}
-
-template <typename T>
-using Magnitude = decltype(magnitude_bits(T{}));
 
 // Runs of equal length, one after the other at each of `width` neighbouring inner positions: a lane
 // each. Channel j of run r at position i is `first[r * pitch + j * stride + i]`.
@@ -256,9 +267,7 @@ void keep_selected(const T* first, const Runs& runs, std::uint8_t* keep) {
 template <typename T>
 void keep_n_m(std::span<const T> weights, ChannelShape shape, std::size_t n, std::size_t m,
               std::span<std::uint8_t> bitmask) {
-  check_shape(weights.size(), shape);
-  check_bitmask(weights.size(), bitmask.size());
-  check(m > 0 && n <= m, "n must be at most m, and m at least 1, got ", n, " and ", m);
+  check_keep_n_m(weights, shape, n, m, bitmask);
   if (weights.empty()) {
     return;
   }
@@ -333,10 +342,9 @@ std::uint64_t norm_of(double square) {
 template <typename T>
 void keep_blocks(std::span<const T> weights, ChannelShape shape, std::size_t block_size,
                  std::size_t n_zeros, std::span<std::uint8_t> bitmask) {
-  check_shape(weights.size(), shape);
-  check_bitmask(weights.size(), bitmask.size());
+  check_channels(weights.size(), shape);
+  check_keep_largest(weights, n_zeros, bitmask);
   check(block_size > 0, "block_size must be at least 1, got 0");
-  check(n_zeros <= weights.size(), "n_zeros must be at most ", weights.size(), ", got ", n_zeros);
   if (weights.empty()) {
     return;
   }
@@ -428,11 +436,8 @@ std::vector<std::size_t> kept_before(std::span<const std::uint8_t> bitmask, std:
 template <typename T>
 void compact(std::span<const T> weights, std::span<const std::uint8_t> bitmask,
              std::span<T> nonzeros) {
-  check_bitmask(weights.size(), bitmask.size());
+  check_compact(weights.size(), bitmask, nonzeros.size());
   const std::vector<std::size_t> starts = kept_before(bitmask, kGrain);
-  const std::size_t n_kept = count_kept(bitmask);
-  check(nonzeros.size() == n_kept, "nonzeros must have one element for each of the ", n_kept,
-        " bits set, got ", nonzeros.size());
   parallel_for(weights.size(), kGrain, [&](std::size_t begin, std::size_t end) {
     std::array<T, kChunk + kShuffleSlack> kept;
     T* out = nonzeros.data() + starts[begin / kGrain];
@@ -449,21 +454,10 @@ void compact(std::span<const T> weights, std::span<const std::uint8_t> bitmask,
   });
 }
 
-void check_expandable(std::size_t n_weights, std::span<const std::uint8_t> bitmask,
-                      std::size_t n_nonzeros) {
-  check_bitmask(n_weights, bitmask.size());
-  const std::size_t n_kept = count_kept(bitmask);
-  check(n_nonzeros == n_kept, "nonzeros must have one element for each of the ", n_kept,
-        " bits set, got ", n_nonzeros);
-  check(n_weights % 8 == 0 || bitmask.back() >> n_weights % 8 == 0,
-        "spare bits of the last byte of bitmask must be 0, got ",
-        bitmask.empty() ? 0 : static_cast<int>(bitmask.back()));
-}
-
 template <typename T>
 void expand(std::span<const std::uint8_t> bitmask, std::span<const T> nonzeros,
             std::span<T> weights) {
-  check_expandable(weights.size(), bitmask, nonzeros.size());
+  check_expand(weights.size(), bitmask, nonzeros.size());
   const std::vector<std::size_t> starts = kept_before(bitmask, kGrain);
   parallel_for(weights.size(), kGrain, [&](std::size_t begin, std::size_t end) {
     std::array<T, kChunk + kShuffleSlack> values{};

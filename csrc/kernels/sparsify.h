@@ -5,6 +5,7 @@
 #include <span>
 #include <vector>
 
+#include "core/check.h"
 #include "core/half.h"
 
 namespace milpress {
@@ -64,14 +65,38 @@ template <typename T>
 void compact(std::span<const T> weights, std::span<const std::uint8_t> bitmask,
              std::span<T> nonzeros);
 
-/// Throws `std::invalid_argument` unless `bitmask` has a bit for each weight, spare ones 0, and as
-/// many are set as there are non-zeros.
-void check_expandable(std::size_t n_weights, std::span<const std::uint8_t> bitmask,
-                      std::size_t n_nonzeros);
-
 /// The inverse: writes `nonzeros` to the `weights` whose bit is set and zero to the others.
 template <typename T>
 void expand(std::span<const std::uint8_t> bitmask, std::span<const T> nonzeros,
             std::span<T> weights);
+
+/// The checks of these kernels throw `std::invalid_argument` unless sizes and numbers are as above.
+void check_bitmask(std::size_t n_weights, std::size_t n_bytes);
+void check_channels(std::size_t n_weights, ChannelShape shape);
+void check_compact(std::size_t n_weights, std::span<const std::uint8_t> bitmask,
+                   std::size_t n_nonzeros);
+void check_expand(std::size_t n_weights, std::span<const std::uint8_t> bitmask,
+                  std::size_t n_nonzeros);
+
+template <typename T>
+void check_keep_largest(std::span<const T> weights, std::size_t n_zeros,
+                        std::span<std::uint8_t> bitmask) {
+  check(n_zeros <= weights.size(), "n_zeros must be at most ", weights.size(), ", got ", n_zeros);
+  check_bitmask(weights.size(), bitmask.size());
+}
+
+template <typename T>
+void check_keep_above(std::span<const T> weights, T threshold, std::span<std::uint8_t> bitmask) {
+  check(to_float(threshold) >= 0, "threshold must not be negative, got ", to_float(threshold));
+  check_bitmask(weights.size(), bitmask.size());
+}
+
+template <typename T>
+void check_keep_n_m(std::span<const T> weights, ChannelShape shape, std::size_t n, std::size_t m,
+                    std::span<std::uint8_t> bitmask) {
+  check_channels(weights.size(), shape);
+  check_bitmask(weights.size(), bitmask.size());
+  check(m > 0 && n <= m, "n must be at most m, and m at least 1, got ", n, " and ", m);
+}
 
 }  // namespace milpress

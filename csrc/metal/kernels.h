@@ -5,7 +5,6 @@
 #include <string>
 
 #include "core/matrix.h"
-#include "kernels/kmeans_vector.h"
 #include "kernels/quantize.h"
 #include "kernels/sparsify.h"
 #include "metal/runtime.h"
@@ -36,9 +35,10 @@ template <typename T, typename Code>
 void quantize(MatrixView<const T> weights, CodeRange range, std::span<T> scales,
               std::span<Code> offsets, MatrixView<Code> codes);
 
+/// Without importance only.
 template <typename T, typename Code>
-void quantize_mse(MatrixView<const T> weights, CodeRange range, std::span<T> scales,
-                  std::span<Code> offsets, MatrixView<Code> codes);
+void quantize_mse(MatrixView<const T> weights, MatrixView<const float> importance, CodeRange range,
+                  std::span<T> scales, std::span<Code> offsets, MatrixView<Code> codes);
 
 template <typename T>
 void keep_largest(std::span<const T> weights, std::size_t n_zeros, std::span<std::uint8_t> bitmask);

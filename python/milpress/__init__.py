@@ -9,18 +9,21 @@ from milpress._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from milpress import coreml, device, errors, formats, interpreter, page, planner, torch
-    from milpress.calibration.moments import Calibration, calibrate
+    from milpress.calibration.calibrating import calibrate
+    from milpress.calibration.input_statistics import Calibration
     from milpress.compression.packages import compress, decompress
     from milpress.compression.report import Report
     from milpress.compression.rescaling import rescale
     from milpress.compression.verification import Verification, verify
     from milpress.engines.running import run
     from milpress.errors import CompressionError
-    from milpress.evaluation.evaluating import Evaluation, evaluate
+    from milpress.evaluation.evaluating import evaluate
+    from milpress.evaluation.results import Evaluation
     from milpress.inspection import Inspection, inspect
     from milpress.kernels.device import Device, devices
     from milpress.planner.linting import Lint, lint
-    from milpress.planner.planning import Plan, plan
+    from milpress.planner.plan import Plan
+    from milpress.planner.planning import plan
     from milpress.recipe import Recipe
     from milpress.samples.data import RandomSamples
 
@@ -60,10 +63,10 @@ __all__ = [
 # Loaded on first use, so that `import milpress` is quick.
 _MODULES = ("coreml", "device", "errors", "formats", "interpreter", "page", "planner", "torch")
 _HOMES = {
-    "Calibration": "milpress.calibration.moments",
+    "Calibration": "milpress.calibration.input_statistics",
     "CompressionError": "milpress.errors",
     "Device": "milpress.kernels.device",
-    "Evaluation": "milpress.evaluation.evaluating",
+    "Evaluation": "milpress.evaluation.results",
     "Inspection": "milpress.inspection",
     "Lint": "milpress.planner",
     "Plan": "milpress.planner",
@@ -71,7 +74,7 @@ _HOMES = {
     "Recipe": "milpress.recipe",
     "Report": "milpress.compression.report",
     "Verification": "milpress.compression.verification",
-    "calibrate": "milpress.calibration.moments",
+    "calibrate": "milpress.calibration.calibrating",
     "compress": "milpress.compression.packages",
     "decompress": "milpress.compression.packages",
     "devices": "milpress.kernels.device",

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from milpress.errors import weight_errors
-from milpress.mil import opset, values
-from milpress.mil.constexpr import Decoder, is_constexpr
+from milpress.mil import values
+from milpress.mil.constexpr import is_constexpr
 from milpress.mil.graph import Graph, Node
 from milpress.mil.package import Package, n_package_bytes
-from milpress.mil.weights import sites, weights
 from milpress.plain import json
 from milpress.show import escaped, human_bytes, named_table
 
@@ -49,15 +48,13 @@ def inspect(source: str | os.PathLike[str]) -> Inspection:
     functions: dict[str, str] = {}
     op_counts: Counter[str] = Counter()
     found: list[StoredWeight] = []
-    for site in sites(package):
-        place = "/".join((*site.program.place, site.function_name))
-        functions[place] = opset.by_name(site.function.opset).target
-        graph = site.graph
+    for graph in package.graphs:
+        place = "/".join((*graph.place, graph.function_name))
+        functions[place] = graph.opset.target
         op_counts.update(node.op.type for node in graph.nodes if not node.is_stored)
-        decoder = Decoder(graph, package)
-        for weight in weights(site.prefix, graph):
+        for weight in graph.weights:
             with weight_errors(weight.name):
-                stored = decoder.stored_values(weight.node)
+                n_bytes = weight.n_bytes
             found.append(
                 StoredWeight(
                     name=weight.name,
@@ -65,7 +62,7 @@ def inspect(source: str | os.PathLike[str]) -> Inspection:
                     dtype=weight.dtype.name,
                     shape=weight.shape,
                     stored_as=_stored_as(weight.node, graph),
-                    n_bytes=sum(values.n_stored_bytes(value) for value in stored),
+                    n_bytes=n_bytes,
                 )
             )
     return Inspection(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 from milpress.errors import printable
 
@@ -22,6 +22,10 @@ def named_table(*headings: str) -> Table:
     return table
 
 
+@overload
+def decibels(signal: float, noise: float) -> float: ...
+@overload
+def decibels(signal: float | None, noise: float | None) -> float | None: ...
 def decibels(signal: float | None, noise: float | None) -> float | None:
     """Return the ratio of two sums of squares in dB, infinite without noise."""
     if signal is None or noise is None:

@@ -14,7 +14,7 @@
 
 #include "core/convert.h"
 #include "core/half.h"
-#include "core/order.h"
+#include "core/keys.h"
 #include "core/parallel.h"
 
 namespace milpress {

@@ -20,7 +20,7 @@
 
 #include "core/convert.h"
 #include "core/half.h"
-#include "core/order.h"
+#include "core/keys.h"
 #include "core/parallel.h"
 #include "kernels/fidelity.h"
 #include "kernels/finite.h"
@@ -244,7 +244,7 @@ void digest_lut_assign(Digest& digest) {
       const std::vector<T> lut = ascending<T>(k, shape, 7);
       std::vector<float> entries(k);
       widen(lut.data(), k, entries.data());
-      digest.add(midpoint_table(entries));
+      digest.add(midpoint_table<float>(entries));
       for (const std::size_t n : kLengths) {
         const Weights<T> weights(n, shape, 8);
         std::vector<std::uint8_t> codes(n);
@@ -273,8 +273,11 @@ void digest_quantize(Digest& digest, Mode mode, std::size_t n_rows, std::size_t 
   const MatrixView<const T> rows{weights.flat().data(), n_rows, n_cols};
   std::vector<T> scales(n_rows);
   std::vector<Code> offsets(fitted ? n_rows : 0), codes(n_rows * n_cols);
-  const auto kernel = mode == Mode::kExact ? quantize<T, Code> : quantize_mse<T, Code>;
-  kernel(rows, range, scales, offsets, {codes.data(), n_rows, n_cols});
+  if (mode == Mode::kExact) {
+    quantize<T, Code>(rows, range, scales, offsets, {codes.data(), n_rows, n_cols});
+  } else {
+    quantize_mse<T, Code>(rows, {}, range, scales, offsets, {codes.data(), n_rows, n_cols});
+  }
   digest.add(scales);
   digest.add(offsets);
   // A row that is not finite has no codes to rely on.

@@ -13,10 +13,16 @@
 
 #include "core/half.h"
 #include "core/parallel.h"
+#include "kernels/clusters1d.h"
 #include "kernels/kmeans1d.h"
+#include "kernels/value_counts.h"
 
 namespace milpress {
 namespace {
+
+std::vector<std::size_t> optimal_clusters(const WeightedValues& data, std::size_t k) {
+  return ClusterSearch().best(data, k);
+}
 
 constexpr double kTolerance = 1e-6;  // what the kernel promises for the squared error
 

@@ -11,6 +11,7 @@
 
 #include "core/half.h"
 #include "core/parallel.h"
+#include "kernels/fidelity.h"
 #include "kernels/lut_assign.h"
 
 namespace milpress {
@@ -194,7 +195,7 @@ TEST_CASE("a midpoint is below exactly the halves that are nearer to the upper e
     const float a = finite();
     const float b = finite();
     const std::vector<float> lut = {std::min(a, b), std::max(a, b)};
-    const float midpoint = midpoint_table(lut)[0];
+    const float midpoint = midpoint_table<float>(lut)[0];
     for (std::uint32_t bits = 0; bits < 0x10000; ++bits) {
       const float weight = to_float(Half{static_cast<std::uint16_t>(bits)});
       wrong += (weight > midpoint) != (2 * double{weight} > double{a} + b);
@@ -211,14 +212,16 @@ TEST_CASE("a midpoint of floats is the largest float at or below the true one") 
     const float a = std::ldexp(mantissa(random), exponent(random));
     const float b = std::ldexp(mantissa(random), exponent(random));
     const std::vector<float> lut = {std::min(a, b), std::max(a, b)};
-    const float midpoint = midpoint_table(lut)[0];
+    const float midpoint = midpoint_table<float>(lut)[0];
     REQUIRE(2 * double{midpoint} <= double{a} + b);
     REQUIRE(2 * double{std::nextafter(midpoint, kInfinity)} > double{a} + b);
   }
 }
 
 TEST_CASE("a midpoint is rounded down even where double can't hold the sum") {
-  const auto midpoint = [](float a, float b) { return midpoint_table(std::vector{a, b})[0]; };
+  const auto midpoint = [](float a, float b) {
+    return midpoint_table<float>(std::vector{a, b})[0];
+  };
   constexpr float kMax = std::numeric_limits<float>::max();
   CHECK(midpoint(0x1p-60F, 1) == 0.5F);
   CHECK(midpoint(-0x1p-60F, 1) == std::nextafter(0.5F, 0.0F));
@@ -230,7 +233,7 @@ TEST_CASE("a midpoint is rounded down even where double can't hold the sum") {
   CHECK(midpoint(-0x1p-149F, 0) == -0x1p-149F);
   CHECK(midpoint(-kInfinity, 0) == -kInfinity);
   CHECK(midpoint(0, kInfinity) == kMax);
-  CHECK(midpoint_table(std::vector{1.0F}).empty());
+  CHECK(midpoint_table<float>(std::vector{1.0F}).empty());
 }
 
 TEST_CASE_TEMPLATE("lut_to_dense names each code's entry", T, Half, float) {
@@ -254,11 +257,12 @@ TEST_CASE_TEMPLATE("lut_to_dense names each code's entry", T, Half, float) {
   }
 }
 
-TEST_CASE("the greatest code is found wherever it stands") {
+TEST_CASE("a code without an entry is found wherever it stands") {
   for (const std::size_t place : {0U, 5U, 1023U, 1024U, 2048U, 2999U}) {
     std::vector<std::uint8_t> codes(3000, 3);
     codes[place] = 200;
-    CHECK(greatest_code(codes) == 200);
+    CHECK_NOTHROW(check_codes(codes, 201));
+    CHECK_THROWS_AS(check_codes(codes, 200), std::invalid_argument);
   }
 }
 
@@ -266,9 +270,13 @@ TEST_CASE("a half just below a midpoint is not nearest to the entry above") {
   // The midpoint of the entries is no half.
   const std::vector<Half> lut{to_half(1), to_half(1 + 3 * 0x1p-10F)};
   const std::vector<Half> weights{to_half(1 + 0x1p-10F), to_half(1 + 2 * 0x1p-10F)};
-  CHECK(names_nearest(weights, lut, std::vector<std::uint8_t>{0, 1}));
-  CHECK_FALSE(names_nearest(weights, lut, std::vector<std::uint8_t>{1, 1}));
-  CHECK_FALSE(names_nearest(weights, lut, std::vector<std::uint8_t>{0, 0}));
+  const auto n_outside = [&](std::vector<std::uint8_t> codes) {
+    return compare_palette<Half>({weights.data(), 1, 2}, {codes.data(), 1, 2}, {lut.data(), 1, 2})
+        .n_outside;
+  };
+  CHECK(n_outside({0, 1}) == 0);
+  CHECK(n_outside({1, 1}) == 1);
+  CHECK(n_outside({0, 0}) == 1);
 }
 
 TEST_CASE("lut_assign and lut_to_dense refuse what they can't do") {
@@ -286,8 +294,8 @@ TEST_CASE("lut_assign and lut_to_dense refuse what they can't do") {
   CHECK_THROWS_AS(assign({kNaN}, 6), std::invalid_argument);
   CHECK_THROWS_AS(assign({}, 6), std::invalid_argument);
   CHECK_THROWS_AS(assign(std::vector<float>(257), 6), std::invalid_argument);
-  CHECK_THROWS_AS(midpoint_table(std::vector<float>{}), std::invalid_argument);
-  CHECK_THROWS_AS(midpoint_table(std::vector<float>{1, 0}), std::invalid_argument);
+  CHECK_THROWS_AS(midpoint_table<float>(std::vector<float>{}), std::invalid_argument);
+  CHECK_THROWS_AS(midpoint_table<float>(std::vector<float>{1, 0}), std::invalid_argument);
 
   const std::vector<float> lut = {1, 2};
   const auto expand = [&](std::size_t n_rows) {

@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "core/half.h"
-#include "core/order.h"
+#include "core/keys.h"
 #include "core/parallel.h"
 #include "kernels/fidelity.h"
 #include "kernels/quantize.h"
@@ -33,9 +33,13 @@ Result<T, Code> run(const std::vector<T>& weights, std::size_t n_rows, CodeRange
   const std::size_t n_cols = weights.size() / n_rows;
   Result<T, Code> result{std::vector<T>(n_rows), std::vector<Code>(fit ? n_rows : 0),
                          std::vector<Code>(weights.size()), std::vector<T>(weights.size())};
-  const auto kernel = of_row == Range::kWhole ? quantize<T, Code> : quantize_mse<T, Code>;
-  kernel({weights.data(), n_rows, n_cols}, range, result.scales, result.offsets,
-         {result.codes.data(), n_rows, n_cols});
+  const MatrixView<const T> in{weights.data(), n_rows, n_cols};
+  const MatrixView<Code> out{result.codes.data(), n_rows, n_cols};
+  if (of_row == Range::kWhole) {
+    quantize<T, Code>(in, range, result.scales, result.offsets, out);
+  } else {
+    quantize_mse<T, Code>(in, {}, range, result.scales, result.offsets, out);
+  }
   std::vector<Code> offsets = result.offsets;
   if (!fit && range.code_min == 0) {
     offsets.assign(n_rows, static_cast<Code>(range.code_max / 2));
@@ -495,9 +499,9 @@ Result<T, Code> run_weighted(const std::vector<T>& weights, const std::vector<fl
   const std::size_t n_cols = weights.size() / n_rows;
   Result<T, Code> result{std::vector<T>(n_rows), std::vector<Code>(fit ? n_rows : 0),
                          std::vector<Code>(weights.size()), std::vector<T>(weights.size())};
-  quantize_mse_weighted<T, Code>({weights.data(), n_rows, n_cols},
-                                 {importance.data(), n_rows, n_cols}, range, result.scales,
-                                 result.offsets, {result.codes.data(), n_rows, n_cols});
+  quantize_mse<T, Code>({weights.data(), n_rows, n_cols}, {importance.data(), n_rows, n_cols},
+                        range, result.scales, result.offsets,
+                        {result.codes.data(), n_rows, n_cols});
   dequantize<T, Code>({result.codes.data(), n_rows, n_cols}, result.scales, result.offsets,
                       {result.decoded.data(), n_rows, n_cols});
   return result;
@@ -751,11 +755,10 @@ TEST_CASE("shapes and ranges that don't fit are refused") {
   using Scales = std::span<Half>;
   CHECK_THROWS_AS(quantize(in, {-200, 7}, Scales(scales), none, out), std::invalid_argument);
   CHECK_THROWS_AS(quantize(in, {7, -7}, Scales(scales), none, out), std::invalid_argument);
-  CHECK_THROWS_AS(quantize_mse(in, {7, -7}, Scales(scales), none, out), std::invalid_argument);
+  CHECK_THROWS_AS(quantize_mse(in, {}, {7, -7}, Scales(scales), none, out), std::invalid_argument);
   const std::vector<float> share(8);
-  CHECK_THROWS_AS(
-      quantize_mse_weighted(in, {share.data(), 4, 2}, {-7, 7}, Scales(scales), none, out),
-      std::invalid_argument);
+  CHECK_THROWS_AS(quantize_mse(in, {share.data(), 4, 2}, {-7, 7}, Scales(scales), none, out),
+                  std::invalid_argument);
   CHECK_THROWS_AS(quantize(in, {3, 3}, Scales(scales), none, out), std::invalid_argument);
   CHECK_THROWS_AS(quantize(in, {0, 128}, Scales(scales), none, out), std::invalid_argument);
   CHECK_THROWS_AS(quantize(in, {-7, 7}, Scales(scales).first(1), none, out), std::invalid_argument);
@@ -788,7 +791,7 @@ TEST_CASE("rows without weights get scale 1 and the offset of zero") {
   CHECK(to_float(scales[1]) == 1);
   CHECK(offsets[1] == 0);
   quantize<Half, std::uint8_t>({nullptr, 0, 5}, {0, 255}, {}, {}, {nullptr, 0, 5});
-  quantize_mse<Half, std::uint8_t>({nullptr, 0, 5}, {0, 255}, {}, {}, {nullptr, 0, 5});
+  quantize_mse<Half, std::uint8_t>({nullptr, 0, 5}, {}, {0, 255}, {}, {}, {nullptr, 0, 5});
 }
 
 TEST_CASE("the comparison counts exactly the codes that were shifted") {

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "core/half.h"
-#include "core/order.h"
+#include "core/keys.h"
 #include "kernels/fidelity.h"
 #include "kernels/finite.h"
 #include "kernels/pack.h"

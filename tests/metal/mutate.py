@@ -32,6 +32,14 @@ class Bug:
     new: str
     nth: int = 0
 
+    def planted(self, text: str) -> str | None:
+        """Return the text of the file with the bug in it; None if its place is not found."""
+        parts = text.split(self.old)
+        if len(parts) < self.nth + 2:
+            return None
+        before, after = parts[: self.nth + 1], parts[self.nth + 1 :]
+        return self.old.join(before) + self.new + self.old.join(after)
+
 
 BUGS = (
     # What a reader of the sources sees
@@ -133,26 +141,26 @@ BUGS = (
     Bug("old GPUs taken", "csrc/metal/runtime.cpp", "!device_->supportsFamily(kLeastFamily)", "false"),
     Bug("the compiler's log dropped", "csrc/metal/runtime.cpp", '"the kernels did not compile: " + reason_of(error)', '"the kernels did not compile"'),
     Bug("groups of odd sizes", "csrc/metal/runtime.cpp", "std::min(wanted, most) / kSimdWidth * kSimdWidth", "std::min(wanted, most)"),
-    Bug("counters of the digits not cleared", "csrc/metal/kernels.cpp", "    counts.fill_with_zeros();\n    Commands commands;\n    commands.add(kernel, grid, {&in, &counts}", "    Commands commands;\n    commands.add(kernel, grid, {&in, &counts}"),
-    Bug("histograms not cleared", "csrc/metal/kernels.cpp", "    counts.fill_with_zeros();", "", 0),
+    Bug("counters of the digits not cleared", "csrc/metal/sparsify.cpp", "    counts.fill_with_zeros();\n    Commands commands;\n    commands.add(kernel, grid, {&in, &counts}", "    Commands commands;\n    commands.add(kernel, grid, {&in, &counts}"),
+    Bug("histograms not cleared", "csrc/metal/kmeans1d.cpp", "    counts.fill_with_zeros();", "", 0),
     Bug("queue without the lock", "csrc/metal/runtime.cpp", "    const std::lock_guard lock(mutex_);\n", "", 0),
     Bug("kernels without the lock", "csrc/metal/runtime.cpp", "    const std::lock_guard lock(mutex_);\n", "", 1),
-    Bug("as many rows in the last batch as in the others", "csrc/metal/kernels.cpp", "std::min(at_once, weights.n_rows - first)", "at_once"),
-    Bug("weights of the first batch for all", "csrc/metal/kernels.cpp", "std::span<const Half>(weights.row(first)", "std::span<const Half>(weights.row(0)"),
-    Bug("mask of the first batch for all", "csrc/metal/kernels.cpp", "importance.row(first).data()", "importance.row(0).data()"),
-    Bug("tables of the first batch for all", "csrc/metal/kernels.cpp", "{luts.row(first + row)", "{luts.row(row)", 1),
-    Bug("row of another batch where all importance is 0", "csrc/metal/kernels.cpp", "{weights.row(first + row)", "{weights.row(row)"),
-    Bug("counts that a float does not hold", "csrc/metal/kernels.cpp", "kExact = 1U << 24", "kExact = 1U << 25"),
-    Bug("counts cut off at 2^24", "csrc/metal/kernels.cpp", "left -= part;", "left = 0;"),
-    Bug("inputs exchanged", "csrc/metal/kernels.cpp", "{&in, &ties, &words}", "{&ties, &in, &words}"),
-    Bug("no scan of the totals", "csrc/metal/kernels.cpp", "  add_scan(commands, kept, grid.n_groups);\n", ""),
-    Bug("last word of the bitmask left out", "csrc/metal/kernels.cpp", "return (n_weights + kSimdWidth - 1) / kSimdWidth;", "return std::max<std::size_t>(1, n_weights / kSimdWidth);"),
-    Bug("last digit of floats left out", "csrc/metal/kernels.cpp", "sizeof(T) == 2 ? 2 : 3", "2"),
-    Bug("table not a whole tree", "csrc/metal/kernels.cpp", "table_size = 2 * table_size + 1;", "table_size = luts.n_cols - 1;"),
-    Bug("offsets not copied back", "csrc/metal/kernels.cpp", "  copy_out(offset_of, offsets);\n", ""),
-    Bug("sizes beyond 32 bits taken", "csrc/metal/kernels.cpp", "if (n >= kMaxElements)", "if (false)"),
-    Bug("importance taken for a mask", "csrc/metal/kernels.cpp", "share != 0 && share != 1", "share < 0"),
-    Bug("parameters of another size", "csrc/metal/kernels.cpp", "{&in, &words}, params);", "{&in, &words}, params.n);"),
+    Bug("as many rows in the last batch as in the others", "csrc/metal/kmeans1d.cpp", "std::min(at_once, weights.n_rows - first)", "at_once"),
+    Bug("weights of the first batch for all", "csrc/metal/kmeans1d.cpp", "std::span<const Half>(weights.row(first)", "std::span<const Half>(weights.row(0)"),
+    Bug("mask of the first batch for all", "csrc/metal/kmeans1d.cpp", "importance.row(first).data()", "importance.row(0).data()"),
+    Bug("tables of the first batch for all", "csrc/metal/kmeans1d.cpp", "{luts.row(first + row)", "{luts.row(row)"),
+    Bug("row of another batch where all importance is 0", "csrc/metal/kmeans1d.cpp", "{weights.row(first + row)", "{weights.row(row)"),
+    Bug("counts that a float does not hold", "csrc/metal/kmeans1d.cpp", "kExact = 1U << 24", "kExact = 1U << 25"),
+    Bug("counts cut off at 2^24", "csrc/metal/kmeans1d.cpp", "left -= part;", "left = 0;"),
+    Bug("inputs exchanged", "csrc/metal/sparsify.cpp", "{&in, &ties, &words}", "{&ties, &in, &words}"),
+    Bug("no scan of the totals", "csrc/metal/sparsify.cpp", "  add_scan(commands, kept, grid.n_groups);\n", ""),
+    Bug("last word of the bitmask left out", "csrc/metal/sparsify.cpp", "return (n_weights + kSimdWidth - 1) / kSimdWidth;", "return std::max<std::size_t>(1, n_weights / kSimdWidth);"),
+    Bug("last digit of floats left out", "csrc/metal/sparsify.cpp", "sizeof(T) == 2 ? 2 : 3", "2"),
+    Bug("table not a whole tree", "csrc/metal/lut_assign.cpp", "table_size = 2 * table_size + 1;", "table_size = luts.n_cols - 1;"),
+    Bug("offsets not copied back", "csrc/metal/quantize.cpp", "  copy_out(offset_of, offsets);\n", ""),
+    Bug("sizes beyond 32 bits taken", "csrc/metal/launch.h", "if (n >= kMaxElements)", "if (false)"),
+    Bug("importance taken for a mask", "csrc/metal/kmeans1d.cpp", "share != 0 && share != 1", "share < 0"),
+    Bug("parameters of another size", "csrc/metal/sparsify.cpp", "{&in, &words}, params);", "{&in, &words}, params.n);"),
 )  # fmt: skip
 
 
@@ -239,11 +247,10 @@ class Tree:
         """Plant a bug and return the rung that catches it; None if its place is not found."""
         path = self.path / bug.file
         text = path.read_text()
-        parts = text.split(bug.old)
-        if len(parts) < bug.nth + 2:
+        planted = bug.planted(text)
+        if planted is None:
             return None
-        before, after = bug.old.join(parts[: bug.nth + 1]), bug.old.join(parts[bug.nth + 1 :])
-        path.write_text(before + bug.new + after)
+        path.write_text(planted)
         try:
             return self.rung(bug.file)
         except subprocess.TimeoutExpired:
@@ -255,12 +262,17 @@ class Tree:
 def main() -> int:
     """Plant each bug."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--metal-cpp", required=True)
+    parser.add_argument("--metal-cpp")
     parser.add_argument("--compiler", default="clang++-19")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="bugs at a time")
     parser.add_argument("--only", default="", help="bugs whose name holds this")
     parser.add_argument("--first", type=int, default=0, help="how many bugs to pass over")
+    parser.add_argument("--places", action="store_true", help="only look for the bugs' places")
     arguments = parser.parse_args()
+    lost = [bug.name for bug in BUGS if bug.planted((ROOT / bug.file).read_text()) is None]
+    if lost or arguments.places:
+        print("\n".join([*lost, f"{len(BUGS)} bugs, the places of {len(lost)} not found"]))
+        return 1 if lost else 0
     trees: queue.SimpleQueue[Tree] = queue.SimpleQueue()
 
     def prepare(i: int) -> str:

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weights
 
 (manifest,) = (
     file
@@ -18,8 +16,9 @@ from milpress.mil.weights import sites, weights
     if file.name == "Manifest.json" and file.parent.name == "tiny.mlpackage"
 )
 package = Package(Path(str(manifest.locate())).parent)
-found = [weight for site in sites(package) for weight in weights(site.prefix, site.graph)]
-largest = max((weight for weight in found if weight.dtype.name == "float16"), key=lambda w: w.size)
-array = Decoder(largest.graph, package).dense(largest.node).values
+largest = max(
+    (weight for weight in package.weights if weight.dtype.name == "float16"), key=lambda w: w.size
+)
+array = largest.dense()
 Path(sys.argv[1]).write_bytes(np.ascontiguousarray(array, np.float16).tobytes())
 print(largest.name, array.shape)

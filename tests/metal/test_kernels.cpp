@@ -273,10 +273,15 @@ void check_quantize(const std::vector<T>& weights, std::size_t n_rows, CodeRange
   std::vector<Code> offsets(fits_offset ? n_rows : 0);
   std::vector<Code> expected(weights.size());
   std::vector<Code> codes(weights.size());
-  const auto oracle = searches ? quantize_mse<T, Code> : quantize<T, Code>;
-  const auto kernel = searches ? metal::quantize_mse<T, Code> : metal::quantize<T, Code>;
-  oracle(in, range, expected_scales, expected_offsets, {expected.data(), n_rows, n_cols});
-  kernel(in, range, scales, offsets, {codes.data(), n_rows, n_cols});
+  const MatrixView<Code> expected_out{expected.data(), n_rows, n_cols};
+  const MatrixView<Code> out{codes.data(), n_rows, n_cols};
+  if (searches) {
+    quantize_mse<T, Code>(in, {}, range, expected_scales, expected_offsets, expected_out);
+    metal::quantize_mse<T, Code>(in, {}, range, scales, offsets, out);
+  } else {
+    quantize<T, Code>(in, range, expected_scales, expected_offsets, expected_out);
+    metal::quantize<T, Code>(in, range, scales, offsets, out);
+  }
   CHECK(same(scales, expected_scales));
   CHECK(offsets == expected_offsets);
   CHECK(codes == expected);

@@ -27,7 +27,11 @@ from coremltools.optimize.torch.quantization.modules.learnable_fake_quantize imp
 from torch import fx, nn
 
 from milpress.torch.quantization import LinearQuantizer, ObserverType, QuantizationScheme
-from milpress.torch.quantization._fake_quantize import FakeQuantize, FixedQuantize, Quantized
+from milpress.torch.quantization._fake_quantize import (
+    FakeQuantize,
+    FixedQuantize,
+    QuantizeDequantize,
+)
 
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Embedding)
 LAYERS += (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -188,7 +192,7 @@ class ShownModel:
         i = 0
         modules = {node: self._module(node) for node in self.graph.nodes}
         for node, module in modules.items():
-            if isinstance(module, FakeQuantize | Quantized):
+            if isinstance(module, FakeQuantize | QuantizeDequantize):
                 name = f"{PREFIX}{i}"
                 if isinstance(module, FakeQuantize):
                     self.shown[name] = self._fake(module)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from milpress.device.drivers.coreml import CoreMLDriver
-from milpress.engines.coreml import CoreML
+from milpress.engines.calls import CoreML
 from milpress.engines.mac import Mac
 
 

@@ -13,19 +13,18 @@ from coremltools.converters.mil.frontend.milproto.load import load as load_mil
 
 from milpress.formats import Compressed
 from milpress.mil import values
-from milpress.mil.constexpr import Decoder, is_constexpr, is_part
+from milpress.mil.constexpr import is_constexpr, is_part
 from milpress.mil.graph import Graph, Node
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weights
 
 
 def decoded(path: Path) -> dict[str, np.ndarray]:
     """Return every weight of a package, as ours decodes it."""
     package = Package(path)
     return {
-        weight.name: Decoder(site.graph, package).dense(weight.node).values
-        for site in sites(package)
-        for weight in weights(site.prefix, site.graph)
+        weight.name: graph.decoder.dense(weight.node).values
+        for graph in package.graphs
+        for weight in graph.weights
     }
 
 
@@ -33,9 +32,9 @@ def stored(path: Path) -> dict[str, Compressed]:
     """Return what each compressed weight of a package is stored as."""
     package = Package(path)
     found = {}
-    for site in sites(package):
-        decoder = Decoder(site.graph, package)
-        for weight in weights(site.prefix, site.graph):
+    for graph in package.graphs:
+        decoder = graph.decoder
+        for weight in graph.weights:
             if is_constexpr(weight.node):
                 value = decoder.value(weight.node)
                 assert value is not None
@@ -99,10 +98,10 @@ def forms(path: Path) -> dict[str, Form]:
     A parameter is its element type and shape, or the form of the op that makes it, with its name;
     the numbers in that follow no order with coremltools, and are left out.
     """
-    (site,) = sites(Package(path))
+    (graph,) = Package(path).graphs
     return {
-        node.name: _form(site.graph, node)
-        for node in site.graph.nodes
+        node.name: _form(graph, node)
+        for node in graph.nodes
         if is_constexpr(node) and not is_part(node)
     }
 
@@ -128,7 +127,7 @@ def _kind(value_type: Any) -> tuple[str, tuple[int | None, ...]]:
 
 def ops_of(path: Path) -> list[tuple[str, list[str], list[str], list[str]]]:
     """Return what each op is, with its parameters, in order; how values are stored aside."""
-    (site,) = sites(Package(path))
+    (graph,) = Package(path).graphs
     return [
         (
             node.op.type,
@@ -136,5 +135,5 @@ def ops_of(path: Path) -> list[tuple[str, list[str], list[str], list[str]]]:
             sorted(node.op.inputs),
             [output.name for output in node.op.outputs],
         )
-        for node in site.graph.nodes
+        for node in graph.nodes
     ]

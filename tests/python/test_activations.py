@@ -21,7 +21,6 @@ from milpress.formats import QuantizeConfig
 from milpress.formats.ranges import CalibrationConfig, Observer
 from milpress.mil import values
 from milpress.mil.package import Package
-from milpress.mil.weights import sites
 
 
 class Branches(nn.Module):
@@ -78,16 +77,16 @@ def run_by_interpreter(monkeypatch, program) -> None:
 def quantized(path) -> tuple[dict[str, float], dict[str, list[bool]]]:
     """Return the scale of each value that is quantized, and what each op takes dequantized."""
     scales, taken = {}, {}
-    for site in sites(Package(path)):
-        for node in site.graph.nodes:
+    for graph in Package(path).graphs:
+        for node in graph.nodes:
             if node.is_stored or node.op.type == "dequantize":
                 continue
             if node.op.type == "quantize":
                 (value,) = node.op.inputs["input"].arguments
-                stored = site.graph.constant(node, "scale")
+                stored = graph.constant(node, "scale")
                 scales[value.name] = float(values.read(stored, Package(path)).values)
             else:
-                producers = [site.graph.producer(node, key) for key in sorted(node.op.inputs)]
+                producers = [graph.producer(node, key) for key in sorted(node.op.inputs)]
                 kinds = [found and found[0].op.type == "dequantize" for found in producers]
                 taken[node.name] = [bool(kind) for kind in kinds]
     return scales, taken

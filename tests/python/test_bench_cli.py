@@ -17,7 +17,7 @@ from device_results import entry, model, placement, result
 import milpress
 from milpress import device, errors
 from milpress.device import files, rules, schema, suite
-from milpress.engines import inputs
+from milpress.samples.files import read_samples, write_samples
 
 QUICK = ("--warmup", 1, "--round", 2, "--min-rounds", 2, "--max-rounds", 2)
 
@@ -123,23 +123,23 @@ def test_a_replay_of_a_measured_result_keeps_what_the_device_told(tmp_path):
 def test_without_a_mac_core_ml_is_refused_and_nothing_is_written(command, crepe_tiny, tmp_path):
     out = tmp_path / "out"
     line = failed("bench", command, crepe_tiny, "--driver", "coreml", "-o", out)
-    assert line.startswith("error: the driver coreml must run on a Mac, as Core ML is there alone")
+    assert line.startswith("error: the driver coreml needs a Mac, as Core ML is there alone")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run"], "there must be a package to run, got none"),
-        (["run", "none.mlpackage"], "none.mlpackage: a model must be there, got nothing"),
+        (["run"], "no package to measure: give at least one"),
+        (["run", "none.mlpackage"], "none.mlpackage: no such package"),
         (["run", "m", "--driver", "gpu"], "a driver must be one of coreml, iphone"),
         (["run", "m", "--units", "NPU", "--driver", "coreml"], "units must be of CPU_ONLY"),
         (["run", "m", "--units", "ALL"], "the interpreter must have no compute units, got ALL"),
-        (["run", "m", "--team", "T"], "--team and --bundle must go with --driver iphone"),
+        (["run", "m", "--team", "T"], "--team and --bundle have no effect without --driver iphone"),
         (["run", "m", "--warmup", "0"], "warmup must be at least 1, got 0"),
-        (["run", "m", "--recorded", "r"], "--recorded must go with --driver replay"),
-        (["run", "m", "-o", "no/r.json"], "the folder of the destination must exist"),
-        (["suite", "none.mlpackage"], "none.mlpackage: a model must be there, got nothing"),
+        (["run", "m", "--recorded", "r"], "--recorded has no effect without --driver replay"),
+        (["run", "m", "-o", "no/r.json"], "/no does not exist"),
+        (["suite", "none.mlpackage"], "none.mlpackage: no such package"),
         (["suite", "m", "--suite", "none.yaml"], "none.yaml: no such file"),
     ],
 )
@@ -155,7 +155,7 @@ def test_results_are_not_overwritten_unless_asked(benched, tmp_path):
     out = tmp_path / "r.json"
     out.write_text("mine")
     arguments = ("bench", "run", "--driver", "replay", "--recorded", benched / "result.json")
-    assert "the destination must be free" in failed(*arguments, "-o", out)
+    assert f"{out} exists already; --force replaces it" in failed(*arguments, "-o", out)
     assert out.read_text() == "mine"
     run(*arguments, "-o", out, "--force")
     device.load(out)
@@ -229,11 +229,11 @@ def test_hostile_names_do_not_steer_the_terminal(tmp_path):
 
 def test_samples_survive_their_file(tmp_path):
     samples = [{"a/b": np.float16([[1, 2]]), "n": np.int32(3)}, {"a/b": np.ones((2, 2))}]
-    inputs.write(tmp_path / "s.npz", samples)
+    write_samples(tmp_path / "s.npz", samples)
     first = (tmp_path / "s.npz").read_bytes()
-    inputs.write(tmp_path / "s.npz", samples)
+    write_samples(tmp_path / "s.npz", samples)
     assert (tmp_path / "s.npz").read_bytes() == first
-    for got, expected in zip(inputs.read(tmp_path / "s.npz"), samples, strict=True):
+    for got, expected in zip(read_samples(tmp_path / "s.npz"), samples, strict=True):
         assert got.keys() == expected.keys()
         for name in got:
             np.testing.assert_array_equal(got[name], expected[name])
@@ -329,7 +329,7 @@ def test_bench_loads_neither_torch_nor_coremltools_to_look_at_results(tmp_path):
     files.save(result("measured"), path)
     code = f"""
 import sys
-from milpress.cli.packages import main
+from milpress.cli.app import main
 for arguments in (["bench", "validate", {str(path)!r}], ["bench", "compare", {str(path)!r}],
                   ["report", {str(path)!r}, "-o", {str(tmp_path / "r.html")!r}]):
     sys.argv = ["milpress", *arguments]

@@ -10,7 +10,7 @@ import pytest
 from command_line import failed, run
 
 import milpress
-from milpress.compression import treating, writer
+from milpress.compression import treating
 from milpress.errors import ConfigError, DestinationError
 from milpress.formats import Custom, PalettizeConfig, PerBlock, PruneConfig, QuantizeConfig
 from milpress.recipe import Recipe, Step
@@ -38,18 +38,18 @@ def files(package: Path) -> dict[str, bytes]:
 @pytest.fixture
 def interrupt(monkeypatch):
     """Return a function that lets so many weights be treated before it interrupts."""
-    treated = treating.treat
+    treated = treating._treat
 
     def after(n_weights: int) -> list[str]:
         names: list[str] = []
 
-        def count(order: Any, *rest: Any) -> Any:
+        def count(job: Any, *rest: Any) -> Any:
             if len(names) == n_weights:
                 raise KeyboardInterrupt
-            names.append(order.weight.name)
-            return treated(order, *rest)
+            names.append(job.weight.name)
+            return treated(job, *rest)
 
-        monkeypatch.setattr(writer, "treat", count)
+        monkeypatch.setattr(treating, "_treat", count)
         return names
 
     return after
@@ -126,7 +126,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused_and_kept(build, tmp_path):
         milpress.compress(source, out, recipe, checkpoint=source / "kept")
     taken = tmp_path / "file"
     taken.write_text("own")
-    with pytest.raises(DestinationError, match="must be a folder, got a file"):
+    with pytest.raises(DestinationError, match="a file; give a folder"):
         milpress.compress(source, out, recipe, checkpoint=taken)
     folder = tmp_path / "kept"
     folder.mkdir()
@@ -155,6 +155,6 @@ def test_the_command_line_keeps_weights(build, tmp_path):
     run("compress", source, tmp_path / "out.mlpackage", *options)
     assert not folder.exists()
     folder.write_text("own")
-    assert "must be a folder, got a file" in failed(
+    assert "a file; give a folder" in failed(
         "compress", source, tmp_path / "twin.mlpackage", *options
     )

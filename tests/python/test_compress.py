@@ -26,7 +26,6 @@ from milpress import formats as f
 from milpress.errors import UnsupportedError, VerificationError
 from milpress.mil import treatments
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weights
 
 EARLY = {
     "int8": f.QuantizeConfig(),
@@ -283,8 +282,8 @@ def test_shared_blobs_stay_shared(build, tmp_path):
     assert {w.name for w in report.with_status("compressed")} >= {"first/both", "second/both"}
     spec = Package(out)
     offsets = {}
-    for site in sites(spec):
-        for weight in weights(site.prefix, site.graph):
+    for graph in spec.graphs:
+        for weight in graph.weights:
             if weight.node.op.type == "constexpr_lut_to_dense":
                 value = weight.node.op.inputs["indices"].arguments[0].value
                 offsets[weight.name] = value.blobFileValue.offset
@@ -376,7 +375,9 @@ def test_group_sizes_are_strict_when_asked(build, tmp_path):
 
 
 def test_compressing_nothing_is_an_error(crepe_tiny, tmp_path):
-    with pytest.raises(UnsupportedError, match="some weight must be compressed, got none"):
+    with pytest.raises(
+        UnsupportedError, match="no weight is compressed, so there is nothing to decompress"
+    ):
         milpress.compress(
             crepe_tiny, tmp_path / "out", milpress.Recipe.of(f.QuantizeConfig(), min_size=10**9)
         )
@@ -393,8 +394,8 @@ def tampered(source: Path, out: Path, change: Any) -> Path:
 
 
 def _flip(package: Package, parameter: str, byte: int = 0) -> None:
-    (site,) = sites(package)
-    for node in site.graph.nodes:
+    (graph,) = package.graphs
+    for node in graph.nodes:
         if node.op.type.startswith("constexpr_"):
             value = node.op.attributes[parameter]
             path = package.weight_path(value.blobFileValue.fileName)
@@ -405,8 +406,8 @@ def _flip(package: Package, parameter: str, byte: int = 0) -> None:
 
 
 def _flip_bias(package: Package) -> None:
-    (site,) = sites(package)
-    node = next(n for n in site.graph.nodes if n.name.endswith("conv3_bias_to_fp16"))
+    (graph,) = package.graphs
+    node = next(n for n in graph.nodes if n.name.endswith("conv3_bias_to_fp16"))
     value = node.op.attributes["val"]
     path = package.weight_path(value.blobFileValue.fileName)
     data = bytearray(path.read_bytes())
@@ -415,13 +416,13 @@ def _flip_bias(package: Package) -> None:
 
 
 def _rename_op(package: Package) -> None:
-    (site,) = sites(package)
-    next(n for n in site.graph.nodes if n.op.type == "relu").op.type = "relu6"
+    (graph,) = package.graphs
+    next(n for n in graph.nodes if n.op.type == "relu").op.type = "relu6"
 
 
 def _rewire(package: Package) -> None:
-    (site,) = sites(package)
-    convs = [n for n in site.graph.nodes if n.op.type == "conv"]
+    (graph,) = package.graphs
+    convs = [n for n in graph.nodes if n.op.type == "conv"]
     three, four = (c.op.inputs["weight"].arguments[0] for c in convs[2:4])
     four.name = three.name
 
@@ -443,13 +444,17 @@ def _describe_otherwise(package: Package) -> None:
         ("int8", lambda p: _flip(p, "quantized_data"), "more than half a step off"),
         ("int8", lambda p: _flip(p, "scale", 1), "more than half a step off"),
         ("palette 4", lambda p: _flip(p, "indices"), "don't name the nearest entry"),
-        ("palette 4", lambda p: _flip(p, "lut", 1), "table must ascend|nearest entry"),
+        (
+            "palette 4",
+            lambda p: _flip(p, "lut", 1),
+            "entries of a table do not ascend|nearest entry",
+        ),
         ("sparse", lambda p: _flip(p, "nonzero_data"), "not pruned are changed"),
         ("int8", _flip_bias, "must be unchanged"),
         ("int8", _rename_op, "must be unchanged"),
         ("int8", _rewire, "must have one counterpart|half a step"),
-        ("int8", _forget_weight, "not treated must be unchanged"),
-        ("int8", _describe_otherwise, "description of the model must be unchanged"),
+        ("int8", _forget_weight, "the record says nothing was done to it"),
+        ("int8", _describe_otherwise, "the description of the model changed"),
     ],
 )
 def test_verify_finds_tampering(crepe_tiny, tmp_path, treatment, change, message):
@@ -470,8 +475,8 @@ def test_verify_finds_vectors_at_other_than_a_nearest_entry(build, tmp_path, set
     assert check.promise == "nearest"
 
     def change(package: Package) -> None:
-        (site,) = sites(package)
-        node = next(n for n in site.graph.nodes if n.op.type == "constexpr_lut_to_dense")
+        (graph,) = package.graphs
+        node = next(n for n in graph.nodes if n.op.type == "constexpr_lut_to_dense")
         where = node.op.inputs[parameter].arguments[0].value.blobFileValue
         path = package.weight_path(where.fileName)
         data = bytearray(path.read_bytes())

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from milpress.errors import PackageError
 from milpress.mil import dtypes, values
 from milpress.mil.constexpr import Decoder
-from milpress.mil.graph import Graph, Node
+from milpress.mil.graph import Node
+from milpress.mil.program import ProgramGraph
 from milpress.mil.schema import messages
 from milpress.mil.values import Tensor
 
@@ -53,8 +54,8 @@ def last_of(*ops: Any) -> tuple[Decoder, Node]:
     function = messages().Model().mlProgram.functions["main"]
     block = function.block_specializations["CoreML8"]
     block.operations.extend(ops)
-    graph = Graph(function, block)
-    return Decoder(graph, None), graph.nodes[-1]
+    graph = ProgramGraph(function, block, None)
+    return graph.decoder, graph.nodes[-1]
 
 
 def decode(
@@ -262,7 +263,7 @@ AFFINE = {"quantized_data": tensor(np.zeros((2, 4), np.int8)), "zero_point": ten
             "lut_to_dense",
             {"indices": CODES, "lut": PAIRS},
             False,
-            "vector_axis must be given with vectors of 2, got none",
+            "vectors of 2 need a vector_axis",
         ),
         (
             "lut_to_sparse",

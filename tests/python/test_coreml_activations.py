@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import milpress as ours
 from milpress import interpreter
-from milpress.cli.packages import app
+from milpress.cli.app import app
 from milpress.coreml import (
     OpLinearQuantizerConfig,
     OpPalettizerConfig,
@@ -39,7 +39,6 @@ from milpress.errors import (
 )
 from milpress.mil import activations as record_of
 from milpress.mil.package import Package
-from milpress.mil.weights import sites
 
 
 def program(target: str, dtype: type, **shapes: tuple[int, ...]) -> Any:
@@ -349,8 +348,8 @@ def test_ops_in_nested_blocks_are_quantized_where_they_stand(net, tmp_path):
     ]
     linear_quantize_activations(source, OpLinearQuantizerConfig(), samples, destination=path)
     ours.verify(source, path)
-    (site,) = sites(Package(path))
-    outer, true, false = [scope.block.operations for scope in site.graph.scopes]
+    (graph,) = Package(path).graphs
+    outer, true, false = [scope.block.operations for scope in graph.scopes]
     kinds = [[op.type for op in ops if op.type != "const"] for ops in (outer, true, false)]
     pair = ["quantize", "dequantize"]
     # What is made outside is quantized there, and dequantized where it is used.
@@ -412,8 +411,8 @@ def edited(path: Path, out: Path, change: Any) -> Path:
 
     shutil.copytree(path, out)
     package = Package(out)
-    (site,) = sites(package)
-    change(package, site.graph)
+    (graph,) = package.graphs
+    change(package, graph)
     package.model_path.write_bytes(package.model.SerializeToString(deterministic=True))
     return out
 

@@ -18,7 +18,7 @@ from coremltools.converters.mil.mil import types
 from coremltools.optimize.coreml._config import CompressionGranularity as TheirGranularity
 
 from milpress import coreml as ours
-from milpress.coreml.config import adopted
+from milpress.coreml.optimization_config import adopted
 from milpress.errors import ConfigError, ConfigTypeError
 
 INT = "integer", 2.5, "2", [2]

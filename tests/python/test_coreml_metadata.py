@@ -36,7 +36,6 @@ from milpress.errors import (
 from milpress.mil import dtypes, values
 from milpress.mil.constexpr import Decoder
 from milpress.mil.package import Package
-from milpress.mil.weights import sites
 
 
 def convert(program: Any, target: Any = ct.target.iOS18) -> Any:
@@ -152,9 +151,9 @@ def test_constants_stored_in_the_model_itself_count(build, tmp_path):
     copied = tmp_path / "immediate.mlpackage"
     shutil.copytree(build("layers", "iOS18"), copied)
     package = Package(copied)
-    for site in sites(package):
-        decoder = Decoder(site.graph, package)
-        for node in site.graph.nodes:
+    for graph in package.graphs:
+        decoder = graph.decoder
+        for node in graph.nodes:
             if node.op.type == "const" and values.is_blob(node.op.attributes["val"]):
                 tensor = decoder.dense(node)
                 values.write(
@@ -200,9 +199,9 @@ def test_ops_of_one_name_are_told_apart(build, tmp_path):
     copied = tmp_path / "copied.mlpackage"
     shutil.copytree(build("layers", "iOS18"), copied)
     package = Package(copied)
-    (site,) = sites(package)
+    (graph,) = package.graphs
     names = ("conv_weight_0", "depthwise_weight_0")
-    for node in site.graph.nodes:
+    for node in graph.nodes:
         if node.name in names:
             node.op.attributes["name"].CopyFrom(values.string("same"))
     package.model_path.write_bytes(package.model.SerializeToString())
@@ -426,10 +425,10 @@ def test_a_type_that_numpy_lacks_is_refused_when_read(build, tmp_path):
     copied = tmp_path / "copied.mlpackage"
     shutil.copytree(build("layers", "iOS18"), copied)
     package = Package(copied)
-    (site,) = sites(package)
-    node = next(node for node in site.graph.nodes if node.name == "conv_weight_0")
+    (graph,) = package.graphs
+    node = next(node for node in graph.nodes if node.name == "conv_weight_0")
     value = node.op.attributes["val"]
-    tensor = Decoder(site.graph, package).dense(node)
+    tensor = graph.decoder.dense(node)
     values.set_type(value.type, dtypes.by_name("bfloat16"), tensor.values.shape)
     value.immediateValue.tensor.bytes.values = tensor.values.tobytes()
     package.model_path.write_bytes(package.model.SerializeToString())
@@ -461,7 +460,7 @@ def test_arguments_of_a_wrong_type_are_refused(make, message):
 
 
 def test_nothing_at_a_path_is_an_error(tmp_path):
-    with pytest.raises(PackageNotFoundError, match="a model must be there"):
+    with pytest.raises(PackageNotFoundError, match="no such package"):
         get_weights_metadata(tmp_path / "none.mlpackage")
 
 

@@ -35,13 +35,13 @@ from coremltools.models.ml_program.experimental.remote_device import (
 from coremltools.models.utils import compile_model
 
 from milpress import device, errors
-from milpress.device import benchmark, schema
+from milpress.device import evidence, schema
 from milpress.device.drivers import coreml, iphone
 from milpress.device.drivers.coreml import CoreMLDriver
 from milpress.device.sessions import ProcessSession
-from milpress.engines import coreml as engine
-from milpress.engines import inputs
+from milpress.engines.calls import CoreML, plain
 from milpress.engines.mac import Mac, power_of
+from milpress.samples.files import read_samples, write_samples
 
 # Each call in the drivers to coremltools, and what it is a call of.
 CALLS: dict[tuple[str, str], Any] = {
@@ -75,7 +75,7 @@ def calls(kind: type, method: str) -> dict[str, ast.Call]:
 @pytest.mark.parametrize(("place", "target"), CALLS.items(), ids=map("-".join, CALLS))
 def test_a_call_binds_to_the_signature_of_coremltools(place, target):
     owner, method = place[0].split(".")
-    kind = {"CoreML": engine.CoreML, "RemoteCoreML": iphone.RemoteCoreML}[owner]
+    kind = {"CoreML": CoreML, "RemoteCoreML": iphone.RemoteCoreML}[owner]
     call = calls(kind, method)[place[1]]
     keywords = {keyword.arg: keyword.value for keyword in call.keywords}
     assert None not in keywords
@@ -170,7 +170,7 @@ def test_without_a_mac_there_is_one_sentence_and_no_number(driver, crepe_tiny):
     with pytest.raises(errors.DriverError) as caught:
         device.run([crepe_tiny], driver=driver)
     assert str(caught.value) == (
-        "the driver coreml must run on a Mac, as Core ML is there alone, got another system; "
+        "the driver coreml needs a Mac, as Core ML is there alone; "
         "the driver interpreter runs anywhere, as a reference and not for speed"
     )
 
@@ -179,7 +179,7 @@ def test_without_a_mac_there_is_one_sentence_and_no_number(driver, crepe_tiny):
 def samples(tmp_path, crepe_tiny):
     path = tmp_path / "samples.npz"
     rng = np.random.default_rng(0)
-    inputs.write(path, [{"frames": rng.standard_normal((1, 1024), np.float32)} for _ in range(3)])
+    write_samples(path, [{"frames": rng.standard_normal((1, 1024), np.float32)} for _ in range(3)])
     return path
 
 
@@ -229,7 +229,7 @@ def test_missing_durations_are_none_and_not_zero(started):
 )
 def test_numbers_reach_core_ml_in_the_types_that_it_takes(given, taken):
     array = np.array([[1, 0], [0, 1]], given).T
-    made = engine.plain(array)
+    made = plain(array)
     assert made.dtype == taken
     assert made.flags.c_contiguous
     np.testing.assert_array_equal(made, array)
@@ -237,8 +237,8 @@ def test_numbers_reach_core_ml_in_the_types_that_it_takes(given, taken):
 
 def test_samples_are_not_changed_by_a_prediction(started, samples, tmp_path):
     driver = started()
-    halves = [{name: a.astype(np.float16) for name, a in s.items()} for s in inputs.read(samples)]
-    inputs.write(tmp_path / "halves.npz", halves)
+    halves = [{name: a.astype(np.float16) for name, a in s.items()} for s in read_samples(samples)]
+    write_samples(tmp_path / "halves.npz", halves)
     driver.feed(str(tmp_path / "halves.npz"))
     driver.predict(3)
     assert all(a.dtype == np.float16 for sample in driver._samples for a in sample.values())
@@ -280,7 +280,7 @@ def test_a_machine_without_neural_engine_says_so(crepe_tiny):
 
 def test_what_a_stand_in_says_is_fake():
     assert CoreMLDriver(core_ml=StubCoreML(), mac=StubMac()).describe()["kind"] == "fake"
-    assert engine.CoreML.is_real
+    assert CoreML.is_real
     assert iphone.RemoteCoreML.is_real
 
 
@@ -367,7 +367,7 @@ def test_hanging_and_running_out_of_memory_end_only_what_does(crepe_tiny):
 
 def measured(findings: Any, models: Path, **changes: Any) -> schema.Entry:
     """Return the entry that findings would make if they were measured."""
-    from milpress.device.benchmark import Candidate, _Assembly
+    from milpress.device.entries import Candidate, EntryBuilder, model_of
 
     settings: dict[str, Any] = {
         "kind": "measured",
@@ -382,14 +382,14 @@ def measured(findings: Any, models: Path, **changes: Any) -> schema.Entry:
         **changes,
     }
     candidate = Candidate(package=models, name="m")
-    return _Assembly(**settings).entry(benchmark.model_of(candidate), candidate, findings)
+    return EntryBuilder(**settings).entry(model_of(candidate), candidate, findings)
 
 
 def test_what_a_mac_would_tell_is_in_the_entry(crepe_tiny, tmp_path):
     from milpress.device.runner import Findings, Job
 
     outputs = tmp_path / "outputs.npz"
-    inputs.write(outputs, [{"y": np.float32([3, 4, 0])}])
+    write_samples(outputs, [{"y": np.float32([3, 4, 0])}])
     reference = [{"y": np.float32([3, 4, 0.5])}]
     job = Job(id="m", package="", units="CPU_AND_NE", folder="", outputs=str(outputs))
     findings = Findings(
@@ -445,7 +445,7 @@ def test_decompression_is_never_more_than_consistent(crepe_tiny):
             model=model("small", 250),
             memory=memory,
         )
-        return benchmark.decompression(small, base)
+        return evidence.decompression(small, base)
 
     for grown, ratio, verdict in (
         (300, 0.5, "consistent_with_jit"),
@@ -458,7 +458,7 @@ def test_decompression_is_never_more_than_consistent(crepe_tiny):
         assert made.verdict == verdict
         assert len(made.evidence) == 1 + (ratio < 1)
     dense = entry("measured", "CPU_AND_NE", "dense")
-    assert benchmark.decompression(dense, dense) is None
+    assert evidence.decompression(dense, dense) is None
 
 
 def test_a_neural_engine_that_changes_nothing_is_doubted():
@@ -469,7 +469,7 @@ def test_a_neural_engine_that_changes_nothing_is_doubted():
             entry("measured", "CPU_ONLY", "m"),
             entry("measured", "CPU_AND_NE", "m", scale=scale),
         ]
-        _, found = benchmark._with_evidence(entries)
+        _, found = evidence.with_evidence(entries)
         return [text for text in found.warnings if "may not be used" in text]
 
     assert len(doubts(1.0)) == 1

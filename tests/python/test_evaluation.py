@@ -13,7 +13,8 @@ from command_line import failed, run
 
 import milpress
 from milpress.errors import ConfigError, InputError, PackageNotFoundError
-from milpress.evaluation.evaluating import OutputEvaluation, _Errors, _Output
+from milpress.evaluation.metrics import ErrorSums, OutputErrors
+from milpress.evaluation.results import OutputEvaluation
 from milpress.formats import PalettizeConfig
 from milpress.interpreter import Feature, load
 from milpress.recipe import Recipe
@@ -74,28 +75,28 @@ def test_one_run_over_all_samples_gives_what_the_samples_give_together(crepe_tin
 
 
 def test_divergence_of_probabilities_is_theirs_and_not_that_of_their_softmax():
-    output = _Output()
+    output = OutputErrors()
     p, q = np.array([[0.5, 0.25, 0.25]]), np.array([[0.25, 0.25, 0.5]])
     output.add(p, q)
-    found = output.found("p", ["kl", "top1"])
+    found = output.evaluation("p", ["kl", "top1"])
     assert found.kl_of == "probabilities"
     assert found.kl == pytest.approx((p * np.log(p / q)).sum(), rel=1e-12)
     assert found.snr_db is None
     output.add(p + 1, q)
-    assert output.found("p", ["kl"]).kl_of == "softmax"
+    assert output.evaluation("p", ["kl"]).kl_of == "softmax"
 
 
 def test_a_classifier_agrees_where_its_labels_do():
-    label, chances = _Output(), _Output()
+    label, chances = OutputErrors(), OutputErrors()
     for one, other in (("cat", "cat"), ("cat", "dog")):
         label.add(one, other)
         chances.add({"cat": 0.9, "dog": 0.1}, {"dog": 0.1, "cat": 0.9})
-    assert label.found("label", ["top1", "snr"]) == OutputEvaluation(name="label", top1=0.5)
-    assert chances.found("chances", ["snr", "top1"]).snr_db == math.inf
+    assert label.evaluation("label", ["top1", "snr"]) == OutputEvaluation(name="label", top1=0.5)
+    assert chances.evaluation("chances", ["snr", "top1"]).snr_db == math.inf
 
 
 def test_an_infinity_in_both_is_no_error_and_in_one_only_is_the_greatest():
-    errors = _Errors()
+    errors = ErrorSums()
     errors.add(np.array([1.0, math.inf, math.nan]), np.array([1.0, math.inf, math.nan]))
     assert errors.snr_db == math.inf
     errors.add(np.array([1.0]), np.array([math.inf]))
@@ -255,7 +256,7 @@ def test_images_are_pixels_or_planes():
         ({"x": np.zeros((2, 3)), "y": np.zeros((3, 3))}, r"bad.npz: .* got 2 of x, 3 of y"),
         ({"x": np.zeros((2, 3))}, r"bad.npz: .* inputs x, y, got x"),
         ({"x": np.zeros((2, 3)), "z": np.zeros(1)}, r"bad.npz: .* got x, z"),
-        ({"x": np.zeros((0, 3)), "y": np.zeros((0, 3))}, "there must be samples, got none"),
+        ({"x": np.zeros((0, 3)), "y": np.zeros((0, 3))}, "no samples in it"),
     ],
 )
 def test_samples_that_do_not_suit_are_refused_by_file_and_input(arrays, message, tmp_path):
@@ -267,16 +268,16 @@ def test_samples_that_do_not_suit_are_refused_by_file_and_input(arrays, message,
 def test_files_that_hold_no_samples_are_refused(tmp_path):
     inputs = features(x=(1, 3))
     (tmp_path / "a.npz").write_bytes(b"PK no zip")
-    with pytest.raises(InputError, match=r"a\.npz: samples must be"):
+    with pytest.raises(InputError, match=r"a\.npz: not a readable"):
         Samples(tmp_path / "a.npz", inputs)
     np.save(tmp_path / "b.npy", np.array([{}]), allow_pickle=True)
-    with pytest.raises(InputError, match=r"b\.npy: samples must be"):
+    with pytest.raises(InputError, match=r"b\.npy: not a readable"):
         Samples(tmp_path / "b.npy", inputs)
     for path, error in ((tmp_path / "none", PackageNotFoundError), (__file__, InputError)):
         with pytest.raises(error):
             Samples(path, inputs)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="there must be samples, got none"):
+    with pytest.raises(InputError, match="no samples in it"):
         Samples(tmp_path / "empty", inputs)
     for data in (3, [np.zeros((1, 3))], np.zeros((1, 3))):
         with pytest.raises(InputError, match="must be a"):

@@ -23,7 +23,7 @@ from small_models import TARGETS, save, weight
 from typer.testing import CliRunner
 
 import milpress
-from milpress.cli.packages import app
+from milpress.cli.app import app
 from milpress.errors import (
     CompressionError,
     ConfigError,
@@ -454,10 +454,10 @@ def test_weights_are_kept_within_the_memory_that_they_may_take(
         ({"x": ramp(2, 3), "i": [0]}, "'x' must have the shape 2x2, got 2x3"),
         ({"x": ramp(4), "i": [0]}, "'x' must have the shape 2x2, got 4"),
         ({"x": np.full((2, 2), "a"), "i": [0]}, "'x' must hold numbers, got <U1"),
-        ({"x": [[1], [1, 2]], "i": [0]}, "'x' must be an array"),
+        ({"x": [[1], [1, 2]], "i": [0]}, "'x' is not an array"),
         ({"x": np.zeros((2, 2), complex), "i": [0]}, "'x' must hold numbers, got complex128"),
         ({"x": ramp(2, 2), "i": [0.5]}, "'i' must hold int32, got float64"),
-        ({"x": ramp(2, 2), "i": [2**31]}, "'i' must hold numbers of 32 bits"),
+        ({"x": ramp(2, 2), "i": [2**31]}, "'i' holds numbers that 32 bits can't hold"),
     ],
 )
 def test_wrong_inputs_are_refused(make, given, message):
@@ -811,7 +811,9 @@ def test_a_pipeline_with_a_model_of_another_kind_is_refused(pipeline):
     def replace(model: Any) -> None:
         model.pipeline.models[1].ClearField("mlProgram")
 
-    with pytest.raises(ModelKindError, match="must be an ML program, or of another kind"):
+    with pytest.raises(
+        ModelKindError, match="of the pipeline is of a kind that Core ML does not have"
+    ):
         load(edited(pipeline, replace))
 
 
@@ -870,7 +872,7 @@ WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None
 sys.argv[1:] = {arguments}
-from milpress.cli.packages import main
+from milpress.cli.app import main
 main()
 """
 
@@ -890,7 +892,7 @@ def test_without_torch_only_what_needs_it_is_refused_in_one_sentence(make):
         )
         assert ran.returncode == code, ran.stderr
         if code:
-            assert ran.stderr.startswith("error: running models must have PyTorch")
+            assert ran.stderr.startswith("error: running models needs PyTorch")
             assert "pip install 'milpress[torch]'" in ran.stderr
             assert "Traceback" not in ran.stderr
 

@@ -18,7 +18,6 @@ from milpress import interpreter
 from milpress.coreml import OpLinearQuantizerConfig, linear_quantize_activations
 from milpress.mil import values
 from milpress.mil.package import Package
-from milpress.mil.weights import sites
 
 TARGET = "iOS18"
 SHAPE = (1, 4, 6, 6)
@@ -85,11 +84,11 @@ class Made:
         """The scales by which each value is quantized, in the package."""
         package = Package(self.out)
         found: dict[str, set[float]] = {}
-        for site in sites(package):
-            for node in site.graph.nodes:
+        for graph in package.graphs:
+            for node in graph.nodes:
                 if node.op.type == "quantize":
                     (binding,) = node.op.inputs["input"].arguments
-                    stored = values.read(site.graph.constant(node, "scale"), package).values
+                    stored = values.read(graph.constant(node, "scale"), package).values
                     found.setdefault(binding.name, set()).add(float(stored))
         return found
 

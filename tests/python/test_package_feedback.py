@@ -17,12 +17,12 @@ from small_models import TARGETS, save, weight
 
 import milpress
 from milpress.calibration import second_moments
-from milpress.calibration.moments import calibrate
+from milpress.calibration.calibrating import calibrate
 from milpress.calibration.second_moments import SecondMoments
-from milpress.compression import treating, writer
+from milpress.compression import treating
 from milpress.errors import ConfigError
 from milpress.formats import PalettizeConfig, PerBlock, PruneConfig, QuantizeConfig
-from milpress.formats.feedback import factor_bytes
+from milpress.formats.error_feedback import factor_bytes
 from milpress.interpreter import load
 from milpress.mil import treatments
 from milpress.mil.package import Package
@@ -180,19 +180,19 @@ def test_a_package_is_the_same_on_any_number_of_threads_and_in_little_memory(cha
 
 def test_threads_wait_for_memory(chain, tmp_path, monkeypatch):
     at_once, most, lock = [], [], threading.Lock()
-    treated = treating.treat
+    treated = treating._treat
 
-    def counted(order: Any, *rest: Any) -> Any:
+    def counted(job: Any, *rest: Any) -> Any:
         with lock:
-            at_once.append(order)
+            at_once.append(job)
             most.append(len(at_once))
         time.sleep(0.02)  # others would come in meanwhile
-        made = treated(order, *rest)
+        made = treated(job, *rest)
         with lock:
-            at_once.remove(order)
+            at_once.remove(job)
         return made
 
-    monkeypatch.setattr(writer, "treat", counted)
+    monkeypatch.setattr(treating, "_treat", counted)
     milpress.compress(
         chain,
         tmp_path / "out.mlpackage",
@@ -312,7 +312,7 @@ def test_memory_for_feedback_is_a_number_of_bytes(memory, chain, tmp_path):
 
 def test_memory_for_feedback_comes_with_feedback(chain, tmp_path):
     recipe = Recipe.of(PalettizeConfig(bits=4))
-    with pytest.raises(ConfigError, match="feedback_memory must come with feedback, got none"):
+    with pytest.raises(ConfigError, match="feedback_memory has no effect without feedback"):
         milpress.compress(
             chain,
             tmp_path / "x.mlpackage",
@@ -325,10 +325,12 @@ def test_memory_for_feedback_comes_with_feedback(chain, tmp_path):
 def test_feedback_takes_samples(samples, build, tmp_path):
     source = build("layers", dtype="fp32")
     recipe = Recipe.of(PalettizeConfig(bits=4))
-    with pytest.raises(ConfigError, match="feedback must come with samples, got none"):
+    with pytest.raises(
+        ConfigError, match="feedback can't be used without samples: give sample_data"
+    ):
         milpress.compress(source, tmp_path / "x.mlpackage", recipe, feedback=True)
     known = calibrate(source, samples)
-    with pytest.raises(ConfigError, match="got their moments alone"):
+    with pytest.raises(ConfigError, match="needs the samples themselves, not statistics"):
         milpress.compress(
             source, tmp_path / "x.mlpackage", recipe, feedback=True, sample_data=known
         )
@@ -352,6 +354,6 @@ def test_the_command_line_feeds_errors_back(samples, build, tmp_path):
     assert "a size must be such as 12MB" in failed(
         "compress", source, tmp_path / "x.mlpackage", *options, "--feedback-memory", "much"
     )
-    assert "must come with samples" in failed(
+    assert "can't be used without samples" in failed(
         "compress", source, tmp_path / "x.mlpackage", "--palettize", 4, "--feedback"
     )

@@ -182,7 +182,7 @@ def test_paths_may_be_among_arrays(tmp_path):
     for given_as in (path, str(path)):
         (sample,) = Samples([{"image": given_as}], [image()])
         np.testing.assert_array_equal(sample["image"], pixels(6, 8, 3))
-    with pytest.raises(PackageNotFoundError, match=r"b\.png: a picture must be there"):
+    with pytest.raises(PackageNotFoundError, match=r"b\.png: no such picture"):
         Samples([{"image": str(tmp_path / "b.png")}], [image()])
 
 
@@ -194,7 +194,7 @@ def test_paths_may_be_among_arrays(tmp_path):
         ({"a.png": b"", "b.npz": b""}, r"must be pictures or arrays, got b\.npz beside a\.png"),
         ({"a.png": b"", "b.npy": b""}, r"must be pictures or arrays, got b\.npy beside a\.png"),
         ({"a.heic": b""}, r"a\.heic: a picture must be a \.png, \.jpg or \.jpeg file, got \.heic"),
-        ({}, r"there must be samples, got none; they are \.npz or \.npy files, or pictures"),
+        ({}, r"no samples in it; they are \.npz or \.npy files, or pictures"),
         ({"a.txt": b""}, r"there must be samples, got a\.txt; they are"),
         ({"cats/": b""}, r"there must be samples, got the folder cats; they are"),
     ],
@@ -301,7 +301,7 @@ def test_the_command_line_says_what_it_did_to_pictures(model, tmp_path):
     assert note in quantized.stdout
     for given_as, message in (
         (f"image={tmp_path / 'c.webp'}", "a picture must be a .png, .jpg or .jpeg file"),
-        (f"image={tmp_path / 'c.png'}", "a picture must be there, got nothing"),
+        (f"image={tmp_path / 'c.png'}", "no such picture"),
         (path, "--input must be NAME=FILE.npy, NAME=PICTURE or FILE.npz"),
     ):
         assert message in failed("run", model, "--input", given_as)

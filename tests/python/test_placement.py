@@ -12,7 +12,7 @@ import pytest
 import milpress
 import milpress._core as _core
 from milpress import formats as f
-from milpress.cli.packages import main
+from milpress.cli.app import main
 from milpress.errors import ConfigError
 from milpress.kernels.device import Kernels, devices, kernels_for, using
 
@@ -24,12 +24,12 @@ def broken_gpu(monkeypatch):
     """Let a GPU be there that passes its test and then refuses the one kernel it is asked for."""
 
     def refuse(*arguments):
-        raise _core.DeviceError("out of memory")
+        raise _core.metal.DeviceError("out of memory")
 
     refuse.__name__ = "quantize"
-    monkeypatch.setattr(_core, "metal_device", lambda: ("some GPU", ""))
-    monkeypatch.setattr(_core, "metal_self_test", lambda: "")
-    monkeypatch.setattr(_core, "metal_quantize", refuse)
+    monkeypatch.setattr(_core.metal, "device", lambda: ("some GPU", ""))
+    monkeypatch.setattr(_core.metal, "self_test", lambda: "")
+    monkeypatch.setattr(_core.metal, "quantize", refuse)
     devices.cache_clear()
     yield
     devices.cache_clear()
@@ -43,13 +43,13 @@ def test_without_metal_the_reason_is_told():
 
 
 def test_a_device_that_fails_its_self_test_is_not_used(monkeypatch):
-    monkeypatch.setattr(_core, "metal_device", lambda: ("some GPU", ""))
-    monkeypatch.setattr(_core, "metal_self_test", lambda: "lut_assign_half differs from the CPU")
+    monkeypatch.setattr(_core.metal, "device", lambda: ("some GPU", ""))
+    monkeypatch.setattr(_core.metal, "self_test", lambda: "lut_assign_half differs from the CPU")
     devices.cache_clear()
     try:
         kernels = Kernels("metal")
         np.testing.assert_array_equal(
-            kernels.quantize(WEIGHT, -127, 127, False)[0],
+            kernels.dispatch(_core.quantize)(WEIGHT, -127, 127, False)[0],
             _core.quantize(WEIGHT, -127, 127, False)[0],
         )
     finally:

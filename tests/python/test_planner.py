@@ -24,7 +24,6 @@ import milpress._core as _core
 from milpress import formats as f
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weights
 from milpress.planner import cache, scores
 from milpress.planner.menu import menu
 from milpress.planner.sizes import package_bytes
@@ -211,8 +210,8 @@ def twice_stored(path: Path) -> Path:
 
     save(prog, path, "iOS18")
     package = Package(path)
-    (site,) = sites(package)
-    first, second, _ = (w for w in weights(site.prefix, site.graph) if len(w.shape) == 2)
+    (graph,) = package.graphs
+    first, second, _ = (w for w in graph.weights if len(w.shape) == 2)
     second.node.op.attributes["val"].blobFileValue.CopyFrom(
         first.node.op.attributes["val"].blobFileValue
     )
@@ -323,8 +322,8 @@ def test_names_that_look_like_patterns_mean_themselves(tmp_path):
     path = tmp_path / "odd.mlpackage"
     linear(weight(96, 64)).save(str(path))
     package = Package(path)
-    (site,) = sites(package)
-    (found,) = (w for w in weights(site.prefix, site.graph) if len(w.shape) == 2)
+    (graph,) = package.graphs
+    (found,) = (w for w in graph.weights if len(w.shape) == 2)
     for use in found.node.uses:
         use.binding.name = "re:.*[#"
     found.node.op.outputs[0].name = "re:.*[#"
@@ -398,7 +397,9 @@ def test_the_command_line_plans_compresses_and_warns_of_nothing(model, tmp_path)
     assert "this plan" in shown.stdout
     assert f"written to {recipe}" in shown.stdout.replace("\n", "")
     assert cache.path_for(model).exists()
-    assert "got something there" in failed("plan", model, "-o", recipe, "--target-bits", 4)
+    assert f"{recipe} exists already; --force replaces it" in failed(
+        "plan", model, "-o", recipe, "--target-bits", 4
+    )
     done = run("compress", model, out, "--recipe", recipe)
     assert done.stderr == ""
     data = json.loads(run("plan", model, "--target-bits", 4, *options, "--json").stdout)

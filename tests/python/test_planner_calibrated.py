@@ -257,7 +257,7 @@ def test_tied_weights_move_the_outputs_together(tmp_path):
     [
         ({"metric": "top1"}, ConfigError, "metric must be one of snr, cosine, kl, got 'top1'"),
         ({"sample_data": [{"z": np.zeros((1, 64))}]}, InputError, "must be an array for each"),
-        ({"sample_data": []}, InputError, "there must be samples, got none"),
+        ({"sample_data": []}, InputError, "no samples in it"),
     ],
 )
 def test_bad_samples_are_named(model, settings, error, message):

@@ -13,12 +13,11 @@ from coremltools.converters.mil.mil import types
 from small_models import TARGETS, save
 
 import milpress
-from milpress.calibration.moments import calibrate
-from milpress.calibration.uses import Statistics
+from milpress.calibration.calibrating import calibrate
+from milpress.calibration.weight_statistics import WeightStatistics
 from milpress.formats import PalettizeConfig, PruneConfig, QuantizeConfig
 from milpress.mil import treatments
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weights
 from milpress.recipe import Recipe
 
 N = 64
@@ -98,8 +97,8 @@ def test_feedback_lessens_the_error_of_lookups_and_layers_together(treatment, ti
 
 
 def weight_named(path: Path, name: str) -> Any:
-    for site in sites(Package(path)):
-        for weight in weights(site.prefix, site.graph):
+    for graph in Package(path).graphs:
+        for weight in graph.weights:
             if weight.name == name:
                 return weight
     raise AssertionError(name)
@@ -107,7 +106,7 @@ def weight_named(path: Path, name: str) -> Any:
 
 def test_lookups_count_by_their_share_of_the_signal(tied):
     calibration = calibrate(tied, samples())
-    statistics = Statistics(calibration, Package(tied))
+    statistics = WeightStatistics(calibration, Package(tied))
     weight, array = weight_named(tied, "table"), table(512).astype(np.float64)
     power = np.square(np.stack([each["x"] for each in samples()]), dtype=np.float64).sum((0, 1))
     evenly = 4 * (array**2 * power).sum() / (array**2).sum()
@@ -166,7 +165,7 @@ def test_layers_along_other_axes_count_in_importance_and_are_not_fed_back(tmp_pa
     source = program(tmp_path / "m.mlpackage", build, shape, shape)
     loud = np.geomspace(0.1, 1, N).astype(np.float32)
     data = {"x": dependent(4, 8, N) * loud, "y": dependent(4, 8, N) * loud[::-1]}
-    found = Statistics(calibrate(source, data), Package(source)).importance(
+    found = WeightStatistics(calibrate(source, data), Package(source)).importance(
         weight_named(source, "both"), array
     )
     power = [np.square(data[name], dtype=np.float64).sum((0, 1)) for name in ("x", "y")]
@@ -194,7 +193,7 @@ def test_a_function_that_no_sample_suits_counts_and_is_named(tmp_path):
     source = tmp_path / "functions.mlpackage"
     ct.utils.save_multifunction(description, str(source))
     data = {"x": dependent(4, 8, N)}
-    statistics = Statistics(calibrate(source, data), Package(source))
+    statistics = WeightStatistics(calibrate(source, data), Package(source))
     power = np.square(data["x"], dtype=np.float64).sum((0, 1))
     squares = array.astype(np.float64) ** 2
     for name in ("prompt/both", "step/both"):

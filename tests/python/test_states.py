@@ -16,9 +16,8 @@ from small_models import TARGETS, save, weight
 import milpress
 from milpress import formats as f
 from milpress.interpreter import load
-from milpress.mil import opset
+from milpress.mil import raising
 from milpress.mil.package import Package
-from milpress.mil.weights import sites
 
 INNER, OUTER = weight(48, 48), weight(40, 48, seed=1)
 
@@ -122,7 +121,7 @@ def test_a_stateful_model_is_raised(memory, tmp_path):
     paths = {target: tmp_path / f"{target}.mlpackage" for target in ("iOS18", "iOS26")}
     for target, path in paths.items():
         milpress.compress(memory, path, milpress.Recipe.of(f.QuantizeConfig(), target=target))
-    assert {site.function.opset for site in sites(Package(paths["iOS26"]))} == {"CoreML9"}
+    assert {graph.function.opset for graph in Package(paths["iOS26"]).graphs} == {"CoreML9"}
     programs = [load(path) for path in paths.values()]
     states = [program.make_state() for program in programs]
     for sample in samples(2):
@@ -136,5 +135,5 @@ def test_a_stateful_model_is_raised(memory, tmp_path):
 def test_every_op_that_coremltools_writes_is_known_by_the_name_that_files_have():
     # `const` with a symbol never leaves the converter; updating a state is two ops in a file.
     written = set(SSAOpRegistry.core_ops) - {"_const_symbolic"} | {"write_state"}
-    known = {*opset._SAFE, *opset._INDEXED, *opset._CHANGED, *opset._REWRITTEN, "clip"}
+    known = {*raising._SAFE, *raising._INDEXED, *raising._CHANGED, *raising._REWRITTEN, "clip"}
     assert known == written

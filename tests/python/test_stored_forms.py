@@ -25,7 +25,6 @@ from milpress.mil import values
 from milpress.mil.graph import new_const
 from milpress.mil.package import Package
 from milpress.mil.schema import messages
-from milpress.mil.weights import sites, weights
 from milpress.recipe import Recipe, Step
 
 PALETTE = f.PalettizeConfig(bits=4)
@@ -155,7 +154,8 @@ def test_a_cast_weight_that_would_get_larger_is_left(build, tmp_path):
     left = {w.name: w.note for w in report.with_status("left")}
     assert left.keys() == CASTS
     assert all(
-        note == "would get larger: 8192 bytes as it is, 8704 compressed" for note in left.values()
+        note == "left as it is: compressed it would be larger (8,704 bytes instead of 8,192)"
+        for note in left.values()
     )
     kept = [w.stored_as for w in milpress.inspect(out).weights if short([w.name]) <= CASTS]
     assert kept == ["cast float16"] * len(CASTS)
@@ -299,7 +299,7 @@ def test_codes_are_treated_again_where_their_type_holds_the_zero_point(tmp_path,
         np.testing.assert_array_equal(after, np.where(after != 0, before, 0))
     else:
         assert codes.status == "left"
-        assert codes.note == "compressed already, in a way that milpress does not build on"
+        assert codes.note == "already compressed in a form that milpress can't compress further"
         np.testing.assert_array_equal(decoded(out)["codes"], decoded(source)["codes"])
     assert_coremltools_agrees(out)
     milpress.verify(source, out)
@@ -340,8 +340,8 @@ def test_vectors_along_an_axis_from_the_end_go_through_every_command(tmp_path, s
 
 def assert_channels_lie_where_coremltools_has_them(prog: Any, path: Path) -> None:
     save(prog, path, "iOS18")
-    (site,) = sites(Package(path))
-    found = {one.name: one.channel_axes for one in weights(site.prefix, site.graph)}
+    (graph,) = Package(path).graphs
+    found = {one.name: one.channel_axes for one in graph.weights}
     consts = {op.name: op for op in prog.functions["main"].operations if op.name in found}
     assert consts
     for name, op in consts.items():
@@ -482,7 +482,7 @@ def test_attributes_that_are_no_tensors_are_kept_and_in_nobodys_way(build, tmp_p
 @pytest.mark.parametrize(
     ("parameter", "message"),
     [
-        ("source_val", "halves: source_val: a stored value must be a tensor"),
+        ("source_val", "halves: source_val: a stored value is not a tensor"),
         ("output", "halves: a tensor must have a data type that MIL knows, got number 99"),
     ],
 )

@@ -139,7 +139,7 @@ def test_labels_must_suit_the_confidences(tmp_path):
     with pytest.raises(InputError, match=r"'scores' must have the shape \?x4, got 64x5"):
         load(path)(x=picture(0))
     path = detector(tmp_path / "m.mlpackage", coordinatesInputFeatureName="")
-    with pytest.raises(PackageError, match=r"stage1: .* must have coordinatesInputFeatureName"):
+    with pytest.raises(PackageError, match=r"stage1: .* has no coordinatesInputFeatureName"):
         load(path)
 
 

@@ -16,7 +16,7 @@ import milpress as cto
 from milpress.errors import ConfigError, LifecycleError, UnsupportedError
 from milpress.formats import PalettizeConfig, palettize
 from milpress.torch import _metadata
-from milpress.torch._weights import TRAINABLE, Weight, weights_of
+from milpress.torch._module_weights import TRAINABLE, ModuleWeight, weights_of
 from milpress.torch.palettization import _dkm
 
 P = cto.torch.palettization
@@ -193,7 +193,7 @@ SETTINGS = {
 )
 def test_what_evaluation_computes_is_just_what_is_exported(layer, settings):
     settings = dict(settings)
-    weight = Weight("0", layer, "weight")
+    weight = ModuleWeight("0", layer, "weight")
     if "cluster_permute" in settings:
         first = weight.axes[1]
         others = [axis for axis in range(layer.weight.ndim) if axis != first]
@@ -213,7 +213,9 @@ def test_what_evaluation_computes_is_just_what_is_exported(layer, settings):
         assert torch.equal(finalized(x), model.eval()(x))
     assert not hasattr(finalized[0], "weight_fake_quant")
     exported = finalized[0].weight.detach()
-    stored = _metadata.read(Weight("0", finalized[0], "weight"))  # raises if a weight is no entry
+    stored = _metadata.read(
+        ModuleWeight("0", finalized[0], "weight")
+    )  # raises if a weight is no entry
     np.testing.assert_array_equal(stored.dense(), exported.numpy())
     limit = 2 ** settings["n_bits"] * settings.get("cluster_dim", 1)
     if "group_size" not in settings and not settings.get("enable_per_channel_scale"):
@@ -277,7 +279,7 @@ def test_short_floats_are_palettized_in_their_own_type(dtype):
     assert finalized[0].weight.dtype == dtype
     assert finalized[0].weight.unique().numel() == 8
     assert torch.equal(finalized(x), model.eval()(x))
-    _metadata.read(Weight("0", finalized[0], "weight"))
+    _metadata.read(ModuleWeight("0", finalized[0], "weight"))
 
 
 def test_tied_weights_have_one_table():
@@ -409,7 +411,7 @@ def test_pruned_weights_stay_zero_and_leave_the_table_to_the_others():
     assert weight[weight != 0].unique().numel() == 4
     assert torch.equal(finalized(x), output)
     assert finalized.get_buffer("0._COREML_/weight/compression_type").tolist() == [1, 2]
-    _metadata.read(Weight("0", finalized[0], "weight"))
+    _metadata.read(ModuleWeight("0", finalized[0], "weight"))
 
 
 def test_vectors_of_pruned_weights_are_an_error():

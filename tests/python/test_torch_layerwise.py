@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 import milpress as cto
 from milpress.errors import ConfigError, ConfigTypeError, UnsupportedError
 from milpress.interpreter import load
-from milpress.torch._weights import weights_of
+from milpress.torch._module_weights import weights_of
 from milpress.torch.layerwise_compression import (
     GPTQ,
     DefaultInputCacher,
@@ -32,7 +32,7 @@ from milpress.torch.layerwise_compression import (
     ModuleGPTQPaletteConfig,
     ModuleSparseGPTConfig,
 )
-from milpress.torch.layerwise_compression._moments import LAYERS, Moments
+from milpress.torch.layerwise_compression._layer_moments import LAYERS, LayerMoments
 
 INT4 = {"algorithm": "gptq", "weight_dtype": "int4"}
 
@@ -112,7 +112,7 @@ def test_moments_tell_how_large_the_output_of_any_weight_is(layer):
     torch.manual_seed(0)
     rank = layer.weight.ndim - 2
     shapes = [(2, 6, *[7] * rank), (1, 6, *[9] * rank)] if rank else [(2, 5, 6), (3, 6)]
-    moments = Moments(layer)
+    moments = LayerMoments(layer)
     total = np.zeros(layer.weight.shape[0])
     layer = layer.double()
     layer.bias = None
@@ -345,7 +345,7 @@ def test_a_run_that_was_interrupted_goes_on_where_it_was(tmp_path):
 
 def test_a_file_that_is_no_layer_is_refused(tmp_path):
     (tmp_path / "layer-00000.pt").write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match=r"layer-00000\.pt: must be a layer that was kept"):
+    with pytest.raises(ConfigError, match=r"layer-00000\.pt: not a layer of an interrupted run"):
         LayerwiseCompressor(graph(), config()).compress(ids(), checkpoint=tmp_path)
 
 

@@ -13,9 +13,13 @@ from torch.nn import functional
 import milpress as cto
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.torch import _metadata
-from milpress.torch._weights import Weight
+from milpress.torch._module_weights import ModuleWeight
 from milpress.torch.quantization import _fake_quantize
-from milpress.torch.quantization._fake_quantize import FakeQuantize, FixedQuantize, Quantized
+from milpress.torch.quantization._fake_quantize import (
+    FakeQuantize,
+    FixedQuantize,
+    QuantizeDequantize,
+)
 from milpress.torch.quantization.quantization_config import ObserverType, QuantizationScheme
 
 Q = cto.torch.quantization
@@ -200,7 +204,7 @@ def test_batch_normalization_is_folded_into_the_very_weight_that_was_rounded(lay
     finalized = quantizer.finalize()
     assert [name for name, _ in finalized.named_children()] == ["0"]
     torch.testing.assert_close(finalized(x), model.eval()(x), rtol=1e-4, atol=1e-5)
-    _metadata.read(Weight("0", finalized.get_submodule("0"), "weight"))
+    _metadata.read(ModuleWeight("0", finalized.get_submodule("0"), "weight"))
 
 
 def test_batch_normalization_over_another_axis_is_not_folded():
@@ -277,7 +281,7 @@ def test_integers_are_not_rounded():
     finalized = quantizer.finalize()
     assert torch.equal(finalized(ids), model.eval()(ids))
     assert finalized.get_submodule("0").weight.unique().numel() <= 16 * 8
-    _metadata.read(Weight("0", finalized.get_submodule("0"), "weight"))
+    _metadata.read(ModuleWeight("0", finalized.get_submodule("0"), "weight"))
 
 
 def test_inputs_that_do_not_fit_only_cost_what_they_would_have_told():
@@ -395,14 +399,14 @@ def test_weights_are_exported_just_as_they_were_rounded(dtype, scheme, size):
     rounded = layer_.weight_fake_quant.eval()(layer_.weight)
     exported = quantizer.finalize().get_submodule("0")
     torch.testing.assert_close(exported.weight, rounded, rtol=1e-6, atol=1e-7)
-    stored = _metadata.read(Weight("0", exported, "weight"))
+    stored = _metadata.read(ModuleWeight("0", exported, "weight"))
     assert stored.value.bits == int(dtype[-1])
 
 
 def test_the_ops_exist_where_torch_does_not_bring_them(monkeypatch):
     fake = layer(signed=False, scheme=QuantizationScheme.affine)
     fake(torch.randn(100))
-    quantized = Quantized(fake)
+    quantized = QuantizeDequantize(fake)
     x = torch.randn(50)
     assert torch.equal(quantized._exported(x), quantized(x))
     _fake_quantize._define_ops()  # does nothing where they are

@@ -18,7 +18,7 @@ import milpress as cto
 from milpress.errors import UnsupportedError
 from milpress.formats import Masked, Quantized
 from milpress.torch import _metadata
-from milpress.torch._weights import KINDS, Weight, weights_of
+from milpress.torch._module_weights import KINDS, ModuleWeight, weights_of
 
 P = cto.torch.palettization
 
@@ -247,7 +247,7 @@ def test_a_weight_that_can_not_be_compressed_is_in_the_report_with_the_reason(ki
         raise AssertionError(report.left[name])
     assert report[name]["note"] == report.left[name]
     assert report.left[name] in str(report)
-    assert report.summary.startswith("2 weights asked for: 1 compressed, 1 left")
+    assert report.summary.startswith("Compressed 1 of 2 selected weights: ")
     assert any(report.left[name] in record.getMessage() for record in caplog.records)
 
 
@@ -312,7 +312,7 @@ def test_a_pruned_weight_keeps_its_zeros_and_its_table_is_of_the_others():
         assert report["weight"]["unstructured_weight_sparsity"] == pytest.approx(
             float((layer.weight == 0).float().mean())
         )
-        assert isinstance(_metadata.read(Weight("", model, "weight")).value, Masked)
+        assert isinstance(_metadata.read(ModuleWeight("", model, "weight")).value, Masked)
     _, report = palettize(layer, cluster_dim=2)
     assert "pruned" in report.left["weight"]
 
@@ -327,7 +327,7 @@ def test_scales_are_dropped_where_integer_tables_would_be_larger_than_the_weight
 
 def test_scaled_integer_tables_have_a_scale_for_each_output_channel():
     model, _ = palettize(nn.Conv2d(16, 24, 3), enable_per_channel_scale=True, lut_dtype="uint8")
-    stored = _metadata.read(Weight("", model, "weight"))
+    stored = _metadata.read(ModuleWeight("", model, "weight"))
     assert isinstance(stored.value.lut, Quantized)
     assert stored.value.lut.scale.shape == (24, 1, 1, 1, 1, 1)
     assert stored.scale is None
@@ -346,7 +346,7 @@ def test_a_weight_that_changed_after_its_compression_is_not_read():
     with torch.no_grad():
         model.weight[3] *= 1.1
     with pytest.raises(UnsupportedError, match="as it was when it was compressed"):
-        _metadata.read(Weight("", model, "weight"))
+        _metadata.read(ModuleWeight("", model, "weight"))
 
 
 def test_a_weight_that_coremltools_compressed_is_read():
@@ -359,7 +359,7 @@ def test_a_weight_that_coremltools_compressed_is_read():
         {"n_bits": 6},  # more entries than values: their table ends in zeros
     ):
         model, _ = palettize(nn.Linear(8, 8), reference, **settings)
-        dense = _metadata.read(Weight("", model, "weight")).dense()
+        dense = _metadata.read(ModuleWeight("", model, "weight")).dense()
         np.testing.assert_array_equal(dense, model.weight.detach().numpy())
 
 
@@ -393,7 +393,7 @@ def test_fewer_values_or_vectors_than_entries_are_all_kept():
         model, report = palettize(layer, **settings)
         assert report["weight"]["error"] == 0
         assert torch.equal(model.weight, layer.weight)
-        _metadata.read(Weight("", model, "weight"))
+        _metadata.read(ModuleWeight("", model, "weight"))
 
 
 def test_progress_counts_all_elements():

@@ -15,7 +15,7 @@ import milpress as cto
 from milpress import formats as f
 from milpress.formats import Masked
 from milpress.torch import _metadata
-from milpress.torch._weights import KINDS, Weight, weights_of
+from milpress.torch._module_weights import KINDS, ModuleWeight, weights_of
 
 Q = cto.torch.quantization
 
@@ -105,7 +105,7 @@ def test_a_clipped_range_never_has_the_greater_error_and_uses_the_least_code():
     # The grid of ranges holds the plain one; sums of 32 squares in float32 round to 32 ulps.
     assert (errors[1] <= errors[0] * (1 + 32 * 2**-24)).all()
     assert errors[1].sum() < errors[0].sum()
-    stored = _metadata.read(Weight("", mse, "weight")).value
+    stored = _metadata.read(ModuleWeight("", mse, "weight")).value
     assert stored.codes.min() == -8
     assert (stored.scale < 0).any()
 
@@ -209,7 +209,7 @@ def test_a_pruned_weight_keeps_its_zeros():
     model, _ = quantize(layer, quantization_scheme="affine", weight_dtype="uint4")
     assert (model.weight[layer.weight == 0] == 0).all()
     assert model.get_buffer("_COREML_/weight/compression_type").tolist() == [1, 3]
-    assert isinstance(_metadata.read(Weight("", model, "weight")).value, Masked)
+    assert isinstance(_metadata.read(ModuleWeight("", model, "weight")).value, Masked)
 
 
 def test_a_bfloat16_tensor_is_widened_exactly():

@@ -30,7 +30,7 @@ from torch_training import (
 import milpress as cto
 from milpress.errors import ConfigError, LifecycleError
 from milpress.interpreter import load
-from milpress.torch.quantization._fake_quantize import Quantized
+from milpress.torch.quantization._fake_quantize import QuantizeDequantize
 
 EACH = pytest.mark.parametrize("makers", MAKERS.values(), ids=MAKERS)
 
@@ -338,7 +338,7 @@ def test_every_layer_goes_through_our_converter_too(layer, way, frontend, tmp_pa
     rounding = 2.0**-23 * module.weight.numel() / 24 * np.abs(expected).max()
     # A value between two integers may be rounded either way, an output itself or an input that
     # several outputs see. That moves few of them, by a step.
-    steps = [each.scale for each in model.modules() if isinstance(each, Quantized)]
+    steps = [each.scale for each in model.modules() if isinstance(each, QuantizeDequantize)]
     assert (errors <= rounding + max(steps, default=0)).all()
     assert (errors > rounding).mean() < (0.1 if steps else 1e-9)
 

@@ -55,12 +55,14 @@ def refused(source: Path, error: type[CompressionError], match: str, **options: 
 
 
 def test_a_missing_path_is_not_found(tmp_path):
-    refused(tmp_path / "nothing.mlpackage", PackageNotFoundError, "got nothing")
+    refused(tmp_path / "nothing.mlpackage", PackageNotFoundError, "no such package")
 
 
 def test_a_folder_without_a_manifest_is_no_package(tmp_path):
     (tmp_path / "folder.mlpackage").mkdir()
-    refused(tmp_path / "folder.mlpackage", PackageError, "must contain Manifest.json")
+    refused(
+        tmp_path / "folder.mlpackage", PackageError, "not an .mlpackage, as it has no Manifest.json"
+    )
 
 
 def test_an_mlmodel_file_is_refused_with_advice(tmp_path):
@@ -132,7 +134,9 @@ def test_weight_files_outside_the_package_are_refused(model, name):
         first_weight(program).attributes["val"].blobFileValue.fileName = name
 
     edited(model, change)
-    refused(model, PackageError, "must begin with @model_path/|stay inside|must contain")
+    refused(
+        model, PackageError, "must begin with @model_path/|stay inside|is missing in the package"
+    )
 
 
 @pytest.mark.parametrize("entry", ["../x", "/etc/passwd", "com.apple.CoreML/../../x", 7, None])
@@ -146,7 +150,7 @@ def test_a_manifest_that_points_elsewhere_is_refused(model, entry):
 @pytest.mark.parametrize("text", ["", "[]", "{}", "nonsense", "[" * 100_000, '{"a": NaN}'])
 def test_a_manifest_that_is_none_is_refused(model, text):
     (model / "Manifest.json").write_text(text)
-    refused(model, PackageError, "must name the model's file")
+    refused(model, PackageError, "does not name the model's file")
 
 
 @pytest.mark.parametrize("victim", [MODEL, WEIGHTS, "Manifest.json"])
@@ -159,7 +163,7 @@ def test_symbolic_links_are_refused(model, tmp_path, victim):
 
 def test_a_linked_extra_file_is_refused(model):
     (model / "Data" / "extra").symlink_to("/etc/passwd")
-    refused(model, PackageError, "plain files only")
+    refused(model, PackageError, "not a plain file")
 
 
 def test_a_shape_that_does_not_match_the_payload_is_refused(model):
@@ -194,7 +198,7 @@ def test_a_value_that_nothing_defines_is_refused(model):
 def test_a_model_larger_than_the_bound_is_not_parsed(model):
     with (model / MODEL).open("r+b") as file:
         file.truncate(MAX_MODEL_BYTES + 1)
-    refused(model, PackageError, "must have at most")
+    refused(model, PackageError, "larger than .* bytes, the most that is read")
 
 
 def test_nesting_without_a_bottom_is_refused(model):
@@ -215,7 +219,7 @@ def test_nesting_without_a_bottom_is_refused(model):
     while length > 127:
         size, length = size + bytes([length & 127 | 128]), length >> 7
     (model / MODEL).write_bytes(b"\x08\x07\xb2\x1f" + size + bytes([length]) + program)
-    refused(model, PackageError, "damaged or bottomless")
+    refused(model, PackageError, "its protobuf message can't be read")
 
 
 @settings(
@@ -254,7 +258,7 @@ def test_an_existing_destination_is_kept_without_force(model, tmp_path):
     out = tmp_path / "out.mlpackage"
     milpress.compress(model, out, INT8)
     before = (out / MODEL).read_bytes()
-    with pytest.raises(DestinationError, match="must be free, got an existing one"):
+    with pytest.raises(DestinationError, match=r"out\.mlpackage exists already; --force"):
         milpress.compress(model, out, milpress.Recipe.of(f.PalettizeConfig()))
     assert (out / MODEL).read_bytes() == before
 
@@ -263,7 +267,7 @@ def test_force_replaces_packages_only(model, tmp_path):
     out = tmp_path / "thesis"
     out.mkdir()
     (out / "chapter.txt").write_text("years of work")
-    refused_message = "only an .mlpackage is replaced"
+    refused_message = "exists and is not an .mlpackage, so it is not replaced"
     with pytest.raises(DestinationError, match=refused_message):
         milpress.compress(model, out, INT8, force=True)
     link = tmp_path / "link.mlpackage"
@@ -280,7 +284,7 @@ def test_a_destination_that_overlaps_the_source_is_refused(model, place):
 
 
 def test_a_destination_without_a_folder_is_refused(model, tmp_path):
-    with pytest.raises(PackageNotFoundError, match="folder of the destination must exist"):
+    with pytest.raises(PackageNotFoundError, match=r"the folder .* does not exist"):
         milpress.compress(model, tmp_path / "none" / "out.mlpackage", INT8)
 
 
@@ -349,7 +353,7 @@ def test_a_run_killed_between_two_renames_gives_the_old_package_back(model, tmp_
     stage = tmp_path / ".out.mlpackage.milpress-00000000"
     stage.mkdir()
     out.rename(stage / "previous.mlpackage")
-    with pytest.raises(DestinationError, match="must be free"):
+    with pytest.raises(DestinationError, match="exists already"):
         milpress.compress(model, out, milpress.Recipe.of(f.PalettizeConfig()))
     assert (out / MODEL).read_bytes() == before
     assert sorted(tmp_path.iterdir()) == [model, out]

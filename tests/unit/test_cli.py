@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -41,7 +42,9 @@ def test_inspect_lists_weights_and_ops(crepe_tiny):
 def test_compress_verify_and_decompress_in_a_row(crepe_tiny, tmp_path, options):
     small, dense = tmp_path / "small.mlpackage", tmp_path / "dense.mlpackage"
     shown = run("compress", crepe_tiny, small, *options, "--threads", 1).stdout
-    assert shown.startswith("7 weights asked for: 7 compressed, 0 left")
+    assert shown.startswith("Compressed 7 of 7 selected weights: ")
+    why = "at most 2,048 elements; see --weight-threshold"
+    assert f"31 other tensors left as they are ({why})" in shown
     assert "verified and written to" in shown
     assert "verified: 7 weights decoded" in run("verify", crepe_tiny, small).stdout
     run("decompress", small, dense)
@@ -82,18 +85,24 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(crepe_tiny, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "--recipe, --target-bits, --target-size must be given, got none"),
-        (["--palettize", 4, "--prune", 0.5], "got --palettize and --prune"),
+        (
+            [],
+            "nothing to do: give one of --palettize, --quantize, --prune, --recipe, --target-bits",
+        ),
+        (["--palettize", 4, "--prune", 0.5], "--palettize and --prune can't be combined"),
         (["--palettize", 5], "bits must be one of (1, 2, 3, 4, 6, 8), got 5"),
         (["--quantize", "int4"], "which suits the GPU"),
         (["--quantize", "int5"], "dtype must be one of"),
-        (["--quantize", "int8", "--group-size", 4], "--group-size must go with --palettize"),
+        (
+            ["--quantize", "int8", "--group-size", 4],
+            "--group-size has no effect without --palettize",
+        ),
         (["--prune", 1.5], "sparsity must be from 0 to 1, got 1.5"),
         (["--palettize", 4, "--group-size", 0], "group_size must be at least 1, got 0"),
         (["--palettize", 4, "--group-size", 16], "raise it with --upgrade-to iOS18"),
         (["--quantize", "int8", "--upgrade-to", "iOS99"], "a target must be one of"),
         (["--recipe", "/nowhere.yaml"], "/nowhere.yaml: no such file"),
-        (["--quantize", "int8", "--weight-threshold", 10**9], "some weight must be compressed"),
+        (["--quantize", "int8", "--weight-threshold", 10**9], "no weight can be compressed"),
     ],
 )
 def test_a_wrong_setting_is_one_sentence_and_exit_code_2(crepe_tiny, tmp_path, options, message):
@@ -115,7 +124,7 @@ def test_a_missing_model_is_one_sentence_for_every_command(tmp_path):
         ["decompress", missing, out],
         ["verify", missing, missing],
     ):
-        assert failed(*arguments).startswith(f"error: {missing}: a model must be there")
+        assert failed(*arguments).startswith(f"error: {missing}: no such package")
 
 
 def test_a_failed_verification_is_exit_code_1(crepe_tiny, tmp_path):
@@ -167,7 +176,7 @@ def test_progress_is_shown_on_a_terminal_only(crepe_tiny, tmp_path):
     command = [*MILPRESS, "compress", str(crepe_tiny), str(out), "--palettize", "8"]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=follower, check=True)
     os.close(follower)
-    assert b"7 compressed" in done.stdout
+    assert b"Compressed 7 of 7" in done.stdout
     assert os.read(leader, 1 << 16)
     os.close(leader)
     assert run("compress", crepe_tiny, out, "--palettize", 8, "--force").stderr == ""
@@ -196,6 +205,29 @@ def test_help_and_version():
     assert run("--version").stdout.startswith("milpress 0.")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        *([name] for name in ("inspect", "compress", "decompress", "verify", "plan", "lint")),
+        *([name] for name in ("rescale", "run", "evaluate", "report", "bench")),
+        *(["bench", name] for name in ("run", "suite", "compare", "validate")),
+    ],
+    ids=" ".join,
+)
+def test_help_has_a_heading_for_each_task_and_cuts_no_sentence(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = run(*command, "--help").stdout
+    assert not re.search(r"\w\.\.\.$", shown, re.MULTILINE)
+    assert max(map(len, shown.splitlines())) <= 80
+    if command not in ([], ["bench"]):
+        assert "\nHelp:\n  --help" in shown
+        assert "\nOptions:" not in shown
+    if command == ["compress"]:
+        headings = [line for line in shown.splitlines() if line.endswith(":") and line[0] != " "]
+        assert headings[:4] == ["Arguments:", "Palettization:", "Quantization:", "Pruning:"]
+
+
 HEAVY = ("coremltools", "torch", "sklearn", "scipy", "yaml")
 
 
@@ -204,7 +236,7 @@ def test_import_and_inspect_load_nothing_heavy(crepe_tiny):
 import sys, milpress
 assert not set({HEAVY}) & set(sys.modules), "import milpress"
 sys.argv = ["milpress", "inspect", {str(crepe_tiny)!r}]
-from milpress.cli.packages import main
+from milpress.cli.app import main
 try:
     main()
 except SystemExit as end:

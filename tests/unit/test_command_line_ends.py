@@ -52,7 +52,7 @@ def test_a_closed_output_is_a_sentence_before_anything_is_done(tmp_path):
     out = tmp_path / "out.mlpackage"
     done = started("compress", SEED, out, *PALETTE, preexec_fn=lambda: os.close(1))
     assert done.returncode == 2
-    assert done.stderr == "error: standard output must be open, got a closed one\n"
+    assert done.stderr == "error: standard output is closed\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -97,7 +97,7 @@ main()
 
 
 @pytest.mark.parametrize(
-    "name", ["milpress.cli.packages", "typer", "numpy", "google.protobuf", "rich.table"]
+    "name", ["milpress.cli.app", "typer", "numpy", "google.protobuf", "rich.table"]
 )
 @pytest.mark.parametrize(
     ("number", "ended"), [("SIGINT", (130, "interrupted\n")), ("SIGTERM", (143, "terminated\n"))]
@@ -223,15 +223,14 @@ def test_a_signal_that_is_ignored_stays_so():
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (MemoryError(), "error: there must be memory for this, got too little"),
+        (MemoryError(), "error: out of memory"),
         (
             MemoryError("Unable to allocate 1.00 TiB"),
-            "error: there must be memory for this, got too little: Unable to allocate 1.00 TiB",
+            "error: out of memory: Unable to allocate 1.00 TiB",
         ),
         (
             RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
-            "error: there must be memory for this, got too little: "
-            "DefaultCPUAllocator: can't allocate memory: you tried",
+            "error: out of memory: DefaultCPUAllocator: can't allocate memory: you tried",
         ),
         (
             OSError(errno.EMFILE, "Too many open files", "a\nb"),
@@ -239,11 +238,11 @@ def test_a_signal_that_is_ignored_stays_so():
         ),
         (
             ValueError("what\x1b[2J\nelse"),
-            "error: milpress has a fault that was not known: ValueError in packages.py, line ",
+            "error: this is a bug of milpress: ValueError in packages.py, line ",
         ),
-        (RecursionError("too deep"), "error: milpress has a fault that was not known: Rec"),
-        (ImportError("no module"), "error: milpress has a fault that was not known: ImportErr"),
-        (AssertionError(), "error: milpress has a fault that was not known: AssertionErr"),
+        (RecursionError("too deep"), "error: this is a bug of milpress: Rec"),
+        (ImportError("no module"), "error: this is a bug of milpress: ImportErr"),
+        (AssertionError(), "error: this is a bug of milpress: AssertionErr"),
         (KeyboardInterrupt(), "interrupted"),
     ],
     ids=lambda each: type(each).__name__ if isinstance(each, BaseException) else "",

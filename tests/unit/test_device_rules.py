@@ -129,12 +129,12 @@ BREACHES = {
     ),
     "an origin of what is no replay": (
         provenance(MEASURED, origin=ORIGIN),
-        "only a replay has an origin, got kind measured",
+        "only a replay must have an origin, not a result of kind",
     ),
     # Devices.
     "measured without device": (
         replace(MEASURED, device=None),
-        "a measured result must describe its device",
+        "must describe its device",
     ),
     "a reference with a device": (
         replace(REFERENCE, device=device()),
@@ -250,15 +250,15 @@ BREACHES = {
     # A Neural Engine that is not there.
     "ops on a Neural Engine that is not there": (
         replace(MEASURED, device=NO_ENGINE),
-        "ops are placed on a Neural Engine, which the device lacks",
+        "ops are placed on a Neural Engine, which the device does not have",
     ),
     "power of a Neural Engine that is not there": (
         changed(replace(MEASURED, device=NO_ENGINE), placement=placement("measured", "gpu")),
-        "power is a Neural Engine's, which the device lacks",
+        "power is given of a Neural Engine, which the device does not have",
     ),
     "cores of a Neural Engine that is not there": (
         replace(MEASURED, device=replace(NO_ENGINE, neural_engine_cores=16)),
-        "a device without Neural Engine has no cores of it, got 16",
+        "must have no cores of it",
     ),
     # Statistics.
     **{

@@ -11,8 +11,8 @@ import pytest
 from milpress.device.drivers.fake import FakeDriver
 from milpress.device.runner import Findings, Job, Plan, Runner
 from milpress.device.sessions import ProcessSession, SessionError, worker_command
-from milpress.engines import inputs
 from milpress.errors import ConfigError
+from milpress.samples.files import write_samples
 
 
 class Clock:
@@ -47,7 +47,7 @@ class Scripted:
 @pytest.fixture
 def samples(tmp_path):
     path = tmp_path / "samples.npz"
-    inputs.write(path, [{"x": np.ones((1, 4), np.float32)}])
+    write_samples(path, [{"x": np.ones((1, 4), np.float32)}])
     return path
 
 
@@ -222,7 +222,7 @@ def test_a_wrong_plan_is_refused(settings, message):
         ("error", "error", "RuntimeError: load was to fail"),
         ("crash", "crashed", "ended by SIGABRT"),
         ("kill", "killed", "where memory runs out"),
-        ("hang", "timed_out", "load must be done in 1 s, got no answer"),
+        ("hang", "timed_out", "load: no answer in 1 s"),
     ],
 )
 def test_whatever_a_process_does_is_told(event, reason, message):

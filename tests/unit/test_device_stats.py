@@ -70,7 +70,7 @@ def test_an_interval_holds_the_median_about_as_often_as_it_says():
 def test_rounds_of_different_sizes_are_pooled():
     interval = stats.median_interval([[1.0], [1.0, 1.0, 1.0], []])
     assert interval == (1.0, 1.0)
-    with pytest.raises(ConfigError, match="at least 1 sample, got none"):
+    with pytest.raises(ConfigError, match="an interval needs at least 1 sample"):
         stats.median_interval([[]])
 
 

@@ -159,7 +159,7 @@ BY_TWO = {"sparsity": 0.5, "block_size": 2}
             BLOCKS,
             BY_TWO,
             [[0, 1], [1, 1], [0, 0], [0, 0], [1, 0], [1, 0]],
-            "blocks of 2 along axis 0 must be kept whole or pruned, got a part",
+            "a block of 2 along axis 0 is pruned in part",
         ),
         (
             BLOCKS,
@@ -222,7 +222,7 @@ VECTORS = f.PalettizeConfig(bits=3, vector_size=2)
         (
             PALETTE,
             lambda v: replace(with_tables(v, slice(None, None, -1)), codes=7 - v.codes),
-            "a table must ascend, got one that does not",
+            "the entries of a table do not ascend",
         ),
         (VECTORS, lambda v: with_code(v, 1), "1 indices don't name the nearest vector of their"),
         (VECTORS, lambda v: with_tables(v, slice(None, None, -1)), "nearest vector of their table"),
@@ -311,7 +311,7 @@ def test_a_record_that_pruning_can_not_be_judged_by_is_refused(settings):
     model = messages().Model()
     record = {"version": 1, "treatments": [{"steps": [{"prune": settings}], "weights": {}}]}
     model.description.metadata.userDefined[treatments.KEY] = json.dumps(record)
-    with pytest.raises(PackageError, match="must be a record of version 1, got another text"):
+    with pytest.raises(PackageError, match="is not a record of version 1"):
         treatments.read(model)
 
 

@@ -21,7 +21,7 @@ from judged_weights import (
 
 from milpress import formats as f
 from milpress.compression.judging import judge
-from milpress.formats import feedback
+from milpress.formats import error_feedback
 from milpress.mil import treatments
 from milpress.recipe import treatment_dict
 
@@ -203,8 +203,8 @@ def test_what_is_pruned_with_feedback_has_the_zeros_that_are_promised(pruning, n
     source = np.random.default_rng(1).standard_normal((8, 5, 3)).astype(np.float32)
     inputs = np.random.default_rng(2).standard_normal((n_groups, 40, 15))
     moments = np.matmul(inputs.transpose(0, 2, 1), inputs).astype(np.float32)
-    factor = feedback.factorize(moments, feedback.FeedbackConfig())
-    value = feedback.prune(source, pruning, factor)
+    factor = error_feedback.factorize(moments, error_feedback.FeedbackConfig())
+    value = error_feedback.prune(source, pruning, factor)
     ((kind, settings),) = treatment_dict(pruning).items()
     steps = ({kind: {**settings, "feedback": True}},)
     assert judge(source, value, "none", steps).wrong == ""

@@ -44,7 +44,7 @@ def test_a_searched_range_is_never_worse_than_the_whole_and_decodes_finitely(
     weight, code_range, fit_offset
 ):
     whole = dense(*_core.quantize(weight, *code_range, fit_offset), code_range)
-    codes, scales, offsets = _core.quantize_mse(weight, *code_range, fit_offset)
+    codes, scales, offsets = _core.quantize_mse(weight, None, *code_range, fit_offset)
     decoded = dense(codes, scales, offsets, code_range)
     assert np.isfinite(decoded).all()
     assert codes.min() >= code_range[0]
@@ -67,7 +67,7 @@ def test_no_evenly_shrunk_symmetric_range_is_better(weight, code_range):
     nearer = min(code_range[1] - offset, offset - code_range[0])
     signs = [1] if nearer == reach or code_range[0] == 0 else [1, -1]
     errors = squared_errors(
-        weight, dense(*_core.quantize_mse(weight, *code_range, False), code_range)
+        weight, dense(*_core.quantize_mse(weight, None, *code_range, False), code_range)
     )
     for row, error in zip(weight, errors, strict=True):
         limit = float(np.abs(row.astype(np.float64)).max())
@@ -88,11 +88,11 @@ def test_no_evenly_shrunk_symmetric_range_is_better(weight, code_range):
 def test_a_searched_range_needs_the_exact_dtype_and_two_dimensions():
     weight = np.zeros((2, 3), np.float32)
     with pytest.raises(TypeError):
-        _core.quantize_mse(weight.astype(np.float64), -7, 7, False)
+        _core.quantize_mse(weight.astype(np.float64), None, -7, 7, False)
     with pytest.raises(ValueError, match="2 dimensions"):
-        _core.quantize_mse(weight[0], -7, 7, False)
+        _core.quantize_mse(weight[0], None, -7, 7, False)
     with pytest.raises(ValueError, match="code range must ascend within a byte, got 7 to 3"):
-        _core.quantize_mse(weight, 7, 3, True)
+        _core.quantize_mse(weight, None, 7, 3, True)
 
 
 @given(data=st.data(), weight=finite(), code_range=ranges, fit_offset=st.booleans())
@@ -102,7 +102,7 @@ def test_a_range_searched_with_importance_is_never_worse_by_it_than_the_whole(
     eighths = st.integers(0, 64).map(lambda n: n / 8)
     share = data.draw(npst.arrays(np.float32, weight.shape, elements=eighths))
     whole = dense(*_core.quantize(weight, *code_range, fit_offset), code_range)
-    made = _core.quantize_mse_weighted(weight, share, *code_range, fit_offset)
+    made = _core.quantize_mse(weight, share, *code_range, fit_offset)
     errors = [
         (share.astype(np.float64) * (weight.astype(np.float64) - each) ** 2).sum(1)
         for each in (dense(*made, code_range), whole)
@@ -114,9 +114,9 @@ def test_a_range_searched_with_importance_is_never_worse_by_it_than_the_whole(
 @given(weight=finite(), code_range=ranges, fit_offset=st.booleans())
 def test_equal_importance_is_no_importance(weight, code_range, fit_offset):
     ones = np.ones(weight.shape, np.float32)
-    weighted = _core.quantize_mse_weighted(weight, ones, *code_range, fit_offset)
-    plain = _core.quantize_mse(weight, *code_range, fit_offset)
+    weighted = _core.quantize_mse(weight, ones, *code_range, fit_offset)
+    plain = _core.quantize_mse(weight, None, *code_range, fit_offset)
     for one, other in zip(weighted, plain, strict=True):
         assert np.array_equal(one, other)
     with pytest.raises(ValueError, match="importance must have the shape"):
-        _core.quantize_mse_weighted(weight, np.vstack([ones, ones]), *code_range, fit_offset)
+        _core.quantize_mse(weight, np.vstack([ones, ones]), *code_range, fit_offset)

@@ -9,12 +9,11 @@ import pytest
 
 from milpress.errors import PackageError
 from milpress.mil import dtypes, values
-from milpress.mil.constexpr import Decoder
 from milpress.mil.dtypes import DType
 from milpress.mil.graph import Graph, new_const, new_op
+from milpress.mil.program import ProgramGraph
 from milpress.mil.schema import messages
 from milpress.mil.values import Tensor
-from milpress.mil.weights import weights
 
 
 class Source:
@@ -63,19 +62,19 @@ def op(kind: str, name: str, dtype: str, shape: tuple[int, ...], **inputs: Any) 
     return made
 
 
-def graph_of(*ops: Any, outputs: tuple[str, ...] = ()) -> Graph:
+def graph_of(*ops: Any, outputs: tuple[str, ...] = ()) -> ProgramGraph:
     function = messages().Model().mlProgram.functions["main"]
     item = function.inputs.add(name="x")
     values.set_type(item.type, dtypes.by_name("float32"), (4, 4))
     block = function.block_specializations["CoreML8"]
     block.operations.extend(ops)
     block.outputs.extend(outputs)
-    return Graph(function, block)
+    return ProgramGraph(function, block, Source())
 
 
 def decoded(*ops: Any) -> np.ndarray:
     graph = graph_of(*ops)
-    return Decoder(graph, Source()).dense(graph.nodes[-1]).values
+    return graph.decoder.dense(graph.nodes[-1]).values
 
 
 # Values
@@ -115,7 +114,7 @@ def test_a_weight_is_decoded_by_256_ops_at_most(n):
     if n == 256:
         assert graph_of(*ops, last).nodes[-1].n_parts == n
     else:
-        with pytest.raises(PackageError, match="decoded by at most 256 ops"):
+        with pytest.raises(PackageError, match="one weight is decoded by more than 256 ops"):
             graph_of(*ops, last)
 
 
@@ -170,14 +169,14 @@ def test_channels_lie_where_the_op_has_them(kind, parameter, settings, axes):
     stored_settings = {name: stored(value) for name, value in settings.items()}
     layer = op(kind, "y", "float32", (4, 4), **{parameter: "w", other: "x"}, **stored_settings)
     graph = graph_of(const("w", np.zeros((4, 4), np.float32)), layer)
-    (weight,) = weights("", graph)
+    (weight,) = graph.weights
     assert weight.channel_axes == axes
 
 
 @pytest.mark.parametrize(("n", "is_weight"), [(9, False), (10, True)])
 def test_ten_elements_are_a_weight(n, is_weight):
     graph = graph_of(const("w", np.zeros(n, np.float32)), outputs=("w",))
-    assert bool(list(weights("", graph))) == is_weight
+    assert bool(graph.weights) == is_weight
 
 
 # Decoding

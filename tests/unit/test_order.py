@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as npst
 
 import milpress
 from milpress import formats as f
-from milpress.compression import writer
+from milpress.compression import treating, writer
 from milpress.errors import WeightError
 from milpress.formats import order
 
@@ -104,7 +104,7 @@ NAMES = Counter(
 ALLOWED = {
     "formats/order.py": {"sort", "unique"},
     "formats/factor.py": {"argsort"},
-    "formats/feedback.py": {"argpartition"},
+    "formats/_rounding.py": {"argpartition"},
     "device/stats.py": {"median", "percentile"},
     "formats/ranges.py": {"searchsorted"},
 }
@@ -145,7 +145,7 @@ def test_nothing_else_sorts_with_numpy():
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_fault_at_one_weight_names_it(error, threads, tmp_path):
     options = ("--palettize", 4, "--weight-threshold", 10, "--threads", threads)
-    with mock.patch.object(writer, "treat", side_effect=error):
+    with mock.patch.object(treating, "_treat", side_effect=error):
         line = failed("compress", SEED, tmp_path / "out.mlpackage", *options)
     assert line.startswith("error: both: this weight met a fault of milpress that was not known, ")
     assert type(error).__name__ in line
@@ -156,13 +156,13 @@ def test_a_fault_while_a_weight_is_written_or_decoded_names_it(tmp_path):
     small, out = tmp_path / "small.mlpackage", tmp_path / "out.mlpackage"
     recipe = milpress.Recipe.of(f.PalettizeConfig(bits=2), min_size=10)
     with (
-        mock.patch.object(writer.Rewriter, "store", side_effect=ValueError("odd")),
+        mock.patch.object(writer.WeightWriter, "store", side_effect=ValueError("odd")),
         pytest.raises(WeightError, match=r"^both[a-z_]*: .*ValueError: odd"),
     ):
         milpress.compress(SEED, small, recipe)
     milpress.compress(SEED, small, recipe)
     with (
-        mock.patch.object(writer.Rewriter, "decompress", side_effect=ValueError("odd")),
+        mock.patch.object(writer.WeightWriter, "decompress", side_effect=ValueError("odd")),
         pytest.raises(WeightError, match=r"^both[a-z_]*: .*ValueError: odd"),
     ):
         milpress.decompress(small, out)
@@ -173,7 +173,7 @@ def test_a_fault_while_a_weight_is_written_or_decoded_names_it(tmp_path):
         milpress.inspect(small)
     # What can't be helped by leaving a weight out stays what it is.
     with (
-        mock.patch.object(writer, "treat", side_effect=MemoryError),
+        mock.patch.object(treating, "_treat", side_effect=MemoryError),
         pytest.raises(MemoryError),
     ):
         milpress.compress(SEED, out, recipe)

@@ -201,7 +201,7 @@ def test_what_counts_is_not_negative(place, made, tmp_path):
 def test_what_is_no_json_is_a_sentence(text, tmp_path):
     path = tmp_path / "a.json"
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
-    assert "a.json: not JSON: " in failed_call("report", path)
+    assert "a.json: not valid JSON: " in failed_call("report", path)
 
 
 def test_two_runs_of_one_package_are_told_apart(tmp_path):
@@ -466,7 +466,7 @@ def test_published_tables_are_well_formed_and_name_their_source():
         ),
         (compression(package_bytes_after=10**400), "must be a whole number of 64 bits"),
         (evaluation(outputs=[{"name": "y", "snr_db": "much"}]), "must be a finite number"),
-        (published(rows=[["net"]]), "must have 2 cells"),
+        (published(rows=[["net"]]), "not every row of 'A table' has 2 cells"),
         (published(extra=1), "tables[0]: unknown key extra"),
     ],
 )
@@ -482,11 +482,11 @@ def test_a_page_is_html_or_markdown_and_is_not_overwritten(tmp_path):
     (source,) = write(tmp_path, a=compression())
     with pytest.raises(errors.ConfigError, match=r"a page must be \.html or \.md, got '\.pdf'"):
         page.write([source], tmp_path / "r.pdf")
-    with pytest.raises(errors.ConfigError, match="at least 1 result, got none"):
+    with pytest.raises(errors.ConfigError, match="no result to show: give at least one"):
         page.write([], tmp_path / "r.html")
     out = tmp_path / "r.html"
     out.write_text("mine")
-    assert "the destination must be free" in failed_call("report", source, "-o", out)
+    assert f"{out} exists already; --force replaces it" in failed_call("report", source, "-o", out)
     assert out.read_text() == "mine"
     shown = run("report", source, "-o", out, "--force", "--title", "A title").stdout
     assert "1 results of 2 packages" in shown

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from milpress.errors import UnsupportedError
-from milpress.planner.search import Option, Point, curve, hull, knee, solve
+from milpress.planner.search import Choice, Point, curve, hull, knee, solve
 
 # Errors are multiples of 1/64 so that sums are exact and ties are ties.
 options = st.builds(
-    lambda n_bytes, error: Option("", n_bytes, error / 64), st.integers(1, 60), st.integers(0, 640)
+    lambda n_bytes, error: Choice("", n_bytes, error / 64), st.integers(1, 60), st.integers(0, 640)
 )
 items = st.lists(st.lists(options, min_size=1, max_size=6), min_size=1, max_size=6)
 
@@ -48,9 +48,10 @@ def test_a_solution_of_few_items_is_the_optimum(problem, budget):
             solve(problem, budget)
         return
     found = solve(problem, budget)
-    picked = [choices[i] for choices, i in zip(problem, found.chosen, strict=True)]
-    assert found.n_bytes == sum(option.n_bytes for option in picked) <= budget
-    assert found.error == sum(option.error for option in picked)
+    for choice, choices in zip(found.choices, problem, strict=True):
+        assert choice in choices
+    assert found.n_bytes == sum(choice.n_bytes for choice in found.choices) <= budget
+    assert found.error == sum(choice.error for choice in found.choices)
     # Up to 4,096 bytes beyond the smallest options, the program behind it is exact.
     assert found.error == knapsack(problem, budget)
 
@@ -71,7 +72,7 @@ def test_no_single_change_improves_a_solution(problem, budget):
     if found is None:
         return
     for i, choices in enumerate(problem):
-        now = choices[found.chosen[i]]
+        now = found.choices[i]
         for option in choices:
             if option.error < now.error:
                 assert found.n_bytes - now.n_bytes + option.n_bytes > budget
@@ -80,21 +81,21 @@ def test_no_single_change_improves_a_solution(problem, budget):
 def test_a_pair_of_changes_fills_the_budget():
     # By gain per byte the first item takes all the room; the optimum gives it to the second.
     problem = [
-        [Option("small", 1, 10.0), Option("large", 7, 3.0)],
-        [Option("small", 1, 10.0), Option("large", 10, 1.0)],
+        [Choice("small", 1, 10.0), Choice("large", 7, 3.0)],
+        [Choice("small", 1, 10.0), Choice("large", 10, 1.0)],
     ]
-    assert solve(problem, 11).chosen == (0, 1)
+    assert solve(problem, 11).choices == (problem[0][0], problem[1][1])
 
 
 def test_the_hull_leaves_out_what_costs_more_and_spoils_more():
-    given_options = [
-        Option("a", 10, 1.0),
-        Option("worse and larger", 12, 1.5),
-        Option("b", 20, 0.5),
-        Option("above the line", 15, 0.9),
-        Option("same size, worse", 10, 2.0),
+    offered = [
+        Choice("a", 10, 1.0),
+        Choice("worse and larger", 12, 1.5),
+        Choice("b", 20, 0.5),
+        Choice("above the line", 15, 0.9),
+        Choice("same size, worse", 10, 2.0),
     ]
-    assert hull(given_options) == [0, 2]
+    assert hull(offered) == [0, 2]
 
 
 def test_the_knee_is_the_farthest_point_below_the_line():

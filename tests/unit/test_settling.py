@@ -1,4 +1,4 @@
-"""Wishes that meet on one weight: the one that keeps most of it wins, in whatever order."""
+"""Requests that meet on one weight: the one that keeps most of it wins, in whatever order."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ ORDERS: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_the_wish_that_keeps_more_wins(order):
+def test_the_request_that_keeps_more_wins(order):
     for more, less in itertools.combinations(ORDERS[order], 2):
         asked = [Asked("gather g", (less,)), Asked("linear l", (more,))]
         for each in (asked, asked[::-1]):
@@ -114,7 +114,7 @@ def test_of_several_steps_the_one_that_differs_counts():
     assert settle(WEIGHT, mixed).treatments == ()
 
 
-def test_of_wishes_that_keep_alike_the_first_wins():
+def test_of_requests_that_keep_alike_the_first_wins():
     one, other = codes("int8", f.PerChannel()), codes("uint8", f.PerChannel())
     assert settle(WEIGHT, [Asked("a", (one,)), Asked("b", (other,))]).treatments == (one,)
     assert settle(WEIGHT, [Asked("a", (other,)), Asked("b", (one,))]).treatments == (other,)

@@ -39,13 +39,13 @@ def test_pruning_keeps_the_largest():
 
 
 def test_the_command_line_starts():
-    command = [sys.executable, "-c", "from milpress.cli.packages import main; main()", "--version"]
+    command = [sys.executable, "-c", "from milpress.cli.app import main; main()", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"milpress {milpress.__version__}\n"
 
 
 def test_the_gpu_is_built_in_on_apple_silicon_alone():
-    hardware, reason = _core.metal_device()
+    hardware, reason = _core.metal.device()
     is_left_out = reason == "milpress was built without Metal"
     is_apple_silicon = sys.platform == "darwin" and platform.machine() == "arm64"
     assert is_left_out == (not is_apple_silicon)
@@ -55,7 +55,7 @@ def test_the_gpu_is_built_in_on_apple_silicon_alone():
 def test_the_gpu_has_the_results_of_the_cpu():
     metal = milpress.devices()[1]
     print(f"metal: {metal.hardware or 'no GPU'}: {metal.reason or 'usable'}")
-    hardware, gate = _core.metal_device()
+    hardware, gate = _core.metal.device()
     if gate:
         pytest.skip(f"the GPU does not pass the gate: {gate} {hardware}")
     assert metal.reason == ""

@@ -10,10 +10,9 @@ import numpy as np
 from milpress.formats import QuantizeConfig
 from milpress.formats.ranges import Range
 from milpress.mil import joins
-from milpress.mil.constexpr import Decoder
-from milpress.mil.graph import Graph, Node
+from milpress.mil.graph import Node
 from milpress.mil.joins import Join, Piece, Value
-from milpress.mil.values import WeightSource
+from milpress.mil.program import ProgramGraph
 
 # A part so many times smaller than the range that it shares has 7 codes for each sign, or fewer.
 LEAST_RATIO = 16
@@ -44,15 +43,13 @@ class Joining:
     ----------
     graph
         The graph.
-    source
-        Gives its weight files.
     wanted
         The values that are to be quantized.
     """
 
-    def __init__(self, graph: Graph, source: WeightSource, wanted: Iterable[Value]) -> None:
+    def __init__(self, graph: ProgramGraph, wanted: Iterable[Value]) -> None:
         found = joins.find(graph)
-        self._decoder = Decoder(graph, source)
+        self._decoder = graph.decoder
         self._pieces = found.pieces
         self._wanted = dict.fromkeys(wanted)
         groups = _groups(found.all)

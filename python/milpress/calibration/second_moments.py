@@ -1,4 +1,4 @@
-"""What samples say of the inputs of layers together, to feed errors back by, in bounded memory."""
+"""Second moments of the inputs of layers, by which errors are fed back, in bounded memory."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress.calibration.moments import DEFAULT_MASK
-from milpress.engines.jobs import jobs_of
+from milpress.calibration.calibrating import DEFAULT_MASK, observe_inputs
+from milpress.engines.programs import suited_programs
 from milpress.errors import ConfigError
-from milpress.formats import PruneConfig, Treatment, feedback
-from milpress.formats.feedback import Factor, FeedbackConfig
+from milpress.formats import PruneConfig, Treatment, error_feedback
+from milpress.formats.error_feedback import Factor, FeedbackConfig
 from milpress.formats.rows import Floats
 from milpress.kernels.threads import Room
 from milpress.mil.package import Package
@@ -27,7 +27,7 @@ from milpress.show import human_bytes
 
 if TYPE_CHECKING:
     from milpress.interpreter import Program
-    from milpress.interpreter.moments import Layer
+    from milpress.interpreter.layers import Layer
     from milpress.interpreter.products import BlockProducts
 
 # The same on every machine: what a layer's errors are fed back by must not depend on it.
@@ -61,7 +61,7 @@ def _n_bytes(n_groups: int, edges: Edges) -> int:
     moments = _moment_bytes(n_groups, edges)
     widest = max(end - begin for begin, end in pairwise(edges))
     # Factors are as large as moments; one at a time takes more while it is computed.
-    working = feedback.factor_bytes(n_groups, widest) - _moment_bytes(n_groups, (0, widest))
+    working = error_feedback.factor_bytes(n_groups, widest) - _moment_bytes(n_groups, (0, widest))
     return 2 * moments + working
 
 
@@ -80,8 +80,8 @@ class _Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
-    """What is known together of the inputs of the layers that use a weight.
+class WeightInputs:
+    """Second moments of the inputs of the layers that use a weight.
 
     Parameters
     ----------
@@ -108,7 +108,9 @@ class Inputs:
         if sums is None:
             return None
         evenly = self.evenly(values)
-        return tuple(feedback.factorize(each, FeedbackConfig(), evenly=evenly) for each in sums)
+        return tuple(
+            error_feedback.factorize(each, FeedbackConfig(), evenly=evenly) for each in sums
+        )
 
 
 class SecondMoments:
@@ -148,14 +150,14 @@ class SecondMoments:
     ) -> None:
 
         self._memory = checked_memory(memory)
-        self._jobs = list(jobs_of(package, data))
-        names = {feature.name for program, _, _ in self._jobs for feature in program.inputs}
+        self._programs = list(suited_programs(package, data))
+        names = {feature.name for program, _, _ in self._programs for feature in program.inputs}
         self._mask = DEFAULT_MASK if mask is None and DEFAULT_MASK in names else mask
         self._progress = progress or (lambda *_: None)
         self._lock = threading.Lock()
         self._room = Room(2 * self._memory // 3)
         self._layers: dict[str, Layer | None] = {}
-        for program, _, prefixes in self._jobs:
+        for program, _, prefixes in self._programs:
             for layer in program.layers:
                 name = prefixes[layer.prefix] + layer.name
                 # Two values of one name, in blocks beside each other, can't be told apart.
@@ -258,7 +260,7 @@ class SecondMoments:
         wanted = [(group, name) for group in part for name in group.layers]
         sums: dict[Any, BlockProducts] = {}
         by_name: dict[tuple[_Group, str], BlockProducts] = {}
-        for i, (program, samples, prefixes) in enumerate(self._jobs):
+        for i, (program, samples, prefixes) in enumerate(self._programs):
             own = {prefixes[layer.prefix] + layer.name: layer for layer in program.layers}
             pairs: list[tuple[Layer, BlockProducts]] = []
             for group, name in wanted:
@@ -322,19 +324,13 @@ def _add_products(
     mask_name: str | None,
     pairs: Sequence[tuple[Layer, BlockProducts]],
 ) -> None:
-    """Run one sample, and add the products of what layers are given."""
-    import torch
-
-    mask = None
-    if mask_name is not None and sample.get(mask_name) is not None:
-        mask = torch.from_numpy(np.asarray(sample[mask_name]) != 0)
+    """Run one sample, and add the products of the inputs of layers."""
     by_input: dict[str, list[tuple[Layer, BlockProducts]]] = {}
     for layer, products in pairs:
         by_input.setdefault(layer.input, []).append((layer, products))
 
-    def observe(name: str, value: Any) -> None:
+    def observe(name: str, value: Any, mask: Any) -> None:
         for layer, products in by_input[name]:
             layer.add_products(value, mask, products)
 
-    state = program.make_state() if program.is_stateful else None
-    program.run(sample, taps=by_input, observe=observe, state=state)
+    observe_inputs(program, sample, mask_name, by_input, observe)

@@ -1,4 +1,4 @@
-"""The part of the command line about measuring: ``milpress bench`` and ``milpress report``."""
+"""`milpress bench` and `milpress report`."""
 
 from __future__ import annotations
 
@@ -7,76 +7,58 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from milpress.cli.terminal import Json, print_found, print_json, print_text, with_progress
-from milpress.errors import ConfigError, DestinationError, PackageNotFoundError
+from milpress.cli import options as opt
+from milpress.cli.options import option
+from milpress.cli.terminal import check_output, print_found, print_json, print_text, with_progress
+from milpress.errors import ConfigError
 
 if TYPE_CHECKING:
     from milpress.device import Plan, Result
 
-_bench = typer.Typer(
-    name="bench",
-    help="Measure packages on Apple silicon, or run them anywhere as a reference.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
-
-Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 DriverName = Annotated[
-    str, typer.Option("--driver", help="coreml (a Mac), iphone (at its cable) or interpreter.")
+    str,
+    option("Device", "coreml (this Mac), iphone (connected by cable) or interpreter.", "--driver"),
 ]
 Units = Annotated[
     list[str] | None,
-    typer.Option("--units", help="CPU_ONLY, CPU_AND_GPU, CPU_AND_NE or ALL; by default each."),
+    option("Device", "CPU_ONLY, CPU_AND_GPU, CPU_AND_NE or ALL [each].", "--units"),
 ]
-Samples = Annotated[
-    Path | None, typer.Option("--data", help="Samples: an .npz file or a folder; else random.")
+Team = Annotated[str | None, option("Device", "Development team; with iphone.", "--team")]
+Bundle = Annotated[str | None, option("Device", "Name of the signed app; with iphone.", "--bundle")]
+Samples = Annotated[Path | None, option("Samples", "Samples (.npz or folder) [random].", "--data")]
+Warmup = Annotated[int, option("Timing", "Predictions to discard first.", "--warmup")]
+Round = Annotated[
+    int, option("Timing", "Predictions per round; configurations alternate.", "--round")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Where random samples start from.")]
-Function = Annotated[
-    str | None, typer.Option("--function", help="Which function of packages with several.")
-]
-Team = Annotated[
-    str | None, typer.Option("--team", help="With iphone: the development team that signs.")
-]
-Bundle = Annotated[
-    str | None, typer.Option("--bundle", help="With iphone: what the signed app is called.")
-]
-Warmup = Annotated[int, typer.Option("--warmup", help="Predictions that are discarded first.")]
-Round = Annotated[int, typer.Option("--round", help="Predictions before the next one's turn.")]
-MinRounds = Annotated[int, typer.Option("--min-rounds", help="Turns of each, at least.")]
-MaxRounds = Annotated[int, typer.Option("--max-rounds", help="Turns of each, at most.")]
+MinRounds = Annotated[int, option("Timing", "Rounds per configuration, at least.", "--min-rounds")]
+MaxRounds = Annotated[int, option("Timing", "Rounds per configuration, at most.", "--max-rounds")]
 Precision = Annotated[
-    float, typer.Option("--precision", help="Share of the median at which rounds end early.")
+    float,
+    option(
+        "Timing", "Stop when the 95 % interval is within this share of the median.", "--precision"
+    ),
 ]
-Timeout = Annotated[float, typer.Option("--timeout", help="Seconds that an answer may take.")]
-AtOnce = Annotated[int, typer.Option("--at-once", help="Configurations that take turns.")]
-Energy = Annotated[
-    float, typer.Option("--energy", help="Seconds for which power is sampled (wants root).")
-]
+Timeout = Annotated[float, option("Timing", "Seconds until a driver fails.", "--timeout")]
+AtOnce = Annotated[int, option("Timing", "Configurations that alternate.", "--at-once")]
+Energy = Annotated[float, option("Timing", "Seconds to sample power for; needs root.", "--energy")]
+Results = Annotated[list[Path], typer.Argument(metavar="RESULT...", help="Results (JSON).")]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands to a command line."""
-    app.add_typer(_bench)
-    app.command(name="report")(report)
-
-
-@_bench.command("run")
 def run_packages(
     packages: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="MODEL...", help="Packages; the first is the baseline."),
+        typer.Argument(metavar="MODEL...", help="Packages. The first is the baseline."),
     ] = None,
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="The result to write, as JSON.")
-    ] = Path("results.json"),
+    output: Annotated[Path, option("Output", "Result to write (JSON).", "--output", "-o")] = Path(
+        "results.json"
+    ),
     driver: DriverName = "coreml",
     units: Units = None,
     data: Samples = None,
-    seed: Seed = 0,
-    function: Function = None,
+    seed: opt.Seed = 0,
+    function: opt.Function = None,
     recorded: Annotated[
-        Path | None, typer.Option("--recorded", help="With replay: the result to play again.")
+        Path | None, option("Device", "Result to replay; with --driver replay.", "--recorded")
     ] = None,
     team: Team = None,
     bundle: Bundle = None,
@@ -88,21 +70,21 @@ def run_packages(
     timeout: Timeout = 900.0,
     at_once: AtOnce = 16,
     energy: Energy = 0.0,
-    force: Force = False,
-    as_json: Json = False,
+    force: opt.Force = False,
+    as_json: opt.Json = False,
 ) -> None:
-    """Run packages in every configuration, and write what was found."""
+    """Measure packages with every choice of compute units."""
     from milpress import device
 
-    _check_output(output, force=force)
+    check_output(output, force=force)
     if driver == "replay":
         if recorded is None or packages:
-            msg = "the driver replay must get --recorded RESULT and no packages, got otherwise"
+            msg = "--driver replay takes --recorded RESULT and no packages"
             raise ConfigError(msg)
         result = device.replay(recorded)
     else:
         if recorded is not None:
-            msg = f"--recorded must go with --driver replay, got {driver}"
+            msg = "--recorded has no effect without --driver replay"
             raise ConfigError(msg)
         plan = _plan(warmup, per_round, min_rounds, max_rounds, precision, timeout, at_once, energy)
         result = with_progress(
@@ -121,20 +103,19 @@ def run_packages(
     _print_result(result, output, as_json=as_json)
 
 
-@_bench.command("suite")
 def run_suite(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="The .mlpackage.")],
+    model: opt.Model,
     folder: Annotated[
-        Path, typer.Option("--output", "-o", help="The folder to write; must be empty.")
+        Path, option("Output", "Folder to write; new or empty.", "--output", "-o")
     ] = Path("bench"),
     grid: Annotated[
-        Path | None, typer.Option("--suite", help="A YAML file with another grid.")
+        Path | None, option("Model", "Suite (YAML) instead of the built-in one.", "--suite")
     ] = None,
     driver: DriverName = "coreml",
     units: Units = None,
     data: Samples = None,
-    seed: Seed = 0,
-    function: Function = None,
+    seed: opt.Seed = 0,
+    function: opt.Function = None,
     team: Team = None,
     bundle: Bundle = None,
     warmup: Warmup = 10,
@@ -145,9 +126,9 @@ def run_suite(
     timeout: Timeout = 900.0,
     at_once: AtOnce = 16,
     energy: Energy = 0.0,
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
-    """Compress a model in every way, run all, and write result, reports and an HTML page."""
+    """Compress a model in many ways, measure all and make a page."""
     from milpress.device import suite
     from milpress.page import build
 
@@ -176,32 +157,30 @@ def run_suite(
     _print_result(result, folder / "report.html", as_json=as_json)
 
 
-@_bench.command("compare")
 def compare_results(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULT...", help="Results.")],
+    results: Results,
     baseline: Annotated[
-        str | None, typer.Option("--baseline", help="The model that others are compared with.")
+        str | None, option("Model", "Model to compare the others with.", "--baseline")
     ] = None,
-    as_json: Json = False,
+    as_json: opt.Json = False,
 ) -> None:
-    """Put the configurations of results of one kind beside each other."""
+    """Compare the configurations of results of one kind."""
     from milpress import device
 
-    found = device.compare([device.load(path) for path in results], baseline=baseline)
+    comparison = device.compare([device.load(path) for path in results], baseline=baseline)
     if as_json:
-        print_json(found.to_dict())
+        print_json(comparison.to_dict())
     else:
-        print_found(None, found, found.summary)
+        print_found(None, comparison, comparison.summary)
 
 
-@_bench.command("validate")
 def validate_results(
-    results: Annotated[list[Path], typer.Argument(metavar="RESULT...", help="Results.")],
+    results: Results,
     origin: Annotated[
-        Path | None, typer.Option("--origin", help="What a replay must be of.")
+        Path | None, option("Model", "Result that a replay must be of.", "--origin")
     ] = None,
 ) -> None:
-    """Check form and provenance of results."""
+    """Check the form and provenance of results."""
     from milpress.device import files
     from milpress.errors import ResultError, VerificationError
 
@@ -225,19 +204,19 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RESULT...",
-            help="JSON of `compress`, `evaluate` and `bench`, or of published tables.",
+            help="JSON of `compress`, `evaluate` or `bench`, or of published tables.",
         ),
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="The page: .html, or .md for Markdown.")
+        Path, option("Output", "Page to write: .html, or .md for Markdown.", "--output", "-o")
     ] = Path("report.html"),
-    title: Annotated[str | None, typer.Option("--title", help="Of the page.")] = None,
-    force: Force = False,
+    title: Annotated[str | None, option("Output", "Title of the page.", "--title")] = None,
+    force: opt.Force = False,
 ) -> None:
-    """Make one page of results, which opens offline."""
+    """Make one HTML or Markdown page of results."""
     from milpress.page import build
 
-    _check_output(output, force=force)
+    check_output(output, force=force)
     page = build.write(sources, output, title=title)
     print_text(f"{page.summary}; written to {output}")
 
@@ -271,21 +250,9 @@ def _options(
 ) -> dict[str, Any]:
     given = {"function": function, "team": team, "bundle": bundle}
     if driver != "iphone" and (team or bundle):
-        msg = f"--team and --bundle must go with --driver iphone, got {driver}"
+        msg = "--team and --bundle have no effect without --driver iphone"
         raise ConfigError(msg)
     return {key: value for key, value in given.items() if value is not None}
-
-
-def _check_output(path: Path, *, force: bool) -> None:
-    if not path.absolute().parent.is_dir():
-        msg = f"{path}: the folder of the destination must exist, got none"
-        raise PackageNotFoundError(msg)
-    if path.is_dir():
-        msg = f"{path}: the destination must be a file, got a folder"
-        raise DestinationError(msg)
-    if path.exists() and not force:
-        msg = f"{path}: the destination must be free, got an existing one; use --force"
-        raise DestinationError(msg)
 
 
 def _print_result(result: Result, written: Path, *, as_json: bool) -> None:
@@ -294,8 +261,8 @@ def _print_result(result: Result, written: Path, *, as_json: bool) -> None:
     if as_json:
         print_json(result.to_dict())
         return
-    found = device.compare([result])
-    print_found(None, found, found.summary)
+    comparison = device.compare([result])
+    print_found(None, comparison, comparison.summary)
     for warning in result.warnings:
         print_text(warning)
     print_text(f"written to {written}")

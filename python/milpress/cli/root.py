@@ -105,7 +105,7 @@ def _run(signals: _Signals) -> int:
 
 
 def _command() -> int:
-    from milpress.cli.packages import call
+    from milpress.cli.app import call
 
     return call()
 
@@ -115,7 +115,7 @@ def _prepare_streams() -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123
     if sys.stdout is None:
         # The next file that is opened would get its number, and whatever is printed.
-        raise OSError("standard output must be open, got a closed one")  # noqa: EM101
+        raise OSError("standard output is closed")  # noqa: EM101
     with contextlib.suppress(AttributeError):  # a stream of a test
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
@@ -165,7 +165,7 @@ def _sentence(error: BaseException) -> str:
         return str(error)
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         detail = f": {error}" if str(error) else ""
-        return printable(f"there must be memory for this, got too little{detail}")
+        return printable(f"out of memory{detail}")
     if isinstance(error, OSError):
         return printable(str(error))
     place = ""
@@ -176,8 +176,8 @@ def _sentence(error: BaseException) -> str:
             place = f" in {Path(code.co_filename).name}, line {trace.tb_lineno}"
         trace = trace.tb_next
     return printable(
-        f"milpress has a fault that was not known: {type(error).__name__}{place}: {error}; please "
-        f"report it, with what {_TRACEBACK}=1 shows"
+        f"this is a bug of milpress: {type(error).__name__}{place}: {error}; please report it, "
+        f"with what {_TRACEBACK}=1 shows"
     )
 
 

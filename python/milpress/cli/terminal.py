@@ -1,4 +1,4 @@
-"""What the commands of the command line share: options, and what a terminal is shown."""
+"""What commands show on a terminal: progress, tables, lines, JSON."""
 
 from __future__ import annotations
 
@@ -7,26 +7,19 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import typer
 
-from milpress.errors import StorageError, printable
+from milpress.errors import DestinationError, PackageNotFoundError, StorageError, printable
 from milpress.plain import json
 
-_Made = TypeVar("_Made")
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-UpgradeTo = Annotated[
-    str | None, typer.Option(help="Raise the opset first: iOS16, iOS17, iOS18 or iOS26.")
-]
-WeightThreshold = Annotated[
-    int | None, typer.Option(help="Leave weights of at most so many elements [2048].")
-]
+_Result = TypeVar("_Result")
 
 
-def with_progress(work: Callable[[Any], _Made]) -> _Made:
-    """Run long work under a progress bar, if somebody looks on."""
+def with_progress(work: Callable[[Any], _Result]) -> _Result:
+    """Run long work under a progress bar, if standard error is a terminal."""
     if not sys.stderr.isatty():
         return work(None)
     from rich.console import Console
@@ -42,6 +35,25 @@ def with_progress(work: Callable[[Any], _Made]) -> _Made:
             bar.update(task, completed=done, total=total, description=escaped(name))
 
         return work(show)
+
+
+def check_output(path: Path, *, force: bool) -> None:
+    """Refuse a file to write whose folder is missing, or that exists already.
+
+    Raises
+    ------
+    PackageNotFoundError, DestinationError
+        If so.
+    """
+    if not path.absolute().parent.is_dir():
+        msg = f"{path}: the folder {path.absolute().parent} does not exist"
+        raise PackageNotFoundError(msg)
+    if path.is_dir():
+        msg = f"{path} is a folder; give the path of a file"
+        raise DestinationError(msg)
+    if path.exists() and not force:
+        msg = f"{path} exists already; --force replaces it"
+        raise DestinationError(msg)
 
 
 def print_found(heading: str | None, table: Any, summary: str) -> None:

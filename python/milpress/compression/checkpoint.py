@@ -1,4 +1,4 @@
-"""Weights that are treated already, kept in files in case that a run is interrupted."""
+"""Weights that are compressed already, kept in files in case that a run is interrupted."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from milpress._version import __version__
-from milpress.compression.treating import Order, Treated
+from milpress.compression.treating import Job, Make, Outcome
 from milpress.errors import CompressionError, ConfigError, DestinationError
 from milpress.formats import Custom, Masked, Palette, PalettizeConfig, Quantized, Sparse
 from milpress.plain import json
@@ -46,15 +46,15 @@ def check_folder(folder: str | os.PathLike[str], packages: Sequence[Path]) -> No
     real = Path(folder).resolve()
     for package in (path.resolve() for path in packages):
         if real == package or package in real.parents:
-            msg = f"{folder}: the checkpoint must be apart from {package}, got a folder in it"
+            msg = f"{folder}: inside {package}; give a folder outside it for the checkpoint"
             raise DestinationError(msg)
     if real.exists() and not real.is_dir():
-        msg = f"{folder}: the checkpoint must be a folder, got a file"
+        msg = f"{folder}: a file; give a folder for the checkpoint"
         raise DestinationError(msg)
 
 
 class Checkpoint:
-    """Files of treated weights in a folder.
+    """Files of compressed weights in a folder.
 
     Parameters
     ----------
@@ -69,7 +69,15 @@ class Checkpoint:
         self._identity = tuple(identity)
         self._kept: set[Path] = set()
 
-    def load(self, order: Order) -> Treated | None:
+    def outcome(self, job: Job, make: Make) -> Outcome:
+        """Return what was kept of a weight, or make and keep it."""
+        outcome = self.load(job)
+        if outcome is None:
+            outcome = make(job)
+            self.save(job, outcome)
+        return outcome
+
+    def load(self, job: Job) -> Outcome | None:
         """Return what was kept of a weight; ``None`` if there is nothing.
 
         Raises
@@ -77,7 +85,7 @@ class Checkpoint:
         ConfigError
             If it is of another package, other samples or settings, or no such file.
         """
-        path = self._path(order)
+        path = self._path(job)
         if path is None or not path.exists():
             return None
         try:
@@ -88,23 +96,23 @@ class Checkpoint:
                 np.load(raw, allow_pickle=False) as file,
             ):
                 head = json.read(str(file["head"]))
-                matches = head["identity"] == self._identity_of(order)
-                made = _treated(head, file, order) if matches else None
+                matches = head["identity"] == self._identity_of(job)
+                outcome = _outcome(head, file, job) if matches else None
         except _DAMAGES as error:
             if isinstance(error, CompressionError):
                 raise
-            msg = f"{path}: must be a weight that was kept of an interrupted run, got {error}"
+            msg = f"{path}: not a weight of an interrupted run: {error}"
             raise ConfigError(msg) from error
-        if made is None:
+        if outcome is None:
             msg = (
-                f"{path}: what was kept must be of the same package, samples and settings, got "
-                "that of others; delete the folder to begin anew"
+                f"{path}: holds weights of another package, other samples or settings; delete the "
+                "folder to begin anew"
             )
             raise ConfigError(msg)
         self._kept.add(path)
-        return made
+        return outcome
 
-    def save(self, order: Order, made: Treated) -> None:
+    def save(self, job: Job, outcome: Outcome) -> None:
         """Keep a weight.
 
         Raises
@@ -112,18 +120,18 @@ class Checkpoint:
         StorageError
             If the system refuses to.
         """
-        path = self._path(order)
+        path = self._path(job)
         if path is None:
             return
         arrays: list[NDArray[Any]] = []
         head = {
-            "identity": self._identity_of(order),
-            "value": _described(made.value, arrays),
-            "suffix": made.suffix,
-            "treatments": [order.treatments.index(each) for each in made.treatments],
-            "notes": list(made.notes),
-            "corrections": _described(dict(made.corrections), arrays),
-            "fed_back": list(made.fed_back),
+            "identity": self._identity_of(job),
+            "value": _described(outcome.value, arrays),
+            "suffix": outcome.suffix,
+            "treatments": [job.treatments.index(each) for each in outcome.treatments],
+            "notes": list(outcome.notes),
+            "corrections": _described(dict(outcome.corrections), arrays),
+            "fed_back": list(outcome.fed_back),
         }
         data = io.BytesIO()
         named: dict[str, Any] = {f"array_{i}": array for i, array in enumerate(arrays)}
@@ -141,20 +149,18 @@ class Checkpoint:
             if self._folder.is_dir() and not any(self._folder.iterdir()):
                 self._folder.rmdir()
 
-    def _path(self, order: Order) -> Path | None:
+    def _path(self, job: Job) -> Path | None:
         """Return the file of a weight; ``None`` if its table is made by a user's function."""
         if any(
             isinstance(each, PalettizeConfig) and isinstance(each.table, Custom)
-            for each in order.treatments
+            for each in job.treatments
         ):
             return None
-        name = hashlib.blake2b(order.weight.name.encode(), digest_size=12).hexdigest()
+        name = hashlib.blake2b(job.weight.name.encode(), digest_size=12).hexdigest()
         return self._folder / f"weight-{name}.npz"
 
-    def _identity_of(self, order: Order) -> str:
-        text = repr(
-            (__version__, *self._identity, order.weight.name, order.treatments, order.early)
-        )
+    def _identity_of(self, job: Job) -> str:
+        text = repr((__version__, *self._identity, job.weight.name, job.treatments, job.early))
         return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
 
 
@@ -189,11 +195,11 @@ def _restored(value: Any, file: Any) -> Any:
     return _KINDS[value["kind"]](**held)
 
 
-def _treated(head: dict[str, Any], file: Any, order: Order) -> Treated:
-    return Treated(
+def _outcome(head: dict[str, Any], file: Any, job: Job) -> Outcome:
+    return Outcome(
         value=_restored(head["value"], file),
         suffix=str(head["suffix"]),
-        treatments=tuple(order.treatments[i] for i in head["treatments"]),
+        treatments=tuple(job.treatments[i] for i in head["treatments"]),
         notes=tuple(head["notes"]),
         corrections=_restored(head["corrections"], file),
         fed_back=tuple(head["fed_back"]),

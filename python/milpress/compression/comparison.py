@@ -9,17 +9,16 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-import milpress._core as _core
 from milpress.compression.judging import is_pruned, judge
 from milpress.errors import VerificationError, weight_errors
 from milpress.formats import Sparse
+from milpress.formats.fidelity import fidelity
 from milpress.kernels.threads import in_order
 from milpress.mil import values
-from milpress.mil.constexpr import Decoder, is_compressed, is_constexpr
+from milpress.mil.constexpr import is_compressed, is_constexpr
 from milpress.mil.graph import Graph, Node, Scope
-from milpress.mil.package import Package
+from milpress.mil.program import ProgramGraph
 from milpress.mil.treatments import Promise, Records, Step, bias_digest, promise_of
-from milpress.mil.weights import Site
 from milpress.show import decibels
 
 
@@ -75,17 +74,13 @@ class Comparison:
 
     def __init__(
         self,
-        left: Site,
-        right: Site,
-        original: Package,
-        compressed: Package,
+        left: ProgramGraph,
+        right: ProgramGraph,
         records: Records,
         before: Records,
     ) -> None:
         self._prefix = left.prefix
-        self._graphs = (left.graph, right.graph)
-        self._packages = (original, compressed)
-        self._decoders = (Decoder(left.graph, original), Decoder(right.graph, compressed))
+        self._graphs = (left, right)
         self._records = records
         self._before = before
         self._matches: dict[Node, Node] = {}
@@ -123,7 +118,7 @@ class Comparison:
             for scope in (one, other)
         ]
         if same[0] != same[1]:
-            fail("a block must keep its inputs and attributes, got others")
+            fail("the inputs or attributes of a block changed")
         for name, other_name in paired(
             list(one.block.outputs), list(other.block.outputs), "outputs of a block"
         ):
@@ -153,7 +148,7 @@ class Comparison:
             self._check_bias(one, other, digest)
             keys = [key - {"bias"} for key in keys]
         if kept[0] != kept[1] or keys[0] != keys[1]:
-            fail(f"{where}: the op {one.op.type} must be unchanged, got another")
+            fail(f"{where}: the op {one.op.type} changed")
         for key in sorted(set(one.op.attributes) | set(other.op.attributes)):
             if key not in one.op.attributes or key not in other.op.attributes:
                 fail(f"{where}: the attribute {key} must be unchanged")
@@ -186,11 +181,11 @@ class Comparison:
             for graph, node in zip(self._graphs, (one, other), strict=True)
         )
         if after is None or after[0].op.type != "const":
-            fail(f"{where}: the corrected bias must be a constant, got another")
+            fail(f"{where}: the corrected bias is not a constant")
         node = after[0]
-        tensor = self._decoders[1].dense(node)
+        tensor = self._graphs[1].decoder.dense(node)
         if bias_digest(tensor.values) != digest:
-            fail(f"{where}: the corrected bias must be as recorded, got another")
+            fail(f"{where}: the corrected bias differs from the one in the record")
         if before is not None and before[0].type != node.type:
             fail(f"{where}: the corrected bias must be {before[0].type}, got {node.type}")
         n_uses = len(node.uses) + node.is_block_output
@@ -214,12 +209,12 @@ class Comparison:
         else:
             types = [value.type.SerializeToString(deterministic=True) for value in (one, other)]
             payloads = [
-                values.read_payload(value, package)
-                for value, package in zip((one, other), self._packages, strict=True)
+                values.read_payload(value, graph.source)
+                for value, graph in zip((one, other), self._graphs, strict=True)
             ]
             same = types[0] == types[1] and np.array_equal(payloads[0], payloads[1])
         if not same:
-            fail(f"{where}: a value that was not treated must be unchanged, got another")
+            fail(f"{where}: changed, though the record says nothing was done to it")
 
     def _match_unused(self, left: Graph, right: Graph) -> None:
         """Match what no computing op uses by name, and refuse what has no counterpart."""
@@ -235,11 +230,11 @@ class Comparison:
             if node.is_stored and node not in self._matches and id(node) not in own:
                 other = by_name.pop(node.name, None)
                 if other is None:
-                    fail(f"{self._prefix}{node.name}: the value must be kept, got none")
+                    fail(f"{self._prefix}{node.name}: missing in the compressed package")
                 else:
                     self._matches[node] = other
         for name in by_name:
-            fail(f"{self._prefix}{name}: no value must be added, got this one")
+            fail(f"{self._prefix}{name}: added, though the source has no such value")
 
     def _parts(self, node: Node, side: int) -> Iterator[Node]:
         """Yield the stored ops that an op decodes from."""
@@ -261,13 +256,13 @@ class Comparison:
             return self._check_unchanged(one, other, name)
         if one.type != other.type:
             fail(f"{name}: the decoded weight must be {one.type}, got {other.type}")
-        source = self._decoders[0].dense(one).values
+        source = self._graphs[0].decoder.dense(one).values
         if not is_constexpr(other):
             return self._check_equal(source, other, name)
         if not self._records.by_source:
             return self._check_unpromised(source, other, name)
         if not steps:
-            fail(f"{name}: a weight that was not treated must be unchanged, got another")
+            fail(f"{name}: changed, though the record says nothing was done to it")
         promise = promise_of(steps)
         if (
             promise != "pruned"
@@ -285,42 +280,42 @@ class Comparison:
         if record is None:
             return ()
         if record.steps[: len(before)] != before:
-            fail(f"{name}: the record must go on where that of the source ends, got another")
+            fail(f"{name}: its record does not continue the record of the source")
         return record.steps[len(before) :]
 
     def _was_only_pruned(self, one: Node) -> bool:
-        return isinstance(self._decoders[0].value(one), Sparse)
+        return isinstance(self._graphs[0].decoder.value(one), Sparse)
 
     def _check_unchanged(self, one: Node, other: Node, name: str) -> int:
         if one.op.type != other.op.type or one.name != other.name or one.type != other.type:
-            fail(f"{name}: a value that was not treated must be unchanged, got another")
+            fail(f"{name}: changed, though the record says nothing was done to it")
         parts = paired(list(self._parts(one, 0)), list(self._parts(other, 1)), f"parts of {name}")
         return self._match_ops(one, other) + sum(
             self._match_ops(part, other_part) for part, other_part in parts
         )
 
     def _check_equal(self, source: Any, other: Node, name: str) -> WeightCheck:
-        decoded = self._decoders[1].dense(other).values
+        decoded = self._graphs[1].decoder.dense(other).values
         if source.dtype != decoded.dtype or source.tobytes() != decoded.tobytes():
-            fail(f"{name}: the decompressed weight must be equal, got another")
-        signal, noise, _ = _core.compare(source.reshape(-1), source.reshape(-1))
+            fail(f"{name}: the decompressed weight differs from what the source decodes to")
+        signal, noise, _ = fidelity(source, source)
         return WeightCheck(name=name, promise="equal", signal=signal, noise=noise)
 
     def _check_unpromised(self, source: Any, other: Node, name: str) -> WeightCheck:
         """Report the error of a weight of which nothing is recorded."""
-        value = self._decoders[1].value(other)
-        decoded = self._decoders[1].dense(other).values if value is None else value.dense()
+        value = self._graphs[1].decoder.value(other)
+        decoded = self._graphs[1].decoder.dense(other).values if value is None else value.dense()
         kinds = [f"{array.dtype}{list(array.shape)}" for array in (source, decoded)]
         if kinds[0] != kinds[1]:
             fail(f"{name}: it must be decoded as {kinds[0]}, got {kinds[1]}")
         promise = "pruned" if value is not None and is_pruned(source, value) else "none"
-        signal, noise, _ = _core.compare(source.reshape(-1), decoded.reshape(-1))
+        signal, noise, _ = fidelity(source, decoded)
         return WeightCheck(name=name, promise=promise, signal=signal, noise=noise)
 
     def _check_promise(
         self, source: Any, other: Node, name: str, promise: Promise, steps: tuple[Step, ...]
     ) -> WeightCheck:
-        value = self._decoders[1].value(other)
+        value = self._graphs[1].decoder.value(other)
         if value is None:
             fail(f"{name}: the weight must be compressed as recorded, got {other.op.type}")
         signal, noise, wrong = judge(source, value, promise, steps)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from milpress.compression.report import Status
-from milpress.compression.requests import Wish, Wishes, settled_wish
+from milpress.compression.requests import Request, Requests, settled_request
 from milpress.compression.settling import Asked, settle
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.formats import (
@@ -22,16 +22,14 @@ from milpress.formats import (
 )
 from milpress.formats.palette import folded_bytes
 from milpress.formats.rows import OnIndivisible, _largest_divisor, divisor_of
-from milpress.mil import constexpr, opset
-from milpress.mil.constexpr import Decoder
+from milpress.mil import constexpr
 from milpress.mil.graph import Node
-from milpress.mil.opset import Opset
 from milpress.mil.package import Package
-from milpress.mil.weights import Site, Weight, blob_places, sites, weights
+from milpress.mil.program import Weight
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class Decision:
     """What is to happen to one weight: treatments, or none and why."""
 
     weight: Weight
@@ -43,22 +41,20 @@ class Plan:
 
     @property
     def note(self) -> str:
-        """All notes in one text, and how the wish came about."""
+        """All notes in one text, and how the request came about."""
         return "; ".join((*self.notes, *([self.settled] if self.settled else [])))
 
-    def carried_out(self, treatments: tuple[Treatment, ...], notes: tuple[str, ...]) -> Plan:
-        """Return the plan as it was carried out, and why some treatments were not."""
+    def carried_out(self, treatments: tuple[Treatment, ...], notes: tuple[str, ...]) -> Decision:
+        """Return the decision as it was carried out, and why some treatments were not."""
         return replace(self, treatments=treatments, notes=(*self.notes, *notes))
 
-    def left(self, note: str) -> Plan:
-        """Return the plan to leave the weight as it is although it was asked for."""
+    def left(self, note: str) -> Decision:
+        """Return the decision to leave the weight as it is although it was selected."""
         return replace(self, status="left", treatments=(), notes=(note,), settled="")
 
 
-def plan_package(
-    package: Package, wishes: Wishes, *, strict: bool
-) -> list[tuple[Site, dict[Node, Plan]]]:
-    """Resolve the treatments of every weight of a package.
+def decide_all(package: Package, requests: Requests, *, strict: bool) -> dict[Node, Decision]:
+    """Resolve the treatments of every weight of a package, by the op that holds it, in order.
 
     Raises
     ------
@@ -66,104 +62,100 @@ def plan_package(
         If a program's opset can't hold a treatment; with ``strict``, also if a weight does not
         suit its own.
     """
-    found = list(sites(package))
-    asked = {
-        weight.node: (weight, wishes.wish(weight))
-        for site in found
-        for weight in weights(site.prefix, site.graph)
+    requested = {weight.node: (weight, requests.request(weight)) for weight in package.weights}
+    _settle_shared(requested, requests)
+    decisions = {
+        node: decide(weight, requests, request) for node, (weight, request) in requested.items()
     }
-    _settle_shared(asked, wishes, package)
-    planned = []
-    for site in found:
-        current = opset.by_name(site.function.opset)
-        plans = {
-            node: plan_weight(asked[node][0], wishes, current, asked[node][1])
-            for node in site.graph.nodes
-            if node in asked
-        }
-        planned.append((site, plans))
     if strict:
-        _refuse_notes(plan for _, plans in planned for plan in plans.values())
-    return planned
+        _refuse_notes(decisions.values())
+    return decisions
 
 
-def _refuse_notes(plans: Iterable[Plan]) -> None:
-    for plan in plans:
-        if plan.status != "not asked" and plan.conflict:
-            msg = f"{plan.weight.name}: {plan.conflict}"
+def _refuse_notes(decisions: Iterable[Decision]) -> None:
+    for decision in decisions:
+        if decision.status != "not asked" and decision.conflict:
+            msg = f"{decision.weight.name}: {decision.conflict}"
             raise ConfigError(msg)
-        if plan.status != "not asked" and plan.notes:
-            msg = f"{plan.weight.name}: {plan.note}"
+        if decision.status != "not asked" and decision.notes:
+            msg = f"{decision.weight.name}: {decision.note}"
             raise UnsupportedError(msg)
 
 
-def _settle_shared(
-    asked: dict[Node, tuple[Weight, Wish]], wishes: Wishes, package: Package
-) -> None:
+def _settle_shared(requested: dict[Node, tuple[Weight, Request]], requests: Requests) -> None:
     """Let weights that are stored once, as functions share them, be treated alike."""
     stored: dict[tuple[tuple[str, int], ...], list[Node]] = {}
-    for node, (weight, _) in asked.items():
-        places = blob_places(Decoder(weight.graph, package).stored_values(node))
+    for node, (weight, _) in requested.items():
+        places = weight.places
         if places:
             stored.setdefault(places, []).append(node)
     for nodes in stored.values():
-        found = [asked[node] for node in nodes]
-        kept = [() if wish.reason else wish.for_size(weight.size) for weight, wish in found]
+        twins = [requested[node] for node in nodes]
+        kept = [
+            () if request.reason else request.for_size(weight.size) for weight, request in twins
+        ]
         if len(set(kept)) == 1:
             continue
         settled = settle(
-            found[0][0],
-            [Asked(weight.name, each) for (weight, _), each in zip(found, kept, strict=True)],
+            twins[0][0],
+            [Asked(weight.name, each) for (weight, _), each in zip(twins, kept, strict=True)],
         )
-        note = f"stored once for {' and '.join(weight.name for weight, _ in found)}: {settled.note}"
-        conflict = f"{note}; {wishes.advice([weight for weight, _ in found])}"
-        winner = found[kept.index(settled.treatments)][1] if settled.treatments else None
-        for node, (weight, wish), each in zip(nodes, found, kept, strict=True):
+        note = f"stored once for {' and '.join(weight.name for weight, _ in twins)}: {settled.note}"
+        conflict = f"{note}; {requests.advice([weight for weight, _ in twins])}"
+        winner = twins[kept.index(settled.treatments)][1] if settled.treatments else None
+        for node, (weight, request), each in zip(nodes, twins, kept, strict=True):
             if each != settled.treatments:
-                asked[node] = weight, settled_wish(wish, winner, note, conflict)
+                requested[node] = weight, settled_request(request, winner, note, conflict)
 
 
-def plan_weight(weight: Weight, wishes: Wishes, current: Opset, wish: Wish | None = None) -> Plan:
-    """Resolve the treatments of one weight in a program of an opset; ``wish`` if it is known.
+def decide(weight: Weight, requests: Requests, request: Request | None = None) -> Decision:
+    """Resolve the treatments of one weight; ``request`` if it is known.
 
     Raises
     ------
     CompressionError
         If the opset can't hold a treatment.
     """
-    wish = wish or wishes.wish(weight)
+    opset = weight.graph.opset
+    request = request or requests.request(weight)
     reason = ""
-    if not wish.treatments:
+    if not request.treatments:
         reason = "not selected"
-    elif weight.size < wish.min_size:
-        reason = f"fewer than {wish.min_size} elements"
+    elif weight.size < request.min_size:
+        reason = f"at most {request.min_size - 1:,} elements"
     elif len(weight.shape) < 2:
         reason = "a vector"
     elif "int" in weight.dtype.name:
         reason = f"{weight.dtype.name}, not a float"
     if reason:
-        return Plan(weight, "not asked", notes=(reason,), settled=wish.settled)
-    plan = Plan(weight, "compressed", wish.treatments, settled=wish.settled, conflict=wish.conflict)
-    reason = wish.reason or _unsuitable(weight, wishes)
+        return Decision(weight, "not asked", notes=(reason,), settled=request.settled)
+    decision = Decision(
+        weight,
+        "compressed",
+        request.treatments,
+        settled=request.settled,
+        conflict=request.conflict,
+    )
+    reason = request.reason or _unsuitable(weight, requests)
     if reason:
-        return plan.left(reason)
-    if weight.channel_axes is None and any(_needs_axes(item) for item in wish.treatments):
-        return plan.left("the ops that use it disagree on its channels")
-    for treatment in wish.treatments:
-        needs = wish.needs or _needs(treatment)
-        if needs and not current.has_blocks:
-            raise wishes.too_early(weight.name, treatment, needs, current)
-    if weight.is_compressed and not current.has_blocks:
-        return plan.left("compressed already, and going on with it takes an iOS18 model")
-    if len(wish.treatments) > 1 and not current.has_blocks:
-        raise wishes.too_early(weight.name, wish.treatments[-1], "joint compression", current)
-    return _fitted(plan, wish.on_indivisible)
+        return decision.left(reason)
+    if weight.channel_axes is None and any(_needs_axes(each) for each in request.treatments):
+        return decision.left("the ops that use it disagree on its channels")
+    for treatment in request.treatments:
+        needs = request.needs or _needs(treatment)
+        if needs and not opset.has_blocks:
+            raise requests.too_early(weight.name, treatment, needs, opset)
+    if weight.is_compressed and not opset.has_blocks:
+        return decision.left("compressed already, and going on with it takes an iOS18 model")
+    if len(request.treatments) > 1 and not opset.has_blocks:
+        raise requests.too_early(weight.name, request.treatments[-1], "joint compression", opset)
+    return _fitted(decision, request.on_indivisible)
 
 
-def _unsuitable(weight: Weight, wishes: Wishes) -> str:
-    if weight.is_compressed and not wishes.joint:
+def _unsuitable(weight: Weight, requests: Requests) -> str:
+    if weight.is_compressed and not requests.joint:
         return "compressed already"
-    if constexpr.is_constexpr(weight.node) and not wishes.joint:
+    if constexpr.is_constexpr(weight.node) and not requests.joint:
         return "stored as float16 and cast, which coremltools leaves"
     if not weight.dtype.is_float:
         return f"{weight.dtype.name} is neither float16 nor float32"
@@ -200,17 +192,14 @@ def _needs(treatment: Treatment) -> str:
     return ""
 
 
-def _fitted(plan: Plan, on_indivisible: OnIndivisible) -> Plan:
+def _fitted(decision: Decision, on_indivisible: OnIndivisible) -> Decision:
     """Make each treatment fit the weight's shape, or drop it; leave the weight if none does."""
-    fitted: list[Treatment] = []
-    notes: list[str] = []
-    for treatment in plan.treatments:
-        made, note = _fit(plan.weight, treatment, on_indivisible)
-        fitted.extend([made] if made is not None else [])
-        notes.extend([note] if note else [])
-    if not fitted:
-        return plan.left("; ".join(notes))
-    return replace(plan, treatments=tuple(fitted), notes=tuple(notes))
+    fits = [_fit(decision.weight, each, on_indivisible) for each in decision.treatments]
+    treatments = tuple(treatment for treatment, _ in fits if treatment is not None)
+    notes = tuple(note for _, note in fits if note)
+    if not treatments:
+        return decision.left("; ".join(notes))
+    return replace(decision, treatments=treatments, notes=notes)
 
 
 def _fit(

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 import milpress._core as _core
 from milpress.compression.pruned import too_few_zeros, too_many_zeros, wrong_blocks, wrong_runs
 from milpress.formats import Compressed, Masked, Palette, Quantized, Sparse
+from milpress.formats.fidelity import fidelity
 from milpress.formats.palette import reassigned
-from milpress.formats.rows import Floats, from_rows, to_rows
+from milpress.formats.rows import Floats, from_rows
 from milpress.formats.sparse import n_pruned
 from milpress.mil.treatments import Promise, Step, promise_of
 
@@ -45,7 +46,7 @@ def judge(
     if _dtype(value) != source.dtype:
         return Judgement(0.0, 0.0, f"it must be decoded as {source.dtype}, got {_dtype(value)}")
     if promise == "none":
-        signal, noise, _ = _core.compare(source.reshape(-1), value.dense().reshape(-1))
+        signal, noise, _ = fidelity(source, value.dense())
         return Judgement(signal, noise, _wrong_zeros(source, value, steps))
     if promise == "pruned":
         return _judge_pruned(source, value, steps[-1]["prune"])
@@ -54,9 +55,7 @@ def judge(
     if isinstance(value, Palette) and promise == "nearest":
         return _judge_palette(source, value)
     if isinstance(value, Quantized) and promise == "half_step":
-        signal, noise, n_outside = _core.compare_quantized(
-            to_rows(source, value.block_shape), *value.rows()
-        )
+        signal, noise, n_outside = fidelity(source, value)
         wrong = f"{n_outside} weights are more than half a step off"
         return Judgement(signal, noise, wrong if n_outside else "")
     return Judgement(0.0, 0.0, _another_kind(value))
@@ -79,18 +78,12 @@ def _another_kind(value: Compressed) -> str:
 
 
 def _judge_palette(source: Floats, value: Palette) -> Judgement:
-    if value.vector_size > 1:
-        signal, noise, n_outside = _core.compare_vectors(
-            value.vector_rows(source), value.vector_size, *value.rows()
-        )
-        wrong = f"{n_outside} indices don't name the nearest vector of their table"
-        return Judgement(signal, noise, wrong if n_outside else "")
-    codes, luts = value.rows()
-    if (np.diff(luts.astype(np.float32), axis=1) < 0).any():
-        return Judgement(0.0, 0.0, "a table must ascend, got one that does not")
-    rows = to_rows(source, value.group_shape)
-    signal, noise, n_outside = _core.compare_palette(rows, codes, luts)
-    wrong = f"{n_outside} indices don't name the nearest entry of their table"
+    is_scalar = value.vector_size == 1
+    if is_scalar and (np.diff(value.rows()[1].astype(np.float32), axis=1) < 0).any():
+        return Judgement(0.0, 0.0, "the entries of a table do not ascend")
+    signal, noise, n_outside = fidelity(source, value)
+    kind = "entry" if is_scalar else "vector"
+    wrong = f"{n_outside} indices don't name the nearest {kind} of their table"
     return Judgement(signal, noise, wrong if n_outside else "")
 
 
@@ -102,7 +95,7 @@ def _judge_masked(
     Outside the mask the source is taken to be what the code there, 0, stands for.
     """
     kept, inner = value.mask(), value.value
-    signal, noise, _ = _core.compare(source.reshape(-1), value.dense().reshape(-1))
+    signal, noise, _ = fidelity(source, value.dense())
     wrong = _wrong_zeros(source, value, steps)
     if not wrong:
         judged = np.where(kept, source, inner.dense())

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from milpress.calibration.moments import Calibration, calibrate, package_digest
-from milpress.calibration.second_moments import SecondMoments, checked_memory
-from milpress.calibration.uses import Statistics
+from milpress.calibration.calibrating import calibrate
+from milpress.calibration.input_statistics import Calibration
+from milpress.compression.advice import Advice, SampleSettings
 from milpress.compression.checkpoint import Checkpoint, check_folder
-from milpress.compression.decisions import plan_package
-from milpress.compression.job import _Job, weight_bytes
+from milpress.compression.decisions import decide_all
+from milpress.compression.loop import Loop
 from milpress.compression.report import Report, WeightReport
-from milpress.compression.requests import RecipeWishes, Wishes
+from milpress.compression.requests import RecipeRequests, Requests
+from milpress.compression.run import Run
+from milpress.compression.treating import Job, Outcome, treat
 from milpress.compression.verification import Verification, compare_packages
-from milpress.compression.writer import Rewriter
+from milpress.compression.writer import WeightWriter, rewriting
 from milpress.errors import ConfigError, UnsupportedError, weight_errors
-from milpress.kernels.device import DeviceName, using
-from milpress.kernels.threads import thread_limit
+from milpress.kernels.device import DeviceName, Kernels
 from milpress.mil import treatments
-from milpress.mil.constexpr import Decoder, is_constexpr, is_part
-from milpress.mil.opset import raise_opsets
+from milpress.mil.constexpr import is_constexpr, is_part
+from milpress.mil.digest import content_digest
 from milpress.mil.package import Package, n_package_bytes
-from milpress.mil.staging import Counter, Sink, Staged, check_destination
-from milpress.mil.weights import sites, weight_files, weights
+from milpress.mil.raising import raise_opsets
+from milpress.mil.staging import check_destination
 from milpress.progress import Progress
 from milpress.recipe import Recipe
 from milpress.samples.data import Data
@@ -145,23 +147,26 @@ def compress(
     )
     if recipe.activations is not None and samples is None:
         msg = (
-            "samples must be given to quantize activations, as sample_data or by "
-            "--calibration-data, got none"
+            "quantizing activations needs samples: give sample_data (on the command line, "
+            "--calibration-data)"
         )
         raise ConfigError(msg)
-    return compress_package(
-        Package(source),
-        destination,
-        RecipeWishes(recipe),
-        target=recipe.target,
-        strict=on_unsupported == "error",
+    run = Run(
         verify=verify,
         progress=progress,
         threads=threads,
         device=device,
         force=force,
         dry_run=dry_run,
-        before=None if samples is None else _activations(recipe, samples.data, progress),
+    )
+    return compress_package(
+        Package(source),
+        destination,
+        RecipeRequests(recipe),
+        run,
+        target=recipe.target,
+        strict=on_unsupported == "error",
+        before=None if samples is None else _activations(recipe, samples.data, run.progress),
         samples=samples if recipe.steps else None,
         checkpoint=checkpoint,
     )
@@ -174,90 +179,43 @@ def _activations(
     if step is None:
         return None
     if isinstance(data, Calibration):
-        msg = "sample_data must be samples where activations are quantized, got their moments"
+        msg = "quantizing activations needs the samples themselves, not statistics of them"
         raise ConfigError(msg)
-    from milpress.calibration.activations import quantize_activations
+    from milpress.calibration.activation_quantization import quantize_activations
 
-    def work(package: Package) -> ActivationReport:
-        return quantize_activations(
-            package, step.codes_of, data, calibration=step.calibration, progress=progress
-        )
-
-    return work
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleSettings:
-    """Samples to calibrate with, and what for."""
-
-    data: Data | Calibration
-    cache: str | os.PathLike[str] | None = None
-    mask: str | None = None
-    bias_correction: bool = False
-    feedback: bool = False
-    feedback_memory: int | None = None
-
-    @property
-    def identity(self) -> tuple[Any, ...]:
-        """What results depend on besides the samples."""
-        return (self.bias_correction, self.feedback, checked_memory(self.feedback_memory))
-
-    @classmethod
-    def of(cls, data: Data | Calibration | None, **settings: Any) -> SampleSettings | None:
-        """Return the settings; ``None`` without samples.
-
-        Raises
-        ------
-        ConfigError
-            If something is set that takes samples.
-        """
-        memory = settings.get("feedback_memory")
-        checked_memory(memory)
-        if memory is not None and not settings.get("feedback"):
-            msg = "feedback_memory must come with feedback, got none"
-            raise ConfigError(msg)
-        if data is not None:
-            if isinstance(data, Calibration) and settings.get("feedback"):
-                msg = "feedback must come with samples, got their moments alone"
-                raise ConfigError(msg)
-            # Weights and activations each go through them.
-            return cls(data=list(data) if isinstance(data, Iterator) else data, **settings)
-        given = [name for name, value in settings.items() if value]
-        if given:
-            msg = f"{' and '.join(given)} must come with samples, got none"
-            raise ConfigError(msg)
-        return None
+    return functools.partial(
+        quantize_activations,
+        codes_of=step.codes_of,
+        samples=data,
+        calibration=step.calibration,
+        progress=progress,
+    )
 
 
 def compress_package(
     package: Package,
     destination: str | os.PathLike[str],
-    wishes: Wishes,
+    requests: Requests,
+    run: Run | None = None,
     *,
     target: str | None = None,
     strict: bool = False,
-    verify: bool = True,
-    progress: Progress | None = None,
-    threads: int | None = None,
-    device: DeviceName = "cpu",
-    force: bool = False,
-    dry_run: bool = False,
     may_be_idle: bool = False,
     before: Callable[[Package], ActivationReport] | None = None,
     samples: SampleSettings | None = None,
-    rewriter: type[Rewriter] = Rewriter,
+    make: Callable[[Job, Kernels], Outcome] = treat,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Report:
-    """Do what `compress` does, with an open package and any way to say what is wished.
+    """Do what `compress` does, with an open package and any way to say what is requested.
 
     With ``may_be_idle``, compressing nothing is no error: the result is a copy. ``before`` is done
-    to the package's activations first. ``rewriter`` is what makes and writes weights.
+    to the package's activations first. ``make`` compresses a weight.
     """
     started = time.perf_counter()
-    with thread_limit(threads), using(device) as kernels:
-        if not dry_run:
-            check_destination(package.path, Path(destination), force=force)
-        names = weight_files(package)
+    run = run or Run()
+    with run.limits() as kernels:
+        if not run.dry_run:
+            check_destination(package.path, Path(destination), force=run.force)
         if checkpoint is not None:
             check_folder(checkpoint, [package.path, Path(destination)])
         calibration = None
@@ -267,58 +225,65 @@ def compress_package(
                 samples.data,
                 mask=samples.mask,
                 cache=samples.cache,
-                progress=progress,
+                progress=run.progress,
             )
         notes = raise_opsets(package, target)
         activations = None if before is None else before(package)
-        left: list[str] = []
-        if activations is not None:
-            notes.extend(activations.notes)
-            may_be_idle = may_be_idle or activations.n_pairs > 0
-            left = [f"{each.name}: {each.note}" for each in activations.activations if each.note]
-        planned = plan_package(package, wishes, strict=strict)
-        job = _Job(package, planned, strict, wishes.may_grow, may_be_idle, progress, rewriter)
-        job.left = left
-        if calibration is not None and samples is not None:
-            statistics = Statistics(calibration, package)
-            job.calibrate(statistics, bias_correction=samples.bias_correction)
+        notes.extend(() if activations is None else activations.notes)
+        decisions = decide_all(package, requests, strict=strict)
+        advice = None
+        if samples is not None and calibration is not None:
+            treated = [each.weight for each in decisions.values() if each.treatments]
+            advice = Advice.of(samples, calibration, package, treated)
             notes.append(f"calibrated with {calibration.n_samples} samples")
             notes.extend(note for note in calibration.notes if note not in notes)
-            if samples.feedback and not isinstance(samples.data, Calibration):
-                job.feed_back(
-                    SecondMoments(
-                        package.reopened(),
-                        samples.data,
-                        mask=samples.mask,
-                        wanted=job.layers_in_order(),
-                        memory=checked_memory(samples.feedback_memory),
-                    )
-                )
-                notes.append("errors fed back")
+            notes.extend([] if advice.moments is None else ["errors fed back"])
         files = None
-        if checkpoint is not None and not dry_run:
-            digests = [package_digest(package), "" if calibration is None else calibration.data]
-            used = () if samples is None else samples.identity
-            files = Checkpoint(checkpoint, [*digests, *used])
-            job.keep(files)
-        if dry_run:
-            counter = Counter()
-            reports = job.run(counter)
-            rest = sum(package.weight_path(name).stat().st_size for name in names)
-            on_disk = package.model_path.stat().st_size
-            size = n_package_bytes(package.path) - rest - on_disk
-            size += counter.n_bytes + package.model.ByteSize()
-            verification = None
-        else:
-            with Staged(package, Path(destination), force=force) as staged:
-                staged.copy_rest(set(names))
-                reports = job.run(staged)
-                verification, size = _complete(package, staged, verify=verify)
+        if checkpoint is not None and not run.dry_run:
+            digests = [content_digest(package), "" if calibration is None else calibration.data]
+            files = Checkpoint(
+                checkpoint, [*digests, *(() if samples is None else samples.identity)]
+            )
+
+        def compressed(job: Job) -> Outcome:
+            return make(job, kernels)
+
+        loop = Loop(
+            package=package,
+            decisions=decisions,
+            make=compressed if files is None else functools.partial(files.outcome, make=compressed),
+            progress=run.progress,
+            advice=advice,
+            strict=strict,
+            may_grow=requests.may_grow,
+        )
+        with rewriting(package, destination, run) as writer:
+            weights = loop.run(writer)
+            if not may_be_idle and (activations is None or not activations.n_pairs):
+                _refuse_idle(package, weights, activations)
+            verification, size = writer.commit(compare_packages if run.verify else None)
         if files is not None:
             files.clear()
     notes.extend(kernels.notes)
-    report = _report(package, destination, reports, notes, size, verification, started)
+    report = _report(package, destination, weights, notes, size, verification, started)
     return replace(report, activations=activations)
+
+
+def _refuse_idle(
+    package: Package, weights: Sequence[WeightReport], activations: ActivationReport | None
+) -> None:
+    """Refuse to write a package in which nothing is compressed."""
+    if any(weight.status == "compressed" for weight in weights):
+        return
+    left = [f"{each.name}: {each.note}" for each in weights if each.status == "left"]
+    unquantized = (
+        [] if activations is None else [each for each in activations.activations if each.note]
+    )
+    left.extend(f"{each.name}: {each.note}" for each in unquantized)
+    what = "weight or activation" if unquantized else "weight"
+    reasons = "; ".join(left[:3] or ["none was selected"])
+    msg = f"{package.path}: no {what} can be compressed ({reasons})"
+    raise UnsupportedError(msg)
 
 
 def decompress(
@@ -356,33 +321,28 @@ def decompress(
     CompressionError
         Whatever else `compress` raises.
     """
-    return decompress_package(
-        Package(source), destination, verify=verify, threads=threads, force=force
-    )
+    run = Run(verify=verify, threads=threads, force=force)
+    return decompress_package(Package(source), destination, run)
 
 
 def decompress_package(
     package: Package,
     destination: str | os.PathLike[str],
+    run: Run | None = None,
     *,
-    verify: bool = True,
-    threads: int | None = None,
-    force: bool = False,
     may_be_idle: bool = False,
 ) -> Report:
     """Do what `decompress` does, with an open package."""
     started = time.perf_counter()
-    with thread_limit(threads):
-        check_destination(package.path, Path(destination), force=force)
-        with Staged(package, Path(destination), force=force) as staged:
-            staged.copy_rest(set(weight_files(package)))
-            reports = _decompress_weights(package, staged)
-            if not may_be_idle and not any(report.status == "compressed" for report in reports):
-                msg = f"{package.path}: some weight must be compressed, got none"
-                raise UnsupportedError(msg)
-            treatments.forget(package.model)
-            verification, size = _complete(package, staged, verify=verify)
-    return _report(package, destination, reports, [], size, verification, started)
+    run = run or Run()
+    with run.limits(), rewriting(package, destination, run) as writer:
+        weights = _decompress_weights(package, writer)
+        if not may_be_idle and not weights:
+            msg = f"{package.path}: no weight is compressed, so there is nothing to decompress"
+            raise UnsupportedError(msg)
+        treatments.forget(package.model)
+        verification, size = writer.commit(compare_packages if run.verify else None)
+    return _report(package, destination, weights, [], size, verification, started)
 
 
 def save_package(
@@ -408,36 +368,29 @@ def save_package(
     CompressionError
         What `compress` raises of sources, destinations and results.
     """
-    check_destination(package.path, Path(destination), force=force)
-    with Staged(package, Path(destination), force=force) as staged:
-        staged.copy_rest(set(weight_files(package)))
-        rewriter = Rewriter(package, staged)
-        for site in sites(package):
-            for node in site.graph.nodes:
-                rewriter.copy(node)
-        return _complete(package, staged, verify=verify)[0]
+    with rewriting(package, destination, Run(force=force)) as writer:
+        for graph in package.graphs:
+            for node in graph.nodes:
+                writer.copy(node)
+        return writer.commit(compare_packages if verify else None)[0]
 
 
-def _decompress_weights(package: Package, sink: Sink) -> list[WeightReport]:
-    rewriter = Rewriter(package, sink)
+def _decompress_weights(package: Package, writer: WeightWriter) -> list[WeightReport]:
     reports: list[WeightReport] = []
-    for site in sites(package):
-        decoder = Decoder(site.graph, package)
+    for graph in package.graphs:
         compressed = {
-            weight.node: weight
-            for weight in weights(site.prefix, site.graph, least=0)
-            if is_constexpr(weight.node)
+            weight.node: weight for weight in graph.find_weights(0) if is_constexpr(weight.node)
         }
-        parts = [node for node in site.graph.nodes if is_part(node)]
-        for node in site.graph.nodes:
+        parts = [node for node in graph.nodes if is_part(node)]
+        for node in graph.nodes:
             weight = compressed.get(node)
             if weight is None:
                 if node not in parts:
-                    rewriter.copy(node)
+                    writer.copy(node)
                 continue
-            before = weight_bytes(weight, package)
             with weight_errors(weight.name):
-                after = rewriter.decompress(weight, decoder)
+                n_bytes = weight.n_bytes
+                n_bytes_after = writer.decompress(weight)
             reports.append(
                 WeightReport(
                     name=weight.name,
@@ -446,28 +399,17 @@ def _decompress_weights(package: Package, sink: Sink) -> list[WeightReport]:
                     status="compressed",
                     treatment="decompress",
                     note="",
-                    bytes_before=before,
-                    bytes_after=after,
+                    bytes_before=n_bytes,
+                    bytes_after=n_bytes_after,
                 )
             )
-        needed = site.graph.needed(parts)
+        needed = graph.needed(parts)
         for part in parts:
             if part in needed:
-                rewriter.copy(part)
-        site.graph.remove(parts)
-        site.graph.apply()
+                writer.copy(part)
+        graph.remove(parts)
+        graph.apply()
     return reports
-
-
-def _complete(package: Package, staged: Staged, *, verify: bool) -> tuple[Verification | None, int]:
-    """Finish the staged package, verify it and move it to its destination."""
-    staged.finish(package.model)
-    verification = None
-    if verify:
-        verification = compare_packages(package.reopened(), Package(staged.path))
-    size = n_package_bytes(staged.path)
-    staged.commit()
-    return verification, size
 
 
 def _report(

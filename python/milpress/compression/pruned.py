@@ -119,7 +119,7 @@ def wrong_blocks(source: Floats, kept: NDArray[np.bool_], settings: Mapping[str,
         n_gone = runs.n_gone()
         stays = n_gone < runs.length
         if (stays & (n_gone > runs.n_before())).any():
-            return f"blocks of {size} along axis {axis} must be kept whole or pruned, got a part"
+            return f"a block of {size} along axis {axis} is pruned in part"
         squares.append(runs.squares().reshape(-1))
         sizes.append(np.full(stays.size, runs.length))
         stay.append(stays.reshape(-1))

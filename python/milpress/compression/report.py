@@ -30,11 +30,11 @@ class WeightReport:
     shape
         Its shape.
     status
-        Compressed; left although it was asked for; or not asked for.
+        Compressed; left although it was selected; or not selected ("not asked").
     treatment
         What was done, in words; empty where nothing was.
     note
-        Why it was left, or how the treatment differs from the one asked for.
+        Why it was left, or how the treatment differs from the one in the recipe.
     bytes_before, bytes_after
         Size of what is stored for it.
     snr_db
@@ -111,7 +111,7 @@ class Report:
 
     @property
     def asked(self) -> tuple[WeightReport, ...]:
-        """The weights that were asked for."""
+        """The weights that were selected."""
         return tuple(weight for weight in self.weights if weight.status != "not asked")
 
     @property
@@ -121,7 +121,7 @@ class Report:
 
     @property
     def bits_per_weight(self) -> float:
-        """Effective bits over the weights that were asked for, those left as they were included."""
+        """Effective bits over the selected weights, those left as they were included."""
         size = sum(weight.size for weight in self.asked)
         return 8 * sum(weight.bytes_after for weight in self.asked) / size if size else 0.0
 
@@ -132,10 +132,12 @@ class Report:
 
     @property
     def summary(self) -> str:
-        """One line: how many weights were asked for, compressed and left; sizes."""
+        """One line: how many of the selected weights were compressed; sizes."""
+        verb = "Compressed"
+        if self.asked and all(weight.treatment == "decompress" for weight in self.asked):
+            verb = "Decompressed"
         return (
-            f"{len(self.asked)} weights asked for: {len(self.with_status('compressed'))} "
-            f"compressed, {len(self.with_status('left'))} left; "
+            f"{verb} {len(self.with_status('compressed'))} of {len(self.asked)} selected weights: "
             f"{human_bytes(self.package_bytes_before)} -> "
             f"{human_bytes(self.package_bytes_after)} ({self.ratio:.2f}x, "
             f"{self.bits_per_weight:.2f} bits per weight)"
@@ -159,7 +161,7 @@ class Report:
         }
 
     def __rich__(self) -> Table:
-        """Return the weights that were asked for as a table."""
+        """Return the selected weights as a table."""
         table = named_table("weight", "used by", "shape", "treatment")
         for heading in ("before", "after", "bits", "SNR dB"):
             table.add_column(heading, justify="right")

@@ -13,12 +13,12 @@ from milpress.formats import (
 )
 from milpress.formats.rows import OnIndivisible
 from milpress.mil.opset import Opset
-from milpress.mil.weights import Weight
+from milpress.mil.program import Weight
 from milpress.recipe import Keep, Recipe, Step, describe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class Request:
     """What is asked for a weight.
 
     Parameters
@@ -52,7 +52,7 @@ class Wish:
         return self.treatments if size >= self.min_size else ()
 
 
-class Wishes(Protocol):
+class Requests(Protocol):
     """Says what is asked for each weight: a recipe, or what a face makes of its own settings."""
 
     @property
@@ -63,7 +63,7 @@ class Wishes(Protocol):
     def joint(self) -> bool:
         """Whether weights that are compressed already are treated too."""
 
-    def wish(self, weight: Weight) -> Wish:
+    def request(self, weight: Weight) -> Request:
         """Return what is asked for a weight."""
 
     def too_early(
@@ -76,31 +76,31 @@ class Wishes(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class RecipeWishes:
+class RecipeRequests:
     """What a recipe asks for."""
 
     recipe: Recipe
     may_grow: bool = False
     joint: bool = True
 
-    def wish(self, weight: Weight) -> Wish:
+    def request(self, weight: Weight) -> Request:
         """Return the treatments of all steps that mean the weight."""
         found = self.recipe.treatments_for(weight.name, weight.op_types)
-        wish = Wish(
+        request = Request(
             treatments=tuple(treatment for treatment, _ in found),
             min_size=max((min_size for _, min_size in found), default=0),
         )
-        if len(weight.op_types) < 2 or weight.size < wish.min_size:
-            return wish
+        if len(weight.op_types) < 2 or weight.size < request.min_size:
+            return request
         settled = [_settled_step(step, weight) for step in self.recipe.steps]
         notes = "; ".join(each.note for each in settled if each.note)
         if not notes:
-            return wish
+            return request
         treatments = tuple(treatment for each in settled for treatment in each.treatments)
-        if treatments == wish.for_size(weight.size):
-            return replace(wish, settled=notes)
-        winner = Wish(treatments=treatments) if treatments else None
-        return settled_wish(wish, winner, notes, f"{notes}; {self.advice([weight])}")
+        if treatments == request.for_size(weight.size):
+            return replace(request, settled=notes)
+        winner = Request(treatments=treatments) if treatments else None
+        return settled_request(request, winner, notes, f"{notes}; {self.advice([weight])}")
 
     def advice(self, weights: Sequence[Weight]) -> str:
         """Return the rule that says what holds for weights by their names."""
@@ -139,8 +139,8 @@ def _settled_step(step: Step, weight: Weight) -> Settled:
     return settle(weight, asked)
 
 
-def settled_wish(asked: Wish, winner: Wish | None, settled: str, conflict: str) -> Wish:
-    """Return what comes of a wish if another wins; ``None`` is to leave the weight."""
+def settled_request(asked: Request, winner: Request | None, settled: str, conflict: str) -> Request:
+    """Return what comes of a request if another wins; ``None`` is to leave the weight."""
     if winner is None:
         return replace(asked, reason=settled, conflict=conflict)
     return replace(winner, settled=settled, conflict=conflict)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress.compression.writer import Rewriter, is_own
+from milpress.compression.run import Run
+from milpress.compression.writer import WeightWriter, is_own, rewriting
 from milpress.errors import ConfigError, UnsupportedError, VerificationError
 from milpress.mil import constexpr, values
-from milpress.mil.constexpr import Decoder
 from milpress.mil.graph import Node
 from milpress.mil.package import Package
+from milpress.mil.program import ProgramGraph, Weight
 from milpress.mil.schema import messages
-from milpress.mil.staging import Staged, check_destination
-from milpress.mil.weights import Site, Weight, sites, weight_files, weights
 from milpress.plain import json, patterns
 from milpress.recipe import DEFAULT_MIN_SIZE
 from milpress.show import escaped, named_table
@@ -84,8 +83,8 @@ class Rescaling:
     def summary(self) -> str:
         """One line."""
         return (
-            f"{len(self.layers)} weights asked for: {len(self.rescaled)} rescaled exactly, "
-            f"{len(self.layers) - len(self.rescaled)} left"
+            f"Rescaled {len(self.rescaled)} of {len(self.layers)} selected weights, without any "
+            "error"
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,33 +158,24 @@ def rescale(
     if name is not None:
         patterns.check(name)
     package = Package(source)
-    check_destination(package.path, Path(destination), force=force)
     layers: list[RescaledLayer] = []
-    with Staged(package, Path(destination), force=force) as staged:
-        staged.copy_rest(set(weight_files(package)))
-        rewriter = Rewriter(package, staged)
+    with rewriting(package, destination, Run(force=force)) as writer:
         made: dict[str, _Made] = {}
-        for site in sites(package):
-            found = [
-                weight
-                for weight in weights(site.prefix, site.graph)
-                if len(weight.shape) > 1
-                and weight.size >= min_size
-                and (name is None or patterns.matches(name, weight.name))
-            ]
+        for graph in package.graphs:
             changes = []
-            for weight in found:
-                change, layer = _change(weight, package, largest)
-                layers.append(layer)
-                changes.extend([] if change is None else [change])
-            made |= _apply(site, changes, rewriter, Decoder(site.graph, package), staged)
+            for weight in graph.weights:
+                if len(weight.shape) < 2 or weight.size < min_size:
+                    continue
+                if name is None or patterns.matches(name, weight.name):
+                    change, layer = _change(weight, largest)
+                    layers.append(layer)
+                    changes.extend([] if change is None else [change])
+            made |= _apply(graph, changes, writer)
         if not made:
             reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in layers[:3])
-            msg = f"{package.path}: some weight must be rescaled, got none ({reasons})"
+            msg = f"{package.path}: no weight can be rescaled ({reasons})"
             raise UnsupportedError(msg)
-        staged.finish(package.model)
-        _check(package.reopened(), Package(staged.path), made)
-        staged.commit()
+        writer.commit(functools.partial(_check, made=made))
     return Rescaling(
         source=str(source),
         destination=str(destination),
@@ -210,7 +200,7 @@ class _Made(NamedTuple):
     scale: str
 
 
-def _change(weight: Weight, package: Package, largest: int) -> tuple[_Change | None, RescaledLayer]:
+def _change(weight: Weight, largest: int) -> tuple[_Change | None, RescaledLayer]:
     use = weight.node.uses[0] if weight.node.uses else None
     layer = None if use is None else use.node
     kind = "" if layer is None else layer.op.type
@@ -225,11 +215,10 @@ def _change(weight: Weight, package: Package, largest: int) -> tuple[_Change | N
         bias, reason = _bias(weight, layer)
     scales = np.ones(weight.shape[0])
     if not reason:
-        decoder = Decoder(weight.graph, package)
-        scales = _scales(decoder.dense(weight.node).values, largest)
+        scales = _scales(weight.dense(), largest)
         reason = "" if (scales < 1).any() else "its channels are of one size"
         if bias is not None:
-            given = decoder.dense(bias).values
+            given = weight.graph.decoder.dense(bias).values
             with np.errstate(over="ignore"):
                 if not np.isfinite((given / scales).astype(given.dtype)).all():
                     reason = f"its bias would exceed {given.dtype}"
@@ -270,15 +259,8 @@ def _scales(weight: NDArray[Any], largest: int) -> NDArray[np.float64]:
     return scales
 
 
-def _apply(
-    site: Site,
-    changes: list[_Change],
-    rewriter: Rewriter,
-    decoder: Decoder,
-    staged: Staged,
-) -> dict[str, _Made]:
+def _apply(graph: ProgramGraph, changes: list[_Change], writer: WeightWriter) -> dict[str, _Made]:
     """Write what a graph stores, rescaled or as it is, and put the ops behind the layers."""
-    graph = site.graph
     divided: dict[Node, NDArray[np.float64]] = {}
     for change in changes:
         rank = len(change.weight.shape)
@@ -287,16 +269,11 @@ def _apply(
             divided[change.bias] = change.scales
     for node in graph.nodes:
         if node in divided:
-            tensor = decoder.dense(node)
+            tensor = graph.decoder.dense(node)
             made = (tensor.values / divided[node]).astype(tensor.values.dtype)
-            constexpr.emit_const(
-                values.Tensor(tensor.dtype, made),
-                node,
-                file_name=_file_of(node),
-                sink=staged,
-            )
+            writer.store_const(values.Tensor(tensor.dtype, made), node, _file_of(node))
         else:
-            rewriter.copy(node)
+            writer.copy(node)
     found: dict[str, _Made] = {}
     for change in changes:
         node = change.layer
@@ -306,7 +283,7 @@ def _apply(
         numbers = change.scales.astype(change.weight.dtype.storage).reshape(shape)
         tensor = values.Tensor(change.weight.dtype, numbers)
         scale_name = graph.unique_name(f"{node.name}_scale")
-        scale = constexpr.const_of(tensor, scale_name, file_name=None, sink=staged)
+        scale = writer.const(tensor, scale_name, None)
         layer = type(node.op).FromString(node.op.SerializeToString())
         layer.outputs[0].name = graph.unique_name(f"{node.name}_unscaled")
         product = messages().Operation(type="mul")
@@ -330,46 +307,48 @@ def _file_of(node: Node) -> str | None:
 
 def _check(original: Package, rescaled: Package, made: dict[str, _Made]) -> None:
     """Check that what is stored, multiplied again, is the original's to the last bit."""
-    for left, right in zip(sites(original), sites(rescaled), strict=True):
+    for left, right in zip(original.graphs, rescaled.graphs, strict=True):
         before, after = _stored(left), _stored(right)
-        decoders = Decoder(left.graph, original), Decoder(right.graph, rescaled)
         factors: dict[str, Any] = {}
         for name, layer in made.items():
             own = name.removeprefix(left.prefix)
             if name.startswith(left.prefix) and own in before and layer.scale in after:
-                scales = decoders[1].dense(after.pop(layer.scale)).values.reshape(-1)
+                scales = right.decoder.dense(after.pop(layer.scale)).values.reshape(-1)
                 factors[own] = scales.reshape(-1, *[1] * (len(before[own].type.shape) - 1))
                 if layer.bias is not None:
                     factors[layer.bias] = scales
         if before.keys() != after.keys():
-            msg = f"{left.prefix}: the constants must be the same, got others"
+            msg = f"{left.prefix}: constants were added or removed"
             raise VerificationError(msg)
         for name, node in before.items():
-            one, other = decoders[0].dense(node).values, decoders[1].dense(after[name]).values
+            one = left.decoder.dense(node).values
+            other = right.decoder.dense(after[name]).values
             if name in factors:
                 other = (other * factors[name]).astype(one.dtype)
             if one.shape != other.shape or one.tobytes() != np.ascontiguousarray(other).tobytes():
-                msg = f"{left.prefix}{name}: it must be the same, multiplied again, got another"
+                msg = (
+                    f"{left.prefix}{name}: the rescaled weight does not give back the original "
+                    "bit for bit"
+                )
                 raise VerificationError(msg)
         computing = [
-            [node.op.type for node in site.graph.nodes if not node.is_stored]
-            for site in (left, right)
+            [node.op.type for node in graph.nodes if not node.is_stored] for graph in (left, right)
         ]
         if sorted(computing[0] + ["mul"] * _n_layers(factors, made, left)) != sorted(computing[1]):
             msg = f"{left.prefix}: a mul must be behind each rescaled layer and nothing else"
             raise VerificationError(msg)
 
 
-def _n_layers(factors: dict[str, Any], made: dict[str, _Made], site: Site) -> int:
-    return sum(f"{site.prefix}{name}" in made for name in factors)
+def _n_layers(factors: dict[str, Any], made: dict[str, _Made], graph: ProgramGraph) -> int:
+    return sum(f"{graph.prefix}{name}" in made for name in factors)
 
 
-def _stored(site: Site) -> dict[str, Any]:
-    return dict(_constants(site))
+def _stored(graph: ProgramGraph) -> dict[str, Any]:
+    return dict(_constants(graph))
 
 
-def _constants(site: Site) -> Iterator[tuple[str, Any]]:
+def _constants(graph: ProgramGraph) -> Iterator[tuple[str, Any]]:
     """Yield the constants of numbers by their names."""
-    for node in site.graph.nodes:
+    for node in graph.nodes:
         if node.op.type == "const" and node.type is not None:
             yield node.name, node

@@ -1,4 +1,4 @@
-"""Wishes that meet on one weight: the one that keeps most of it wins."""
+"""Requests that meet on one weight: the one that keeps most of it wins."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from milpress.formats import (
     Uniform,
     Unique,
 )
-from milpress.mil.weights import Weight
+from milpress.mil.program import Weight
 from milpress.recipe import describe
 
 
@@ -29,7 +29,7 @@ class Asked(NamedTuple):
 
     @property
     def words(self) -> str:
-        """The wish as a clause."""
+        """The request as a clause."""
         what = f"for {_words(self.treatments)}" if self.treatments else "to leave it"
         return f"{self.by} asks {what}"
 
@@ -42,7 +42,7 @@ class Settled(NamedTuple):
 
 
 def settle(weight: Weight, asked: Sequence[Asked]) -> Settled:
-    """Return the wish that keeps most of a weight.
+    """Return the request that keeps most of a weight.
 
     To leave it beats any treatment, more bits beat fewer, less sparsity beats more; of equals, the
     one with more tables or scales. Where that can't be told, such as of a threshold and a sparsity,

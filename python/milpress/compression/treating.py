@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -10,23 +11,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from milpress.errors import UnsupportedError
-from milpress.formats import Compressed, Treatment, compress, feedback
-from milpress.formats.feedback import Factor
+from milpress.formats import Compressed, Treatment, compress, error_feedback
+from milpress.formats.error_feedback import Factor
 from milpress.formats.rows import Floats
 from milpress.kernels.device import Kernels
-from milpress.mil import constexpr
-from milpress.mil.constexpr import Decoder
-from milpress.mil.weights import Weight
+from milpress.mil import encode
+from milpress.mil.program import Weight
 
 if TYPE_CHECKING:
-    from milpress.calibration.second_moments import Inputs
+    from milpress.calibration.second_moments import WeightInputs
 
 # What is to be added to the biases of layers, by their names, for an error of their weight.
 Corrections: TypeAlias = Mapping[str, NDArray[np.float64]]
 Correct: TypeAlias = Callable[[NDArray[np.float64]], Corrections]
 
 
-class Treated(NamedTuple):
+class Outcome(NamedTuple):
     """What treatments made of a weight: its name gets the suffix; notes say which did not suit.
 
     ``fed_back`` says of which of them errors were fed back.
@@ -41,54 +41,77 @@ class Treated(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class Job:
     """A weight and what is to be done to it.
 
-    ``key`` is that of all weights that share the result, ``None`` if none does; all but the first
-    of them are repeated. ``n_bytes`` are stored now. What ``importance``, called with the weight's
-    elements, and ``correct`` return must be the same for weights that share a blob; so must
-    ``inputs``, to feed errors back by.
+    ``key`` is what jobs have alike that share a result, ``None`` if it can't be shared; all but the
+    first of them are repeated. ``n_bytes`` are stored now. What ``importance``, called with the
+    weight's elements, and ``correct`` return must be the same for weights that share a blob; so
+    must ``inputs``, to feed errors back by. ``layers`` are those by whose inputs errors count, and
+    ``note`` says of that what is out of the ordinary.
     """
 
     weight: Weight
     treatments: tuple[Treatment, ...]
-    early: bool
     key: Any
-    is_repeated: bool
     n_bytes: int
+    is_repeated: bool = False
     importance: Callable[[Floats], NDArray[np.float32] | None] | None = None
     correct: Correct | None = None
-    inputs: Inputs | None = None
+    inputs: WeightInputs | None = None
+    layers: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def early(self) -> bool:
+        """Whether the weight's program has an opset below CoreML8."""
+        return not self.weight.graph.opset.has_blocks
 
 
-def treat(order: Order, decoder: Decoder, kernels: Kernels) -> Treated:
-    """Apply treatments one after the other, those that suit."""
-    weight = order.weight
+Make: TypeAlias = Callable[[Job], Outcome]
+
+
+def treat(job: Job, kernels: Kernels) -> Outcome:
+    """Apply treatments one after the other, those that suit.
+
+    Raises
+    ------
+    UnsupportedError
+        If none does.
+    """
+    with contextlib.nullcontext() if job.inputs is None else job.inputs.room():
+        return _treat(job, kernels)
+
+
+def _treat(job: Job, kernels: Kernels) -> Outcome:
+    weight = job.weight
     output, inputs = weight.channel_axes or (0, 1)
     made: Any = None
     if weight.is_compressed:
-        made = decoder.value(weight.node)
+        made = weight.value()
         if made is None:
-            msg = "compressed already, in a way that milpress does not build on"
+            msg = "already compressed in a form that milpress can't compress further"
             raise UnsupportedError(msg)
     dense: Any = None
-    if made is None or order.importance is not None or order.correct is not None:
-        dense = decoder.dense(weight.node).values
-    importance = None if order.importance is None else order.importance(dense)
+    if made is None or job.importance is not None or job.correct is not None:
+        dense = weight.dense()
+    importance = None if job.importance is None else job.importance(dense)
     suffix = ""
     applied: list[Treatment] = []
     notes: list[str] = []
     fed_back: list[bool] = []
     factors = None
-    for treatment in order.treatments:
+    for treatment in job.treatments:
         source = dense if made is None else made
-        is_fed_back = order.inputs is not None and feedback.suits(source, treatment)
+        is_fed_back = job.inputs is not None and error_feedback.suits(source, treatment)
         try:
             if is_fed_back and factors is None:
-                factors = _factors(order, dense)
-            is_fed_back = is_fed_back and factors is not None and feedback.fits(factors, treatment)
+                factors = _factors(job, dense)
+            is_fed_back = (
+                is_fed_back and factors is not None and error_feedback.fits(factors, treatment)
+            )
             if is_fed_back and factors is not None:
-                after = feedback.compress(source, treatment, factors, importance=importance)
+                after = error_feedback.compress(source, treatment, factors, importance=importance)
             else:
                 after = compress(
                     source,
@@ -101,7 +124,7 @@ def treat(order: Order, decoder: Decoder, kernels: Kernels) -> Treated:
         except UnsupportedError as error:
             notes.append(str(error))
             continue
-        suffix = constexpr.suffixed(suffix, made, treatment)
+        suffix = encode.suffixed(suffix, made, treatment)
         made = after
         applied.append(treatment)
         fed_back.append(is_fed_back)
@@ -109,13 +132,13 @@ def treat(order: Order, decoder: Decoder, kernels: Kernels) -> Treated:
         msg = "; ".join(notes)
         raise UnsupportedError(msg)
     corrections: Corrections = {}
-    if order.correct is not None:
-        corrections = order.correct(dense.astype(np.float64) - made.dense())
-    return Treated(made, suffix, tuple(applied), tuple(notes), corrections, tuple(fed_back))
+    if job.correct is not None:
+        corrections = job.correct(dense.astype(np.float64) - made.dense())
+    return Outcome(made, suffix, tuple(applied), tuple(notes), corrections, tuple(fed_back))
 
 
-def _factors(order: Order, values: Floats) -> tuple[Factor, ...] | None:
+def _factors(job: Job, values: Floats) -> tuple[Factor, ...] | None:
     """Return what samples say of a weight's inputs together, if errors can be fed back."""
-    if order.weight.channel_axes not in (None, (0, 1)) or order.inputs is None:
+    if job.weight.channel_axes not in (None, (0, 1)) or job.inputs is None:
         return None
-    return order.inputs.factors(values)
+    return job.inputs.factors(values)

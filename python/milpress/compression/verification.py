@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from milpress.compression.comparison import Comparison, WeightCheck, fail, paired
-from milpress.mil import activations, opset, treatments
+from milpress.mil import activations, opset, raising, treatments
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weight_files
 from milpress.plain import json
 from milpress.plain.files import system_errors
 from milpress.show import decibels, escaped, human_snr, named_table
@@ -115,9 +114,9 @@ def compare_packages(original: Package, compressed: Package) -> Verification:
     _compare_rest(original, compressed)
     checks: list[WeightCheck] = []
     n_unchanged = n_corrected = 0
-    pairs = paired(list(sites(original)), list(sites(compressed)), "blocks of functions")
+    pairs = paired(list(original.graphs), list(compressed.graphs), "blocks of functions")
     for left, right in pairs:
-        comparison = Comparison(left, right, original, compressed, records, before)
+        comparison = Comparison(left, right, records, before)
         checks.extend(comparison.run())
         n_unchanged += comparison.n_unchanged
         n_corrected += comparison.n_corrected
@@ -126,7 +125,7 @@ def compare_packages(original: Package, compressed: Package) -> Verification:
         known = before.by_source.get(source)
         named = source if known is None else known.result
         if record != known and named not in checked:
-            fail(f"{named}: the weight must be compressed as recorded, got it unchanged")
+            fail(f"{named}: unchanged, though the record says it was compressed")
     n_recorded = len(records.biases.items() - before.biases.items())
     if n_corrected != n_recorded:
         fail(f"{n_recorded} layers must have a corrected bias as recorded, got {n_corrected}")
@@ -148,13 +147,13 @@ def _without_pairs(original: Package, compressed: Package) -> int:
     for package, mine, other in zip((original, compressed), records, records[::-1], strict=True):
         pairs = {name: codes for name, codes in mine.items() if name not in other}
         found = (
-            [name for site in sites(package) for name, _ in activations.strip(site, pairs, package)]
+            [name for graph in package.graphs for name, _ in activations.strip(graph, pairs)]
             if pairs
             else []
         )
         missing = sorted(pairs.keys() - set(found))
         if missing:
-            fail(f"{missing[0]}: the model must have this dequantize, as recorded, got none")
+            fail(f"{missing[0]}: the record names this dequantize, which the model does not have")
         n_pairs += len(found)
     return n_pairs
 
@@ -163,14 +162,14 @@ def _compare_files(original: Package, compressed: Package) -> None:
     """Check that all but the model and the weight files is the same, byte for byte."""
     listed = []
     for package in (original, compressed):
-        replaced = {package.weight_path(name) for name in weight_files(package)}
+        replaced = {package.weight_path(name) for name in package.weight_files}
         replaced.add(package.model_path)
         with system_errors(package.path):
             found = sorted(package.path.rglob("*"))
             for path in found:
                 if path.is_symlink():
                     where = path.relative_to(package.path)
-                    fail(f"{where}: a package must hold no symbolic link, got one")
+                    fail(f"{where}: a symbolic link, which a package must not hold")
             files = {
                 path.relative_to(package.path)
                 for path in found
@@ -178,25 +177,25 @@ def _compare_files(original: Package, compressed: Package) -> None:
             }
         listed.append(files)
     weight_paths = {
-        original.weight_path(name).relative_to(original.path) for name in weight_files(original)
+        original.weight_path(name).relative_to(original.path) for name in original.weight_files
     }
     for path in sorted(listed[0] ^ listed[1]):
         if path not in weight_paths:
-            fail(f"{path}: both packages must have this file, got one without")
+            fail(f"{path}: only one of the packages has this file")
     for path in sorted(listed[0] & listed[1]):
         with system_errors(original.path / path):
             if not filecmp.cmp(original.path / path, compressed.path / path, shallow=False):
-                fail(f"{path}: the file must be unchanged, got another")
+                fail(f"{path}: the file differs from that of the source")
 
 
 def _raise_like(original: Package, compressed: Package) -> None:
     for left, right in paired(list(original.programs), list(compressed.programs), "ML programs"):
         if left.place != right.place or list(left.functions) != list(right.functions):
-            fail("the packages must have the same models and functions, got others")
+            fail("the packages differ in their models or functions")
         for name, function in left.functions.items():
             target = opset.by_name(right.functions[name].opset)
             if target > opset.by_name(function.opset):
-                opset.raise_to(left.model, function, target, original)
+                raising.raise_to(left.model, function, target, original)
     root = compressed.model.specificationVersion
     if original.model.specificationVersion < root:
         original.model.specificationVersion = min(
@@ -216,7 +215,7 @@ def _compare_rest(original: Package, compressed: Package) -> None:
         _strip(model)
         stripped.append(model.SerializeToString(deterministic=True))
     if stripped[0] != stripped[1]:
-        fail("the description of the model must be unchanged, got another")
+        fail("the description of the model changed")
 
 
 def _strip(model: Any) -> None:

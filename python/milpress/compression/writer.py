@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress.compression.treating import Corrections, Order, Treated, treat
-from milpress.errors import UnsupportedError, weight_errors
-from milpress.formats import Compressed, Treatment
-from milpress.kernels.device import kernels_for
-from milpress.mil import constexpr, values
-from milpress.mil.constexpr import Decoder
+from milpress.compression.run import Run
+from milpress.compression.treating import Job, Outcome
+from milpress.errors import UnsupportedError
+from milpress.formats import Compressed
+from milpress.mil import constexpr, encode, values
 from milpress.mil.graph import Node
 from milpress.mil.package import Package
-from milpress.mil.staging import Sink
+from milpress.mil.program import Weight
+from milpress.mil.staging import Counter, Sink, Staged
 from milpress.mil.treatments import bias_digest
-from milpress.mil.weights import Weight, blob_places, blob_values, weight_files
+from milpress.mil.values import blob_values
+
+_T = TypeVar("_T")
 
 
-class Done(NamedTuple):
-    """What `Rewriter.compress` did: bytes stored, treatments applied, and why others were not."""
+class Written(NamedTuple):
+    """What `WeightWriter.compress` wrote: the ops of a weight, last first, and of what outcome."""
 
-    n_bytes: int
-    treatments: tuple[Treatment, ...]
-    notes: tuple[str, ...]
-    corrections: Corrections
-    fed_back: tuple[bool, ...] = ()
-
-
-class _Written(NamedTuple):
     ops: list[Any]
-    suffix: str
-    done: Done
+    n_bytes: int
+    outcome: Outcome
 
 
 def is_own(bias: Node) -> bool:
@@ -43,7 +39,15 @@ def is_own(bias: Node) -> bool:
     return len(bias.uses) == 1 and not bias.is_block_output
 
 
-class Rewriter:
+def bias_of(weight: Weight, layer: Node) -> Node | None:
+    """Return the constant that is a layer's bias, if it is one; it may be cast."""
+    producer = weight.graph.producer(layer, "bias")
+    if producer is None or not producer[0].is_stored:
+        return None
+    return None if constexpr.is_compressed(producer[0], weight.graph) else producer[0]
+
+
+class WeightWriter:
     """Writes weights to a sink and edits the ops that hold them.
 
     A blob that several ops share is written once and stays shared.
@@ -59,11 +63,30 @@ class Rewriter:
     def __init__(self, package: Package, sink: Sink) -> None:
         self._package = package
         self._sink = sink
-        self._default_file = next(iter(weight_files(package)), None)
+        self._default_file = next(iter(package.weight_files), None)
         self._copied: dict[tuple[str, int, int], int] = {}
-        self._compressed: dict[Any, _Written] = {}
-        self._ordered: set[Any] = set()
-        self._kernels = kernels_for(None)
+        self._written: dict[Any, Written] = {}
+
+    def commit(self, check: Callable[[Package, Package], _T] | None) -> tuple[_T | None, int]:
+        """Finish the package, check it and move it to its destination.
+
+        Parameters
+        ----------
+        check
+            Called with the source as it was opened and the result, if one is written.
+
+        Returns
+        -------
+        tuple
+            What the check returned, and the size of the package.
+        """
+        self._sink.finish(self._package.model)
+        checked = None
+        if check is not None and self._sink.path is not None:
+            checked = check(self._package.reopened(), Package(self._sink.path))
+        n_bytes = self._sink.n_bytes
+        self._sink.commit()
+        return checked, n_bytes
 
     def copy(self, node: Node) -> None:
         """Write what an op stores as it is."""
@@ -79,96 +102,55 @@ class Rewriter:
                 )
             where.offset = self._copied[key]
 
-    def treated(self, order: Order) -> Treated | UnsupportedError | None:
-        """Return what the treatments make of a weight, or why they make nothing.
+    def compress(self, job: Job, outcome: Outcome, *, may_grow: bool) -> Written:
+        """Turn a weight's op into the last ``constexpr`` op of what treatments made of it.
 
-        Changes nothing, so that it may run on any thread. ``None`` for a weight that shares the
-        result of one ordered before.
-        """
-        if order.is_repeated:
-            return None
-        try:
-            with weight_errors(order.weight.name):
-                return self._treated(order)
-        except UnsupportedError as error:
-            return error
-
-    def _treated(self, order: Order) -> Treated:
-        decoder = Decoder(order.weight.graph, self._package)
-        room = contextlib.nullcontext() if order.inputs is None else order.inputs.room()
-        with room:
-            return treat(order, decoder, self._kernels)
-
-    def order(
-        self, weight: Weight, treatments: Sequence[Treatment], *, early: bool, **advice: Any
-    ) -> Order:
-        """Return what is to be done to a weight; ``advice`` is what samples say of it."""
-        stored = Decoder(weight.graph, self._package).stored_values(weight.node)
-        key = self._key(weight, stored, treatments, early)
-        is_repeated = key is not None and key in self._ordered
-        self._ordered.add(key)
-        n_bytes = sum(values.n_stored_bytes(value) for value in stored)
-        return Order(weight, tuple(treatments), early, key, is_repeated, n_bytes, **advice)
-
-    def compress(
-        self, order: Order, made: Treated | UnsupportedError | None, *, may_grow: bool
-    ) -> Done:
-        """Turn a weight's op into the last ``constexpr`` op of what the treatments made of it.
-
-        A treatment that does not suit what others made is not applied. Ops that have to stand
-        before it, or are of no use anymore, are noted in the weight's graph.
+        Ops that have to stand before it, or are of no use anymore, are noted in its graph.
 
         Raises
         ------
         UnsupportedError
-            If the weight suits none of the treatments, or would get larger and may not; nothing has
-            changed.
+            If the weight would get larger and may not; nothing has changed.
         """
-        weight, early = order.weight, order.early
-        node = weight.node
-        known = self._compressed.get(order.key)
-        if known is not None:
-            self._adopt(weight, known)
-            return known.done
-        if isinstance(made, UnsupportedError):
-            raise made
-        # Nothing was made of a repeated weight; here the one ordered before it was left as it was.
-        made = made or self._treated(order)
-        value, suffix = made.value, made.suffix
-        n_bytes = constexpr.payload_bytes(value, early=early)
-        if n_bytes >= order.n_bytes and not may_grow:
-            msg = f"would get larger: {order.n_bytes} bytes as it is, {n_bytes} compressed"
+        n_bytes = encode.payload_bytes(outcome.value, early=job.early)
+        if n_bytes >= job.n_bytes and not may_grow:
+            msg = (
+                f"left as it is: compressed it would be larger ({n_bytes:,} bytes instead of "
+                f"{job.n_bytes:,})"
+            )
             raise UnsupportedError(msg)
-        inner = self.store(weight, value, suffix=suffix, early=early)
-        done = Done(n_bytes, made.treatments, made.notes, made.corrections, made.fed_back)
-        if order.key is not None:
-            self._compressed[order.key] = _Written([*inner, node.op], suffix, done)
-        return done
+        inner = self.store(job.weight, outcome.value, suffix=outcome.suffix)
+        written = Written([*inner, job.weight.node.op], n_bytes, outcome)
+        if job.key is not None:
+            self._written[job.key] = written
+        return written
 
-    def store(
-        self, weight: Weight, value: Compressed, *, suffix: str = "", early: bool = False
-    ) -> list[Any]:
+    def repeat(self, job: Job) -> Written | None:
+        """Make a weight the twin of one that shares its blob; ``None`` if none is written yet."""
+        written = self._written.get(job.key)
+        if written is not None:
+            self._adopt(job.weight, written)
+        return written
+
+    def store(self, weight: Weight, value: Compressed, *, suffix: str = "") -> list[Any]:
         """Turn a weight's op into the last ``constexpr`` op of a value.
 
         Returns the ops that have to stand before it. These, and ops that are of no use anymore, are
         noted in the weight's graph.
         """
         node = weight.node
-        decoder = Decoder(weight.graph, self._package)
         name = f"{node.name}{suffix}"
         if suffix:
             name = weight.graph.unique_name(name)
-        blob = next(
-            (stored for stored in decoder.stored_values(node) if values.is_blob(stored)), None
-        )
+        blob = next((stored for stored in weight.stored if values.is_blob(stored)), None)
         file_name = self._default_file if blob is None else blob.blobFileValue.fileName
-        weight.graph.remove(decoder.parts(node))
-        inner = constexpr.emit(
+        weight.graph.remove(weight.parts)
+        inner = encode.emit(
             value,
             node,
             names=weight.graph.unique_name,
             name=name,
-            early=early,
+            early=not weight.graph.opset.has_blocks,
             file_name=file_name,
             sink=self._sink,
         )
@@ -176,27 +158,19 @@ class Rewriter:
         _rename_uses(node, name)
         return inner
 
-    def bias_of(self, weight: Weight, layer: Node) -> Node | None:
-        """Return the constant that is a layer's bias, if it is one; it may be cast."""
-        found = weight.graph.producer(layer, "bias")
-        if found is None or not found[0].is_stored:
-            return None
-        return None if constexpr.is_compressed(found[0], weight.graph) else found[0]
-
     def correct(self, weight: Weight, layer: Node, correction: NDArray[np.float64]) -> str:
         """Add to the bias of a layer; return the digest of the new one, empty if it can't have one.
 
         A bias of its own is changed in place. Where it has none, or others use it too, it gets one.
         """
-        bias = self.bias_of(weight, layer)
+        bias = bias_of(weight, layer)
         is_given = "bias" in layer.op.inputs and bool(layer.op.inputs["bias"].arguments)
         if bias is None and is_given:
             return ""
-        decoder = Decoder(weight.graph, self._package)
         if bias is None:
             before = values.Tensor(weight.dtype, np.zeros(correction.shape, weight.dtype.storage))
         else:
-            before = decoder.dense(bias)
+            before = weight.graph.decoder.dense(bias)
         if before.dtype.name not in ("float16", "float32"):
             return ""
         with np.errstate(over="ignore"):
@@ -205,44 +179,42 @@ class Rewriter:
             return ""
         tensor = values.Tensor(before.dtype, after)
         if bias is not None and is_own(bias):
-            constexpr.emit_const(tensor, bias, file_name=self._default_file, sink=self._sink)
+            self.store_const(tensor, bias, self._default_file)
         else:
             name = weight.graph.unique_name(f"{layer.name}_bias")
-            op = constexpr.const_of(tensor, name, file_name=self._default_file, sink=self._sink)
+            op = self.const(tensor, name, self._default_file)
             weight.graph.insert_before(layer, [op])
             del layer.op.inputs["bias"].arguments[:]
             layer.op.inputs["bias"].arguments.add(name=name)
         return bias_digest(after)
 
-    def _key(
-        self, weight: Weight, stored: list[Any], treatments: Sequence[Treatment], early: bool
-    ) -> Any:
-        """Return what tells weights apart whose results can't be shared; None if none can be."""
-        places = blob_places(stored)
-        if not places:
-            return None
-        kind = (weight.node.op.type, weight.shape, weight.channel_axes)
-        return (places, kind, tuple(treatments), early)
+    def store_const(self, tensor: values.Tensor, node: Node, file_name: str | None) -> None:
+        """Turn an op into the ``const`` op of a tensor; its name stays."""
+        node.op.CopyFrom(self.const(tensor, node.name, file_name))
 
-    def decompress(self, weight: Weight, decoder: Decoder) -> int:
+    def const(self, tensor: values.Tensor, name: str, file_name: str | None) -> Any:
+        """Return the ``const`` op of a tensor, which is stored in a file, or if small in itself."""
+        return encode.const_of(tensor, name, file_name=file_name, sink=self._sink)
+
+    def decompress(self, weight: Weight) -> int:
         """Turn the ``constexpr`` op of a weight into a ``const``; return the size stored."""
         node = weight.node
         blob = next(blob_values(node.op), None)
         file_name = self._default_file if blob is None else blob.blobFileValue.fileName
-        dense = decoder.dense(node)
-        constexpr.emit_const(dense, node, file_name=file_name, sink=self._sink)
+        dense = weight.graph.decoder.dense(node)
+        self.store_const(dense, node, file_name)
         return values.n_stored_bytes(node.op.attributes["val"])
 
-    def _adopt(self, weight: Weight, known: _Written) -> None:
+    def _adopt(self, weight: Weight, written: Written) -> None:
         """Make a weight's op, and those before it, twins of ones that are written already."""
         node = weight.node
         output_type = node.op.outputs[0].type
-        name = f"{node.name}{known.suffix}"
-        if known.suffix:
+        name = f"{node.name}{written.outcome.suffix}"
+        if written.outcome.suffix:
             name = weight.graph.unique_name(name)
-        base = known.ops[-1].outputs[0].name
+        base = written.ops[-1].outputs[0].name
         renamed = {base: name}
-        twins = [type(op).FromString(op.SerializeToString()) for op in known.ops]
+        twins = [type(op).FromString(op.SerializeToString()) for op in written.ops]
         for twin in twins[:-1]:
             old = values.read_string(twin.attributes["name"])
             new = weight.graph.unique_name(old.replace(base, name, 1))
@@ -253,10 +225,27 @@ class Rewriter:
         for twin in twins:
             _rename(twin, renamed)
         twins[-1].outputs[0].type.CopyFrom(output_type)
-        weight.graph.remove(Decoder(weight.graph, self._package).parts(node))
+        weight.graph.remove(weight.parts)
         weight.graph.insert_before(node, twins[:-1])
         node.op.CopyFrom(twins[-1])
         _rename_uses(node, name)
+
+
+@contextlib.contextmanager
+def rewriting(
+    package: Package, destination: str | os.PathLike[str], run: Run
+) -> Iterator[WeightWriter]:
+    """Give what writes a package anew beside its destination; a dry run counts its size alone.
+
+    All but the model and the weight files is copied. Nothing reaches the destination before
+    `WeightWriter.commit`, and nothing is left of it if the block ends without.
+    """
+    if run.dry_run:
+        yield WeightWriter(package, Counter(package))
+        return
+    with Staged(package, Path(destination), force=run.force) as staged:
+        staged.copy_rest(set(package.weight_files))
+        yield WeightWriter(package, staged)
 
 
 def _rename(op: Any, renamed: dict[str, str]) -> None:

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from milpress.coreml import experimental
 from milpress.coreml.activations import linear_quantize_activations
-from milpress.coreml.config import (
+from milpress.coreml.metadata import CoreMLOpMetaData, CoreMLWeightMetaData, get_weights_metadata
+from milpress.coreml.op_config import (
     CompressionGranularity,
     OpCompressorConfig,
     OpLinearQuantizerConfig,
     OpMagnitudePrunerConfig,
     OpPalettizerConfig,
     OpThresholdPrunerConfig,
-    OptimizationConfig,
 )
-from milpress.coreml.metadata import CoreMLOpMetaData, CoreMLWeightMetaData, get_weights_metadata
+from milpress.coreml.optimization_config import OptimizationConfig
 from milpress.coreml.weights import (
     decompress_weights,
     linear_quantize_weights,

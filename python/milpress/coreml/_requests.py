@@ -6,18 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from milpress.compression.requests import Wish, settled_wish
+from milpress.compression.requests import Request, settled_request
 from milpress.compression.settling import Asked, settle
-from milpress.coreml.config import (
+from milpress.coreml.op_config import (
     CompressionGranularity,
     OpCompressorConfig,
     OpLinearQuantizerConfig,
     OpMagnitudePrunerConfig,
     OpPalettizerConfig,
     OpThresholdPrunerConfig,
-    OptimizationConfig,
-    advice,
 )
+from milpress.coreml.optimization_config import OptimizationConfig, advice
 from milpress.errors import CompressionError, ConfigError, UnsupportedError
 from milpress.formats import (
     Blocks,
@@ -38,7 +37,7 @@ from milpress.formats import (
 from milpress.formats.palette import Bits
 from milpress.formats.quantized import IntDType
 from milpress.mil.opset import Opset
-from milpress.mil.weights import Weight
+from milpress.mil.program import Weight
 
 _SINCE = (
     "{} is supported since iOS18. Please re-convert your model with minimum_deployment_target "
@@ -71,7 +70,7 @@ def joint_needs_ios18() -> CompressionError:
 
 
 @dataclass(frozen=True, slots=True)
-class ConfigWishes:
+class ConfigRequests:
     """What an `OptimizationConfig` asks for.
 
     Like coremltools, it compresses a weight even if that makes it larger.
@@ -82,32 +81,32 @@ class ConfigWishes:
     seed: int = 0
     may_grow: bool = True
 
-    def wish(self, weight: Weight) -> Wish:
+    def request(self, weight: Weight) -> Request:
         """Return what the configs that hold for the weight ask for."""
         name = weight.node.op_name
         children = [(use.node.op_name, use.node.op.type) for use in weight.node.uses]
         configs = self.config.configs_for(name, children)
-        wishes = [self._wish(weight, config) for config in configs]
-        kept = [wish.for_size(weight.size) for wish in wishes]
+        requests = [self._request(weight, config) for config in configs]
+        kept = [request.for_size(weight.size) for request in requests]
         if len(set(kept)) < 2:
-            return _of_alike(wishes)
+            return _of_alike(requests)
         by = [f"{kind} {op_name}" for op_name, kind in children]
         settled = settle(weight, list(map(Asked, by, kept)))
         other = next(i for i, each in enumerate(kept) if each != kept[0])
         conflict = self.config.conflict(name, children, 0, other)
         winners = [
-            wish
-            for wish, each in zip(wishes, kept, strict=True)
+            request
+            for request, each in zip(requests, kept, strict=True)
             if each and each == settled.treatments
         ]
-        asked = next(wish for wish, each in zip(wishes, kept, strict=True) if each)
+        asked = next(request for request, each in zip(requests, kept, strict=True) if each)
         winner = _of_alike(winners) if winners else None
-        return settled_wish(asked, winner, settled.note, conflict)
+        return settled_request(asked, winner, settled.note, conflict)
 
-    def _wish(self, weight: Weight, config: OpCompressorConfig | None) -> Wish:
+    def _request(self, weight: Weight, config: OpCompressorConfig | None) -> Request:
         """Return what one config asks for a weight."""
         if config is None:
-            return Wish()
+            return Request()
         threshold = 2048 if config.weight_threshold is None else config.weight_threshold
         if isinstance(config, OpPalettizerConfig):
             treatment: Treatment = _palettize(config, self.seed)
@@ -122,7 +121,7 @@ class ConfigWishes:
                 f"got {type(config).__name__}"
             )
             raise ConfigError(msg)
-        return Wish(
+        return Request(
             treatments=(treatment,),
             min_size=threshold + 1,
             on_indivisible=getattr(config, "on_indivisible", "leave"),
@@ -165,16 +164,16 @@ class ConfigWishes:
         if self.joint and is_palette and not isinstance(treatment.granularity, PerTensor):
             msg = (
                 f"{weight.name}: When use joint compression for palettization-quantization, "
-                "please make sure to use per-tensor quantization, got another granularity"
+                "please make sure to use per-tensor quantization"
             )
             raise UnsupportedCombinationError(msg)
 
 
-def _of_alike(wishes: Sequence[Wish]) -> Wish:
-    """Return one of wishes that come to the same, which says what any of them says."""
-    wish = next((wish for wish in wishes if wish.treatments), Wish())
-    is_left = any(each.treatments and each.on_indivisible == "leave" for each in wishes)
-    return replace(wish, on_indivisible="leave") if is_left else wish
+def _of_alike(requests: Sequence[Request]) -> Request:
+    """Return one of requests that come to the same, which says what any of them says."""
+    request = next((request for request in requests if request.treatments), Request())
+    is_left = any(each.treatments and each.on_indivisible == "leave" for each in requests)
+    return replace(request, on_indivisible="leave") if is_left else request
 
 
 def _palettize(config: OpPalettizerConfig, seed: int) -> PalettizeConfig:

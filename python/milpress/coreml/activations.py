@@ -6,9 +6,10 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from milpress.calibration.activations import CodesOf, quantize_activations
+from milpress.calibration.activation_quantization import CodesOf, quantize_activations
 from milpress.compression.packages import save_package
-from milpress.coreml.config import OpLinearQuantizerConfig, OptimizationConfig, adopted
+from milpress.coreml.op_config import OpLinearQuantizerConfig
+from milpress.coreml.optimization_config import OptimizationConfig, adopted
 from milpress.engines.mlmodel import opened, returned, temporary_package
 from milpress.formats import PerTensor, QuantizeConfig
 from milpress.formats.ranges import CalibrationConfig, CalibrationKind, Engine
@@ -102,7 +103,7 @@ def linear_quantize_activations(
         sample_data,
         calibration=settings,
         function=function,
-        taps_at_once=calibration_op_group_size,
+        values_at_once=calibration_op_group_size,
         progress=progress,
     )
     if destination is not None:

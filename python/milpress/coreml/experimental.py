@@ -8,7 +8,7 @@ from typing import Any
 from attrs import define
 
 from milpress.coreml import activations
-from milpress.coreml.config import OpLinearQuantizerConfig
+from milpress.coreml.op_config import OpLinearQuantizerConfig
 
 __all__ = ["OpActivationLinearQuantizerConfig", "linear_quantize_activations"]
 

@@ -20,8 +20,8 @@ from milpress.mil import values
 from milpress.mil.constexpr import Decoder, is_constexpr, is_part
 from milpress.mil.graph import Node, Scope
 from milpress.mil.package import Package
+from milpress.mil.program import ProgramGraph
 from milpress.mil.values import TensorType
-from milpress.mil.weights import Site, sites
 
 _Item = TypeVar("_Item", bound=Hashable)
 
@@ -221,15 +221,14 @@ def get_weights_metadata(mlmodel: Any, weight_threshold: int = 2048) -> WeightsM
     _check_type("weight_threshold", weight_threshold, numbers.Real)
     package = opened(mlmodel)
     found = WeightsMetaData()
-    for site in sites(package):
-        _add_weights(found, package, site, weight_threshold)
+    for graph in package.graphs:
+        _add_weights(found, package, graph, weight_threshold)
     return found
 
 
 def _add_weights(
-    found: WeightsMetaData, package: Package, site: Site, weight_threshold: float
+    found: WeightsMetaData, package: Package, graph: ProgramGraph, weight_threshold: float
 ) -> None:
-    graph = site.graph
     nodes: dict[Scope, list[Node]] = {scope: [] for scope in graph.scopes}
     for node in graph.nodes:
         nodes[node.scope].append(node)
@@ -240,9 +239,9 @@ def _add_weights(
         if (tensor_type := _weight_type(node)) is not None
         and math.prod(tensor_type.fixed_shape) >= weight_threshold
     }
-    names = _unique_names(types, site.prefix)
+    names = _unique_names(types, graph.prefix)
     order = {node: i for i, node in enumerate(_postorder(graph.nodes, lambda node: node.scope))}
-    decoder = Decoder(graph, package)
+    decoder = graph.decoder
     for node, tensor_type in types.items():
         for value in decoder.stored_values(node):
             if values.is_blob(value):
@@ -255,7 +254,7 @@ def _add_weights(
             [
                 CoreMLOpMetaData(
                     child.op.type,
-                    f"{site.prefix}{child.op_name}",
+                    f"{graph.prefix}{child.op_name}",
                     _parameters(child, names, order),
                 )
                 for child in children

@@ -8,28 +8,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from milpress.calibration.moments import Calibration
+from milpress.calibration.input_statistics import Calibration
+from milpress.compression.advice import SampleSettings
 from milpress.compression.packages import (
     OnUnsupported,
-    SampleSettings,
     compress_package,
     decompress_package,
 )
 from milpress.compression.report import Report, WeightReport
-from milpress.coreml._requests import ConfigWishes, joint_needs_ios18
-from milpress.coreml.config import (
+from milpress.compression.run import Run
+from milpress.coreml._requests import ConfigRequests, joint_needs_ios18
+from milpress.coreml.op_config import (
     OpLinearQuantizerConfig,
     OpMagnitudePrunerConfig,
     OpPalettizerConfig,
     OpThresholdPrunerConfig,
-    adopted,
 )
+from milpress.coreml.optimization_config import adopted
 from milpress.engines.mlmodel import opened, returned, temporary_package
 from milpress.errors import ConfigError
 from milpress.kernels.device import DeviceName
 from milpress.mil import opset
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weights
 from milpress.progress import Progress
 from milpress.samples.data import Data
 
@@ -96,15 +96,13 @@ def palettize_weights(
     PackageError
         If the model is damaged, or not made of ML programs.
     """
-    wishes = _wishes("palettize_weights", config, (OpPalettizerConfig,), joint_compression, seed)
+    kinds = (OpPalettizerConfig,)
+    requests = _requests("palettize_weights", kinds, config, joint_compression, seed)
     samples = SampleSettings.of(
-        sample_data,
-        cache=calibration_cache,
-        mask=calibration_mask,
-        bias_correction=bias_correction,
+        sample_data, cache=calibration_cache, mask=calibration_mask, bias_correction=bias_correction
     )
-    settings = {"progress": progress, "threads": threads, "device": device, "samples": samples}
-    return _compressed(mlmodel, wishes, destination, on_unsupported, settings)
+    run = Run(progress=progress, threads=threads, device=device)
+    return _compressed(mlmodel, requests, destination, on_unsupported, samples, run)
 
 
 def linear_quantize_weights(
@@ -147,16 +145,13 @@ def linear_quantize_weights(
     CompressionError
         As `palettize_weights` does.
     """
-    allowed = (OpLinearQuantizerConfig,)
-    wishes = _wishes("linear_quantize_weights", config, allowed, joint_compression)
+    kinds = (OpLinearQuantizerConfig,)
+    requests = _requests("linear_quantize_weights", kinds, config, joint_compression)
     samples = SampleSettings.of(
-        sample_data,
-        cache=calibration_cache,
-        mask=calibration_mask,
-        bias_correction=bias_correction,
+        sample_data, cache=calibration_cache, mask=calibration_mask, bias_correction=bias_correction
     )
-    settings = {"progress": progress, "threads": threads, "device": device, "samples": samples}
-    return _compressed(mlmodel, wishes, destination, on_unsupported, settings)
+    run = Run(progress=progress, threads=threads, device=device)
+    return _compressed(mlmodel, requests, destination, on_unsupported, samples, run)
 
 
 def prune_weights(
@@ -194,10 +189,10 @@ def prune_weights(
     CompressionError
         As `palettize_weights` does.
     """
-    allowed = (OpMagnitudePrunerConfig, OpThresholdPrunerConfig)
-    wishes = _wishes("prune_weights", config, allowed, joint_compression)
-    settings = {"progress": progress, "threads": threads, "device": device}
-    return _compressed(mlmodel, wishes, destination, on_unsupported, settings)
+    kinds = (OpMagnitudePrunerConfig, OpThresholdPrunerConfig)
+    requests = _requests("prune_weights", kinds, config, joint_compression)
+    run = Run(progress=progress, threads=threads, device=device)
+    return _compressed(mlmodel, requests, destination, on_unsupported, None, run)
 
 
 def decompress_weights(
@@ -226,52 +221,46 @@ def decompress_weights(
     return _written(
         mlmodel,
         destination,
-        lambda path: decompress_package(package, path, threads=threads, may_be_idle=True),
+        lambda path: decompress_package(package, path, Run(threads=threads), may_be_idle=True),
     )
 
 
-def _wishes(
-    function_name: str,
-    config: Any,
-    allowed: tuple[type[Any], ...],
-    joint_compression: bool,
-    seed: int = 0,
-) -> ConfigWishes:
+def _requests(
+    function: str, kinds: tuple[type[Any], ...], config: Any, joint: bool, seed: int = 0
+) -> ConfigRequests:
     ours = adopted(config)
-    ours.check_types(*allowed, function=function_name)
-    return ConfigWishes(ours, joint=joint_compression, seed=seed)
+    ours.check_types(*kinds, function=function)
+    return ConfigRequests(ours, joint=joint, seed=seed)
 
 
 def _compressed(
     mlmodel: Any,
-    wishes: ConfigWishes,
+    requests: ConfigRequests,
     destination: Destination,
     on_unsupported: OnUnsupported,
-    settings: dict[str, Any],
+    samples: SampleSettings | None,
+    run: Run,
 ) -> Any:
     if on_unsupported not in ("leave", "error"):
         msg = f"on_unsupported must be 'leave' or 'error', got {on_unsupported!r}"
         raise ConfigError(msg)
     package = opened(mlmodel)
-    if wishes.joint and any(
+    if requests.joint and any(
         not opset.by_name(function.opset).has_blocks
         for program in package.programs
         for function in program.functions.values()
     ):
         raise joint_needs_ios18()
-    _warn_of_typos(package, wishes)
+    _warn_of_typos(package, requests)
 
-    def compress(path: Path) -> Report:
-        return compress_package(
-            package,
-            path,
-            wishes,
-            strict=on_unsupported == "error",
-            may_be_idle=True,
-            **settings,
-        )
-
-    return _written(mlmodel, destination, compress)
+    strict = on_unsupported == "error"
+    return _written(
+        mlmodel,
+        destination,
+        lambda path: compress_package(
+            package, path, requests, run, strict=strict, may_be_idle=True, samples=samples
+        ),
+    )
 
 
 def _written(mlmodel: Any, destination: Destination, work: Callable[[Path], Report]) -> Any:
@@ -299,12 +288,12 @@ def _sentence(weight: WeightReport) -> str:
     return f"{weight.name}: {weight.note}. Skipped this op."
 
 
-def _warn_of_typos(package: Package, wishes: ConfigWishes) -> None:
+def _warn_of_typos(package: Package, requests: ConfigRequests) -> None:
     names: set[str] = set()
     op_types: set[str] = set()
-    for site in sites(package):
-        names.update(node.op_name for node in site.graph.nodes)
-        op_types.update(node.op.type for node in site.graph.nodes)
-        names.update(weight.name for weight in weights(site.prefix, site.graph))
-    for key in wishes.config.unmatched(names, op_types):
+    for graph in package.graphs:
+        names.update(node.op_name for node in graph.nodes)
+        op_types.update(node.op.type for node in graph.nodes)
+        names.update(weight.name for weight in graph.weights)
+    for key in requests.config.unmatched(names, op_types):
         _logger.warning("the config names %r, which nothing in the model matches", key)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from milpress.device.benchmark import Candidate, replay, run
+from milpress.device.benchmark import replay, run
 from milpress.device.comparison import Comparison, compare
+from milpress.device.entries import Candidate
 from milpress.device.files import load, parse, save
 from milpress.device.rules import problems
 from milpress.device.runner import Plan

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from milpress.engines.inputs import Arrays
+from milpress.plain.arrays import Arrays
 from milpress.show import decibels
 
 

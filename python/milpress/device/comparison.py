@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from milpress.device.benchmark import ratio_of
+from milpress.device.evidence import ratio_of
 from milpress.device.schema import Distribution, Entry, Result
 from milpress.device.stats import Ratio
 from milpress.errors import ConfigError

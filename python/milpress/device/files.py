@@ -54,12 +54,12 @@ def read_json(path: str | os.PathLike[str]) -> tuple[Any, str]:
     with system_errors(path), path.open("rb") as file:
         data = file.read(MAX_RESULT_BYTES + 1)
     if len(data) > MAX_RESULT_BYTES:
-        msg = f"{path}: more than {MAX_RESULT_BYTES >> 20} MiB, which no result has"
+        msg = f"{path}: larger than {MAX_RESULT_BYTES:,} bytes, the most that a result may have"
         raise ResultError(msg)
     try:
         return json.read(data), hashlib.sha256(data).hexdigest()
     except ValueError as error:
-        msg = f"{path}: not JSON: {error}"
+        msg = f"{path}: not valid JSON: {error}"
         raise ResultError(msg) from error
 
 

@@ -68,7 +68,7 @@ def a_replay_names_what_it_replays(result: Result) -> Iterator[str]:
     kind, origin = result.provenance.kind, result.provenance.origin
     if kind != "replay":
         if origin is not None:
-            yield f"only a replay has an origin, got kind {kind}"
+            yield f"only a replay must have an origin, not a result of kind {kind}"
         return
     if origin is None:
         yield "a replay must name its origin"
@@ -144,7 +144,7 @@ def estimates_have_fields_of_their_own(result: Result) -> Iterator[str]:
         return
     for entry in result.entries:
         if entry.timing is not None:
-            yield f"{entry.id}: an estimate has estimate_ms and no timing"
+            yield f"{entry.id}: an estimate must have estimate_ms and no timing"
 
 
 def a_neural_engine_is_there_if_it_is_named(result: Result) -> Iterator[str]:
@@ -152,13 +152,12 @@ def a_neural_engine_is_there_if_it_is_named(result: Result) -> Iterator[str]:
     if result.device is None or result.device.has_neural_engine:
         return
     if result.device.neural_engine_cores:
-        n_cores = result.device.neural_engine_cores
-        yield f"a device without Neural Engine has no cores of it, got {n_cores}"
+        yield "a device without Neural Engine must have no cores of it"
     for entry in result.entries:
         if entry.placement is not None and entry.placement.counts["neural_engine"]:
-            yield f"{entry.id}: ops are placed on a Neural Engine, which the device lacks"
+            yield f"{entry.id}: ops are placed on a Neural Engine, which the device does not have"
         if entry.energy is not None and entry.energy.neural_engine_mw is not None:
-            yield f"{entry.id}: power is a Neural Engine's, which the device lacks"
+            yield f"{entry.id}: power is given of a Neural Engine, which the device does not have"
 
 
 def statistics_follow_from_samples(result: Result) -> Iterator[str]:
@@ -221,12 +220,12 @@ def an_entry_has_figures_or_a_failure(result: Result) -> Iterator[str]:
         has_latency = isinstance(entry.timing, Timing) and entry.timing.best is not None
         if entry.status == "failed":
             if entry.failure is None:
-                yield f"{entry.id}: a failed entry must say why, in failure"
+                yield f"{entry.id}: a failed entry must say why, as failure"
             if has_latency:
-                yield f"{entry.id}: a failed entry has no latency"
+                yield f"{entry.id}: a failed entry must have no latency"
         else:
             if entry.failure is not None:
-                yield f"{entry.id}: only a failed entry has a failure"
+                yield f"{entry.id}: only a failed entry must have a failure"
             if not has_latency and entry.estimate is None:
                 yield f"{entry.id}: an entry must have a latency or an estimate"
 

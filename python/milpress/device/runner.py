@@ -314,7 +314,7 @@ class _Turn:
             return
         findings, plan = self.findings, self._plan
         if not findings.best:
-            msg = "a configuration must have a round that counts, got none"
+            msg = "no round counts, as the device was too warm in each"
             self._fail("predict", SessionError(msg, "too_warm"))
             return
         peak = self._try("memory").get("peak")

@@ -108,7 +108,7 @@ class ProcessSession:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([stdout], [], [], left)[0]:
                 self._kill()
-                msg = f"{command} must be done in {timeout:g} s, got no answer"
+                msg = f"{command}: no answer in {timeout:g} s"
                 raise SessionError(msg, "timed_out")
             data = os.read(stdout, 1 << 16)
             if not data:
@@ -116,7 +116,7 @@ class ProcessSession:
             self._unread += data
             if len(self._unread) > _MAX_REPLY_BYTES:
                 self._kill()
-                msg = f"an answer must have at most {_MAX_REPLY_BYTES} bytes, got more"
+                msg = f"an answer is larger than {_MAX_REPLY_BYTES:,} bytes"
                 raise SessionError(msg, "crashed")
         line, _, self._unread = self._unread.partition(b"\n")
         return line

@@ -52,7 +52,7 @@ def median_interval(rounds: Sequence[Sequence[float]]) -> Interval:
     """
     kept = [np.asarray(each, np.float64) for each in rounds if len(each)]
     if not kept:
-        msg = "an interval must be of at least 1 sample, got none"
+        msg = "an interval needs at least 1 sample"
         raise ConfigError(msg)
     rng = np.random.default_rng(0)
     if len(kept) == 1:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from milpress.compression.packages import compress
 from milpress.device import benchmark, files, schema
-from milpress.device.benchmark import Candidate
+from milpress.device.entries import Candidate, failed_entry, model_of
 from milpress.device.runner import Plan, Progress
 from milpress.device.schema import Failure, Result
 from milpress.errors import CompressionError, ConfigError, DestinationError
@@ -162,7 +162,7 @@ def run(
     suite = suite or Suite.from_yaml()
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        msg = f"{folder}: the folder must be empty or not there, got something in it"
+        msg = f"{folder} exists already and is not an empty folder; give another"
         raise DestinationError(msg)
     Package(model)
     session = open_session or benchmark.sessions_of(driver, options or {})
@@ -187,7 +187,7 @@ def run(
             # The others are made of the copy, so that reports and results name one original.
             source = path
     if not candidates:
-        msg = f"a variant must be possible, got none: {'; '.join(why for _, why in failed)}"
+        msg = f"no variant of the suite is possible: {'; '.join(why for _, why in failed)}"
         raise ConfigError(msg)
     chosen = tuple(units) or (() if driver == "interpreter" else suite.units)
     result = benchmark.run(
@@ -201,10 +201,10 @@ def run(
         open_session=session,
         progress=progress,
     )
-    original = benchmark.model_of(Candidate(package=Path(model), name=""))
+    original = model_of(Candidate(package=Path(model), name=""))
     names = {entry.settings.compute_units: None for entry in result.entries}
     missing = [
-        benchmark.failed_entry(
+        failed_entry(
             Candidate(package=Path(model), name=name),
             dataclasses.replace(original, name=name),
             each,

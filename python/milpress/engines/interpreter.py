@@ -1,45 +1,38 @@
-"""The interpreter as what runs a model."""
+"""The interpreter as an engine."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from milpress.mil.package import Package
 
-if TYPE_CHECKING:
-    from milpress.interpreter import Feature
 
+class InterpreterEngine:
+    """Runs a package by the interpreter; see `Engine`.
 
-class _Engine(Protocol):
-    """Runs a model and shows values inside as arrays, each by its name."""
-
-    @property
-    def inputs(self) -> tuple[Feature, ...]: ...
-
-    @property
-    def notes(self) -> tuple[str, ...]: ...
-
-    def look(
-        self, sample: Mapping[str, Any], taps: Sequence[str], observe: Callable[[str, Any], None]
-    ) -> None: ...
-
-
-class _Interpreter:
-    """Runs a model by the interpreter."""
+    Parameters
+    ----------
+    package
+        An open package; changes to its model count.
+    function
+        Name of the function to run; by default the one that Core ML would take.
+    """
 
     def __init__(self, package: Package, function: str | None) -> None:
-        from milpress import interpreter
+        from milpress.interpreter import load
 
-        self._program = interpreter.load(package, function)
+        self._program = load(package, function)
         self.inputs = self._program.inputs
         self.notes = self._program.notes
 
-    def look(
-        self, sample: Mapping[str, Any], taps: Sequence[str], observe: Callable[[str, Any], None]
+    def intermediate(
+        self, sample: Mapping[str, Any], names: Sequence[str], observe: Callable[[str, Any], None]
     ) -> None:
-        def look(name: str, value: Any) -> None:
+        """Run a sample, and call ``observe`` with name and array of each named value."""
+        from milpress.interpreter.program import run_once
+
+        def show(name: str, value: Any) -> None:
             observe(name, value.numpy())
 
-        state = self._program.make_state() if self._program.is_stateful else None
-        self._program.run(sample, taps=taps, observe=look, state=state)
+        run_once(self._program, sample, taps=names, observe=show)

@@ -1,11 +1,9 @@
-"""Running a package on arrays out of files, and what came out."""
+"""A run of a package: its outputs, as a table, as JSON and in a file."""
 
 from __future__ import annotations
 
-import io
 import os
 import time
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress.errors import DestinationError, InputError, PackageNotFoundError
+from milpress.errors import DestinationError
 from milpress.plain import json
-from milpress.plain.files import system_errors, write_whole
-from milpress.samples.data import opened, resized
+from milpress.plain.arrays import write_arrays
+from milpress.plain.files import check_free
+from milpress.samples.data import opened
+from milpress.samples.pictures import resized
 from milpress.show import escaped, named_table
 
 if TYPE_CHECKING:
@@ -65,23 +65,22 @@ class Output:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
-    """What a run gave.
+    """Outputs of a run.
 
     Parameters
     ----------
     source
         The package.
     precision
-        As the run was asked for.
+        Of the run: ``"float32"`` or ``"float16"``.
     outputs
-        What came out.
+        The model's outputs.
     seconds
         Wall time of the run, loading excluded.
     written
-        The file that the outputs are in, if they were to be written.
+        The file that the outputs were written to, if any.
     notes
-        What else there is to know: stages of pipelines that were passed by, pictures that were
-        resized.
+        Remarks: stages of pipelines that were passed by, pictures that were resized.
     """
 
     source: str
@@ -157,63 +156,34 @@ def run(
     PackageError
         If the source is no package of ML programs.
     """
-    from milpress.interpreter import load
+    from milpress.interpreter.program import load, run_once
 
     path = None if output is None else _destination(Path(output), force=force)
     program = load(source, function, precision=precision, seed=seed)
-    given, pictures = opened(inputs, program.inputs)
+    sample, pictures = opened(inputs, program.inputs)
     note = resized(pictures)
-    state = program.make_state() if program.is_stateful else None
     started = time.perf_counter()
-    made = program.run(given, state=state).outputs
+    outputs = run_once(program, sample).outputs
     seconds = time.perf_counter() - started
     if path is not None:
-        _write(path, made)
+        _write(path, outputs)
     return RunReport(
         source=str(source),
         precision=precision,
-        outputs=tuple(Output(name=name, value=value) for name, value in made.items()),
+        outputs=tuple(Output(name=name, value=value) for name, value in outputs.items()),
         seconds=seconds,
         written=None if path is None else str(path),
         notes=(*program.notes, *([note] if note else [])),
     )
 
 
-def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """Return the arrays of an ``.npz`` file by name, or of an ``.npy`` file under an empty name.
-
-    Raises
-    ------
-    InputError
-        If it is neither.
-    """
-    if not path.is_file():
-        msg = f"{path}: an array must be there, got nothing"
-        raise PackageNotFoundError(msg)
-    try:
-        with system_errors(path):
-            found = np.load(path, allow_pickle=False)
-            if isinstance(found, np.ndarray):
-                return {"": found}
-            with found:
-                return dict(found)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        msg = f"{path}: an input must be an .npy or .npz file of numbers, got: {error}"
-        raise InputError(msg) from error
-
-
 def _destination(path: Path, *, force: bool) -> Path:
     if path.is_dir():
         path = path / "outputs.npz"
     if path.suffix != ".npz":
-        msg = f"{path}: outputs must go to a folder or an .npz file, got another"
+        msg = f"{path}: outputs are written to a folder or an .npz file; name one"
         raise DestinationError(msg)
-    if not path.parent.is_dir():
-        msg = f"{path}: the folder of the destination must exist, got none"
-        raise PackageNotFoundError(msg)
-    if path.exists() and not force:
-        msg = f"{path}: the destination must be free, got an existing one; use force"
-        raise DestinationError(msg)
+    check_free(path, force=force)
     return path
 
 
@@ -225,15 +195,7 @@ def _write(path: Path, outputs: Mapping[str, Any]) -> None:
             arrays[f"{name}_labels"] = np.array(list(value))
         else:
             arrays[name] = np.asarray(value)
-    # Not by np.savez, which can't take every name.
-    whole = io.BytesIO()
-    with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as file:
-        for name, array in arrays.items():
-            data = io.BytesIO()
-            np.save(data, array, allow_pickle=False)
-            file.writestr(f"{name}.npy", data.getvalue())
-    with system_errors(path):
-        write_whole(path, whole.getvalue())
+    write_arrays(path, arrays)
 
 
 def _shape_and_type(value: Any) -> tuple[str, str]:

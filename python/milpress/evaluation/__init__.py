@@ -1,1 +1,1 @@
-"""How far a compressed model's outputs, and values inside it, are from the original's."""
+"""Evaluation of compressed models: how far they are from their originals."""

@@ -1,4 +1,4 @@
-"""Two detectors compared where the first keeps a box, whatever the second would keep."""
+"""Comparison of two detectors at the boxes that the first of them keeps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Boxes:
-    """Runs an original and what was made of it on samples, one after the other.
+    """Runs of an original and its compressed version on the same samples.
 
     Where the original keeps some boxes, the other gives out the same, so that outputs have the same
     shape and each row is of the same place; what it would have kept is counted.
@@ -31,7 +31,7 @@ class Boxes:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was counted, in a sentence; nothing where no boxes are chosen."""
+        """How many boxes both keep, in a sentence; none where no boxes are chosen."""
         if not self._names:
             return ()
         n_original, n_common, n_compressed = self._counts
@@ -43,10 +43,11 @@ class Boxes:
     def original(
         self,
         sample: Mapping[str, Any],
-        taps: Iterable[str] = (),
+        names: Iterable[str] = (),
         observe: Callable[[str, Any], None] | None = None,
     ) -> Result:
-        """Run the original."""
+        """Run the original, and observe the values of some names."""
+        from milpress.interpreter.program import run_once
 
         def look(name: str, value: Any) -> None:
             if name in self._names:
@@ -54,36 +55,31 @@ class Boxes:
             elif observe is not None:
                 observe(name, value)
 
-        return run_once(self._original, sample, taps=(*taps, *self._names), observe=look)
+        return run_once(self._original, sample, taps=(*names, *self._names), observe=look)
 
     def compressed(
         self,
         sample: Mapping[str, Any],
-        taps: Iterable[str] = (),
+        names: Iterable[str] = (),
         observe: Callable[[str, Any], None] | None = None,
         replace: Callable[[str, Any], Any] | None = None,
     ) -> Result:
         """Run the other on the sample that the original was run on last."""
+        from milpress.interpreter.program import run_once
 
         def look(name: str, value: Any) -> None:
             if name not in self._names:
                 if observe is not None:
                     observe(name, value)
             elif replace is None:
-                one, other = (set(kept.tolist()) for kept in (self._kept[name], value))
-                for i, kept in enumerate((one, one & other, other)):
-                    self._counts[i] += len(kept)
+                one, other = (set(boxes.tolist()) for boxes in (self._kept[name], value))
+                for i, boxes in enumerate((one, one & other, other)):
+                    self._counts[i] += len(boxes)
 
         def swap(name: str, value: Any) -> Any:
             if name in self._names:
                 return self._kept[name]
             return value if replace is None else replace(name, value)
 
-        taps = (*taps, *self._names)
-        return run_once(self._compressed, sample, taps=taps, observe=look, replace=swap)
-
-
-def run_once(program: Program, sample: Mapping[str, Any], **watch: Any) -> Result:
-    """Run a program on a sample by itself: states begin as zeros."""
-    state = program.make_state() if program.is_stateful else None
-    return program.run(sample, state=state, **watch)
+        names = (*names, *self._names)
+        return run_once(self._compressed, sample, taps=names, observe=look, replace=swap)

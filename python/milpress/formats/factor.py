@@ -109,7 +109,7 @@ def factorize(
         If the moments are not finite.
     """
     if not all(np.isfinite(rows).all() for each in moments for _, rows in _bands(each)):
-        msg = "the inputs of the layer must be finite, got other values"
+        msg = "the inputs of the layer are not finite (NaN or infinity)"
         raise UnsupportedError(msg)
     diagonal = np.diagonal(moments, axis1=1, axis2=2)
     power = np.ascontiguousarray(diagonal + np.float64(evenly), np.float32)
@@ -126,7 +126,7 @@ def factorize(
         except np.linalg.LinAlgError:
             dampening = max(10 * dampening, 1e-4)
     else:
-        msg = f"the inputs of the layer depend on each other too much, got dampening {dampening}"
+        msg = f"the inputs of the layer depend on each other too much for dampening {dampening}"
         raise UnsupportedError(msg)
     return Factor(upper=upper, power=power, order=order, dampening=dampening)
 

@@ -218,7 +218,7 @@ def _pruned(value: Palette | Quantized, treatment: PruneConfig) -> Masked:
         axis, shape = value.vector_axis, dense.shape
         around = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :])
         n_zeros = n_pruned(dense.size, treatment.sparsity)
-        bitmask = kernels_for(None).keep_blocks(
+        bitmask = kernels_for(None).dispatch(_core.keep_blocks)(
             dense.reshape(-1), *around, value.vector_size, n_zeros
         )
     else:

@@ -145,7 +145,7 @@ class Palette:
             axis = normalized_axis(self.vector_axis, self.codes.ndim)
             object.__setattr__(self, "vector_axis", axis)
         elif self.vector_size > 1:
-            msg = f"vector_axis must be given with vectors of {self.vector_size}, got none"
+            msg = f"vectors of {self.vector_size} need a vector_axis"
             raise ConfigError(msg)
 
     @property
@@ -337,8 +337,8 @@ def _fitted(
         luts = np.stack([np.pad(table, (0, 2**bits - len(table)), "edge") for table in tables])
     else:
         row_importance = None if importance is None else to_rows(importance, group_shape)
-        luts = kernels_for(None).kmeans1d(rows, 2**bits, row_importance)
-    codes = kernels_for(None).lut_assign(rows, luts)
+        luts = kernels_for(None).dispatch(_core.kmeans1d)(rows, 2**bits, row_importance)
+    codes = kernels_for(None).dispatch(_core.lut_assign)(rows, luts)
     return _palette(codes, luts[..., None], array.shape, group_shape, bits)
 
 
@@ -372,7 +372,7 @@ def _vectors(
         if importance is not None:
             share = split_vectors(importance, size, axis, group_shape)[1].mean(axis=-1)
         seed = config.table.seed if isinstance(config.table, KMeans) else 0
-        flat, codes = kernels_for(None).kmeans_vector(
+        flat, codes = kernels_for(None).dispatch(_core.kmeans_vector)(
             rows.reshape(n_groups, -1), 2**bits, size, seed, share
         )
         luts = flat.reshape(n_groups, 2**bits, size)
@@ -511,7 +511,7 @@ def fold(palette: Palette, scale: NDArray[Any], output: int, like: Floats | None
 def reassigned(palette: Palette, array: Floats) -> Palette:
     """Return the palette of single values with each index naming the entry nearest to a weight."""
     _, luts = palette.rows()
-    codes = kernels_for(None).lut_assign(to_rows(array, palette.group_shape), luts)
+    codes = kernels_for(None).dispatch(_core.lut_assign)(to_rows(array, palette.group_shape), luts)
     return Palette(
         codes=frozen(from_rows(codes, palette.codes.shape, palette.group_shape)),
         lut=palette.lut,

@@ -228,16 +228,14 @@ def quantize(
     block_shape = _block_shape(array.shape, config.granularity, channel_axis, input_axis)
     grid = block_grid(array.shape, block_shape)
     rows = to_rows(array, block_shape)
-    kernels = kernels_for(device)
+    dispatch = kernels_for(device).dispatch
     share = None if importance is None else checked_importance(importance, array.shape)
     settings = (*config.code_range, config.offset)
     if config.range == "minmax":
-        made = kernels.quantize(rows, *settings)
-    elif share is None:
-        made = kernels.quantize_mse(rows, *settings)
+        codes, scales, offsets = dispatch(_core.quantize)(rows, *settings)
     else:
-        made = kernels.quantize_mse_weighted(rows, to_rows(share, block_shape), *settings)
-    codes, scales, offsets = made
+        shares = None if share is None else to_rows(share, block_shape)
+        codes, scales, offsets = dispatch(_core.quantize_mse)(rows, shares, *settings)
     if not np.isfinite(scales).all():
         check_finite(array)
     if offsets is None and not config.signed:

@@ -94,7 +94,7 @@ def checked_importance(importance: Any, shape: tuple[int, ...]) -> NDArray[np.fl
         msg = f"importance must have the shape of the weight, {shape}, got {array.shape}"
         raise ConfigError(msg)
     if not (np.isfinite(array).all() and (array >= 0).all()):
-        msg = "importance must be finite and not negative, got other values"
+        msg = "importance must be finite and not negative"
         raise ConfigError(msg)
     return array
 

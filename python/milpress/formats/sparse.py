@@ -146,7 +146,7 @@ def sparsify(weight: Any, config: PruneConfig, *, device: Placement = None) -> S
     if n_zeros < config.min_sparsity * array.size:
         msg = f"a fraction of {config.min_sparsity} must be zero, got {n_zeros / array.size:.3f}"
         raise UnsupportedError(msg)
-    nonzeros = kernels.compact(array.reshape(-1), bitmask)
+    nonzeros = kernels.dispatch(_core.compact)(array.reshape(-1), bitmask)
     return Sparse(shape=array.shape, bitmask=frozen(bitmask), nonzeros=frozen(nonzeros))
 
 
@@ -161,15 +161,15 @@ def kept(array: Floats, config: PruneConfig, kernels: Kernels | None = None) -> 
     kernels = kernels or kernels_for(None)
     flat = array.reshape(-1)
     if config.threshold is not None:
-        return kernels.keep_above(flat, config.threshold)
+        return kernels.dispatch(_core.keep_above)(flat, config.threshold)
     if config.n_m is not None:
         n, m = config.n_m
-        return kernels.keep_n_m(flat, *_around(array, config, m, "m"), n, m)
+        return kernels.dispatch(_core.keep_n_m)(flat, *_around(array, config, m, "m"), n, m)
     n_zeros = n_pruned(flat.size, config.sparsity or 0.0)
     if config.block_size is not None:
         around = _around(array, config, config.block_size, "block_size")
-        return kernels.keep_blocks(flat, *around, config.block_size, n_zeros)
-    return kernels.keep_largest(flat, n_zeros)
+        return kernels.dispatch(_core.keep_blocks)(flat, *around, config.block_size, n_zeros)
+    return kernels.dispatch(_core.keep_largest)(flat, n_zeros)
 
 
 def _around(array: Floats, config: PruneConfig, size: int, word: str) -> tuple[int, int, int]:

@@ -7,9 +7,7 @@ from milpress.errors import DependencyError
 try:
     import torch as _torch  # noqa: F401
 except ModuleNotFoundError as error:
-    msg = (
-        "running models must have PyTorch, got none; install it with: pip install 'milpress[torch]'"
-    )
+    msg = "running models needs PyTorch; install it with: pip install 'milpress[torch]'"
     raise DependencyError(msg) from error
 
 from milpress.interpreter.coverage import Coverage, coverage

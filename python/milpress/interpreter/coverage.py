@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from milpress.interpreter import ops
-from milpress.mil import opset
 from milpress.mil.package import Package
-from milpress.mil.weights import sites
 from milpress.show import escaped, named_table
 
 if TYPE_CHECKING:
@@ -108,12 +106,12 @@ def coverage(source: str | os.PathLike[str] | Package) -> Coverage:
     """
     package = source if isinstance(source, Package) else Package(source)
     found = []
-    for site in sites(package):
-        place = "/".join((*site.program.place, site.function_name))
-        version = opset.by_name(site.function.opset)
+    for graph in package.graphs:
+        place = "/".join((*graph.place, graph.function_name))
+        version = graph.opset
         counts: Counter[str] = Counter()
         uncovered: dict[str, str] = {}
-        for node in site.graph.nodes:
+        for node in graph.nodes:
             lack = ops.uncovered(node.op, version.version)
             if lack or not node.is_stored:
                 counts[node.op.type] += 1

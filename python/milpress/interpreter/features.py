@@ -105,7 +105,7 @@ def _array(feature: Feature, given: Any) -> Tensor:
             given.detach().to("cpu", copy=True) if isinstance(given, Tensor) else np.asarray(given)
         )
     except ValueError as error:
-        msg = f"input {feature.name!r} must be an array, got: {error}"
+        msg = f"input {feature.name!r} is not an array: {error}"
         raise InputError(msg) from error
     kind = _kind_of(array)
     is_float = feature.dtype.startswith("float")
@@ -121,7 +121,7 @@ def _array(feature: Feature, given: Any) -> Tensor:
     if not is_float and tensor.numel():
         limits = torch.iinfo(torch.int32)
         if tensor.min() < limits.min or tensor.max() > limits.max:
-            msg = f"input {feature.name!r} must hold numbers of 32 bits, got larger ones"
+            msg = f"input {feature.name!r} holds numbers that 32 bits can't hold"
             raise InputError(msg)
     return tensor
 

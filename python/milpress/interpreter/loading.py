@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from milpress.errors import ConfigError, ModelKindError, PackageError, UnsupportedError
+from milpress.interpreter.binding import bind
 from milpress.interpreter.constants import Budget
-from milpress.interpreter.graph import bind
 from milpress.interpreter.parts import Model, Part, Passed, Pipeline
 from milpress.interpreter.suppression import suppression_of
 from milpress.mil import features
@@ -60,8 +60,8 @@ class Loader:
         kind = kind_of(model)
         if not kind:
             msg = (
-                f"{self._package.path}: every model of a pipeline must be an ML program, or of "
-                f"another kind that Core ML has, got another for {'/'.join(place)!r}"
+                f"{self._package.path}: stage {'/'.join(place)!r} of the pipeline is of a kind "
+                "that Core ML does not have"
             )
             raise ModelKindError(msg)
         return Passed(
@@ -87,10 +87,10 @@ class Loader:
         outputs = dict(zip(function.outputs, function.output_types, strict=True))
         taken = {key for key, value in function.inputs.items() if not value.is_state}
         if {item.name for item in description.input} != taken:
-            msg = f"{shown}: the description must name the function's inputs, got others"
+            msg = f"{shown}: the description names other inputs than the function"
             raise PackageError(msg)
         if not {item.name for item in description.output} <= set(outputs):
-            msg = f"{shown}: the description must name outputs of the function, got others"
+            msg = f"{shown}: the description names outputs that the function does not have"
             raise PackageError(msg)
         return Model(
             prefix="".join(f"{part}/" for part in place),
@@ -143,7 +143,7 @@ class _Joined:
                 self._add(stage)
         parts = tuple(stage for stage in self._stages if not isinstance(stage, Passed))
         if not parts:
-            msg = f"{self._package.path}: a pipeline must have a stage that can be run, got none"
+            msg = f"{self._package.path}: no stage of the pipeline can be run"
             raise ModelKindError(msg)
         nested = [passed for part in parts if isinstance(part, Pipeline) for passed in part.passed]
         unused = [
@@ -207,7 +207,7 @@ class _Joined:
             if isinstance(maker, Passed) or (is_open and maker is None):
                 continue
             if maker is None:
-                msg = f"{self._package.path}: a pipeline must make its outputs, got none for {name}"
+                msg = f"{self._package.path}: no stage of the pipeline has its output {name}"
                 raise PackageError(msg)
             outputs.append(self._made[name])
         outputs += [each for each in self._ends.values() if each not in outputs]

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from milpress.interpreter.binding import Block, Frame, Function
 from milpress.interpreter.constants import Weight, held_as
 from milpress.interpreter.features import filled, passed_on
-from milpress.interpreter.graph import Block, Frame, Function
 from milpress.interpreter.states import Cell
 from milpress.mil.features import Feature
 

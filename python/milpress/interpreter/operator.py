@@ -85,7 +85,7 @@ class Operator:
         bound = {}
         for name, value in arguments.items():
             if name not in self.forms:
-                msg = f"{self.names[0]} must have a parameter {name}, got none"
+                msg = f"{self.names[0]} has no parameter {name}"
                 raise TypeError(msg)
             form, optional = self.forms[name]
             if value is None and not optional:

@@ -11,7 +11,7 @@ import torch
 
 from milpress.errors import CompressionError, ExecutionError, UnsupportedOpError
 from milpress.interpreter import features as io
-from milpress.interpreter.graph import Frame, Function, Observe, Replace
+from milpress.interpreter.binding import Frame, Function, Observe, Replace
 from milpress.interpreter.module import PipelineModule, ProgramModule, Stage
 from milpress.interpreter.states import State
 from milpress.interpreter.suppression import Suppression
@@ -215,5 +215,5 @@ def located(frame: Frame) -> Iterator[None]:
         step = frame.step
         if step is None:
             raise
-        msg = f"{step.place}: {step.kind} must be able to compute what it is given, got: {error}"
+        msg = f"{step.place}: {step.kind} can't compute what it is given: {error}"
         raise ExecutionError(msg) from error

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from milpress.errors import ConfigError, InputError, UnsupportedError
 from milpress.interpreter import features as io
+from milpress.interpreter.binding import Observe, Replace
 from milpress.interpreter.constants import Budget, held_as
-from milpress.interpreter.graph import Observe, Replace
+from milpress.interpreter.layers import Layer, layers
 from milpress.interpreter.loading import Loader
 from milpress.interpreter.module import PipelineModule, ProgramModule
-from milpress.interpreter.moments import Layer, layers
 from milpress.interpreter.parts import Model, Pipeline, Run
 from milpress.interpreter.states import State
 from milpress.mil.features import Feature
@@ -94,6 +94,12 @@ def load(
     return Program(loader.part(package.model), precision=precision, seed=seed)
 
 
+def run_once(program: Program, inputs: Mapping[str, Any], **watch: Any) -> Result:
+    """Run a program by itself, as `Program.run` does: states begin as zeros."""
+    state = program.make_state() if program.is_stateful else None
+    return program.run(inputs, state=state, **watch)
+
+
 class Program:
     """A model that runs with torch, made by `load`.
 
@@ -152,7 +158,7 @@ class Program:
         """
         part = self._part.without_suppression()
         if part is None:
-            msg = "an ML program must come before a non-maximum suppression, got none"
+            msg = "there is no ML program before the non-maximum suppression"
             raise UnsupportedError(msg)
         if part is self._part:
             return self
@@ -319,7 +325,7 @@ class Program:
             msg = f"a tap must name a value that the program computes, got {', '.join(unknown)}"
             raise InputError(msg)
         if state is None and self.is_stateful:
-            msg = "a stateful model must be given a state, from make_state(), got none"
+            msg = "the model is stateful: give it a state, from make_state()"
             raise InputError(msg)
 
     def _exported(self, value: Any, dtype: str, as_torch: bool) -> Any:

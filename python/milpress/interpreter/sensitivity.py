@@ -107,7 +107,7 @@ class OutputError:
             i for i in range(len(outputs[0])) if _suits([made[i] for made in outputs], metric)
         ]
         if not self._used:
-            msg = f"the model must have an output of floats that suits {metric}, got none"
+            msg = f"the model has no output of floats that suits {metric}"
             raise UnsupportedError(msg)
         self._given = {
             i: metric == "kl" and all(_are_probabilities(made[i]) for made in outputs)
@@ -208,7 +208,7 @@ class OutputError:
         try:
             made = self._module(*inputs)
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            msg = f"the model must be able to compute the samples, got: {error}"
+            msg = f"the model can't compute the samples: {error}"
             raise ExecutionError(msg) from error
         outputs = made if isinstance(made, tuple) else (made,)
         return [

@@ -187,7 +187,7 @@ def suppression_of(model: Any, place: str) -> Suppression:
     }
     for field, name in names.items():
         if not name:
-            msg = f"{place}: a non-maximum suppression must have {field}FeatureName, got none"
+            msg = f"{place}: the non-maximum suppression has no {field}FeatureName"
             raise PackageError(msg)
     labels = stage.stringClassLabels.vector or stage.int64ClassLabels.vector
     n_classes = len(labels) or None
@@ -258,6 +258,6 @@ def _n_boxes(place: str, outputs: list[Any]) -> tuple[int, int | None]:
         low = max(low, least)
         high = most if high is None or (most is not None and most < high) else high
     if high is not None and low > high:
-        msg = f"{place}: both outputs must have room for the same number of boxes, got others"
+        msg = f"{place}: the two outputs have room for different numbers of boxes"
         raise PackageError(msg)
     return low, high

@@ -9,17 +9,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, ParamSpec, TypeAlias, TypeVar, get_args
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 
 import milpress._core as _core
 from milpress.errors import ConfigError
 
 DeviceName: TypeAlias = Literal["cpu", "metal", "auto"]
-_P = ParamSpec("_P")
-_R = TypeVar("_R")
+_Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 _logger = logging.getLogger(__name__)
 
 
@@ -59,9 +55,9 @@ def devices() -> tuple[Device, ...]:
     >>> devices()[0].name
     'cpu'
     """
-    hardware, reason = _core.metal_device()
+    hardware, reason = _core.metal.device()
     if not reason:
-        reason = _core.metal_self_test()
+        reason = _core.metal.self_test()
     return Device(name="cpu", hardware="CPU"), Device(
         name="metal", hardware=hardware, reason=reason
     )
@@ -102,107 +98,30 @@ class Kernels:
         """What ran on the GPU, and what did not although it was asked for."""
         return tuple(note if n == 1 else f"{note} ({n} times)" for note, n in self._counts.items())
 
-    def kmeans1d(
-        self, weights: NDArray[Any], n_entries: int, importance: NDArray[np.float32] | None
-    ) -> NDArray[Any]:
-        """Call the kernel of that name."""
-        return self._run(_core.kmeans1d, _core.metal_kmeans1d, weights, n_entries, importance)
+    def dispatch(self, kernel: _Kernel) -> _Kernel:
+        """Return a kernel of `_core` to call on the device: its twin there has its name.
 
-    def kmeans_vector(
-        self,
-        weights: NDArray[Any],
-        n_entries: int,
-        dim: int,
-        seed: int,
-        importance: NDArray[np.float32] | None,
-    ) -> tuple[NDArray[Any], NDArray[np.uint8]]:
-        """Call the kernel of that name."""
-        return self._run(_core.kmeans_vector, None, weights, n_entries, dim, seed, importance)
+        Examples
+        --------
+        >>> import numpy as np
+        >>> Kernels().dispatch(_core.keep_above)(np.float32([1, -3, 0]), 0.5)
+        array([3], dtype=uint8)
+        """
+        return cast("_Kernel", functools.partial(self._run, kernel))
 
-    def lut_assign(self, weights: NDArray[Any], luts: NDArray[Any]) -> NDArray[np.uint8]:
-        """Call the kernel of that name."""
-        return self._run(_core.lut_assign, _core.metal_lut_assign, weights, luts)
-
-    def quantize(
-        self, weights: NDArray[Any], code_min: int, code_max: int, fit_offset: bool
-    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
-        """Call the kernel of that name."""
-        return self._run(
-            _core.quantize, _core.metal_quantize, weights, code_min, code_max, fit_offset
-        )
-
-    def quantize_mse(
-        self, weights: NDArray[Any], code_min: int, code_max: int, fit_offset: bool
-    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
-        """Call the kernel of that name."""
-        return self._run(
-            _core.quantize_mse, _core.metal_quantize_mse, weights, code_min, code_max, fit_offset
-        )
-
-    def quantize_mse_weighted(
-        self,
-        weights: NDArray[Any],
-        importance: NDArray[np.float32],
-        code_min: int,
-        code_max: int,
-        fit_offset: bool,
-    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
-        """Call the kernel of that name."""
-        kernel = _core.quantize_mse_weighted
-        return self._run(kernel, None, weights, importance, code_min, code_max, fit_offset)
-
-    def keep_largest(self, weights: NDArray[Any], n_zeros: int) -> NDArray[np.uint8]:
-        """Call the kernel of that name."""
-        return self._run(_core.keep_largest, _core.metal_keep_largest, weights, n_zeros)
-
-    def keep_above(self, weights: NDArray[Any], threshold: float) -> NDArray[np.uint8]:
-        """Call the kernel of that name."""
-        return self._run(_core.keep_above, _core.metal_keep_above, weights, threshold)
-
-    def keep_n_m(
-        self, weights: NDArray[Any], outer: int, n_channels: int, inner: int, n: int, m: int
-    ) -> NDArray[np.uint8]:
-        """Call the kernel of that name."""
-        return self._run(
-            _core.keep_n_m, _core.metal_keep_n_m, weights, outer, n_channels, inner, n, m
-        )
-
-    def keep_blocks(
-        self,
-        weights: NDArray[Any],
-        outer: int,
-        n_channels: int,
-        inner: int,
-        block_size: int,
-        n_zeros: int,
-    ) -> NDArray[np.uint8]:
-        """Call the kernel of that name."""
-        return self._run(
-            _core.keep_blocks, None, weights, outer, n_channels, inner, block_size, n_zeros
-        )
-
-    def compact(self, weights: NDArray[Any], bitmask: NDArray[np.uint8]) -> NDArray[Any]:
-        """Call the kernel of that name."""
-        return self._run(_core.compact, _core.metal_compact, weights, bitmask)
-
-    def _run(
-        self,
-        on_cpu: Callable[_P, _R],
-        on_gpu: Callable[_P, _R] | None,
-        *arguments: _P.args,
-        **named: _P.kwargs,
-    ) -> _R:
-        name = on_cpu.__name__
+    def _run(self, kernel: Callable[..., Any], *arguments: object) -> Any:
+        name = kernel.__name__
         if self._metal is None or not self._metal.is_usable:
-            return on_cpu(*arguments, **named)
-        if on_gpu is None:
+            return kernel(*arguments)
+        twin = getattr(_core.metal, name, None)
+        if twin is None:
             self._note(f"{name} ran on the CPU: the GPU has no such kernel")
-            return on_cpu(*arguments, **named)
+            return kernel(*arguments)
         try:
-            result = on_gpu(*arguments, **named)
-        except _core.DeviceError as error:
+            result = twin(*arguments)
+        except _core.metal.DeviceError as error:
             self._note(f"{name} ran on the CPU: {error}")
-            return on_cpu(*arguments, **named)
+            return kernel(*arguments)
         self._count(f"{name} ran on {self._metal.hardware}")
         return result
 

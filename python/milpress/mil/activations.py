@@ -17,9 +17,9 @@ from milpress.errors import PackageError, VerificationError
 from milpress.mil import dtypes, values
 from milpress.mil.graph import Graph, Node, Scope, new_const, new_op
 from milpress.mil.joins import Value, home, type_of
+from milpress.mil.program import ProgramGraph
 from milpress.mil.schema import messages
-from milpress.mil.values import TensorType, WeightSource
-from milpress.mil.weights import Site
+from milpress.mil.values import TensorType
 from milpress.plain import json
 
 KEY = "com.milpress.activations"
@@ -369,7 +369,7 @@ def read(model: Any) -> Record:
         pairs = {str(name): str(codes) for name, codes in data["pairs"].items()}
         return Record(pairs, [dict(setting) for setting in data["settings"]])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        msg = f"the user metadata {KEY} must be a record of version 1, got another text: {error}"
+        msg = f"the user metadata {KEY} is not a record of version 1: {error}"
         raise PackageError(msg) from error
 
 
@@ -384,9 +384,7 @@ def forget(model: Any) -> None:
     model.description.metadata.userDefined.pop(KEY, None)
 
 
-def strip(
-    site: Site, pairs: Mapping[str, str], source: WeightSource
-) -> list[tuple[str, Parameters]]:
+def strip(graph: ProgramGraph, pairs: Mapping[str, str]) -> list[tuple[str, Parameters]]:
     """Take recorded pairs out of a graph again, in place.
 
     Returns the pairs of this graph, in order, with their parameters; ``source`` gives its weight
@@ -399,33 +397,30 @@ def strip(
         that a ``quantize`` with the same parameters makes, a positive and finite scale of the type
         of the values, and nothing that uses the codes otherwise.
     """
-    graph = site.graph
-    named = {f"{site.prefix}{node.name}": node for node in graph.nodes}
+    named = {f"{graph.prefix}{node.name}": node for node in graph.nodes}
     mine = {name: codes for name, codes in pairs.items() if name in named or codes in named}
-    quantizes = {
-        codes: _checked(codes, "quantize", named, graph, source) for codes in mine.values()
-    }
+    quantizes = {codes: _checked(codes, "quantize", named, graph) for codes in mine.values()}
     found: list[tuple[str, Parameters]] = []
     removed: dict[Node, None] = {}
     for name, codes in mine.items():
         dense, (quantize, given) = (
-            _checked(name, "dequantize", named, graph, source),
+            _checked(name, "dequantize", named, graph),
             quantizes[codes],
         )
         if dense[1]._replace(dtype="") != given._replace(dtype=""):
-            _fail(f"{name}: it must have the scale and zero point of {codes}, got others")
-        if f"{site.prefix}{_source(dense[0])}" != codes:
+            _fail(f"{name}: its scale or zero point differs from that of {codes}")
+        if f"{graph.prefix}{_source(dense[0])}" != codes:
             _fail(f"{name}: it must take {codes}, got {_source(dense[0])}")
         if dense[0].type != _type_of_source(quantize):
-            _fail(f"{name}: it must be of the type of what is quantized, got another")
+            _fail(f"{name}: its type differs from that of what is quantized")
         removed.update(dict.fromkeys((quantize, dense[0])))
         found.append((name, given))
     for node in removed:
         for use in node.uses if node.op.type == "quantize" else ():
             if use.node not in removed:
-                _fail(f"{site.prefix}{node.name}: its codes must be dequantized, got another use")
+                _fail(f"{graph.prefix}{node.name}: its codes have a use other than dequantize")
         if node.is_block_output:
-            _fail(f"{site.prefix}{node.name}: a block must return what it did, got this one")
+            _fail(f"{graph.prefix}{node.name}: added to the model, but a block returns it")
     for node in [node for node in removed if node.op.type == "dequantize"]:
         for use in node.uses:
             use.binding.name = _origin(node, graph, removed)
@@ -457,13 +452,13 @@ def _type_of_source(node: Node) -> TensorType | None:
 
 
 def _checked(
-    name: str, kind: str, named: Mapping[str, Node], graph: Graph, source: WeightSource
+    name: str, kind: str, named: Mapping[str, Node], graph: ProgramGraph
 ) -> tuple[Node, Parameters]:
     node = named.get(name)
     if node is None or node.op.type != kind or not node.op.inputs["input"].arguments:
-        _fail(f"{name}: the model must have this {kind}, as recorded, got none")
+        _fail(f"{name}: the record names this {kind}, which the model does not have")
     scale, zero_point = graph.constant(node, "scale"), graph.constant(node, "zero_point")
-    stored = None if scale is None else values.read(scale, source).values
+    stored = None if scale is None else values.read(scale, graph.source).values
     dense = _type_of_source(node) if kind == "quantize" else node.type
     if (
         stored is None
@@ -473,7 +468,7 @@ def _checked(
         or not 0 < float(stored) < math.inf
     ):
         _fail(f"{name}: the scale must be one positive number of the type of the values")
-    point = None if zero_point is None else values.read(zero_point, source).values
+    point = None if zero_point is None else values.read(zero_point, graph.source).values
     codes = node.type if kind == "quantize" else _type_of_source(node)
     dtype = "" if codes is None else codes.dtype.name
     if dtype not in ("int8", "uint8") or (

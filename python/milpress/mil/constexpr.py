@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,20 +14,12 @@ from milpress.formats import (
     Compressed,
     Masked,
     Palette,
-    PalettizeConfig,
-    PruneConfig,
-    QuantizeConfig,
     Quantized,
     Sparse,
-    Treatment,
 )
 from milpress.mil import decoding, dtypes, values
-from milpress.mil.chains import stages
-from milpress.mil.graph import CONSTEXPR, Graph, Node, new_const
-from milpress.mil.schema import messages
-from milpress.mil.values import Tensor, WeightSink, WeightSource
-
-Namer: TypeAlias = Callable[[str], str]
+from milpress.mil.graph import CONSTEXPR, Graph, Node
+from milpress.mil.values import Tensor, WeightSource
 
 # The ops that `Decoder` knows.
 DECODED = frozenset(
@@ -43,87 +35,6 @@ DECODED = frozenset(
     )
 )
 _CAST = f"{CONSTEXPR}cast"
-_SUFFIXES = {PalettizeConfig: "palettized", QuantizeConfig: "quantized", PruneConfig: "sparsified"}
-
-
-def emit(
-    value: Compressed,
-    node: Node,
-    *,
-    names: Namer,
-    name: str,
-    early: bool,
-    file_name: str | None,
-    sink: WeightSink,
-) -> list[Any]:
-    """Turn an op into the last ``constexpr_*`` op of a compressed value, in place.
-
-    Returns the ops that have to stand before it, if the value takes a chain of them. Below CoreML8
-    (``early``) the parameters are attributes, from there on inputs.
-    """
-    made: dict[str, Any] = {}
-    written: dict[int, Any] = {}
-    *inner, last = stages(value, early=early)
-    for stage in (*inner, last):
-        stage_name = name if stage is last else names(f"{name}_{stage.role}")
-        op = messages().Operation(type=stage.kind)
-        op.attributes["name"].CopyFrom(values.string(stage_name))
-        for parameter, given in stage.parameters.items():
-            if not isinstance(given, Tensor):
-                role, output = given
-                source = made[role].outputs[output.index].name
-                op.inputs[parameter].arguments.add().name = source
-                continue
-            stored = (
-                op.attributes[parameter] if early else op.inputs[parameter].arguments.add().value
-            )
-            if id(given) in written:
-                stored.CopyFrom(written[id(given)])
-            else:
-                values.write(stored, given, file_name=file_name, early=early, sink=sink)
-                written[id(given)] = stored
-        for output in stage.outputs:
-            ending = f"_{output.index}" if len(stage.outputs) > 1 else ""
-            item = op.outputs.add(name=f"{stage_name}{ending}")
-            values.set_type(item.type, output.dtype, output.shape)
-        made[stage.role] = op
-    made[last.role].outputs.add(name=name).type.CopyFrom(node.op.outputs[0].type)
-    node.op.CopyFrom(made[last.role])
-    return [made[stage.role] for stage in inner]
-
-
-def emit_const(tensor: Tensor, node: Node, *, file_name: str | None, sink: WeightSink) -> None:
-    """Turn an op into the ``const`` op of a tensor, in place; its name stays."""
-    node.op.CopyFrom(const_of(tensor, node.name, file_name=file_name, sink=sink))
-
-
-def const_of(tensor: Tensor, name: str, *, file_name: str | None, sink: WeightSink) -> Any:
-    """Return the ``const`` op of a tensor."""
-    value = messages().Value()
-    values.write(value, tensor, file_name=file_name, early=False, sink=sink)
-    return new_const(name, value)
-
-
-def payload_bytes(value: Compressed, *, early: bool) -> int:
-    """Return how many bytes `emit` stores for a value."""
-    stored = {
-        id(given): given
-        for stage in stages(value, early=early)
-        for given in stage.parameters.values()
-        if isinstance(given, Tensor)
-    }
-    return sum(dtype.n_bytes(array.size) for dtype, array in stored.values())
-
-
-def suffixed(name: str, before: Compressed | None, treatment: Treatment) -> str:
-    """Return the name that coremltools gives what a treatment makes of a weight.
-
-    ``before`` is what the weight was made of, ``None`` if it was dense: codes and tables of a
-    compressed weight change under its name, only pruning renames it again.
-    """
-    if before is None or (isinstance(treatment, PruneConfig) and not isinstance(before, Sparse)):
-        return f"{name}_{_SUFFIXES[type(treatment)]}"
-    return name
 
 
 def is_constexpr(node: Node) -> bool:
@@ -277,7 +188,7 @@ class Decoder:
     def _need(self, node: Node, parameter: str) -> Tensor:
         tensor = self._tensor(node, parameter)
         if tensor is None:
-            msg = f"{node.name}: {node.op.type} must have {parameter}, got none"
+            msg = f"{node.name}: {node.op.type} has no {parameter}"
             raise PackageError(msg)
         return tensor
 

@@ -92,7 +92,9 @@ def quantized_of(data: Tensor, scale: Tensor, offset: Tensor | None) -> Quantize
         return None
     check_blocks(data.values.shape, scale.values.shape)
     if offset is not None and offset.values.shape != scale.values.shape:
-        msg = f"offset must have the shape of scale, {scale.values.shape}, got another"
+        msg = (
+            f"offset must have the shape of scale, {scale.values.shape}, got {offset.values.shape}"
+        )
         raise ValueError(msg)
     return Quantized(
         codes=data.values,

@@ -96,6 +96,7 @@ class Graph:
         self._names: set[str] = set()
         self._before: dict[Node, list[Any]] = {}
         self._removed: set[Node] = set()
+        self.is_applied = False
         inputs = Scope(None, None)
         for item in function.inputs:
             self._define(inputs, item, None)
@@ -139,8 +140,8 @@ class Graph:
                 use.node.n_parts += 1 + producer.n_parts
                 if use.node.n_parts > _MAX_PARTS:
                     msg = (
-                        f"{use.node.name}: a weight must be decoded by at most {_MAX_PARTS} ops, "
-                        "got more"
+                        f"{use.node.name}: one weight is decoded by more than {_MAX_PARTS} ops, "
+                        "the most that milpress follows"
                     )
                     raise PackageError(msg)
 
@@ -224,6 +225,7 @@ class Graph:
 
     def apply(self) -> None:
         """Carry out the noted insertions and removals. The graph is of no use afterwards."""
+        self.is_applied = True
         self._removed -= self.needed(self._removed)
         changed = {id(node.scope) for node in (*self._before, *self._removed)}
         # Innermost blocks first: rebuilding a list copies its ops with the blocks in them.
@@ -259,6 +261,14 @@ def new_const(name: str, value: Any) -> Any:
     op.attributes["val"].CopyFrom(value)
     op.outputs[0].type.CopyFrom(value.type)
     return op
+
+
+def all_ops(block: Any) -> Iterator[Any]:
+    """Yield the ops of a block and of those inside it."""
+    for op in block.operations:
+        yield op
+        for inner in op.blocks:
+            yield from all_ops(inner)
 
 
 def blocks(function: Any) -> Iterator[Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from google.protobuf.message import DecodeError
 
@@ -18,7 +19,10 @@ from milpress.errors import (
     PackageNotFoundError,
 )
 from milpress.mil.dtypes import DType
+from milpress.mil.graph import all_ops
+from milpress.mil.program import Program, ProgramGraph, Weight
 from milpress.mil.schema import count_messages, memory_of, messages
+from milpress.mil.values import blob_values
 from milpress.plain.files import system_errors
 
 # The largest seen has 7 MB.
@@ -30,21 +34,6 @@ _FREE_MEMORY = 16 << 20
 MAX_MANIFEST_BYTES = 1 << 20
 _MAX_PIPELINE_DEPTH = 8
 _MODEL_PATH = "@model_path/"
-
-
-class Program(NamedTuple):
-    """One ML program of a package, and where in a pipeline it stands.
-
-    ``place`` is empty for a package that is one program, else the names of the pipeline's models.
-    """
-
-    place: tuple[str, ...]
-    model: Any
-
-    @property
-    def functions(self) -> dict[str, Any]:
-        """The functions, in the order of their names."""
-        return dict(sorted(self.model.mlProgram.functions.items()))
 
 
 class Package:
@@ -72,7 +61,7 @@ class Package:
     def __init__(self, path: str | os.PathLike[str], *, model_bytes: bytes | None = None) -> None:
         self.path = Path(path)
         self.retyped: dict[tuple[str, int], DType] = {}
-        self.weight_files: tuple[str, ...] | None = None
+        self._graphs: tuple[ProgramGraph, ...] | None = None
         self._readers: dict[str, _core.BlobReader] = {}
         with system_errors(self.path):
             _check_kind(self.path)
@@ -88,6 +77,49 @@ class Package:
     def reopened(self) -> Package:
         """Return the package as it was opened, without what has been done to its model since."""
         return Package(self.path, model_bytes=self.model_bytes)
+
+    @property
+    def graphs(self) -> tuple[ProgramGraph, ...]:
+        """The graph of every block of every function, in an order that the file does not give.
+
+        They are made once, and anew where `Graph.apply` has changed one.
+
+        Raises
+        ------
+        PackageError
+            If a function has no block, or an op uses a value that nothing defines.
+        """
+        if self._graphs is None:
+            self._graphs = tuple(
+                graph for program in self.programs for graph in _graphs_of(program, self)
+            )
+        elif any(graph.is_applied for graph in self._graphs):
+            self._graphs = tuple(
+                graph.anew() if graph.is_applied else graph for graph in self._graphs
+            )
+        return self._graphs
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """The weights of all graphs, in order."""
+        return tuple(weight for graph in self.graphs for weight in graph.weights)
+
+    @functools.cached_property
+    def weight_files(self) -> tuple[str, ...]:
+        """The weight files that the model names, each once, sorted."""
+        names = {
+            value.blobFileValue.fileName
+            for program in self.programs
+            for function in program.functions.values()
+            for block in function.block_specializations.values()
+            for op in all_ops(block)
+            for value in blob_values(op)
+        }
+        return tuple(sorted(names))
+
+    def forget_graphs(self) -> None:
+        """Make the graphs anew when they are asked for: functions have other blocks now."""
+        self._graphs = None
 
     def reader(self, file_name: str) -> _core.BlobReader:
         """Return the reader of a weight file, by the name that the model gives it."""
@@ -114,7 +146,7 @@ class Package:
             manifest = json.loads(text)
             entry = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            msg = f"{self.path}: Manifest.json must name the model's file, got no such entry"
+            msg = f"{self.path}: Manifest.json does not name the model's file"
             raise PackageError(msg) from error
         if not isinstance(entry, str):
             msg = f"{self.path}: the path of the model in Manifest.json must be text"
@@ -137,9 +169,29 @@ class Package:
             msg = f"{self.path}: a file must be no symbolic link, got {name!r}"
             raise PackageError(msg)
         if not path.is_file():
-            msg = f"{self.path}: the package must contain {path.relative_to(self.path)}, got none"
+            msg = f"{self.path}: {path.relative_to(self.path)} is missing in the package"
             raise PackageError(msg)
         return path
+
+
+def _graphs_of(program: Program, package: Package) -> Iterator[ProgramGraph]:
+    functions = program.functions
+    for name, function in functions.items():
+        above = (*program.place, name) if len(functions) > 1 else program.place
+        specializations = sorted(function.block_specializations.items())
+        if not specializations:
+            msg = f"{package.path}: function {name!r} has no block"
+            raise PackageError(msg)
+        for opset_name, block in specializations:
+            shown = (*above, opset_name) if len(specializations) > 1 else above
+            yield ProgramGraph(
+                function,
+                block,
+                package,
+                place=program.place,
+                function_name=name,
+                prefix="".join(f"{part}/" for part in shown),
+            )
 
 
 def n_package_bytes(path: Path) -> int:
@@ -150,16 +202,16 @@ def n_package_bytes(path: Path) -> int:
 
 def _check_kind(path: Path) -> None:
     if not path.exists():
-        msg = f"{path}: a model must be there, got nothing"
+        msg = f"{path}: no such package"
         raise PackageNotFoundError(msg)
     if path.suffix == ".mlmodel" or path.is_file():
         msg = (
-            f"{path}: the model must be an .mlpackage, got a file; convert it again with "
+            f"{path}: a file, where an .mlpackage is a folder; convert it again with "
             "coremltools as an ML program (convert_to='mlprogram')"
         )
         raise ModelKindError(msg)
     if not (path / "Manifest.json").exists():
-        msg = f"{path}: an .mlpackage must contain Manifest.json, got a folder without"
+        msg = f"{path}: not an .mlpackage, as it has no Manifest.json"
         raise PackageError(msg)
 
 
@@ -167,13 +219,13 @@ def _read_bounded(path: Path, limit: int) -> bytes:
     with path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
-        msg = f"{path}: the file must have at most {limit} bytes, got more"
+        msg = f"{path}: larger than {limit:,} bytes, the most that is read"
         raise PackageError(msg)
     return data
 
 
 def _parse(data: bytes, path: Path) -> Any:
-    msg = f"{path}: the model must be a Core ML protobuf message, got damaged or bottomless data"
+    msg = f"{path}: damaged, or not a Core ML model: its protobuf message can't be read"
     try:
         counts = count_messages(data)
     except ValueError as error:
@@ -225,6 +277,6 @@ def _programs(model: Any, path: Path, place: tuple[str, ...] = ()) -> Iterator[P
 def _kind_message(path: Path) -> str:
     return (
         f"{path}: milpress is meant to be used only with mlprogram typed coreml models and "
-        "pipelines of them, got another kind (such as a neural network); convert it again with "
+        "pipelines of them, not with other kinds such as neural networks; convert it again with "
         "convert_to='mlprogram'"
     )

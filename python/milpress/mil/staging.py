@@ -16,16 +16,33 @@ import milpress._core as _core
 from milpress.errors import (
     DestinationError,
     PackageError,
-    PackageNotFoundError,
     StorageError,
 )
-from milpress.mil.package import Package
+from milpress.mil.package import Package, n_package_bytes
 from milpress.plain import files
 from milpress.plain.files import system_errors
 
 
 class Sink(Protocol):
-    """Where weight files go."""
+    """Where a package goes.
+
+    ``path`` is where it is before it is at its destination, ``None`` if nothing is written;
+    ``n_bytes`` is its size once it is finished.
+    """
+
+    @property
+    def path(self) -> Path | None:
+        """Where it is by now."""
+
+    @property
+    def n_bytes(self) -> int:
+        """Its size."""
+
+    def finish(self, model: Any) -> None:
+        """Write the model and close the weight files."""
+
+    def commit(self) -> None:
+        """Move the package to its destination."""
 
     def write(self, file_name: str, dtype: int, data: NDArray[np.uint8], padding_bits: int) -> int:
         """Append a blob and return its offset."""
@@ -44,13 +61,24 @@ class Sink(Protocol):
 class Counter:
     """A sink that only adds up sizes, for a dry run."""
 
-    def __init__(self) -> None:
+    path = None
+
+    def __init__(self, package: Package) -> None:
         self._ends: dict[str, int] = {}
+        replaced = {package.model_path, *map(package.weight_path, package.weight_files)}
+        self._rest = n_package_bytes(package.path) - sum(p.stat().st_size for p in replaced)
 
     @property
     def n_bytes(self) -> int:
-        """Size of all weight files."""
-        return sum(self._ends.values())
+        """Size of the package."""
+        return self._rest + sum(self._ends.values())
+
+    def finish(self, model: Any) -> None:
+        """Count the model."""
+        self._rest += model.ByteSize()
+
+    def commit(self) -> None:
+        """Do nothing."""
 
     def write(
         self,
@@ -119,14 +147,14 @@ class Staged:
                 here = Path(folder)
                 for name in subfolders:
                     if (here / name).is_symlink():
-                        msg = f"{here / name}: a package must hold no symbolic link, got one"
+                        msg = f"{here / name}: a symbolic link, which a package must not hold"
                         raise PackageError(msg)
                     (self.path / here.relative_to(root) / name).mkdir()
                 for name in files:
                     if here / name in replaced:
                         continue
                     if not (here / name).is_file() or (here / name).is_symlink():
-                        msg = f"{here / name}: a package must hold plain files only, got another"
+                        msg = f"{here / name}: not a plain file; a package must hold no others"
                         raise PackageError(msg)
                     target = self.path / here.relative_to(root) / name
                     shutil.copyfile(here / name, target)
@@ -168,6 +196,11 @@ class Staged:
                 self._destination.rename(self._folder / "previous.mlpackage")
             self.path.rename(self._destination)
 
+    @property
+    def n_bytes(self) -> int:
+        """Size of the package as it is written."""
+        return n_package_bytes(self.path)
+
     def _path_of(self, source_path: Path) -> Path:
         return self.path / source_path.relative_to(self._source.path)
 
@@ -192,16 +225,11 @@ def check_destination(source: Path, destination: Path, *, force: bool) -> None:
     if real == real_source or real in real_source.parents or real_source in real.parents:
         msg = f"{destination}: the destination must be apart from the source {source}"
         raise DestinationError(msg)
-    if not destination.absolute().parent.is_dir():
-        msg = f"{destination}: the folder of the destination must exist, got none"
-        raise PackageNotFoundError(msg)
+    files.check_free(destination, force=force, is_package=True)
     if not os.path.lexists(destination):
         return
-    if not force:
-        msg = f"{destination}: the destination must be free, got an existing one; use force"
-        raise DestinationError(msg)
     if destination.is_symlink() or not (destination / "Manifest.json").is_file():
-        msg = f"{destination}: only an .mlpackage is replaced, got something else"
+        msg = f"{destination} exists and is not an .mlpackage, so it is not replaced"
         raise DestinationError(msg)
 
 

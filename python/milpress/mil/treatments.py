@@ -130,7 +130,7 @@ def read(model: Any) -> Records:
         for layer, digest in data.get("biases", {}).items():
             found.biases[str(layer)] = str(digest)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        msg = f"the user metadata {KEY} must be a record of version 1, got another text: {error}"
+        msg = f"the user metadata {KEY} is not a record of version 1: {error}"
         raise PackageError(msg) from error
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 import milpress._core as _core
 from milpress.errors import PackageError
-from milpress.mil import dtypes
+from milpress.mil import dtypes, values
 from milpress.mil.dtypes import DType
 from milpress.mil.schema import messages
 
@@ -103,7 +104,7 @@ def stored_type(value: Any) -> TensorType:
     """
     tensor_type = type_of(value.type)
     if tensor_type is None:
-        msg = "a stored value must be a tensor, got another kind"
+        msg = "a stored value is not a tensor"
         raise PackageError(msg)
     return TensorType(tensor_type.dtype, tensor_type.fixed_shape)
 
@@ -173,7 +174,7 @@ def read(value: Any, source: WeightSource) -> Tensor:
     if is_blob(value):
         return Tensor(dtype, _unpacked(read_payload(value, source), dtype, shape))
     if not value.HasField("immediateValue") or not value.immediateValue.HasField("tensor"):
-        msg = "a stored tensor must have an immediate value or name a weight file, got neither"
+        msg = "a stored tensor has neither an immediate value nor a place in a weight file"
         raise PackageError(msg)
     tensor = value.immediateValue.tensor
     field = tensor.WhichOneof("choice")
@@ -199,7 +200,7 @@ def read(value: Any, source: WeightSource) -> Tensor:
     try:
         return Tensor(dtype, np.array(numbers, dtype.storage).reshape(shape))
     except OverflowError as error:
-        msg = f"an immediate {dtype.name} must hold numbers of that type, got others"
+        msg = f"an immediate {dtype.name} holds numbers that its type can't hold"
         raise PackageError(msg) from error
 
 
@@ -277,3 +278,23 @@ def read_scalar(value: Any) -> Any:
         return None
     numbers = getattr(tensor, field).values
     return numbers[0] if len(numbers) == 1 else None
+
+
+def blob_values(op: Any) -> Iterator[Any]:
+    """Yield every value of an op that is stored in a weight file."""
+    for _, value in sorted(op.attributes.items()):
+        if values.is_blob(value):
+            yield value
+    for _, argument in sorted(op.inputs.items()):
+        for binding in argument.arguments:
+            if binding.WhichOneof("choice") == "value" and values.is_blob(binding.value):
+                yield binding.value
+
+
+def blob_places(stored: Sequence[Any]) -> tuple[tuple[str, int], ...]:
+    """Return where in which weight files some values are stored."""
+    return tuple(
+        (value.blobFileValue.fileName, value.blobFileValue.offset)
+        for value in stored
+        if values.is_blob(value)
+    )

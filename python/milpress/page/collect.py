@@ -282,7 +282,7 @@ def collect(paths: Iterable[str | os.PathLike[str]], *, title: str | None = None
     """
     sources = tuple(_source(Path(path)) for path in paths)
     if not sources:
-        msg = "a page must be of at least 1 result, got none"
+        msg = "no result to show: give at least one"
         raise ConfigError(msg)
     packages = _Packages()
     for source in sources:
@@ -324,10 +324,8 @@ def _content(data: Any, place: str) -> Content:
         literature: Literature = structured(data, Literature, place)
         for table in literature.tables:
             if any(len(row) != len(table.columns) for row in table.rows):
-                msg = (
-                    f"{place}: each row of {table.title!r} must have {len(table.columns)} cells, "
-                    "got another number"
-                )
+                n = len(table.columns)
+                msg = f"{place}: not every row of {table.title!r} has {n} cells"
                 raise ResultError(msg)
         return literature
     if str(data.get("schema") if keys else "").startswith("milpress-bench/"):

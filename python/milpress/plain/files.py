@@ -1,8 +1,9 @@
-"""What is being written and not yet whole: it is taken back if the work on it ends early."""
+"""Files that are written as a whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from milpress.errors import (
     CompressionError,
+    DestinationError,
+    PackageNotFoundError,
     StorageError,
 )
 
@@ -51,12 +54,46 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def check_free(path: Path, *, force: bool, is_package: bool = False) -> None:
+    """Refuse a destination that is taken.
+
+    Parameters
+    ----------
+    path
+        The destination.
+    force
+        Whether what is there is replaced.
+    is_package
+        Whether it is for a package, which is a folder, rather than for a file.
+
+    Raises
+    ------
+    DestinationError
+        If something is there, without ``force``; or a folder in place of a file.
+    PackageNotFoundError
+        If its parent folder does not exist.
+    """
+    if not path.absolute().parent.is_dir():
+        msg = f"{path}: the folder {path.parent} does not exist"
+        raise PackageNotFoundError(msg)
+    if path.is_dir() and not is_package:
+        msg = f"{path} is a folder; name a file to write to"
+        raise DestinationError(msg)
+    if os.path.lexists(path) and not force:
+        msg = f"{path} exists already; --force (force=True) replaces it"
+        raise DestinationError(msg)
+
+
 @contextlib.contextmanager
 def draft_in_place_of(path: Path) -> Iterator[Path]:
     """Yield a name to write a file under; it takes the place of another once the block has ended.
 
-    Whatever ends the block early, the other is as it was before.
+    Whatever ends the block early, the other is as it was before. A terminal or a pipe is written to
+    directly.
     """
+    if path.exists() and not path.is_file():
+        yield path
+        return
     target = path.resolve()
     draft = draft_of(target, remove)
     try:
@@ -74,9 +111,6 @@ def write_whole(path: Path, data: bytes) -> None:
     OSError
         If the system refuses.
     """
-    if path.exists() and not path.is_file():
-        path.write_bytes(data)  # a terminal or a pipe
-        return
     with draft_in_place_of(path) as draft:
         draft.write_bytes(data)
 

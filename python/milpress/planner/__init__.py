@@ -5,7 +5,8 @@
 
 from milpress.planner.facts import Fact, Facts, Platform
 from milpress.planner.linting import Finding, Lint, lint
-from milpress.planner.planning import Plan, PlannedWeight, plan
+from milpress.planner.plan import Plan, PlannedWeight
+from milpress.planner.planning import plan
 
 __all__ = [
     "Fact",

@@ -47,8 +47,8 @@ class ScoreCache:
 
     def get(self, key: str, length: int) -> list[float] | None:
         """Return what is known by a key, if it is so many numbers."""
-        found = self._known.get(key)
-        return found if found is not None and len(found) == length else None
+        numbers = self._known.get(key)
+        return numbers if numbers is not None and len(numbers) == length else None
 
     def put(self, entries: dict[str, list[float]]) -> None:
         """Keep numbers by their keys."""
@@ -67,6 +67,6 @@ class ScoreCache:
             self.is_writable = False
 
 
-def joined(*parts: Any) -> str:
+def cache_key(*parts: Any) -> str:
     """Return a key made of parts."""
     return json.text(parts, separators=(",", ":"), sort_keys=True)

@@ -9,7 +9,6 @@ from typing import Any
 
 from milpress.errors import ConfigError, printable
 from milpress.mil.package import Package
-from milpress.mil.weights import sites, weights
 from milpress.plain import json
 from milpress.planner.facts import Fact, Facts, Platform, Unit
 from milpress.planner.traits import Traits, is_stateful, traits_of
@@ -156,9 +155,9 @@ def lint_package(package: Package, facts: Facts, platform: Platform) -> Lint:
     """Do what `lint` does, with an open package."""
     findings: list[Finding] = []
     n_weights = 0
-    for site in sites(package):
-        stateful = is_stateful(site.graph)
-        for weight in weights(site.prefix, site.graph):
+    for graph in package.graphs:
+        stateful = is_stateful(graph)
+        for weight in graph.weights:
             if len(weight.shape) < 2 or not weight.dtype.is_float:
                 continue
             n_weights += 1

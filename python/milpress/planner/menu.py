@@ -72,7 +72,7 @@ def menu(names: Sequence[str] | None = None) -> dict[str, Treatment | None]:
         for known in matching or [name]:
             found[known] = _treatment(known)
     if not found:
-        msg = "formats must name at least one treatment, got none"
+        msg = "formats is empty: name at least one"
         raise ConfigError(msg)
     return found
 

@@ -8,18 +8,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-import milpress._core as _core
 from milpress.formats import (
-    Palette,
     PalettizeConfig,
     PerBlock,
     PerChannel,
     QuantizeConfig,
-    Quantized,
     Treatment,
     compress,
 )
-from milpress.formats.rows import Floats, as_weight, to_rows
+from milpress.formats.fidelity import ValueCounts, fidelity
+from milpress.formats.rows import Floats, as_weight
 
 # Elements of a weight that a treatment is tried on, if trying it on all takes long.
 SAMPLE_SIZE = 1 << 15
@@ -73,33 +71,22 @@ def scores_of(
         If the weight is not finite.
     """
     array = as_weight(weight)
-    known: _Counts | None = None
-    found: dict[Treatment, Score] = {}
+    counts: ValueCounts | None = None
+    scores: dict[Treatment, Score] = {}
     for treatment in treatments:
         bits = _bits_of_one_table(treatment)
         if array.dtype == np.float16 and bits is not None:
-            known = known or _Counts.of(array)
-            found[treatment] = known.score(2**bits)
+            counts = counts or ValueCounts.of(array)
+            signal, noise, _ = counts.fidelity(2**bits)
+            scores[treatment] = Score(signal, noise)
             continue
         part = array
         if sample_size is not None and array.size > sample_size:
             part = _sample(array, treatment, channel_axis, sample_size)
         value = compress(part, treatment, channel_axis=channel_axis, input_axis=input_axis)
-        found[treatment] = score_of(part, value)._replace(sampled=part.size < array.size)
-    return found
-
-
-def score_of(weight: Floats, value: Any) -> Score:
-    """Compare what a weight was made of with the weight."""
-    if isinstance(value, Palette) and value.vector_size == 1:
-        signal, noise, _ = _core.compare_palette(to_rows(weight, value.group_shape), *value.rows())
-    elif isinstance(value, Quantized):
-        signal, noise, _ = _core.compare_quantized(
-            to_rows(weight, value.block_shape), *value.rows()
-        )
-    else:
-        signal, noise, _ = _core.compare(weight.reshape(-1), value.dense().reshape(-1))
-    return Score(signal, noise)
+        signal, noise, _ = fidelity(part, value)
+        scores[treatment] = Score(signal, noise, part.size < array.size)
+    return scores
 
 
 def _bits_of_one_table(treatment: Treatment) -> int | None:
@@ -107,26 +94,6 @@ def _bits_of_one_table(treatment: Treatment) -> int | None:
     if isinstance(treatment, PalettizeConfig) and treatment == PalettizeConfig(bits=treatment.bits):
         return treatment.bits
     return None
-
-
-class _Counts(NamedTuple):
-    """The distinct values of a weight of float16, and how often each occurs."""
-
-    values: NDArray[np.float64]
-    counts: NDArray[np.float64]
-
-    @classmethod
-    def of(cls, array: Floats) -> _Counts:
-        return cls(*_core.value_counts(array.reshape(-1)))
-
-    def score(self, n_entries: int) -> Score:
-        """Return what the best table of so many entries gives."""
-        rows = self.values.astype(np.float16)[None]
-        # float32 holds counts up to 2**24, and few weights have so many equal values.
-        luts = _core.kmeans1d(rows, n_entries, self.counts.astype(np.float32)[None])
-        error = self.values - luts[0][_core.lut_assign(rows, luts)[0]]
-        squares = self.values * self.values
-        return Score(float(self.counts @ squares), float(self.counts @ (error * error)))
 
 
 def _sample(array: Floats, treatment: Treatment, axis: int, size: int) -> Floats:
@@ -141,8 +108,9 @@ def _sample(array: Floats, treatment: Treatment, axis: int, size: int) -> Floats
         return array
     if together == n_channels:
         # One table for all, of floats too many to count.
-        kept = _spread(array.size, min(size, array.size))
-        return array.reshape(-1)[kept].reshape([-1 if i == axis else 1 for i in range(array.ndim)])
+        places = _spread(array.size, min(size, array.size))
+        shape = [-1 if i == axis else 1 for i in range(array.ndim)]
+        return array.reshape(-1)[places].reshape(shape)
     per_run = array.size // n_channels * together
     n_runs = min(n_channels // together, max(_LEAST_RUNS, size // per_run))
     firsts = _spread(n_channels // together, n_runs) * together

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from milpress.compression.packages import compress_package
-from milpress.compression.requests import RecipeWishes
-from milpress.compression.treating import Order, Treated
-from milpress.compression.writer import Rewriter
+from milpress.compression.requests import RecipeRequests
+from milpress.compression.run import Run
+from milpress.compression.treating import Job, Outcome
 from milpress.errors import UnsupportedError
 from milpress.formats import (
     Compressed,
@@ -22,9 +22,10 @@ from milpress.formats import (
     Quantized,
     Treatment,
 )
-from milpress.mil import constexpr
+from milpress.kernels.device import Kernels
+from milpress.mil import encode
 from milpress.mil.package import Package
-from milpress.mil.weights import Weight
+from milpress.mil.program import Weight
 from milpress.recipe import Recipe
 
 
@@ -33,7 +34,7 @@ def treated_bytes(weight: Weight, treatment: Treatment, *, early: bool) -> int:
 
     ``early`` says that its program's opset is below CoreML8.
     """
-    return constexpr.payload_bytes(_blank(weight, treatment), early=early)
+    return encode.payload_bytes(_blank(weight, treatment), early=early)
 
 
 def package_bytes(package: Package, recipe: Recipe) -> int:
@@ -41,24 +42,22 @@ def package_bytes(package: Package, recipe: Recipe) -> int:
     return compress_package(
         package,
         package.path,
-        RecipeWishes(recipe),
+        RecipeRequests(recipe),
+        Run(dry_run=True),
         target=recipe.target,
-        dry_run=True,
         may_be_idle=True,
-        rewriter=_Blanks,
+        make=_blank_outcome,
     ).package_bytes_after
 
 
-class _Blanks(Rewriter):
-    """Writes zeros in place of what treatments make: as many, and of the same form."""
-
-    def _treated(self, order: Order) -> Treated:
-        if len(order.treatments) != 1:
-            msg = f"{order.weight.name}: a plan must have one treatment a weight, got several"
-            raise UnsupportedError(msg)
-        (treatment,) = order.treatments
-        suffix = constexpr.suffixed("", None, treatment)
-        return Treated(_blank(order.weight, treatment), suffix, order.treatments, (), {}, (False,))
+def _blank_outcome(job: Job, kernels: Kernels) -> Outcome:  # noqa: ARG001
+    """Return zeros in place of what a treatment makes: as many, and of the same form."""
+    if len(job.treatments) != 1:
+        msg = f"{job.weight.name}: a plan gives a weight one treatment, and this has several"
+        raise UnsupportedError(msg)
+    (treatment,) = job.treatments
+    suffix = encode.suffixed("", None, treatment)
+    return Outcome(_blank(job.weight, treatment), suffix, job.treatments, (), {}, (False,))
 
 
 def _blank(weight: Weight, treatment: Treatment) -> Compressed:

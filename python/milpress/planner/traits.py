@@ -18,8 +18,8 @@ from milpress.formats import (
 )
 from milpress.mil import values
 from milpress.mil.graph import Graph, Node
+from milpress.mil.program import Weight
 from milpress.mil.values import TensorType
-from milpress.mil.weights import Weight
 
 _SPARSE = "constexpr_sparse_to_dense"
 _SHIFT_SCALES = ("constexpr_blockwise_shift_scale", "constexpr_sparse_blockwise_shift_scale")

@@ -1,1 +1,1 @@
-"""What a model is run on: arrays, files, pictures, or random numbers."""
+"""Samples that a model is run on: arrays, files, pictures, or random numbers."""

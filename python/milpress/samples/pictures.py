@@ -6,7 +6,7 @@ import contextlib
 import math
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -127,8 +127,8 @@ class Picture:
             from PIL import Image
         except ModuleNotFoundError as error:
             msg = (
-                f"{self.path}: pictures ({', '.join(SUFFIXES)}) must be read by Pillow, got none; "
-                "install it with: pip install 'milpress[images]'"
+                f"{self.path}: reading pictures ({', '.join(SUFFIXES)}) needs Pillow; install it "
+                "with: pip install 'milpress[images]'"
             )
             raise DependencyError(msg) from error
         try:
@@ -149,8 +149,22 @@ class Picture:
         if isinstance(error, OSError) and error.errno is not None:
             with system_errors(self.path):
                 raise error
-        msg = f"{self.path}: must be a picture that can be read, PNG or JPEG, got: {error}"
+        msg = f"{self.path}: not a PNG or JPEG picture that can be read: {error}"
         raise InputError(msg) from error
+
+
+def resized(pictures: Sequence[Picture]) -> str:
+    """Return a sentence that says how many pictures are resized; empty if none is."""
+    changed = [(one, *sizes) for one in pictures if (sizes := one.sizes())[0] != sizes[1]]
+    if not changed:
+        return ""
+    first, before, after = changed[0]
+    example = f"{before[0]}x{before[1]} to {after[0]}x{after[1]} (height x width)"
+    if len(pictures) == 1:
+        return f"{first.path.name} was resized from {example}"
+    return (
+        f"{len(changed)} of {len(pictures)} pictures were resized, {first.path.name} from {example}"
+    )
 
 
 def _fitting_size(feature: Feature, height: int, width: int) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -22,8 +22,8 @@ from milpress.recipe import describe
 from milpress.show import decibels
 from milpress.torch import _metadata
 from milpress.torch._metadata import Stored
+from milpress.torch._module_weights import ModuleWeight, is_spread, whole
 from milpress.torch._report import Report
-from milpress.torch._weights import Weight, is_spread, whole
 
 _logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ Progress: TypeAlias = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Treated:
+class WeightOutcome:
     """What was made of a weight.
 
     Parameters
@@ -52,14 +52,14 @@ class Treated:
     words: str = ""
 
 
-Treat: TypeAlias = Callable[[Weight, Floats, Any], Treated]
+Treat: TypeAlias = Callable[[ModuleWeight, Floats, Any], WeightOutcome]
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """A weight and the config of its module; ``None`` leaves it."""
 
-    weight: Weight
+    weight: ModuleWeight
     config: Any
 
 
@@ -86,13 +86,7 @@ def compress_weights(
     notes
         What the report is to say of all weights.
     """
-    together: dict[int, list[Task]] = {}
-    for task in tasks:
-        tensor = task.weight.tensor
-        together.setdefault(id(task if tensor is None else tensor), []).append(task)
-    groups = [
-        group for group in together.values() if any(task.config is not None for task in group)
-    ]
+    groups = tied(tasks)
     total = sum(group[0].weight.size for group in groups)
     done = 0
     rows: dict[str, dict[str, Any]] = {}
@@ -113,9 +107,32 @@ def compress_weights(
     return Report(rows, weights, notes)
 
 
+def compress_faked(model: nn.Module, weights: Sequence[ModuleWeight], treat: Treat) -> None:
+    """Compress weights as the layers do that faked it in training, and take these layers out."""
+    names = [f"{weight.parameter_name}_fake_quant" for weight in weights]
+    tasks = [Task(w, getattr(w.module, name)) for w, name in zip(weights, names, strict=True)]
+    compress_weights(model, tasks, treat)
+    for weight, name in zip(weights, names, strict=True):
+        delattr(weight.module, name)
+
+
+def tied(tasks: Iterable[Task]) -> list[list[Task]]:
+    """Return the tasks of each parameter that something is asked for, in order."""
+    groups: dict[int, list[Task]] = {}
+    for task in tasks:
+        tensor = task.weight.tensor
+        groups.setdefault(id(task if tensor is None else tensor), []).append(task)
+    return [group for group in groups.values() if any(task.config is not None for task in group)]
+
+
+def asking(group: Sequence[Task]) -> Task:
+    """Return the task whose config holds for a parameter."""
+    return next(task for task in group if task.config is not None)
+
+
 def compress_together(group: Sequence[Task], treat: Treat) -> tuple[dict[str, Any], WeightReport]:
     """Compress a parameter that some modules, mostly one, hold together; return its reports."""
-    asked = next(task for task in group if task.config is not None)
+    asked = asking(group)
     others = [task.weight.name for task in group if task is not asked]
     notes = [f"tied to {', '.join(others)}"] if others else []
     if _metadata.prefix_of(asked.weight.module) != _metadata.PREFIX:
@@ -123,16 +140,24 @@ def compress_together(group: Sequence[Task], treat: Treat) -> tuple[dict[str, An
     if any(task.config != asked.config for task in group):
         notes.append(f"compressed as {asked.weight.name} asks, though the others ask otherwise")
     try:
-        treated, row, snr = _compress(asked, [task.weight for task in group], treat)
+        outcome, row, snr = _compress(asked, [task.weight for task in group], treat)
     except UnsupportedError as error:
         return left(asked.weight, str(error))
-    return _compressed(asked.weight, treated, row, snr, [*treated.notes, *notes])
+    notes = [*outcome.notes, *notes]
+    report = replace(
+        _as_it_is(asked.weight, "; ".join(notes)),
+        status="compressed",
+        treatment=describe(outcome.treatment) + outcome.words,
+        bytes_after=outcome.stored.n_bytes,
+        snr_db=snr,
+    )
+    return {**row, **({"note": report.note} if notes else {})}, report
 
 
 @torch.no_grad()
 def _compress(
-    asked: Task, holders: list[Weight], treat: Treat
-) -> tuple[Treated, dict[str, Any], float | None]:
+    asked: Task, holders: list[ModuleWeight], treat: Treat
+) -> tuple[WeightOutcome, dict[str, Any], float | None]:
     weight = asked.weight
     tensor = weight.tensor
     if tensor is None:
@@ -149,15 +174,15 @@ def _compress(
         raise UnsupportedError(msg)
     # A view of the parameter's own memory, or a copy of what is no float32 or float16 on the CPU.
     array = as_weight(whole(tensor))
-    treated = treat(weight, array, asked.config)
-    dense = torch.from_numpy(treated.stored.dense()).to(tensor.dtype)
+    outcome = treat(weight, array, asked.config)
+    dense = torch.from_numpy(outcome.stored.dense()).to(tensor.dtype)
     decoded = as_weight(dense)
     signal, noise, _ = _core.compare(array.reshape(-1), decoded.reshape(-1))
-    row = {"error": math.sqrt(noise / array.size), "#params": array.size, **_columns(treated)}
+    row = {"error": math.sqrt(noise / array.size), "#params": array.size, **_columns(outcome)}
     tensor.copy_(_spread_like(dense, tensor) if is_spread(tensor) else dense)
     for holder in holders:
-        _metadata.register(holder, treated.stored)
-    return treated, row, decibels(signal, noise)
+        _metadata.register(holder, outcome.stored)
+    return outcome, row, decibels(signal, noise)
 
 
 def _spread_like(dense: torch.Tensor, tensor: Any) -> torch.Tensor:
@@ -167,51 +192,34 @@ def _spread_like(dense: torch.Tensor, tensor: Any) -> torch.Tensor:
     return distribute_tensor(dense, tensor.device_mesh, tensor.placements)
 
 
-def _columns(treated: Treated) -> dict[str, Any]:
+def _columns(outcome: WeightOutcome) -> dict[str, Any]:
     """Return what coremltools reports of a value."""
-    value = treated.stored.value
-    found: dict[str, Any] = {}
+    value = outcome.stored.value
+    columns: dict[str, Any] = {}
     if isinstance(value, (Masked, Sparse)):
         zero: NDArray[np.bool_] = np.logical_not(value.mask())
         rows: NDArray[np.bool_] = np.asarray(zero.reshape(len(zero), -1).all(axis=1))
-        found["structured_weight_sparsity"] = float(rows.mean())
-        found["unstructured_weight_sparsity"] = float(zero.mean())
+        columns["structured_weight_sparsity"] = float(rows.mean())
+        columns["unstructured_weight_sparsity"] = float(zero.mean())
         if len(rows) % 2 == 0:
-            found["block2_weight_sparsity"] = float(rows.reshape(-1, 2).all(axis=1).mean())
+            columns["block2_weight_sparsity"] = float(rows.reshape(-1, 2).all(axis=1).mean())
     value = value.value if isinstance(value, Masked) else value
     quantized = value.lut if isinstance(value, Palette) else value
     if isinstance(quantized, Quantized):
-        found["dtype"] = f"dtype={quantized.dtype}"
+        columns["dtype"] = f"dtype={quantized.dtype}"
     if isinstance(value, Palette):
         n_clusters, cluster_dim = value.lut.shape[-2:]
-        found["palettization_mode"] = f"num_clusters={n_clusters}, cluster_dim={cluster_dim}"
-    return found
+        columns["palettization_mode"] = f"num_clusters={n_clusters}, cluster_dim={cluster_dim}"
+    return columns
 
 
-def _compressed(
-    weight: Weight,
-    treated: Treated,
-    row: dict[str, Any],
-    snr: float | None,
-    notes: list[str],
-) -> tuple[dict[str, Any], WeightReport]:
-    report = replace(
-        _as_it_is(weight, "; ".join(notes)),
-        status="compressed",
-        treatment=describe(treated.treatment) + treated.words,
-        bytes_after=treated.stored.n_bytes,
-        snr_db=snr,
-    )
-    return {**row, **({"note": report.note} if notes else {})}, report
-
-
-def left(weight: Weight, note: str) -> tuple[dict[str, Any], WeightReport]:
+def left(weight: ModuleWeight, note: str) -> tuple[dict[str, Any], WeightReport]:
     """Return the reports of a weight that is left."""
     report = _as_it_is(weight, note)
     return {"error": 0.0, "#params": report.size, "note": note}, report
 
 
-def _as_it_is(weight: Weight, note: str) -> WeightReport:
+def _as_it_is(weight: ModuleWeight, note: str) -> WeightReport:
     tensor = weight.tensor
     n_bytes = 0 if tensor is None else weight.size * tensor.dtype.itemsize
     return WeightReport(

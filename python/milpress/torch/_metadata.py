@@ -31,7 +31,7 @@ from milpress.formats.joint import masked
 from milpress.formats.order import ascending
 from milpress.formats.palette import Bits, fold, split_vectors
 from milpress.formats.rows import Floats, as_weight, block_grid, from_rows, normalized_axis, to_rows
-from milpress.torch._weights import RECURRENT, Weight, whole
+from milpress.torch._module_weights import RECURRENT, ModuleWeight, whole
 
 PREFIX = "_COREML_"
 # ``ct.convert`` fails on compressed weights of recurrent layers; it does not look at these buffers.
@@ -75,7 +75,7 @@ class Stored:
         return math.ceil(n_bits / 8) + (0 if self.scale is None else self.scale.nbytes)
 
 
-def register(weight: Weight, stored: Stored) -> None:
+def register(weight: ModuleWeight, stored: Stored) -> None:
     """Put what was done to a weight into buffers of its module, after what they say already."""
     value = stored.value.value if isinstance(stored.value, Masked) else stored.value
     found: dict[str, Any] = {}
@@ -104,7 +104,7 @@ def register(weight: Weight, stored: Stored) -> None:
         weight.module.register_buffer(name, torch.tensor(content))
 
 
-def register_pruning(weight: Weight) -> None:
+def register_pruning(weight: ModuleWeight) -> None:
     """Say that a weight was pruned, before whatever else its buffers say."""
     types = [PRUNING, *(kind for kind in _types(weight) if kind != PRUNING)]
     name = f"{prefix_of(weight.module)}/{weight.parameter_name}/compression_type"
@@ -121,12 +121,12 @@ def prefix_of(module: nn.Module) -> str:
     return OWN_PREFIX if isinstance(module, RECURRENT) else PREFIX
 
 
-def is_pruned(weight: Weight) -> bool:
+def is_pruned(weight: ModuleWeight) -> bool:
     """Whether a weight was pruned, so that its zeros have to stay."""
     return PRUNING in _types(weight)
 
 
-def is_coded(weight: Weight) -> bool:
+def is_coded(weight: ModuleWeight) -> bool:
     """Whether a weight was palettized or quantized."""
     return bool({PALETTIZATION, QUANTIZATION} & set(_types(weight)))
 
@@ -141,7 +141,7 @@ def compressed_parameters(module: nn.Module) -> list[str]:
     return list(found)
 
 
-def _buffers(weight: Weight) -> dict[str, NDArray[Any]]:
+def _buffers(weight: ModuleWeight) -> dict[str, NDArray[Any]]:
     found: dict[str, NDArray[Any]] = {}
     for prefix in (PREFIX, OWN_PREFIX):
         start = f"{prefix}/{weight.parameter_name}/"
@@ -153,12 +153,12 @@ def _buffers(weight: Weight) -> dict[str, NDArray[Any]]:
     return found
 
 
-def _types(weight: Weight) -> list[int]:
+def _types(weight: ModuleWeight) -> list[int]:
     types = _buffers(weight).get("compression_type")
     return [] if types is None else [int(item) for item in types.reshape(-1)]
 
 
-def read(weight: Weight) -> Stored:
+def read(weight: ModuleWeight) -> Stored:
     """Return what the buffers of a module say of a weight.
 
     Raises
@@ -198,7 +198,7 @@ def read(weight: Weight) -> Stored:
 
 
 def _palette(
-    array: Floats, buffers: dict[str, NDArray[Any]], weight: Weight
+    array: Floats, buffers: dict[str, NDArray[Any]], weight: ModuleWeight
 ) -> tuple[Palette, Floats | None]:
     lut = buffers["lut"].astype(array.dtype)
     if lut.ndim == array.ndim + 1:
@@ -234,7 +234,7 @@ def _palette(
     return made, scale
 
 
-def _rounded(lut: Floats, weight: Weight) -> Floats:
+def _rounded(lut: Floats, weight: ModuleWeight) -> Floats:
     """Return entries as a weight of type bfloat16 has them."""
     tensor = cast("torch.Tensor", weight.tensor)
     if tensor.dtype != torch.bfloat16:

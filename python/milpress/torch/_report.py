@@ -56,20 +56,19 @@ class Report(UserDict[str, dict[str, Any]]):
 
     @property
     def bits_per_weight(self) -> float:
-        """Effective bits over all weights that were asked for, those left as they are included."""
+        """Effective bits over the selected weights, those left as they were included."""
         size = sum(weight.size for weight in self.weights)
         return 8 * sum(weight.bytes_after for weight in self.weights) / size if size else 0.0
 
     @property
     def summary(self) -> str:
-        """One line: how many weights were asked for, compressed and left; sizes."""
+        """One line: how many of the selected weights were compressed; sizes."""
         before = sum(weight.bytes_before for weight in self.weights)
         after = sum(weight.bytes_after for weight in self.weights)
-        n_left = len(self.left)
+        n = len(self.weights)
         return (
-            f"{len(self.weights)} weights asked for: {len(self.weights) - n_left} compressed, "
-            f"{n_left} left; {human_bytes(before)} -> {human_bytes(after)} "
-            f"({self.bits_per_weight:.2f} bits per weight)"
+            f"Compressed {n - len(self.left)} of {n} selected weights: {human_bytes(before)} -> "
+            f"{human_bytes(after)} ({self.bits_per_weight:.2f} bits per weight)"
         )
 
     def __repr__(self) -> str:

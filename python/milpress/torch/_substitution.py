@@ -11,15 +11,48 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from milpress.torch._weights import Kinds, Weight, weights_of
+from milpress.torch._module_weights import Kinds, ModuleWeight, attention_around, weights_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-class Substitution(ABC):
+class Hooks(ABC):
+    """What is done before and after a module runs."""
+
+    @abstractmethod
+    def before(self, host: nn.Module, _args: Any) -> None:
+        """Do what comes before."""
+
+    @abstractmethod
+    def after(self, host: nn.Module, _args: Any, _output: Any) -> None:
+        """Do what comes after."""
+
+    def attach(self, host: nn.Module, *, first: bool = False) -> None:
+        """Do it whenever a module runs; ``first`` lets other hooks come later."""
+        host.register_forward_pre_hook(self.before, prepend=first)
+        host.register_forward_hook(self.after, always_call=True)
+
+    def detach(self, host: nn.Module) -> None:
+        """Undo `attach`."""
+        for hooks in (host._forward_pre_hooks, host._forward_hooks):
+            for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                del hooks[key]
+                host._forward_hooks_always_called.pop(key, None)
+
+    @classmethod
+    def of(cls, host: nn.Module) -> list[Self]:
+        """Return those of this class that a module has."""
+        hooks = (getattr(hook, "__self__", None) for hook in host._forward_pre_hooks.values())
+        return [hook for hook in hooks if isinstance(hook, cls)]
+
+
+class Substitution(Hooks):
     """Puts other tensors in the place of weights of a module while a module around it runs.
 
     Parameters
@@ -52,31 +85,18 @@ class Substitution(ABC):
             if name in owner.__dict__:
                 object.__delattr__(owner, name)
 
-    def attach(self, host: nn.Module, *, first: bool = False) -> None:
-        """Let a module compute with the substitutes; ``first`` makes other hooks see them."""
-        host.register_forward_pre_hook(self.before, prepend=first)
-        host.register_forward_hook(self.after, always_call=True)
 
-    def detach(self, host: nn.Module) -> None:
-        """Undo `attach`."""
-        for hooks in (host._forward_pre_hooks, host._forward_hooks):
-            for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
-                del hooks[key]
-                host._forward_hooks_always_called.pop(key, None)
-
-
-def places(model: nn.Module, kinds: Kinds) -> Iterator[tuple[Weight, nn.Module, str]]:
+def places(model: nn.Module, kinds: Kinds) -> Iterator[tuple[ModuleWeight, nn.Module, str]]:
     """Yield the weights of a model; with each the module that computes with it, and the path to it.
 
     Attention computes with the weight of its output projection, whose own ``forward`` never runs.
     """
     for weight in weights_of(model, kinds):
-        holder, _, own_name = weight.module_name.rpartition(".")
-        around = model.get_submodule(holder) if own_name == "out_proj" else None
-        if isinstance(around, nn.MultiheadAttention):
-            yield weight, around, own_name
-        else:
+        attention = attention_around(model, weight.module_name)
+        if attention is None:
             yield weight, weight.module, ""
+        else:
+            yield weight, attention[1], weight.module_name.rpartition(".")[2]
 
 
 def plain(model: nn.Module) -> nn.Module:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
 
 from milpress.errors import ConfigError, ConfigTypeError
+from milpress.torch import _metadata
+from milpress.torch._compression import Task
+from milpress.torch._module_weights import Kinds, ModuleWeight, weights_of
 from milpress.torch._report import Report
-from milpress.torch._weights import Kinds
+from milpress.torch._substitution import plain
 from milpress.torch.optimization_config import OptimizationConfig
 
 __all__ = [
@@ -91,6 +95,15 @@ class _OneShotOptimizer(BaseModelOptimizer):
         self._warn_of_typos()
         return self._model
 
+    def _tasks(self, model: torch.nn.Module) -> list[Task]:
+        return [
+            Task(weight, self._config_for(weight, model))
+            for weight in weights_of(model, self._supported_modules)
+        ]
+
+    def _config_for(self, weight: ModuleWeight, _model: torch.nn.Module) -> Any:
+        return self._config.get_module_config(weight.module_name, weight.module)
+
 
 class BasePostTrainingModelOptimizer(_OneShotOptimizer):
     """An optimizer that needs no data."""
@@ -146,6 +159,20 @@ class BaseTrainingTimeModelOptimizer(BaseModelOptimizer):
         inplace
             Whether to change that model itself.
         """
+
+    @contextlib.contextmanager
+    def _finalizing(
+        self, model: torch.nn.Module | None, inplace: bool
+    ) -> Iterator[torch.nn.Module]:
+        """Have the trained model, or a copy, out of its wrappers, to be made what is converted."""
+        model = plain(self._model if model is None else model)
+        self._check_finalizable(model)
+        finalized = model if inplace else copy.deepcopy(model)
+        yield finalized
+        _metadata.register_version(finalized)
+
+    def _check_finalizable(self, model: torch.nn.Module) -> None:
+        """Raise `LifecycleError` if another optimizer must finalize a model first."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs beside the state of the model."""

@@ -21,22 +21,20 @@ from torch import nn
 
 import milpress._core as _core
 from milpress.compression.report import Report, WeightReport
+from milpress.compression.run import Run
 from milpress.compression.verification import compare_packages
-from milpress.compression.writer import Rewriter
+from milpress.compression.writer import rewriting
 from milpress.engines.mlmodel import opened, returned, temporary_package
 from milpress.errors import ConfigError, ConfigTypeError, UnsupportedError, VerificationError
 from milpress.formats import Compressed, Masked, Palette, Quantized
 from milpress.formats.palette import fold
-from milpress.mil import opset, values
-from milpress.mil.constexpr import Decoder, payload_bytes
+from milpress.mil.encode import payload_bytes
 from milpress.mil.package import Package, n_package_bytes
-from milpress.mil.staging import Staged
-from milpress.mil.weights import Weight as Constant
-from milpress.mil.weights import sites, weight_files, weights
+from milpress.mil.program import Weight as Constant
 from milpress.show import decibels
 from milpress.torch import _metadata, _relayout
 from milpress.torch._metadata import Stored
-from milpress.torch._weights import RECURRENT, Weight, whole
+from milpress.torch._module_weights import RECURRENT, ModuleWeight, whole
 
 __all__ = ["convert"]
 
@@ -113,7 +111,7 @@ def convert(
         raise ConfigTypeError(msg)
     compressed = [_Compressed.read(weight) for weight in _compressed_weights(module)]
     if not compressed:
-        msg = "some weight of the module must be compressed, got none"
+        msg = "no weight of the module is compressed"
         raise UnsupportedError(msg)
     dense = _dense_model(module, compressed, example_inputs, frontend, dynamic_shapes, settings)
     package = opened(dense)
@@ -132,14 +130,14 @@ def convert(
 class _Compressed:
     """A compressed weight of a module, and what became of it in the model."""
 
-    weight: Weight
+    weight: ModuleWeight
     stored: Stored
     report: WeightReport
     signal: float = 0.0
     noise: float = 0.0
 
     @classmethod
-    def read(cls, weight: Weight) -> _Compressed:
+    def read(cls, weight: ModuleWeight) -> _Compressed:
         try:
             stored = _metadata.read(weight)
         except UnsupportedError as error:
@@ -191,11 +189,11 @@ class _Compressed:
         return whole(tensor).float().numpy()
 
 
-def _compressed_weights(module: nn.Module) -> Iterator[Weight]:
+def _compressed_weights(module: nn.Module) -> Iterator[ModuleWeight]:
     seen: set[int] = set()
     for name, part in module.named_modules():
         for parameter in _metadata.compressed_parameters(part):
-            weight = Weight(name, part, parameter)
+            weight = ModuleWeight(name, part, parameter)
             if id(weight.tensor) not in seen:
                 seen.add(id(weight.tensor))
                 yield weight
@@ -281,36 +279,35 @@ def _write(
 ) -> Report:
     """Write a dense package with compressed weights in the place of their constants."""
     expected: dict[str, bytes] = {}
-    with Staged(package, destination, force=False) as staged:
-        staged.copy_rest(set(weight_files(package)))
-        rewriter = Rewriter(package, staged)
-        for site in sites(package):
-            early = not opset.by_name(site.function.opset).has_blocks
-            constants = {w.node: w for w in weights(site.prefix, site.graph)}
-            for node in site.graph.nodes:
+    with rewriting(package, destination, Run()) as writer:
+        for graph in package.graphs:
+            early = not graph.opset.has_blocks
+            constants = {w.node: w for w in graph.weights}
+            for node in graph.nodes:
                 constant = constants.get(node)
-                found = None if constant is None else _match(constant, package, compressed)
+                found = None if constant is None else _match(constant, compressed)
                 if constant is None or found is None:
-                    rewriter.copy(node)
+                    writer.copy(node)
                     continue
                 match, rearranged, array = found
-                n_before = _n_bytes(constant, package)
+                n_before = constant.n_bytes
                 try:
                     value, powers = _storable(rearranged(_folded(match)), array, early=early)
                 except UnsupportedError as error:
                     match.add(n_before, n_before, note=str(error))
-                    rewriter.copy(node)
+                    writer.copy(node)
                     continue
                 expected[constant.name] = _digest(value.dense())
                 n_after = payload_bytes(value, early=early)
                 match.add(n_before, n_after, words=_words(value), powers=powers)
-                rewriter.store(constant, value, early=early)
-            site.graph.apply()
-        staged.finish(package.model)
-        compare_packages(package.reopened(), Package(staged.path))
-        _check(Package(staged.path), expected)
-        size = n_package_bytes(staged.path)
-        staged.commit()
+                writer.store(constant, value)
+            graph.apply()
+
+        def check(source: Package, written: Package) -> None:
+            compare_packages(source, written)
+            _check(written, expected)
+
+        _, size = writer.commit(check)
     return Report(
         source=str(package.path),
         destination=str(destination),
@@ -324,13 +321,8 @@ def _write(
     )
 
 
-def _n_bytes(constant: Constant, package: Package) -> int:
-    stored = Decoder(constant.graph, package).stored_values(constant.node)
-    return sum(values.n_stored_bytes(value) for value in stored)
-
-
 def _match(
-    constant: Constant, package: Package, compressed: list[_Compressed]
+    constant: Constant, compressed: list[_Compressed]
 ) -> tuple[_Compressed, Callable[[Compressed], Compressed], NDArray[Any]] | None:
     """Return the weight that a constant holds, how it must be rearranged, and the constant."""
     if constant.is_compressed or not constant.dtype.is_float:
@@ -343,7 +335,7 @@ def _match(
         ):
             continue
         if array is None:
-            array = Decoder(constant.graph, package).dense(constant.node).values
+            array = constant.dense()
         with np.errstate(over="ignore"):
             own = item.array().astype(array.dtype)
         if np.array_equal(own, array):
@@ -410,7 +402,10 @@ def _storable(
     made = _relayout.cast(value, array.dtype)
     n_bytes = payload_bytes(made, early=early)
     if n_bytes >= array.nbytes:
-        msg = f"would get larger: {array.nbytes} bytes as it is, {n_bytes} compressed"
+        msg = (
+            f"left as it is: compressed it would be larger ({n_bytes:,} bytes instead of "
+            f"{array.nbytes:,})"
+        )
         raise UnsupportedError(msg)
     signal, noise, _ = _core.compare(_flat(array), _flat(made.dense()))
     if noise > signal * _MAX_NOISE:
@@ -424,7 +419,7 @@ def _check_early(compressed: list[_Compressed]) -> None:
         reason = _needs_ios18(_folded(item))
         if reason:
             msg = (
-                f"{item.weight.name}: {reason} must be stored in an iOS18 model, got an earlier "
+                f"{item.weight.name}: {reason} must be stored in an iOS18 model; raise "
                 "minimum_deployment_target"
             )
             raise ConfigError(msg)
@@ -474,13 +469,11 @@ def _digest(array: NDArray[Any]) -> bytes:
 def _check(package: Package, expected: dict[str, bytes]) -> None:
     """Decode every compressed weight of a package and compare it with what was meant."""
     missing = dict(expected)
-    for site in sites(package):
-        decoder = Decoder(site.graph, package)
-        for weight in weights(site.prefix, site.graph):
-            digest = missing.pop(weight.name, None)
-            if digest is not None and _digest(decoder.dense(weight.node).values) != digest:
-                msg = f"{weight.name}: the stored weight must decode to its value, got another"
-                raise VerificationError(msg)
+    for weight in package.weights:
+        digest = missing.pop(weight.name, None)
+        if digest is not None and _digest(weight.dense()) != digest:
+            msg = f"{weight.name}: the stored weight decodes to another value than the module's"
+            raise VerificationError(msg)
     if missing:
-        msg = f"the package must hold {sorted(missing)}, got none of that name"
+        msg = f"missing in the package: {', '.join(sorted(missing))}"
         raise VerificationError(msg)

@@ -191,12 +191,14 @@ class OptimizationConfig(_Dictable):
     )
 
     def __attrs_post_init__(self) -> None:
-        nothing_said = not (
-            self.global_config or self.module_type_configs or self.module_name_configs
-        )
-        if nothing_said and self.module_config_class is not ModuleOptimizationConfig:
-            self.global_config = self.module_config_class()
+        if not (self.global_config or self.module_type_configs or self.module_name_configs):
+            self._set_default()
         self._check_together()
+
+    def _set_default(self) -> None:
+        """Say what holds if nothing is said."""
+        if self.module_config_class is not ModuleOptimizationConfig:
+            self.global_config = self.module_config_class()
 
     def set_global(self, global_config: Any) -> Self:
         """Set the config of all modules that nothing else is said of; return the whole config."""
@@ -277,19 +279,22 @@ class OptimizationConfig(_Dictable):
             return [cls._module_config(item, f"{place}[{i}]") for i, item in enumerate(settings)]
         return cls.module_config_class._from_dict(settings, place)
 
+    def _places(self) -> dict[str, Any]:
+        """Return the configs of modules by their places."""
+        return {
+            "global_config": self.global_config,
+            **{f"module_type_configs[{k!r}]": v for k, v in self.module_type_configs.items()},
+            **{f"module_name_configs[{k!r}]": v for k, v in self.module_name_configs.items()},
+        }
+
     def _check_together(self) -> None:
         """Raise `ConfigError` if the configs of modules don't go together."""
 
     def _check_same(self, field_name: str) -> None:
         """Raise `ConfigError` if a field differs between the configs of modules."""
-        places = {
-            "global_config": self.global_config,
-            **{f"module_type_configs[{k!r}]": v for k, v in self.module_type_configs.items()},
-            **{f"module_name_configs[{k!r}]": v for k, v in self.module_name_configs.items()},
-        }
         values = {
             place: getattr(config, field_name)
-            for place, config in places.items()
+            for place, config in self._places().items()
             if config is not None
         }
         for place, value in values.items():

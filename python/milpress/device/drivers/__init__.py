@@ -1,11 +1,17 @@
-"""What runs models: one class each, used inside a process of its own."""
+"""Drivers of benchmarks, each in a process of its own."""
 
 from __future__ import annotations
 
+import abc
 import importlib
-from typing import Any, Protocol
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from milpress.errors import ConfigError
+from milpress.plain.arrays import Arrays
+from milpress.samples.files import read_samples, write_samples
 
 # Loaded on use: most import something large.
 _HOMES = {
@@ -18,71 +24,74 @@ _HOMES = {
 DRIVERS = tuple(_HOMES)
 
 
-class Driver(Protocol):
+class Driver(abc.ABC):
     """A model on something that can run it.
 
-    Every method returns what JSON can hold. Times are milliseconds; ``None`` stands for what there
-    is no way to tell. An error is any exception; its text is kept.
+    Every method returns what JSON can hold. Times are milliseconds; ``None`` or nothing stands for
+    what a driver can't tell. An error is any exception; its text is kept.
     """
 
+    def __init__(self) -> None:
+        self._samples: list[Arrays] = []
+        self._next = 0
+
+    @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return ``device`` and ``tool``, as the schema has them; ``kind`` of the numbers."""
 
+    @abc.abstractmethod
     def compile(self, package: str, units: str, folder: str) -> dict[str, Any]:
         """Make a package ready to load in a new folder: ``ms``, and the ``path`` to load."""
 
+    @abc.abstractmethod
     def load(self, path: str, units: str) -> dict[str, Any]:
         """Load what `compile` made: ``ms``."""
 
-    def feed(self, inputs: str) -> dict[str, Any]:
-        """Take the samples of a file as inputs of all that follows; the answer is empty."""
-
+    @abc.abstractmethod
     def predict(self, n: int) -> dict[str, Any]:
         """Predict so many times, the samples in turn: ``core_ms`` (or ``None``), ``e2e_ms``."""
 
+    @abc.abstractmethod
+    def output(self, sample: Arrays) -> Mapping[str, Any]:
+        """Return the outputs for one sample."""
+
+    def feed(self, inputs: str) -> dict[str, Any]:
+        """Take the samples of a file as inputs of all that follows; the answer is empty."""
+        self._samples = read_samples(inputs)
+        return {}
+
     def outputs(self, path: str) -> dict[str, Any]:
         """Write the outputs for every sample to a file; the answer is empty."""
+        write_samples(Path(path), map(self.output, self._samples))
+        return {}
 
     def memory(self) -> dict[str, Any]:
-        """Return ``bytes``, ``peak`` and ``method``; nothing if it can't be told."""
-
-    def thermal(self) -> dict[str, Any]:
-        """Return ``state``: ``"nominal"`` or another; ``None`` if it can't be told."""
-
-    def placement(self) -> dict[str, Any]:
-        """Return ``source`` and ``ops``, as the schema has them; nothing if there are none."""
-
-    def throughput(self, batch: int) -> dict[str, Any]:
-        """Hand over so many samples at once: ``ms``; ``None`` if that can't be done."""
-
-    def energy(self, seconds: float) -> dict[str, Any]:
-        """Return mean power while predicting, and ``method``; nothing if it can't be told."""
-
-
-class Untold:
-    """The answers of a driver that can tell nothing but times."""
-
-    def memory(self) -> dict[str, Any]:
-        """Return nothing."""
+        """Return ``bytes``, ``peak`` and ``method``."""
         return {}
 
     def thermal(self) -> dict[str, Any]:
-        """Return that it can't be told."""
+        """Return ``state``: ``"nominal"`` or another."""
         return {"state": None}
 
     def placement(self) -> dict[str, Any]:
-        """Return nothing."""
+        """Return ``source`` and ``ops``, as the schema has them."""
         return {}
 
     def throughput(self, batch: int) -> dict[str, Any]:
-        """Return that samples run one after the other."""
+        """Hand over so many samples at once: ``ms``."""
         del batch
         return {"ms": None}
 
     def energy(self, seconds: float) -> dict[str, Any]:
-        """Return nothing."""
+        """Return mean power while predicting, and ``method``."""
         del seconds
         return {}
+
+    def _in_turn(self, n: int) -> list[Arrays]:
+        """Return so many samples, from where the last turn ended."""
+        begin = self._next
+        self._next = (begin + n) % len(self._samples)
+        return list(itertools.islice(itertools.cycle(self._samples), begin, begin + n))
 
 
 def create(name: str, options: dict[str, Any]) -> Driver:

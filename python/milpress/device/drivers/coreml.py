@@ -1,7 +1,6 @@
 """A driver that measures Core ML on the Mac it runs on.
 
-Every call of coremltools is in `CoreML`, so that tests can hold them to its signatures. Traps that
-are handled here:
+Pitfalls that are handled here:
 
 - Core ML's own time of a prediction leaves out conversion from and to Python. Both are told.
 - ``CompiledMLModel`` loads an ``.mlmodelc``; ``MLModel`` would compile the package at each load.
@@ -18,9 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from milpress.engines import inputs as files
-from milpress.engines.coreml import CoreML, check_is_mac, image, plain
+from milpress.device.drivers import Driver
+from milpress.engines.calls import CoreML, check_is_mac, image, plain
+from milpress.engines.features import description_of
 from milpress.engines.mac import Mac
+from milpress.mil.package import Package
+from milpress.plain.arrays import Arrays
 
 _DEVICES = {
     "MLCPUComputeDevice": "cpu",
@@ -33,7 +35,7 @@ _CONSTANTS = ("const", "constexpr_")
 _GRAY_FLOAT16 = 40
 
 
-class CoreMLDriver:
+class CoreMLDriver(Driver):
     """Measures an ``.mlpackage`` on this Mac.
 
     Parameters
@@ -41,7 +43,7 @@ class CoreMLDriver:
     function
         Which function of a package with several.
     core_ml, mac
-        What is asked; others than the real ones make all numbers fake.
+        The framework and the machine; tests put others in their place, and all numbers are fake.
 
     Raises
     ------
@@ -52,16 +54,15 @@ class CoreMLDriver:
     def __init__(
         self, function: str | None = None, *, core_ml: CoreML | None = None, mac: Mac | None = None
     ) -> None:
+        super().__init__()
         self._core_ml = core_ml or CoreML()
         self._mac = mac or Mac()
         self._function = function
         self._model: Any = None
         self._path = ""
         self._units = ""
-        self._samples: list[files.Arrays] = []
         self._images: dict[str, bool] = {}
         self._is_stateful = False
-        self._n = 0
         check_is_mac(self._mac)
 
     def describe(self) -> dict[str, Any]:
@@ -94,37 +95,23 @@ class CoreMLDriver:
         duration = self._core_ml.load_duration(self._model)
         return {"ms": None if duration is None else duration / 1e6}
 
-    def feed(self, inputs: str) -> dict[str, Any]:
-        """Read the samples."""
-        self._samples = files.read(inputs)
-        return {}
-
     def predict(self, n: int) -> dict[str, Any]:
         """Predict the samples in turn."""
         core: list[float | None] = []
         e2e = []
-        taken = itertools.islice(itertools.cycle(self._samples), self._n, self._n + n)
         # Made before the clock starts, as an app would have them.
-        for data in [self._features(sample) for sample in taken]:
+        for data in [self._features(sample) for sample in self._in_turn(n)]:
             state = self._state()
             started = time.perf_counter()
             self._core_ml.predict(self._model, data, state)
             e2e.append(_ms(time.perf_counter() - started))
             duration = self._core_ml.predict_duration(self._model)
             core.append(None if duration is None else duration / 1e6)
-        self._n = (self._n + n) % len(self._samples)
         return {"core_ms": None if None in core else core, "e2e_ms": e2e}
 
-    def outputs(self, path: str) -> dict[str, Any]:
-        """Write the outputs for every sample."""
-        files.write(
-            Path(path),
-            (
-                self._core_ml.predict(self._model, self._features(sample), self._state())
-                for sample in self._samples
-            ),
-        )
-        return {}
+    def output(self, sample: Arrays) -> Any:
+        """Predict one sample."""
+        return self._core_ml.predict(self._model, self._features(sample), self._state())
 
     def memory(self) -> dict[str, Any]:
         """Return the footprint of this process."""
@@ -163,7 +150,7 @@ class CoreMLDriver:
 
     def _look_at(self, package: str) -> None:
         """Find out which inputs are images, and whether there are states."""
-        description = files.description(package, self._function)
+        description = description_of(Package(package), self._function)
         self._images = {
             each.name: each.type.imageType.colorSpace == _GRAY_FLOAT16
             for each in description.input
@@ -174,7 +161,7 @@ class CoreMLDriver:
     def _state(self) -> Any:
         return self._core_ml.make_state(self._model) if self._is_stateful else None
 
-    def _features(self, sample: files.Arrays) -> dict[str, Any]:
+    def _features(self, sample: Arrays) -> dict[str, Any]:
         return {
             name: image(array, self._images[name]) if name in self._images else plain(array)
             for name, array in sample.items()

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from milpress.engines import inputs as files
+from milpress.device.drivers import Driver
+from milpress.plain.arrays import Arrays
 
 
-class FakeDriver:
+class FakeDriver(Driver):
     """Plays scripted latencies, states and failures.
 
     Parameters
@@ -39,6 +40,7 @@ class FakeDriver:
         fail: dict[str, str] | None = None,
         only: str = "",
     ) -> None:
+        super().__init__()
         self._core_ms = core_ms or {"": (1.0,)}
         self._states = list(states)
         self._loads = list(loads)
@@ -46,7 +48,6 @@ class FakeDriver:
         self._only = only
         self._units = ""
         self._n = 0
-        self._samples: list[files.Arrays] = []
 
     def describe(self) -> dict[str, Any]:
         """Return that this is a fake."""
@@ -65,11 +66,6 @@ class FakeDriver:
         self._play("load")
         return {"ms": self._loads.pop(0) if len(self._loads) > 1 else self._loads[0]}
 
-    def feed(self, inputs: str) -> dict[str, Any]:
-        """Read the samples, so that the outputs can be them."""
-        self._samples = files.read(inputs)
-        return {}
-
     def predict(self, n: int) -> dict[str, Any]:
         """Return the next scripted latencies, and calls that take a tenth more."""
         self._play("predict")
@@ -78,13 +74,9 @@ class FakeDriver:
         self._n += n
         return {"core_ms": core, "e2e_ms": [1.1 * each for each in core]}
 
-    def outputs(self, path: str) -> dict[str, Any]:
-        """Write sums of the inputs."""
-        files.write(
-            Path(path),
-            [{"sum": np.array([a.sum() for a in sample.values()])} for sample in self._samples],
-        )
-        return {}
+    def output(self, sample: Arrays) -> Arrays:
+        """Return sums of the inputs."""
+        return {"sum": np.array([array.sum() for array in sample.values()])}
 
     def memory(self) -> dict[str, Any]:
         """Return nothing, unless it fails."""

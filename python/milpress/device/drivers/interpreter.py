@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
-import itertools
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from milpress.device.drivers import Untold
-from milpress.engines import inputs as files
+from milpress.device.drivers import Driver
+from milpress.plain.arrays import Arrays
 
 if TYPE_CHECKING:
     from milpress.interpreter import Program
 
 
-class InterpreterDriver(Untold):
+class InterpreterDriver(Driver):
     """Runs a package with torch on the processor of this machine.
 
     Parameters
@@ -27,11 +25,10 @@ class InterpreterDriver(Untold):
     """
 
     def __init__(self, function: str | None = None, precision: Any = "float32") -> None:
+        super().__init__()
         self._function = function
         self._precision = precision
         self._program: Program | None = None
-        self._samples: list[files.Arrays] = []
-        self._n = 0
 
     def describe(self) -> dict[str, Any]:
         """Return that this is a reference on a processor."""
@@ -52,32 +49,23 @@ class InterpreterDriver(Untold):
         self._program = load(path, self._function, precision=self._precision)
         return {"ms": _ms_since(started)}
 
-    def feed(self, inputs: str) -> dict[str, Any]:
-        """Read the samples."""
-        self._samples = files.read(inputs)
-        return {}
-
     def predict(self, n: int) -> dict[str, Any]:
         """Run the samples in turn, and time the whole call."""
         taken = []
-        for sample in itertools.islice(itertools.cycle(self._samples), self._n, self._n + n):
+        for sample in self._in_turn(n):
             started = time.perf_counter()
-            self._run(sample)
+            self.output(sample)
             taken.append(_ms_since(started))
-        self._n = (self._n + n) % len(self._samples)
         return {"core_ms": None, "e2e_ms": taken}
 
-    def outputs(self, path: str) -> dict[str, Any]:
-        """Write the outputs for every sample."""
-        files.write(Path(path), (self._run(sample) for sample in self._samples))
-        return {}
+    def output(self, sample: Arrays) -> dict[str, Any]:
+        """Run one sample."""
+        from milpress.interpreter.program import run_once
 
-    def _run(self, sample: files.Arrays) -> dict[str, Any]:
         if self._program is None:
-            msg = "a model must be loaded, got none"
+            msg = "no model is loaded"
             raise RuntimeError(msg)
-        state = self._program.make_state() if self._program.is_stateful else None
-        return self._program.run(sample, state=state).outputs
+        return run_once(self._program, sample).outputs
 
 
 def _ms_since(started: float) -> float:

@@ -1,7 +1,7 @@
 """A driver that measures Core ML on an iPhone or iPad at this Mac's cable.
 
 coremltools builds an app, puts it on the device and talks to it by copying files, which takes
-seconds and is not part of the times: the app takes those itself. Traps that are handled here:
+seconds and is not part of the times: the app takes those itself. Pitfalls that are handled here:
 
 - A second load of the same model and units is answered with 0 ns, as it was none.
 - States can't be used.
@@ -12,7 +12,6 @@ seconds and is not part of the times: the app takes those itself. Traps that are
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import shutil
 import subprocess
@@ -22,12 +21,14 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from milpress.device.drivers import Untold
+from milpress.device.drivers import Driver
 from milpress.device.drivers.coreml import placed
-from milpress.engines import inputs as files
-from milpress.engines.coreml import check_is_mac, plain
+from milpress.engines.calls import check_is_mac, plain
+from milpress.engines.features import description_of
 from milpress.engines.mac import Mac
 from milpress.errors import DriverError
+from milpress.mil.package import Package
+from milpress.plain.arrays import Arrays
 
 
 class RemoteCoreML:
@@ -77,7 +78,7 @@ class RemoteCoreML:
         )
 
 
-class IPhoneDriver(Untold):
+class IPhoneDriver(Driver):
     """Measures an ``.mlpackage`` on the device at the cable.
 
     Parameters
@@ -91,7 +92,7 @@ class IPhoneDriver(Untold):
     device_name
         Which device, if there are several.
     core_ml, mac
-        What is asked; others than the real ones make all numbers fake.
+        The framework and the machine; tests put others in their place, and all numbers are fake.
 
     Raises
     ------
@@ -109,6 +110,7 @@ class IPhoneDriver(Untold):
         core_ml: RemoteCoreML | None = None,
         mac: Mac | None = None,
     ) -> None:
+        super().__init__()
         check_is_mac(mac or Mac())
         self._core_ml = core_ml or RemoteCoreML()
         self._team, self._bundle, self._function = team, bundle, function
@@ -119,8 +121,6 @@ class IPhoneDriver(Untold):
         weakref.finalize(self, self._loop.close)
         self._prepared: Any = None
         self._model: Any = None
-        self._samples: list[files.Arrays] = []
-        self._n = 0
 
     def describe(self) -> dict[str, Any]:
         """Return the device, and that what follows is measured."""
@@ -140,8 +140,8 @@ class IPhoneDriver(Untold):
     def compile(self, package: str, units: str, folder: str) -> dict[str, Any]:
         """Set up the app; coremltools compiles the package itself when it loads it."""
         del units, folder
-        if files.description(package, self._function).state:
-            msg = "a model on a device at the cable must have no state, got one"
+        if description_of(Package(package), self._function).state:
+            msg = "a model with states can't be measured on a device connected by cable"
             raise DriverError(msg)
         if self._prepared is None:
             # Kept, so that the app is built once and not for each configuration.
@@ -163,30 +163,21 @@ class IPhoneDriver(Untold):
         duration = self._model.load_duration_in_nano_seconds
         return {"ms": None if not duration else duration / 1e6}
 
-    def feed(self, inputs: str) -> dict[str, Any]:
-        """Read the samples."""
-        self._samples = files.read(inputs)
-        return {}
-
     def predict(self, n: int) -> dict[str, Any]:
         """Predict the samples in turn; the whole call has the copying of files in it."""
         core: list[float | None] = []
         e2e = []
-        for sample in itertools.islice(itertools.cycle(self._samples), self._n, self._n + n):
+        for sample in self._in_turn(n):
             started = time.perf_counter()
-            self._wait(self._model.predict(_features(sample)))
+            self.output(sample)
             e2e.append(1e3 * (time.perf_counter() - started))
             duration = self._model.last_predict_duration_in_nano_seconds
             core.append(None if duration is None else duration / 1e6)
-        self._n = (self._n + n) % len(self._samples)
         return {"core_ms": None if None in core else core, "e2e_ms": e2e}
 
-    def outputs(self, path: str) -> dict[str, Any]:
-        """Write the outputs for every sample."""
-        files.write(
-            Path(path), (self._wait(self._model.predict(_features(each))) for each in self._samples)
-        )
-        return {}
+    def output(self, sample: Arrays) -> Any:
+        """Predict one sample."""
+        return self._wait(self._model.predict(_features(sample)))
 
     def placement(self) -> dict[str, Any]:
         """Return the device's plan, op by op."""
@@ -207,7 +198,7 @@ class IPhoneDriver(Untold):
         return self._loop.run_until_complete(work)
 
 
-def _features(sample: files.Arrays) -> dict[str, Any]:
+def _features(sample: Arrays) -> dict[str, Any]:
     return {name: plain(array) for name, array in sample.items()}
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from milpress.device.drivers import Untold
+from milpress.device.drivers import Driver
 from milpress.device.schema import Entry, Timing
+from milpress.plain.arrays import Arrays
 
 
-class ReplayDriver(Untold):
+class ReplayDriver(Driver):
     """Plays one entry of a result, in this process: nothing is loaded or run.
 
     Parameters
@@ -19,6 +20,7 @@ class ReplayDriver(Untold):
     """
 
     def __init__(self, entry: Entry) -> None:
+        super().__init__()
         self._timing = entry.timing or Timing(kind="replay")
         self._played = 0
         self._is_warm = False
@@ -58,6 +60,10 @@ class ReplayDriver(Untold):
             else None,
             "e2e_ms": list(samples.samples[taken]) if samples else [],
         }
+
+    def output(self, sample: Arrays) -> Arrays:
+        """Return the sample: nothing is run."""
+        return sample
 
     def outputs(self, path: str) -> dict[str, Any]:
         """Write nothing."""

@@ -33,7 +33,7 @@ class Stop:
     content: Any
 
 
-class Runs:
+class Lockstep:
     """Runs of a program, of which one at a time is at work.
 
     Parameters
@@ -43,7 +43,7 @@ class Runs:
     """
 
     def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
-        self._runs = [_Run(call) for call in calls]
+        self._runs = [_PausedCall(call) for call in calls]
         self._numbers = {run.thread: i for i, run in enumerate(self._runs)}
 
     def wait(self, place: int, content: Any) -> None:
@@ -73,7 +73,7 @@ class Runs:
             for run in self._runs:
                 run.cancel()
 
-    def _resume(self, runs: Sequence[_Run]) -> None:
+    def _resume(self, runs: Sequence[_PausedCall]) -> None:
         for number, run in enumerate(runs, start=1):
             run.resume()
             if number % _N_UNTRIMMED == 0:
@@ -87,7 +87,7 @@ def _trim() -> None:
         trim(0)
 
 
-class _Run:
+class _PausedCall:
     """A call in a thread of its own, which is at work only while someone waits for it."""
 
     def __init__(self, call: Callable[[], object]) -> None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import math
 import os
 import re
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any, ClassVar
@@ -18,26 +14,22 @@ import attrs
 import torch
 from torch import nn
 
-import milpress._core as _core
-from milpress.compression.report import WeightReport
 from milpress.errors import ConfigError, ConfigTypeError
-from milpress.formats.rows import as_weight
 from milpress.plain import fields
-from milpress.show import decibels
 from milpress.torch import _metadata
-from milpress.torch._compression import Progress, Task, compress_together, left
+from milpress.torch._compression import Progress, Task, left, tied
+from milpress.torch._modes import evaluating, exact, on_device
+from milpress.torch._module_weights import KINDS, Kinds, weights_of
 from milpress.torch._report import Report
-from milpress.torch._weights import KINDS, Kinds, Weight, weights_of, whole
 from milpress.torch.base_model_optimizer import BaseDataCalibratedModelOptimizer
-from milpress.torch.layerwise_compression._checkpoint import Checkpoint
-from milpress.torch.layerwise_compression._lockstep import Runs
-from milpress.torch.layerwise_compression._moments import LAYERS
-from milpress.torch.layerwise_compression.algorithms import (
-    LayerwiseCompressionAlgorithm,
+from milpress.torch.layerwise_compression._configs import (
     LayerwiseCompressionAlgorithmConfig,
     ModuleGPTQConfig,
-    OBSCompressionAlgorithm,
 )
+from milpress.torch.layerwise_compression._layer_files import LayerFiles
+from milpress.torch.layerwise_compression._layer_moments import LAYERS
+from milpress.torch.layerwise_compression._layers import CalibratedLayer
+from milpress.torch.layerwise_compression._order import in_order
 from milpress.torch.layerwise_compression.input_cacher import (
     DefaultInputCacher,
     FirstLayerInputCacher,
@@ -48,8 +40,6 @@ from milpress.torch.layerwise_compression.input_cacher import (
 from milpress.torch.optimization_config import ModuleOptimizationConfig, OptimizationConfig
 
 __all__ = ["LayerwiseCompressor", "LayerwiseCompressorConfig"]
-
-_logger = logging.getLogger(__name__)
 
 _ENOUGH = 8  # positions of samples for each input of a layer
 
@@ -102,9 +92,8 @@ class LayerwiseCompressorConfig(OptimizationConfig):
     calibration_nsamples: int = fields.integer(128, fields.at_least(1))
     mask: str | None = attrs.field(default="attention_mask", kw_only=True)
 
-    def __attrs_post_init__(self) -> None:
-        if not (self.global_config or self.module_type_configs or self.module_name_configs):
-            self.global_config = ModuleGPTQConfig()
+    def _set_default(self) -> None:
+        self.global_config = ModuleGPTQConfig()
 
     def get_layers(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Yield the modules that ``layers`` names; by default the children of the model."""
@@ -117,72 +106,6 @@ class LayerwiseCompressorConfig(OptimizationConfig):
                 for layer in self.layers
             ):
                 yield name, module
-
-
-@dataclass(slots=True)
-class _Layer:
-    """A weight that is to be compressed, and the modules that hold it."""
-
-    number: int
-    tasks: list[Task]
-    n_calls: int = 1
-    seen: dict[int, int] = field(default_factory=dict)  # calls so far, by run
-    algorithm: Any = None
-    row: dict[str, Any] | None = None
-    report: WeightReport | None = None
-
-    @property
-    def asked(self) -> Task:
-        return next(task for task in self.tasks if task.config is not None)
-
-    @property
-    def weight(self) -> Weight:
-        return self.asked.weight
-
-    @property
-    def is_done(self) -> bool:
-        return self.report is not None
-
-    def settle(self, reports: tuple[dict[str, Any], WeightReport]) -> None:
-        self.row, self.report = reports
-        if self.report.status == "left":
-            _logger.warning("%s: %s. Left as it is.", self.weight.name, self.report.note)
-
-    def begin(self) -> Any:
-        """Return the algorithm that the layer's inputs go to."""
-        if self.algorithm is None:
-            kind = LayerwiseCompressionAlgorithm.get_class(self.asked.config.algorithm)
-            self.algorithm = kind(self.weight.module, self.asked.config)
-        return self.algorithm
-
-
-@dataclass(frozen=True, slots=True)
-class _Given:
-    """What a run brings to a layer."""
-
-    module: nn.Module
-    value: torch.Tensor
-    mask: torch.Tensor | None
-
-    def add_to(self, algorithm: Any) -> None:
-        """Give it to the algorithm of the layer."""
-        if isinstance(algorithm, OBSCompressionAlgorithm):
-            algorithm.add_batch(self.value, mask=self.mask)
-        else:
-            algorithm.add_batch(self.value, self.module.forward(self.value))
-
-    def trace(self) -> _Trace:
-        """Return what tells it from others without keeping it alive."""
-        return _Trace(weakref.ref(self.value), self.value._version)
-
-
-@dataclass(frozen=True, slots=True)
-class _Trace:
-    value: weakref.ref[torch.Tensor]
-    version: int
-
-    def is_of(self, given: _Given) -> bool:
-        return self.value() is given.value and self.version == given.value._version
 
 
 class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
@@ -258,31 +181,28 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
         parents = [name for name, _ in self._config.get_layers(self._source)]
         model = self._begin(inplace)
         layers = self._layers(model, parents)
-        files = Checkpoint(checkpoint)
+        files = LayerFiles(checkpoint)
         for layer in layers:
-            kept = (
-                None
-                if layer.is_done
-                else files.load(layer.number, layer.weight, layer.asked.config)
-            )
-            if kept is not None:
-                layer.settle(_restored(layer, kept))
+            if layer.is_done:
+                continue
+            state = files.load(layer.number, layer.weight, layer.asked.config)
+            if state is not None:
+                layer.restore(state)
         total = sum(layer.weight.size for layer in layers)
         few = []
-        with _on(model, device), _evaluating(model), _exact():
+        with on_device(model, device), evaluating(model), exact():
             calls, masks = self._calls(model, parents, dataloader, device)
-            for layer in _in_order(layers, calls, masks):
+            for layer in in_order(layers, calls, masks):
                 if progress is not None:
                     done = sum(each.weight.size for each in layers if each.is_done)
                     progress(done, total, layer.weight.name)
                 identity = files.identity(layer.weight, layer.asked.config)
-                layer.settle(_compressed(layer))
-                files.save(layer.number, identity, _state(layer))
-                n_positions = getattr(
-                    getattr(layer.algorithm, "moments", None), "n_positions", None
-                )
-                if n_positions is not None:
-                    few += [layer.weight.name] * (n_positions < _ENOUGH * _n_inputs(layer))
+                layer.compress()
+                files.save(layer.number, identity, layer.state())
+                moments = getattr(layer.algorithm, "moments", None)
+                n_inputs = math.prod(layer.weight.shape[1:])
+                if moments is not None and moments.n_positions < _ENOUGH * n_inputs:
+                    few.append(layer.weight.name)
         for layer in layers:
             if not layer.is_done:
                 reason = "no sample came to the layer by a call of its module"
@@ -295,20 +215,17 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
         files.clear()
         return model
 
-    def _layers(self, model: nn.Module, parents: Sequence[str]) -> list[_Layer]:
+    def _layers(self, model: nn.Module, parents: Sequence[str]) -> list[CalibratedLayer]:
         """Return the weights that something is asked for, in the order of the model."""
-        groups: dict[int, list[Task]] = {}
+        tasks = []
         for weight in weights_of(model, self._supported_modules):
             config = None
             if self._config.layers is None or _is_within(weight.module_name, parents):
                 config = self._config.get_module_config(weight.module_name, weight.module)
             if isinstance(config, ModuleGPTQConfig) and config.weight_dtype == torch.float32:
                 config = None
-            tensor = weight.tensor
-            task = Task(weight, config)
-            groups.setdefault(id(task if tensor is None else tensor), []).append(task)
-        asked = [group for group in groups.values() if any(t.config is not None for t in group)]
-        layers = [_Layer(number, group) for number, group in enumerate(asked)]
+            tasks.append(Task(weight, config))
+        layers = [CalibratedLayer(number, group) for number, group in enumerate(tied(tasks))]
         others = {
             id(weight.tensor): weight.name
             for weight in weights_of(model, KINDS)
@@ -320,9 +237,9 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
             except ValueError as error:
                 layer.settle(left(layer.weight, str(error)))
                 continue
-            tied = others.get(id(layer.weight.tensor))
-            if tied is not None:
-                reason = f"tied to {tied}, to which errors are not fed back"
+            other = others.get(id(layer.weight.tensor))
+            if other is not None:
+                reason = f"tied to {other}, to which errors are not fed back"
                 layer.settle(left(layer.weight, reason))
             layer.algorithm = None
         return layers
@@ -342,14 +259,13 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
             batches = list(islice(dataloader, n_samples))
             calls = [partial(_run, model, batch, device) for batch in batches]
         else:
-            made = cacher(model, self._config.layers)
-            batches, kwargs = made.cache(
+            batches, kwargs = cacher(model, self._config.layers).cache(
                 dataloader=dataloader, nsamples=n_samples, device=str(device)
             )
             chain = [model.get_submodule(name) for name in parents]
             calls = [partial(_run_chain, chain, batch, kwargs) for batch in batches]
         if not calls:
-            msg = "dataloader must give at least one batch, got none"
+            msg = "dataloader gives no batch"
             raise ConfigError(msg)
         name = self._config.mask
         masks = [batch.get(name) if isinstance(batch, Mapping) else None for batch in batches]
@@ -369,123 +285,7 @@ def _is_within(name: str, parents: Iterable[str]) -> bool:
     return any(name == parent or name.startswith(f"{parent}.") or not parent for parent in parents)
 
 
-def _n_inputs(layer: _Layer) -> int:
-    return math.prod(layer.weight.shape[1:])
-
-
-def _in_order(
-    layers: Sequence[_Layer],
-    calls: Sequence[Callable[[], Any]],
-    masks: Sequence[torch.Tensor | None],
-) -> Iterator[_Layer]:
-    """Yield layers as samples come to them, with an algorithm that has seen what they bring.
-
-    A layer that a sample comes to several times is yielded at the last time.
-    """
-    _count_calls(layers, calls[0])
-    runs = Runs(calls)
-
-    def arrive(layer: _Layer, module: nn.Module, value: torch.Tensor) -> None:
-        number = runs.current()
-        if layer.is_done or number is None:
-            return
-        given = _Given(module, value, masks[number])
-        seen = layer.seen[number] = layer.seen.get(number, 0) + 1
-        if seen < layer.n_calls:
-            given.add_to(layer.begin())
-        else:
-            runs.wait(layer.number, given)
-
-    last: Any = None
-    traces: dict[int, _Trace] = {}
-    with _arriving(layers, arrive):
-        for place, brought in runs.stops():
-            layer = layers[place]
-            if layer.is_done:
-                continue
-            found = {number: given.trace() for number, given in brought.items()}
-            algorithm = layer.begin()
-            is_same = traces.keys() == found.keys() and all(
-                traces[number].is_of(given) for number, given in brought.items()
-            )
-            if is_same and layer.n_calls == 1 and _can_share(algorithm, last):
-                algorithm.share(last)
-            else:
-                last = None
-                for given in brought.values():
-                    given.add_to(algorithm)
-            brought.clear()
-            yield layer
-            last, traces, layer.algorithm = algorithm, found, None
-
-
-def _can_share(algorithm: Any, last: Any) -> bool:
-    return (
-        isinstance(algorithm, OBSCompressionAlgorithm)
-        and isinstance(last, OBSCompressionAlgorithm)
-        and isinstance(algorithm.weight.module, nn.Linear)
-        and isinstance(last.weight.module, nn.Linear)
-    )
-
-
-def _count_calls(layers: Sequence[_Layer], first: Callable[[], Any]) -> None:
-    """Find how often a sample comes to each layer."""
-    counts = [0] * len(layers)
-
-    def arrive(layer: _Layer, _module: nn.Module, _value: torch.Tensor) -> None:
-        counts[layer.number] += 1
-
-    with _arriving(layers, arrive), torch.no_grad():
-        first()
-    for layer, count in zip(layers, counts, strict=True):
-        layer.n_calls = max(1, count)
-
-
-@contextlib.contextmanager
-def _arriving(
-    layers: Sequence[_Layer], arrive: Callable[[_Layer, nn.Module, torch.Tensor], None]
-) -> Iterator[None]:
-    """Call a function whenever a layer is about to be run."""
-
-    def hook_for(layer: _Layer) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            arrive(layer, module, args[0] if args else kwargs["input"])
-
-        return hook
-
-    handles = [
-        task.weight.module.register_forward_pre_hook(hook_for(layer), with_kwargs=True)
-        for layer in layers
-        for task in layer.tasks
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _compressed(layer: _Layer) -> tuple[dict[str, Any], WeightReport]:
-    algorithm = layer.algorithm
-    if isinstance(algorithm, OBSCompressionAlgorithm):
-        return compress_together(layer.tasks, algorithm.treat)
-    # An algorithm of the user's own says nothing of what it did but by the weight.
-    tensor: Any = layer.weight.tensor
-    row, report = left(layer.weight, "")
-    before = whole(tensor).clone()
-    algorithm.compress()
-    algorithm.cleanup()
-    signal, noise, _ = _core.compare(
-        as_weight(before).reshape(-1), as_weight(whole(tensor)).reshape(-1)
-    )
-    row = {"error": math.sqrt(noise / report.size), "#params": report.size}
-    treatment = layer.asked.config.algorithm
-    return row, replace(
-        report, status="compressed", treatment=treatment, snr_db=decibels(signal, noise)
-    )
-
-
-def _report(layers: Sequence[_Layer], few: Sequence[str]) -> Report:
+def _report(layers: Sequence[CalibratedLayer], few: Sequence[str]) -> Report:
     rows = {task.weight.name: dict(layer.row or {}) for layer in layers for task in layer.tasks}
     notes = []
     if few:
@@ -494,71 +294,3 @@ def _report(layers: Sequence[_Layer], few: Sequence[str]) -> Report:
             f"which is few: {', '.join(few)}."
         )
     return Report(rows, [layer.report for layer in layers if layer.report is not None], notes)
-
-
-def _state(layer: _Layer) -> dict[str, Any]:
-    """Return what a layer is once it is compressed."""
-    tensor: Any = layer.weight.tensor
-    return {
-        "weight": whole(tensor),
-        "buffers": [dict(_own_buffers(task.weight)) for task in layer.tasks],
-        "row": layer.row,
-        "report": None if layer.report is None else asdict(layer.report),
-    }
-
-
-def _own_buffers(weight: Weight) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, buffer in weight.module.named_buffers(recurse=False):
-        if name.startswith(f"{_metadata.prefix_of(weight.module)}/{weight.parameter_name}/"):
-            yield name, buffer
-
-
-@torch.no_grad()
-def _restored(layer: _Layer, state: Mapping[str, Any]) -> tuple[dict[str, Any], WeightReport]:
-    """Make a layer what it was when it was kept."""
-    tensor: Any = layer.weight.tensor
-    tensor.copy_(state["weight"])
-    for task, buffers in zip(layer.tasks, state["buffers"], strict=True):
-        for name, buffer in buffers.items():
-            task.weight.module.register_buffer(name, buffer)
-    return state["row"], WeightReport(**state["report"])
-
-
-@contextlib.contextmanager
-def _on(model: nn.Module, device: str | torch.device) -> Iterator[None]:
-    """Have a model on a device, then where it was."""
-    first = next(model.parameters(), None)
-    if first is None or first.device == torch.device(device):
-        yield
-        return
-    model.to(device)
-    try:
-        yield
-    finally:
-        model.to(first.device)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Have a model in evaluation mode, then each module as it was."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextlib.contextmanager
-def _exact() -> Iterator[None]:
-    """Have GPUs multiply float32 in full precision."""
-    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [flag.allow_tf32 for flag in flags]
-    try:
-        for flag in flags:
-            flag.allow_tf32 = False
-        yield
-    finally:
-        for flag, allowed in zip(flags, before, strict=True):
-            flag.allow_tf32 = allowed

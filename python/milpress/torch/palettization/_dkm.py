@@ -22,7 +22,7 @@ _PART = 2**17  # numbers of attention at a time
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class AttentionSettings:
     """How weights attend to entries.
 
     Parameters
@@ -59,7 +59,7 @@ Rounding = Callable[[torch.Tensor], torch.Tensor]
 def attend(
     weights: torch.Tensor,
     table: torch.Tensor,
-    settings: Settings,
+    settings: AttentionSettings,
     kept: torch.Tensor | None = None,
     rounding: Rounding | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,7 +92,7 @@ def _parts(n_groups: int, n: int, n_entries: int) -> Iterator[tuple[slice, slice
 
 
 def _attention(
-    x: torch.Tensor, table: torch.Tensor, settings: Settings, seed: int
+    x: torch.Tensor, table: torch.Tensor, settings: AttentionSettings, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return attention, and what it is the softmax of: squared distances over ``-tau``."""
     # Scaling both sides first is cheaper than scaling each distance.
@@ -126,7 +126,7 @@ class _Attend(torch.autograd.Function):
         ctx: Any,
         weights: torch.Tensor,
         table: torch.Tensor,
-        settings: Settings,
+        settings: AttentionSettings,
         kept: torch.Tensor | None,
         rounding: Rounding | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,7 +210,7 @@ class _Attend(torch.autograd.Function):
 def _iterated(
     weights: torch.Tensor,
     table: torch.Tensor,
-    settings: Settings,
+    settings: AttentionSettings,
     kept: torch.Tensor | None,
     parts: list[tuple[slice, slice]],
     seed: int,
@@ -235,7 +235,7 @@ def _iterated(
 
 
 def _means(
-    total: torch.Tensor, mass: torch.Tensor, before: torch.Tensor, settings: Settings
+    total: torch.Tensor, mass: torch.Tensor, before: torch.Tensor, settings: AttentionSettings
 ) -> torch.Tensor:
     """Return the new table; an entry that nothing attends to stays where it is."""
     means = torch.where(mass[..., None] > 0, total / mass[..., None], before)

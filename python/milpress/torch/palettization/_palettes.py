@@ -8,7 +8,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from attrs import define, field
+from attrs import define
 from numpy.typing import NDArray
 
 from milpress.errors import ConfigError, ConfigTypeError, UnsupportedError
@@ -18,58 +18,31 @@ from milpress.formats.palette import Bits, folded_bytes, palettize, palettize_sc
 from milpress.formats.quantized import IntDType
 from milpress.formats.rows import Floats, divisor_of
 from milpress.plain import fields
-from milpress.torch import _metadata
-from milpress.torch._compression import Treated
+from milpress.torch import _fields, _metadata
+from milpress.torch._compression import WeightOutcome
 from milpress.torch._metadata import Stored
-from milpress.torch._weights import Weight
+from milpress.torch._module_weights import ModuleWeight
 from milpress.torch.optimization_config import (
     ModuleOptimizationConfig,
     PalettizationGranularity,
 )
 
 BITS = (1, 2, 3, 4, 6, 8)
-_LUT_DTYPES = {"int8": torch.int8, "uint8": torch.uint8}
-
-
-def _to_lut_dtype(value: Any) -> Any:
-    if isinstance(value, str):
-        return _LUT_DTYPES.get(value.lower(), value)
-    return value
-
-
-def _to_granularity(value: Any) -> PalettizationGranularity:
-    return fields.enumerated(PalettizationGranularity, value)
 
 
 @define
 class ModulePaletteConfig(ModuleOptimizationConfig):
     """The fields that the configs of all palettizers share."""
 
-    n_bits: int = field(
-        default=4,
-        converter=fields.whole,
-        validator=[
-            fields.is_integer,
-            fields.one_of(BITS, "{name} must be one of {allowed}, got {value}"),
-        ],
+    n_bits: int = _fields.option(4, BITS)
+    lut_dtype: torch.dtype | None = _fields.torch_type(
+        None, {"int8": torch.int8, "uint8": torch.uint8}
     )
-    lut_dtype: torch.dtype | None = field(
-        default=None,
-        converter=_to_lut_dtype,
-        validator=fields.one_of(
-            (None, *_LUT_DTYPES.values()), "{name} must be one of {allowed}, got {value!r}"
-        ),
-    )
-    granularity: PalettizationGranularity = field(
-        default=PalettizationGranularity.per_tensor,
-        converter=_to_granularity,
-    )
+    granularity: PalettizationGranularity = _fields.enumerated(PalettizationGranularity.per_tensor)
     group_size: int | None = fields.integer(None)
-    channel_axis: int = fields.integer(
-        0, fields.one_of((0, 1), "{name} must be one of {allowed}, got {value}")
-    )
+    channel_axis: int = _fields.option(0, (0, 1))
     cluster_dim: int | None = fields.integer(None, fields.at_least(1))
-    enable_per_channel_scale: bool = field(default=False, validator=fields.is_flag)
+    enable_per_channel_scale: bool = _fields.flag()
     on_indivisible: Literal["leave", "divisor"] = fields.choice("leave", "divisor")
 
     @group_size.validator
@@ -102,11 +75,11 @@ class ModulePaletteConfig(ModuleOptimizationConfig):
 
 
 def palettized(
-    weight: Weight,
+    weight: ModuleWeight,
     array: Floats,
     config: ModulePaletteConfig,
     importance: NDArray[np.float32] | None = None,
-) -> Treated:
+) -> WeightOutcome:
     """Palettize a weight.
 
     Parameters
@@ -150,11 +123,11 @@ def palettized(
     elif scale is None:
         palette = representable(palette, None if weight.tensor is None else weight.tensor.dtype)
     value = palette if mask is None else masked(palette, mask)
-    return Treated(Stored(value, scale), treatment, tuple(notes))
+    return WeightOutcome(Stored(value, scale), treatment, tuple(notes))
 
 
 def fitted(
-    weight: Weight,
+    weight: ModuleWeight,
     shape: tuple[int, ...],
     config: ModulePaletteConfig,
     *,

@@ -15,7 +15,8 @@ from torch import distributed, nn
 
 from milpress.errors import ConfigError, ConfigTypeError, UnsupportedError
 from milpress.plain.files import draft_in_place_of
-from milpress.torch._weights import is_spread, whole
+from milpress.torch._modes import evaluating
+from milpress.torch._module_weights import is_spread, whole
 
 LossFunction: TypeAlias = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -24,7 +25,7 @@ _N_SAVES = 8  # along a run that can be resumed
 
 
 @dataclass(slots=True)
-class Sums:
+class GradientSums:
     """Sums of squared gradients.
 
     Parameters
@@ -57,7 +58,7 @@ def sum_squared_gradients(
     n_samples: int,
     per_sample: bool,
     path: Path | None = None,
-) -> Sums:
+) -> GradientSums:
     """Sum the squares of the gradients that samples give.
 
     The model is in evaluation mode meanwhile; its gradients, flags and modes are as before
@@ -90,7 +91,7 @@ def sum_squared_gradients(
     """
     sharded = any(is_spread(weight) for weight in weights.values())
     rank, n_ranks = _rank()
-    sums = Sums(
+    sums = GradientSums(
         {
             name: torch.zeros_like(weight, dtype=torch.float32).detach()
             for name, weight in weights.items()
@@ -114,7 +115,7 @@ def sum_squared_gradients(
             if sums.kept is not None and seen % save_every == 0:
                 _save(sums, sums.kept, n_ranks)
     if seen == 0:
-        msg = "dataloader must give at least one sample, got none"
+        msg = "dataloader gives no sample"
         raise ConfigError(msg)
     if n_ranks > 1 and not sharded:
         for total in sums.squares.values():
@@ -233,17 +234,14 @@ def _backward(model: nn.Module, sample: Any, loss_fn: LossFunction, number: int)
 def _prepared(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Put a model into evaluation mode, such that its weights alone get gradients."""
     wanted = {id(weight) for weight in weights.values()}
-    modes = [(module, module.training) for module in model.modules()]
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     try:
-        model.eval()
         for parameter, _, _ in parameters:
             parameter.grad = None
             parameter.requires_grad_(id(parameter) in wanted)
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         for parameter, requires_grad, grad in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
@@ -278,7 +276,7 @@ def _squaring(
             handle.remove()
 
 
-def _save(sums: Sums, path: Path, n_ranks: int) -> None:
+def _save(sums: GradientSums, path: Path, n_ranks: int) -> None:
     local = {name: _local(total) for name, total in sums.squares.items()}
     counts = {"n_samples": sums.n_samples, "n_whole": sums.n_whole, "n_ranks": n_ranks}
     save({**counts, "squares": local}, path)
@@ -289,15 +287,15 @@ def _local(tensor: Any) -> torch.Tensor:
     return local
 
 
-def _resume(sums: Sums, path: Path, n_ranks: int) -> None:
+def _resume(sums: GradientSums, path: Path, n_ranks: int) -> None:
     found = torch.load(path, weights_only=True, map_location="cpu")
     squares = found.get("squares", {}) if isinstance(found, dict) else {}
     shapes = {name: tuple(tensor.shape) for name, tensor in squares.items()}
     expected = {name: tuple(_local(total).shape) for name, total in sums.squares.items()}
     if shapes != expected or found["n_ranks"] != n_ranks:
         msg = (
-            f"{path}: the sums of an interrupted run must be of the same weights and as many "
-            "processes, got others; delete the file to begin anew"
+            f"{path}: of an interrupted run with other weights or another number of processes; "
+            "delete the file to begin anew"
         )
         raise ConfigError(msg)
     for name, total in sums.squares.items():

@@ -19,7 +19,7 @@ from milpress.formats.palette import Bits
 from milpress.formats.rows import Floats, as_weight
 from milpress.torch import _metadata
 from milpress.torch._metadata import Stored
-from milpress.torch._weights import Weight, whole
+from milpress.torch._module_weights import ModuleWeight, whole
 from milpress.torch.palettization import _dkm
 from milpress.torch.palettization._palettes import (
     fitted,
@@ -57,7 +57,7 @@ class FakePalettize(nn.Module):
     fake_palett_enabled: torch.Tensor
     per_channel_scaling_factor: torch.Tensor | None
 
-    def __init__(self, weight: Weight, config: ModuleDKMPalettizerConfig) -> None:
+    def __init__(self, weight: ModuleWeight, config: ModuleDKMPalettizerConfig) -> None:
         super().__init__()
         self.config = config
         bits = default_bits(weight.module) if config.n_bits is None else config.n_bits
@@ -76,7 +76,7 @@ class FakePalettize(nn.Module):
         if self.treatment.group_size is not None:
             n_groups = self.shape[self.axis] // self.treatment.group_size
         self.n_groups = n_groups
-        self.palett = _Tables(n_groups, self.n_clusters, self.cluster_dim)
+        self.palett = _Centroids(n_groups, self.n_clusters, self.cluster_dim)
         scale = None
         if self.treatment.channel_scale:
             sizes = [1] * len(self.shape)
@@ -182,7 +182,7 @@ class FakePalettize(nn.Module):
         wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
         array = as_weight(whole(weights))
         if _core.first_nonfinite(np.ascontiguousarray(array).reshape(-1)) < array.size:
-            msg = "a weight must be finite to be palettized, got one that is not"
+            msg = "a weight that is not finite (NaN or infinity) can't be palettized"
             raise UnsupportedError(msg)
         if self.per_channel_scaling_factor is not None:
             axes = [axis for axis in range(wide.ndim) if axis != self.output]
@@ -299,7 +299,7 @@ class FakePalettize(nn.Module):
         return torch.from_numpy(np.ascontiguousarray(entries)).to(tables)
 
 
-class _Tables(nn.Module):
+class _Centroids(nn.Module):
     """The tables, under the name that they have in coremltools' state."""
 
     centroids: torch.Tensor
@@ -316,7 +316,7 @@ def replace_codes(lut: Floats, codes: NDArray[np.uint8], bits: int) -> Floats:
 
 
 def _treatment(
-    weight: Weight, config: ModuleDKMPalettizerConfig, bits: int
+    weight: ModuleWeight, config: ModuleDKMPalettizerConfig, bits: int
 ) -> tuple[PalettizeConfig, list[str]]:
     axis = None
     if config.cluster_permute is not None:

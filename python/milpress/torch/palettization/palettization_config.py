@@ -11,8 +11,9 @@ from torch import nn
 
 from milpress.errors import ConfigError, ConfigTypeError
 from milpress.plain import fields
+from milpress.torch import _fields
 from milpress.torch.optimization_config import ModuleOptimizationConfig, OptimizationConfig
-from milpress.torch.palettization._dkm import Settings
+from milpress.torch.palettization._dkm import AttentionSettings
 from milpress.torch.palettization._palettes import BITS, ModulePaletteConfig
 
 __all__ = ["DKMPalettizerConfig", "ModuleDKMPalettizerConfig"]
@@ -29,32 +30,12 @@ _LUT_DTYPES: dict[str, torch.dtype | None] = {
     "f32": None,
     "float32": None,
 }
-_MODES = ("dkm", "gsm", "hard", "topk")
 _STARTS = ("auto", "opt1d", "cpu.kmeans++", "kmeans++", "nf", "nf_fit", "cpu.minibatch")
 _DTYPES = {
     "qint8": torch.qint8,
     "quint8": torch.quint8,
     "float32": torch.float32,
 }
-
-
-def _number(default: float, *checks: fields.Validator) -> Any:
-    return field(
-        default=default,
-        converter=fields.real,
-        validator=[fields.is_number, *checks],
-    )
-
-
-def _flag() -> Any:
-    return field(default=False, validator=fields.is_flag)
-
-
-def _word(default: str, allowed: tuple[str, ...]) -> Any:
-    return field(
-        default=default,
-        validator=fields.one_of(allowed, "{name} must be one of {allowed}, got {value!r}"),
-    )
 
 
 def _gone(use: str) -> Any:
@@ -64,10 +45,6 @@ def _gone(use: str) -> Any:
             fields.check(lambda _: False, f"{{name}} must be left out, got {{value!r}}: use {use}")
         ),
     )
-
-
-def _to_dtype(value: Any) -> Any:
-    return _DTYPES.get(value.removeprefix("torch."), value) if isinstance(value, str) else value
 
 
 def _to_permutation(value: Any) -> Any:
@@ -145,19 +122,8 @@ palett_lambda, add_extra_centroid
     3
     """
 
-    n_bits: Any = field(
-        default=None,
-        converter=fields.whole,
-        validator=optional(
-            [
-                fields.is_integer,
-                fields.one_of(BITS, "{name} must be one of {allowed}, got {value}"),
-            ]
-        ),
-    )
-    lut_dtype: str = _word(  # type: ignore[assignment]
-        "f32", tuple(_LUT_DTYPES)
-    )
+    n_bits: Any = _fields.option(None, BITS)
+    lut_dtype: str = _fields.word("f32", *_LUT_DTYPES)  # type: ignore[assignment]
     channel_axis: int = fields.integer(
         0, fields.one_of((0,), "{name} must be 0, got {value}: see cluster_permute")
     )
@@ -165,38 +131,32 @@ palett_lambda, add_extra_centroid
     milestone: int = fields.integer(0, fields.at_least(0))
     quant_min: int = fields.integer(-128)
     quant_max: int = fields.integer(127)
-    dtype: Any = field(
-        default=torch.qint8,
-        converter=_to_dtype,
-        validator=fields.one_of(
-            tuple(_DTYPES.values()), "{name} must be one of {allowed}, got {value!r}"
-        ),
-    )
-    quantize_activations: bool = _flag()
+    dtype: Any = _fields.torch_type(torch.qint8, _DTYPES)
+    quantize_activations: bool = _fields.flag()
     cluster_permute: tuple[int, ...] | None = field(default=None, converter=_to_permutation)
-    palett_max_mem: float = _number(1.0)
+    palett_max_mem: float = _fields.number(1.0)
     kmeans_max_iter: int = fields.integer(3, fields.at_least(1))
-    prune_threshold: float = _number(1e-7, fields.at_least(0))
-    kmeans_init: str = _word("auto", _STARTS)
+    prune_threshold: float = _fields.number(1e-7, fields.at_least(0))
+    kmeans_init: str = _fields.word(*_STARTS)
     kmeans_opt1d_threshold: int = fields.integer(1024)
-    enforce_zero: bool = _flag()
-    palett_mode: Literal["dkm", "gsm", "hard", "topk"] = _word("dkm", _MODES)
-    palett_tau: float = _number(1e-4, _positive)
-    palett_epsilon: float = _number(1e-4, fields.at_least(0))
-    palett_lambda: float = _number(0.0)
-    add_extra_centroid: bool = _flag()
-    palett_cluster_tol: float = _number(0.0, fields.is_fraction)
+    enforce_zero: bool = _fields.flag()
+    palett_mode: Literal["dkm", "gsm", "hard", "topk"] = _fields.word("dkm", "gsm", "hard", "topk")
+    palett_tau: float = _fields.number(1e-4, _positive)
+    palett_epsilon: float = _fields.number(1e-4, fields.at_least(0))
+    palett_lambda: float = _fields.number(0.0)
+    add_extra_centroid: bool = _fields.flag()
+    palett_cluster_tol: float = _fields.number(0.0, fields.is_fraction)
     palett_min_tsize: int = fields.integer(64 * 1024)
-    palett_unique: bool = _flag()
-    palett_shard: bool = _flag()
-    palett_batch_mode: bool = _flag()
-    palett_dist: bool = _flag()
-    per_channel_scaling_factor_scheme: str = _word("min_max", ("min_max", "abs"))
-    percentage_palett_enable: float = _number(1.0, fields.is_fraction)
+    palett_unique: bool = _fields.flag()
+    palett_shard: bool = _fields.flag()
+    palett_batch_mode: bool = _fields.flag()
+    palett_dist: bool = _fields.flag()
+    per_channel_scaling_factor_scheme: str = _fields.word("min_max", "abs")
+    percentage_palett_enable: float = _fields.number(1.0, fields.is_fraction)
     kmeans_batch_threshold: int = fields.integer(4)
     kmeans_n_init: int = fields.integer(10)
-    zero_threshold: float = _number(1e-7, fields.at_least(0))
-    kmeans_error_bnd: float = _number(0.0)
+    zero_threshold: float = _fields.number(1e-7, fields.at_least(0))
+    kmeans_error_bnd: float = _fields.number(0.0)
     partition_size: int | None = _gone("group_size")
     cluster_dtype: str | None = _gone("lut_dtype")
 
@@ -217,9 +177,9 @@ palett_lambda, add_extra_centroid
         return _LUT_DTYPES[self.lut_dtype]
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> AttentionSettings:
         """What the attention needs."""
-        return Settings(
+        return AttentionSettings(
             tau=self.palett_tau,
             n_iterations=self.kmeans_max_iter,
             epsilon=self.palett_epsilon,
@@ -264,13 +224,10 @@ class DKMPalettizerConfig(OptimizationConfig):
     module_config_class: ClassVar[type[ModuleOptimizationConfig]] = ModuleDKMPalettizerConfig
     takes_lists: ClassVar[bool] = True
 
-    def __attrs_post_init__(self) -> None:
-        if not (self.global_config or self.module_type_configs or self.module_name_configs):
-            self.module_type_configs = {
-                kind: ModuleDKMPalettizerConfig(n_bits=bits)
-                for kind, bits in _DEFAULT_TYPES.items()
-            }
-        self._check_together()
+    def _set_default(self) -> None:
+        self.module_type_configs = {
+            kind: ModuleDKMPalettizerConfig(n_bits=bits) for kind, bits in _DEFAULT_TYPES.items()
+        }
 
     @property
     def is_default(self) -> bool:

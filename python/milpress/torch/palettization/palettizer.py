@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from typing import Any, ClassVar
 
@@ -10,11 +9,10 @@ import torch
 from torch import nn
 
 from milpress.errors import LifecycleError, UnsupportedError
-from milpress.torch import _metadata
-from milpress.torch._compression import Task, Treated, compress_weights
+from milpress.torch._compression import WeightOutcome, compress_faked
+from milpress.torch._module_weights import TRAINABLE, Kinds, ModuleWeight, attention_around
 from milpress.torch._report import Report
-from milpress.torch._substitution import Substitution, places, plain
-from milpress.torch._weights import TRAINABLE, Kinds, Weight
+from milpress.torch._substitution import Substitution, places
 from milpress.torch.base_model_optimizer import BaseTrainingTimeModelOptimizer
 from milpress.torch.optimization_config import OptimizationConfig
 from milpress.torch.palettization.fake_palettize import FakePalettize
@@ -32,8 +30,8 @@ class _Palettized(Substitution):
     def substitute(self, owner: nn.Module, name: str) -> torch.Tensor:
         """Return what a module is to compute with instead of one of its weights."""
         fake = getattr(owner, f"{name}_fake_quant")
-        made: torch.Tensor = fake(getattr(owner, name), owner._buffers.get(f"{name}_mask"))
-        return made
+        mixture: torch.Tensor = fake(getattr(owner, name), owner._buffers.get(f"{name}_mask"))
+        return mixture
 
 
 class DKMPalettizer(BaseTrainingTimeModelOptimizer):
@@ -93,9 +91,7 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
             _logger.warning("the model has been prepared already: nothing is changed")
             return self._model
         if is_pruned(self._model):
-            msg = (
-                "palettization must be prepared before pruning, got a model that is prepared for it"
-            )
+            msg = "prepare palettization before pruning: this model is prepared for pruning already"
             raise LifecycleError(msg)
         self._model = self._get_model_for_compression(inplace)
         if not self._config.is_default:
@@ -124,16 +120,14 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
             hook.names = (*hook.names, weight.parameter_name)
         return self._model.train()
 
-    def _chosen(self, weight: Weight) -> Any:
+    def _chosen(self, weight: ModuleWeight) -> Any:
         """Return the config of a weight: of a list, that of the greatest threshold it exceeds."""
-        found = self._config.get_module_config(weight.module_name, weight.module)
-        holder, _, own_name = weight.module_name.rpartition(".")
-        around = self._model.get_submodule(holder) if own_name == "out_proj" else None
-        is_part = isinstance(around, nn.MultiheadAttention) and found is None
-        if is_part and not self._config.is_named(weight.module_name):
+        config = self._config.get_module_config(weight.module_name, weight.module)
+        attention = attention_around(self._model, weight.module_name)
+        if attention and config is None and not self._config.is_named(weight.module_name):
             # Attention as a whole has one config, unless its projection is named by itself.
-            found = self._config.get_module_config(holder, around)
-        configs = found if isinstance(found, list) else [] if found is None else [found]
+            config = self._config.get_module_config(*attention)
+        configs = config if isinstance(config, list) else [] if config is None else [config]
         sizes = [
             other.size
             for other, _, _ in places(weight.module, self._supported_modules)
@@ -174,27 +168,16 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
             The model, or a copy of it, in evaluation mode, without `FakePalettize` layers. A weight
             whose layer never ran while it was enabled is left as it is, with a warning.
         """
-        model = plain(self._model if model is None else model)
-        finalized = model if inplace else copy.deepcopy(model)
-        finalized.eval()
-        prepared = [
-            (weight, host)
-            for weight, host, _ in places(finalized, self._supported_modules)
-            if hasattr(weight.module, f"{weight.parameter_name}_fake_quant")
-        ]
-        for _, host in prepared:
-            for hook in [*host._forward_pre_hooks.values()]:
-                if isinstance(getattr(hook, "__self__", None), _Palettized):
-                    hook.__self__.detach(host)  # type: ignore[attr-defined]
-        with masks_lifted(finalized):
-            tasks = [
-                Task(weight, getattr(weight.module, f"{weight.parameter_name}_fake_quant"))
-                for weight, _ in prepared
-            ]
-            compress_weights(finalized, tasks, _palettized)
-        for weight, _ in prepared:
-            delattr(weight.module, f"{weight.parameter_name}_fake_quant")
-        _metadata.register_version(finalized)
+        with self._finalizing(model, inplace) as finalized:
+            finalized.eval()
+            weights = []
+            for weight, host, _ in places(finalized, self._supported_modules):
+                if hasattr(weight.module, f"{weight.parameter_name}_fake_quant"):
+                    weights.append(weight)
+                    for hook in _Palettized.of(host):
+                        hook.detach(host)
+            with masks_lifted(finalized):
+                compress_faked(finalized, weights, _palettized)
         return finalized
 
     def report(self) -> Report:
@@ -211,12 +194,12 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
         return Report(rows)
 
 
-def _row_name(weight: Weight, rows: dict[str, dict[str, Any]]) -> str:
+def _row_name(weight: ModuleWeight, rows: dict[str, dict[str, Any]]) -> str:
     return weight.name if weight.module_name in rows else weight.module_name
 
 
 @torch.no_grad()
-def _row(weight: Weight, fake: FakePalettize) -> dict[str, Any]:
+def _row(weight: ModuleWeight, fake: FakePalettize) -> dict[str, Any]:
     values: torch.Tensor = getattr(weight.module, weight.parameter_name).detach()
     error = 0.0
     if fake.is_begun:
@@ -233,7 +216,7 @@ def _row(weight: Weight, fake: FakePalettize) -> dict[str, Any]:
     }
 
 
-def _palettized(weight: Weight, _array: Any, fake: FakePalettize) -> Treated:
+def _palettized(weight: ModuleWeight, _array: Any, fake: FakePalettize) -> WeightOutcome:
     if not fake.is_begun:
         msg = "its palettization was not enabled, or the model did not run since"
         raise UnsupportedError(msg)
@@ -241,4 +224,4 @@ def _palettized(weight: Weight, _array: Any, fake: FakePalettize) -> Treated:
     tensor = weight.tensor
     assert tensor is not None  # noqa: S101 - compress_weights has looked
     kept = None if kept is None else kept.expand(tensor.shape)
-    return Treated(fake.stored(tensor.detach(), kept), fake.treatment, tuple(fake.notes))
+    return WeightOutcome(fake.stored(tensor.detach(), kept), fake.treatment, tuple(fake.notes))

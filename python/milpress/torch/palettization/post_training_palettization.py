@@ -8,8 +8,8 @@ import torch
 from attrs import define, field
 
 from milpress.plain import fields
-from milpress.torch._compression import Progress, Task, compress_weights
-from milpress.torch._weights import KINDS, Kinds, weights_of
+from milpress.torch._compression import Progress, compress_weights
+from milpress.torch._module_weights import KINDS, Kinds
 from milpress.torch.base_model_optimizer import BasePostTrainingModelOptimizer
 from milpress.torch.optimization_config import ModuleOptimizationConfig, OptimizationConfig
 from milpress.torch.palettization._palettes import ModulePaletteConfig, palettized
@@ -132,9 +132,5 @@ class PostTrainingPalettizer(BasePostTrainingModelOptimizer):
             are in buffers of the modules.
         """
         model = self._begin(inplace)
-        tasks = [
-            Task(weight, self._config.get_module_config(weight.module_name, weight.module))
-            for weight in weights_of(model, self._supported_modules)
-        ]
-        self._report = compress_weights(model, tasks, palettized, progress)
+        self._report = compress_weights(model, self._tasks(model), palettized, progress)
         return model

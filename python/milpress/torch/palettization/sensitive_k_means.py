@@ -17,8 +17,8 @@ from attrs import define, field
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.formats.rows import Floats
 from milpress.plain import fields
-from milpress.torch._compression import Progress, Task, Treated, compress_weights
-from milpress.torch._weights import KINDS, Kinds, Weight, weights_of
+from milpress.torch._compression import Progress, WeightOutcome, compress_weights
+from milpress.torch._module_weights import KINDS, Kinds, ModuleWeight
 from milpress.torch.base_model_optimizer import BaseDataCalibratedModelOptimizer
 from milpress.torch.optimization_config import ModuleOptimizationConfig, OptimizationConfig
 from milpress.torch.palettization import _sensitivity, _workers
@@ -199,7 +199,7 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
         if sensitivity_path is not None:
             sensitivities = _sensitivity.load(sensitivity_path)
         elif dataloader is None or loss_fn is None:
-            msg = "dataloader and loss_fn, or sensitivity_path, must be given, got neither"
+            msg = "sensitivities are missing: give dataloader and loss_fn, or sensitivity_path"
             raise ConfigError(msg)
         elif num_sensitivity_workers > 1 and not torch.distributed.is_initialized():
             sensitivities = self._by_workers(
@@ -212,7 +212,9 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
             notes = sums.notes
         model = self._begin(inplace)
 
-        def treat(weight: Weight, array: Floats, config: ModuleSKMPalettizerConfig) -> Treated:
+        def treat(
+            weight: ModuleWeight, array: Floats, config: ModuleSKMPalettizerConfig
+        ) -> WeightOutcome:
             name = next((n for n in names[id(weight.tensor)] if n in sensitivities), None)
             if name is None:
                 msg = f"no sensitivities are given for {weight.name}"
@@ -223,13 +225,13 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
                 msg = f"sensitivities must be of the shape {array.shape}, got {importance.shape}"
                 raise UnsupportedError(msg)
             if not np.isfinite(importance).all():
-                msg = "sensitivities must be finite, got other values"
+                msg = "sensitivities are not finite (NaN or infinity)"
                 raise UnsupportedError(msg)
             treated = palettized(weight, array, config, importance)
             if in_use:
                 return treated
             idle = "the loss does not depend on it, so that all its elements count alike"
-            return Treated(treated.stored, treated.treatment, (*treated.notes, idle))
+            return WeightOutcome(treated.stored, treated.treatment, (*treated.notes, idle))
 
         tasks = self._tasks(model)
         names: dict[int, list[str]] = {}
@@ -238,19 +240,13 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
         self._report = compress_weights(model, tasks, treat, progress, notes)
         return model
 
-    def _tasks(self, model: torch.nn.Module) -> list[Task]:
-        return [
-            Task(weight, self._config.get_module_config(weight.module_name, weight.module))
-            for weight in weights_of(model, self._supported_modules)
-        ]
-
     def _sums(
         self,
         model: torch.nn.Module,
         dataloader: Iterable[Any],
         loss_fn: LossFunction,
         path: Path | None,
-    ) -> _sensitivity.Sums:
+    ) -> _sensitivity.GradientSums:
         weights: dict[int, tuple[str, Any]] = {}
         for task in self._tasks(model):
             tensor = task.weight.tensor

@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 import milpress._core as _core
 from milpress.formats.rows import Floats, as_weight
 from milpress.formats.sparse import n_pruned
-from milpress.torch._weights import Weight, whole
+from milpress.torch._module_weights import ModuleWeight, whole
 
 # Kernels never keep a zero. A weight that is zero now may be another one after the next step of
 # training, so it counts as the least number there is.
 _LEAST = np.nextafter(np.float32(0), np.float32(1))
 
 
-def mask_of(weight: Weight, tensor: torch.Tensor, config: Any, sparsity: float) -> torch.Tensor:
+def mask_of(
+    weight: ModuleWeight, tensor: torch.Tensor, config: Any, sparsity: float
+) -> torch.Tensor:
     """Return 1 where a weight stays and 0 where it becomes zero, in a shape that broadcasts to it.
 
     Parameters
@@ -73,7 +75,7 @@ def _unpacked(bitmask: NDArray[np.uint8], scores: Floats) -> NDArray[np.bool_]:
     return _core.unpack(bitmask, 1, scores.size).view(np.bool_).reshape(scores.shape)
 
 
-def _norms(scores: Floats, weight: Weight, granularity: str) -> Floats:
+def _norms(scores: Floats, weight: ModuleWeight, granularity: str) -> Floats:
     """Return the Euclidean norms of kernels or output channels, with axes of length 1 beside."""
     squares = np.square(scores.astype(np.float64))
     inner = tuple(range(2, scores.ndim))

@@ -16,10 +16,10 @@ from torch import nn
 
 from milpress.errors import ConfigError, LifecycleError
 from milpress.plain import fields
-from milpress.torch import _metadata
+from milpress.torch import _fields, _metadata
+from milpress.torch._module_weights import TRAINABLE, Kinds, ModuleWeight
 from milpress.torch._report import Report
 from milpress.torch._substitution import Substitution, places, plain
-from milpress.torch._weights import TRAINABLE, Kinds, Weight
 from milpress.torch.base_model_optimizer import BaseTrainingTimeModelOptimizer
 from milpress.torch.optimization_config import ModuleOptimizationConfig, OptimizationConfig
 from milpress.torch.pruning import _masks
@@ -80,46 +80,20 @@ class ModuleMagnitudePrunerConfig(ModuleOptimizationConfig):
         converter=to_scheduler,
         validator=is_scheduler,
     )
-    initial_sparsity: float = field(
-        default=0.0,
-        converter=fields.real,
-        validator=[fields.is_number, fields.is_fraction],
-    )
-    target_sparsity: float = field(
-        default=0.5,
-        converter=fields.real,
-        validator=[fields.is_number, fields.is_fraction],
-    )
-    granularity: Literal["per_scalar", "per_kernel", "per_channel"] = field(
-        default="per_scalar",
-        validator=fields.one_of(
-            ("per_scalar", "per_kernel", "per_channel"),
-            "{name} must be one of {allowed}, got {value!r}",
-        ),
+    initial_sparsity: float = _fields.number(0.0, fields.is_fraction)
+    target_sparsity: float = _fields.number(0.5, fields.is_fraction)
+    granularity: Literal["per_scalar", "per_kernel", "per_channel"] = _fields.word(
+        "per_scalar", "per_kernel", "per_channel"
     )
     block_size: int = fields.integer(1, fields.at_least(1))
-    n_m_ratio: tuple[int, int] | None = field(default=None, converter=fields.wholes)
-    dim: int = fields.integer(
-        1, fields.one_of((0, 1), "{name} must be one of {allowed}, got {value}")
-    )
+    n_m_ratio: tuple[int, int] | None = _fields.ratio()
+    dim: int = _fields.option(1, (0, 1))
     param_name: str = field(default="weight", validator=fields.is_text)
 
     @n_m_ratio.validator
-    def _check_ratio(self, _attribute: Any, ratio: Any) -> None:
-        if ratio is None:
+    def _check_ratio_alone(self, _attribute: Any, n_m: Any) -> None:
+        if n_m is None:
             return
-        if not (
-            isinstance(ratio, tuple)
-            and len(ratio) == 2
-            and all(type(number) is int for number in ratio)
-            and 0 <= ratio[0] <= ratio[1]
-            and ratio[1] > 0
-        ):
-            msg = (
-                "n_m_ratio must be two whole numbers, n zeros among m, n not above m, "
-                f"got {ratio!r}"
-            )
-            raise ConfigError(msg)
         if self.block_size > 1:
             msg = f"block_size must be 1 where n_m_ratio is given, got {self.block_size}"
             raise ConfigError(msg)
@@ -130,10 +104,10 @@ class ModuleMagnitudePrunerConfig(ModuleOptimizationConfig):
     @property
     def resolved(self) -> ModuleMagnitudePrunerConfig:
         """The same with the target sparsity that ``n_m_ratio`` stands for."""
-        found = copy.copy(self)
+        config = copy.copy(self)
         if self.n_m_ratio is not None:
-            found.target_sparsity = self.n_m_ratio[0] / self.n_m_ratio[1]
-        return found
+            config.target_sparsity = self.n_m_ratio[0] / self.n_m_ratio[1]
+        return config
 
 
 @define
@@ -170,7 +144,7 @@ class PruningMethod(Substitution):
         """Leave the product for others to see, without its history, which can't be copied."""
         self.refresh(host.get_submodule(self.path))
 
-    def install(self, weight: Weight, host: nn.Module) -> None:
+    def install(self, weight: ModuleWeight, host: nn.Module) -> None:
         """Give a module masks, and let it compute with them."""
         owner = weight.module
         for name in self.names:
@@ -184,7 +158,7 @@ class PruningMethod(Substitution):
         self.update(weight, self.config.initial_sparsity, anew=True)
 
     @torch.no_grad()
-    def update(self, weight: Weight, sparsity: float, *, anew: bool = False) -> None:
+    def update(self, weight: ModuleWeight, sparsity: float, *, anew: bool = False) -> None:
         """Make masks for a sparsity, unless they are for that already."""
         for name in self.names:
             amount = weight.module.get_buffer(f"{name}_amount")
@@ -221,7 +195,7 @@ class PruningMethod(Substitution):
         self.refresh(owner)
 
     @torch.no_grad()
-    def remove(self, weight: Weight, host: nn.Module) -> None:
+    def remove(self, weight: ModuleWeight, host: nn.Module) -> None:
         """Give the weights back to their module, multiplied by their masks."""
         owner = weight.module
         self.detach(host)
@@ -232,7 +206,7 @@ class PruningMethod(Substitution):
             del owner._parameters[f"{name}_orig"]
             del owner._buffers[f"{name}_mask"], owner._buffers[f"{name}_amount"]
             owner.register_parameter(name, orig)
-            _metadata.register_pruning(Weight(weight.module_name, owner, name))
+            _metadata.register_pruning(ModuleWeight(weight.module_name, owner, name))
         for key, hook in list(owner._load_state_dict_post_hooks.items()):
             if hook is _loaded:
                 del owner._load_state_dict_post_hooks[key]
@@ -249,7 +223,7 @@ def _loaded(module: nn.Module, _keys: Any) -> None:
 class _Pruned:
     """A module that is pruned, and the fraction of its weights that is zero."""
 
-    weight: Weight
+    weight: ModuleWeight
     method: PruningMethod
     sparsity_level: float
 
@@ -307,7 +281,7 @@ class MagnitudePruner(BaseTrainingTimeModelOptimizer):
         if is_fake_quantized(self._model) and not inplace:
             msg = (
                 "a model that is prepared for palettization or quantization must be pruned with "
-                "inplace=True, so that both work on the same model, got inplace=False"
+                "inplace=True, so that both work on the same model"
             )
             raise LifecycleError(msg)
         self._model = self._get_model_for_compression(inplace)
@@ -369,20 +343,20 @@ class MagnitudePruner(BaseTrainingTimeModelOptimizer):
             If the model is still prepared for palettization or quantization: that is to be
             finalized first.
         """
-        model = plain(self._model if model is None else model)
+        with self._finalizing(model, inplace) as finalized:
+            for weights, host, _ in list(_owners(finalized, self._supported_modules)):
+                method = getattr(weights[0].module, "pruning_method", None)
+                if isinstance(method, PruningMethod):
+                    method.remove(weights[0], host)
+        return finalized
+
+    def _check_finalizable(self, model: nn.Module) -> None:
         if is_fake_quantized(model):
             msg = (
-                "palettization or quantization must be finalized before pruning, "
-                "got a model that is still prepared for it"
+                "finalize palettization or quantization before pruning: this model is still "
+                "prepared for it"
             )
             raise LifecycleError(msg)
-        finalized = model if inplace else copy.deepcopy(model)
-        for weights, host, _ in list(_owners(finalized, self._supported_modules)):
-            method = getattr(weights[0].module, "pruning_method", None)
-            if isinstance(method, PruningMethod):
-                method.remove(weights[0], host)
-        _metadata.register_version(finalized)
-        return finalized
 
     def load_state_dict(self, state_dict: Any) -> None:
         """Go on from a checkpoint, after the state of the prepared model was loaded.
@@ -436,9 +410,9 @@ def masks_lifted(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _owners(model: nn.Module, kinds: Kinds) -> Iterator[tuple[list[Weight], nn.Module, str]]:
+def _owners(model: nn.Module, kinds: Kinds) -> Iterator[tuple[list[ModuleWeight], nn.Module, str]]:
     """Yield the weights of each module; with them what computes with them and the path to it."""
-    together: dict[int, tuple[list[Weight], nn.Module, str]] = {}
+    together: dict[int, tuple[list[ModuleWeight], nn.Module, str]] = {}
     for weight, host, path in places(model, kinds):
         together.setdefault(id(weight.module), ([], host, path))[0].append(weight)
     yield from together.values()

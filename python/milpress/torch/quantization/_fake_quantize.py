@@ -16,7 +16,7 @@ _PACE = {ObserverType.moving_average_min_max: 0.01, ObserverType.ema_min_max: 0.
 _EPS = float(torch.finfo(torch.float32).eps)
 
 
-class Observer(nn.Module):
+class RangeObserver(nn.Module):
     """Follows the least and greatest values of what passes.
 
     Parameters
@@ -112,7 +112,7 @@ class FakeQuantize(nn.Module):
         self.block_shape = block_shape
         self.is_learnable = is_learnable
         seen = shape if block_shape is None else tuple(n for size in shape for n in (size, 1))
-        self.activation_post_process = Observer(observer, seen)
+        self.activation_post_process = RangeObserver(observer, seen)
         ones = torch.ones(shape or 1)
         middle = 0 if signed else 128 if bits == 8 else (self.quant_min + self.quant_max) // 2
         self.middle = middle
@@ -258,7 +258,7 @@ class FixedQuantize(FakeQuantize):
         """Do nothing: the range is known."""
 
 
-class Quantized(nn.Module):
+class QuantizeDequantize(nn.Module):
     """Rounds values to integers and back, as ops that a Core ML model has.
 
     Parameters

@@ -16,6 +16,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
+from milpress.torch._modes import evaluating
 from milpress.torch.quantization._fake_quantize import FakeQuantize, FixedQuantize
 from milpress.torch.quantization.quantization_config import (
     ModuleLinearQuantizerConfig,
@@ -92,7 +93,7 @@ ConfigOf = Callable[[str, Any], Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class RoundedLayer:
     """A module whose weight is rounded, and the batch normalization that is folded into it."""
 
     name: str
@@ -131,16 +132,11 @@ def ranks(model: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[fx.Node, int |
             found[n] = made.ndim if is_float else None
             return made
 
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             Runner(model).run(*inputs)
     except Exception:  # whatever a user's own model raises
         found.clear()
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return found
 
 
@@ -167,7 +163,7 @@ class Placing:
         self.config_of = config_of
         self.dimensions = dimensions
         self.nodes = list(model.graph.nodes)
-        self.layers: list[Layer] = []
+        self.layers: list[RoundedLayer] = []
         # What is rounded after a node: the config that asks for it.
         self.wanted: dict[fx.Node, ModuleLinearQuantizerConfig] = {}
         self.ends: dict[fx.Node, fx.Node] = {}  # last node of an op to the first
@@ -210,7 +206,7 @@ class Placing:
                 continue
             self.ends[end] = node
             if is_weighted and config.quantizes_weights:
-                self.layers.append(Layer(str(node.target), config, norm))
+                self.layers.append(RoundedLayer(str(node.target), config, norm))
             if config.quantizes_activations and self._is_float(end):
                 self.wanted.setdefault(end, config)
                 for source in self._sources(node):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from attrs import define, field
@@ -13,10 +13,10 @@ from milpress.formats.joint import masked
 from milpress.formats.quantized import Granularity, IntDType
 from milpress.formats.rows import Floats, divisor_of
 from milpress.plain import fields
-from milpress.torch import _metadata
-from milpress.torch._compression import Progress, Task, Treated, compress_weights
+from milpress.torch import _fields, _metadata
+from milpress.torch._compression import Progress, WeightOutcome, compress_weights
 from milpress.torch._metadata import Stored
-from milpress.torch._weights import KINDS, Kinds, Weight, weights_of
+from milpress.torch._module_weights import KINDS, Kinds, ModuleWeight, attention_around
 from milpress.torch.base_model_optimizer import BasePostTrainingModelOptimizer
 from milpress.torch.optimization_config import (
     ModuleOptimizationConfig,
@@ -31,39 +31,13 @@ __all__ = [
     "PostTrainingQuantizerConfig",
 ]
 
-# torch has no integers of 4 bits, so the width stands beside the type.
-_DTYPES: dict[IntDType | Literal["float32"], tuple[torch.dtype, int]] = {
+_DTYPES: dict[str, tuple[torch.dtype, int]] = {
     "int8": (torch.int8, 8),
     "uint8": (torch.uint8, 8),
     "int4": (torch.int8, 4),
     "uint4": (torch.uint8, 4),
     "float32": (torch.float32, 32),
 }
-
-
-def _known_dtype(value: Any) -> tuple[torch.dtype, int]:
-    """Return a type and its width in bits, by name or as torch has it."""
-    for name, (dtype, n_bits) in _DTYPES.items():
-        # By identity: a tensor compares to anything.
-        if value is dtype or (isinstance(value, str) and value.lower() == name):
-            return dtype, n_bits
-    msg = (
-        f"weight_dtype must be one of {tuple(_DTYPES)} not {value}: those are what Core ML decodes"
-    )
-    raise ConfigError(msg)
-
-
-def _adopt_dtype(config: Any, _attribute: Any, value: Any) -> torch.dtype:
-    dtype, config.weight_n_bits = _known_dtype(value)
-    return dtype
-
-
-def _to_granularity(value: Any) -> QuantizationGranularity:
-    return fields.enumerated(QuantizationGranularity, value)
-
-
-def _to_scheme(value: Any) -> QuantizationScheme:
-    return fields.enumerated(QuantizationScheme, value)
 
 
 def _to_block_size(value: Any) -> Any:
@@ -117,28 +91,16 @@ class ModulePostTrainingQuantizerConfig(ModuleOptimizationConfig):
     (torch.int8, 4, (32,))
     """
 
-    weight_dtype: Any = field(default="int8", on_setattr=_adopt_dtype)
-    granularity: QuantizationGranularity = field(
-        default=QuantizationGranularity.per_channel,
-        converter=_to_granularity,
-    )
-    quantization_scheme: QuantizationScheme = field(
-        default=QuantizationScheme.symmetric,
-        converter=_to_scheme,
-    )
+    weight_dtype: Any = _fields.weight_dtype("int8", _DTYPES)
+    granularity: QuantizationGranularity = _fields.enumerated(QuantizationGranularity.per_channel)
+    quantization_scheme: QuantizationScheme = _fields.enumerated(QuantizationScheme.symmetric)
     block_size: tuple[int, ...] | None = field(default=None, converter=_to_block_size)
-    weight_n_bits: int | None = field(default=None, kw_only=True, converter=fields.whole)
+    weight_n_bits: int | None = _fields.weight_n_bits()
     range: Literal["minmax", "mse"] = fields.choice("minmax", "mse")
     on_indivisible: Literal["leave", "divisor"] = fields.choice("leave", "divisor")
 
     def __attrs_post_init__(self) -> None:
-        given = self.weight_n_bits
-        self.weight_dtype = self.weight_dtype  # which sets the width, too
-        if given == 4 and self.weight_n_bits == 8:
-            self.weight_n_bits = 4
-        if given not in (None, self.weight_n_bits):
-            msg = f"weight_n_bits must be that of weight_dtype, {self.weight_n_bits}, got {given!r}"
-            raise ConfigError(msg)
+        _fields.resolve_width(self, 4)
 
     @block_size.validator
     def _check_block_size(self, _attribute: Any, block_size: Any) -> None:
@@ -164,9 +126,9 @@ class ModulePostTrainingQuantizerConfig(ModuleOptimizationConfig):
     @property
     def dtype(self) -> IntDType | None:
         """Name of the codes' type; ``None`` where the weights are left."""
-        given = (self.weight_dtype, self.weight_n_bits)
-        name = next(name for name, known in _DTYPES.items() if known == given)
-        return None if name == "float32" else name
+        codes = (self.weight_dtype, self.weight_n_bits)
+        name = next(name for name, known in _DTYPES.items() if known == codes)
+        return None if name == "float32" else cast("IntDType", name)
 
 
 @define
@@ -230,25 +192,22 @@ class PostTrainingQuantizer(BasePostTrainingModelOptimizer):
             scales are in buffers of the modules.
         """
         model = self._begin(inplace)
-        tasks = [
-            Task(weight, self._config_for(weight, model))
-            for weight in weights_of(model, self._supported_modules)
-        ]
-        self._report = compress_weights(model, tasks, _quantized, progress)
+        self._report = compress_weights(model, self._tasks(model), _quantized, progress)
         return model
 
-    def _config_for(self, weight: Weight, model: torch.nn.Module) -> Any:
+    def _config_for(self, weight: ModuleWeight, model: torch.nn.Module) -> Any:
         name, module = weight.module_name, weight.module
-        holder, _, own_name = name.rpartition(".")
-        attention = model.get_submodule(holder) if own_name == "out_proj" else None
-        if isinstance(attention, torch.nn.MultiheadAttention) and not self._config.is_named(name):
+        attention = attention_around(model, name)
+        if attention is not None and not self._config.is_named(name):
             # Like coremltools: attention as a whole has one config.
-            name, module = holder, attention
+            name, module = attention
         config = self._config.get_module_config(name, module)
         return None if config is None or config.dtype is None else config
 
 
-def _quantized(weight: Weight, array: Floats, config: ModulePostTrainingQuantizerConfig) -> Treated:
+def _quantized(
+    weight: ModuleWeight, array: Floats, config: ModulePostTrainingQuantizerConfig
+) -> WeightOutcome:
     output, inputs = weight.axes
     granularity, notes = _granularity(array.shape, output, inputs, config)
     treatment = QuantizeConfig(
@@ -259,7 +218,7 @@ def _quantized(weight: Weight, array: Floats, config: ModulePostTrainingQuantize
     )
     value = quantize(array, treatment, channel_axis=output, input_axis=inputs)
     stored = Stored(masked(value, array != 0) if _metadata.is_pruned(weight) else value)
-    return Treated(stored, treatment, tuple(notes))
+    return WeightOutcome(stored, treatment, tuple(notes))
 
 
 def _granularity(

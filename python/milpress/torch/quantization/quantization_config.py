@@ -7,10 +7,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from attrs import define, field
-from attrs.validators import optional
 
 from milpress.errors import ConfigError, ConfigTypeError
-from milpress.plain import fields
+from milpress.torch import _fields
 from milpress.torch.optimization_config import ModuleOptimizationConfig, OptimizationConfig
 
 __all__ = [
@@ -38,7 +37,6 @@ class ObserverType(Enum):
     ema_min_max = "ema_min_max"
 
 
-# torch has no integers of 4 bits, so the width stands beside the type.
 _WEIGHT_DTYPES: dict[str, tuple[torch.dtype, int]] = {
     "qint8": (torch.qint8, 8),
     "quint8": (torch.quint8, 8),
@@ -48,31 +46,6 @@ _WEIGHT_DTYPES: dict[str, tuple[torch.dtype, int]] = {
 }
 _ACTIVATION_DTYPES = {"quint8": torch.quint8, "float32": torch.float32}
 _N_MILESTONES = 4
-
-
-def _adopt_dtype(config: Any, _attribute: Any, value: Any) -> torch.dtype:
-    word = value.lower().removeprefix("torch.") if isinstance(value, str) else None
-    for name, (dtype, n_bits) in _WEIGHT_DTYPES.items():
-        # By identity: a tensor compares to anything.
-        if value is dtype or word == name:
-            config.weight_n_bits = n_bits
-            return dtype
-    msg = f"weight_dtype must be one of {tuple(_WEIGHT_DTYPES)}, got {value!r}"
-    raise ConfigError(msg)
-
-
-def _to_activation_dtype(value: Any) -> Any:
-    if isinstance(value, str):
-        return _ACTIVATION_DTYPES.get(value.lower().removeprefix("torch."), value)
-    return value
-
-
-def _to_observer(value: Any) -> ObserverType:
-    return fields.enumerated(ObserverType, value)
-
-
-def _to_scheme(value: Any) -> QuantizationScheme:
-    return fields.enumerated(QuantizationScheme, value)
 
 
 @define
@@ -121,47 +94,19 @@ class ModuleLinearQuantizerConfig(ModuleOptimizationConfig):
     (torch.qint8, 4)
     """
 
-    algorithm: Literal["vanilla", "learnable"] = field(
-        default="vanilla",
-        validator=fields.one_of(
-            ("vanilla", "learnable"), "{name} must be one of {allowed}, got {value!r}"
-        ),
-    )
-    weight_dtype: Any = field(default="qint8", on_setattr=_adopt_dtype)
-    weight_observer: ObserverType = field(
-        default=ObserverType.moving_average_min_max, converter=_to_observer
-    )
-    weight_per_channel: bool = field(default=True, validator=fields.is_flag)
-    activation_dtype: Any = field(
-        default=torch.quint8,
-        converter=_to_activation_dtype,
-        validator=fields.one_of(
-            tuple(_ACTIVATION_DTYPES.values()), "{name} must be one of {allowed}, got {value!r}"
-        ),
-    )
-    activation_observer: ObserverType = field(
-        default=ObserverType.moving_average_min_max, converter=_to_observer
-    )
-    quantization_scheme: QuantizationScheme = field(
-        default=QuantizationScheme.symmetric, converter=_to_scheme
-    )
+    algorithm: Literal["vanilla", "learnable"] = _fields.word("vanilla", "learnable")
+    weight_dtype: Any = _fields.weight_dtype("qint8", _WEIGHT_DTYPES)
+    weight_observer: ObserverType = _fields.enumerated(ObserverType.moving_average_min_max)
+    weight_per_channel: bool = _fields.flag(True)
+    activation_dtype: Any = _fields.torch_type(torch.quint8, _ACTIVATION_DTYPES)
+    activation_observer: ObserverType = _fields.enumerated(ObserverType.moving_average_min_max)
+    quantization_scheme: QuantizationScheme = _fields.enumerated(QuantizationScheme.symmetric)
     milestones: list[int] | None = field(default=None)
-    weight_n_bits: int | None = field(default=None, kw_only=True, converter=fields.whole)
-    block_size: int | None = field(
-        default=None,
-        kw_only=True,
-        converter=fields.whole,
-        validator=optional([fields.is_integer, fields.at_least(1)]),
-    )
+    weight_n_bits: int | None = _fields.weight_n_bits()
+    block_size: int | None = _fields.size()
 
     def __attrs_post_init__(self) -> None:
-        given = self.weight_n_bits
-        self.weight_dtype = self.weight_dtype  # which sets the width, too
-        if given == 4 and self.weight_n_bits == 8:
-            self.weight_n_bits = 4
-        if given not in (None, self.weight_n_bits):
-            msg = f"weight_n_bits must be that of weight_dtype, {self.weight_n_bits}, got {given!r}"
-            raise ConfigError(msg)
+        _fields.resolve_width(self, 4)
         if self.block_size is not None and not self.weight_per_channel:
             msg = f"block_size must go with weight_per_channel, got {self.block_size}"
             raise ConfigError(msg)
@@ -230,12 +175,5 @@ class LinearQuantizerConfig(OptimizationConfig):
     @property
     def milestones(self) -> list[int] | None:
         """Those of the global config, or of the first that there is."""
-        configs = [
-            self.global_config,
-            *self.module_type_configs.values(),
-            *self.module_name_configs.values(),
-        ]
-        found: list[int] | None = next(
-            (config.milestones for config in configs if config is not None), None
-        )
-        return found
+        first = next((config for config in self._places().values() if config is not None), None)
+        return None if first is None else first.milestones

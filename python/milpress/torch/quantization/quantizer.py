@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import types
@@ -14,21 +13,26 @@ from torch import fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from milpress.errors import ConfigError, LifecycleError, UnsupportedError
-from milpress.formats import Blocks, PerChannel, PerTensor, QuantizeConfig
-from milpress.formats import Quantized as QuantizedWeight
+from milpress.formats import Blocks, PerChannel, PerTensor, QuantizeConfig, Quantized
 from milpress.formats.joint import masked
 from milpress.formats.rows import Floats
-from milpress.torch import _metadata
-from milpress.torch._compression import Task, Treated, compress_weights
+from milpress.torch._compression import WeightOutcome, compress_faked
 from milpress.torch._metadata import Stored
+from milpress.torch._modes import device_of
+from milpress.torch._module_weights import Kinds, ModuleWeight
 from milpress.torch._report import Report
-from milpress.torch._substitution import Substitution, plain
-from milpress.torch._weights import Kinds, Weight
 from milpress.torch.base_model_optimizer import BaseTrainingTimeModelOptimizer
 from milpress.torch.optimization_config import OptimizationConfig
 from milpress.torch.pruning.magnitude_pruner import is_pruned, masks_lifted
 from milpress.torch.quantization import _graph
-from milpress.torch.quantization._fake_quantize import FakeQuantize, Quantized
+from milpress.torch.quantization._fake_quantize import FakeQuantize, QuantizeDequantize
+from milpress.torch.quantization._folding import (
+    WEIGHT,
+    RoundedWeight,
+    channel_scale,
+    fold,
+    thaw,
+)
 from milpress.torch.quantization.quantization_config import (
     LinearQuantizerConfig,
     ModuleLinearQuantizerConfig,
@@ -38,52 +42,6 @@ from milpress.torch.quantization.quantization_config import (
 __all__ = ["LinearQuantizer"]
 
 _logger = logging.getLogger(__name__)
-
-_WEIGHT = "weight"
-
-
-class _Rounded(Substitution):
-    """Lets a layer compute with its rounded weight.
-
-    Where batch normalization follows, it is the weight multiplied by the scale of each channel that
-    is rounded, as it will be exported, and then divided by it again.
-
-    Parameters
-    ----------
-    norm
-        The batch normalization; not a module of this layer, which must not own it.
-    """
-
-    def __init__(self, norm: nn.Module | None, output: int) -> None:
-        super().__init__("", (_WEIGHT,))
-        self.norm = norm
-        self.output = output
-
-    def substitute(self, owner: nn.Module, name: str) -> torch.Tensor:
-        """Return the rounded weight."""
-        weight = getattr(owner, name)
-        fake: Any = owner.weight_fake_quant
-        if self.norm is None:
-            made: torch.Tensor = fake(weight)
-            return made
-        scale = _channel_scale(self.norm, weight.ndim, self.output, owner)
-        # A channel that normalization multiplies by zero has no say in the output.
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-        folded: torch.Tensor = fake(weight * scale) / scale
-        return folded
-
-
-class _Frozen:
-    """Keeps batch normalization to its running statistics."""
-
-    def before(self, module: nn.Module, _args: Any) -> None:
-        """Let it compute as in evaluation."""
-        module.__dict__["_was_training"] = module.training
-        module.training = False
-
-    def after(self, module: nn.Module, _args: Any, _output: Any) -> None:
-        """Give it its mode back."""
-        module.training = module.__dict__.pop("_was_training", module.training)
 
 
 class LinearQuantizer(BaseTrainingTimeModelOptimizer):
@@ -150,9 +108,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
             _logger.warning("the model has been prepared already: nothing is changed")
             return self._model
         if is_pruned(self._model):
-            msg = (
-                "quantization must be prepared before pruning, got a model that is prepared for it"
-            )
+            msg = "prepare quantization before pruning: this model is prepared for pruning already"
             raise LifecycleError(msg)
         source = self._get_model_for_compression(inplace)
         self._warn_of_typos()
@@ -175,7 +131,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
                 fake.enable_observer(False)
                 fake.enable_fake_quant(False)
         self._preserve(source, model)
-        self._model = model.train().to(_device(source))
+        self._model = model.train().to(device_of(source))
         self._is_prepared = True
         return self._model
 
@@ -185,13 +141,13 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
         return self._config.module_type_configs.get(module, self._config.global_config)
 
     def _attach(
-        self, model: nn.Module, layer: _graph.Layer, shared: dict[int, FakeQuantize]
+        self, model: nn.Module, layer: _graph.RoundedLayer, shared: dict[int, FakeQuantize]
     ) -> None:
         """Let a layer compute with a rounded weight; layers that share a weight share how."""
         module = model.get_submodule(layer.name)
         if hasattr(module, "weight_fake_quant"):
             return
-        weight = Weight(layer.name, module, _WEIGHT)
+        weight = ModuleWeight(layer.name, module, WEIGHT)
         try:
             fake = shared.get(id(weight.tensor)) or _weight_layer(weight, layer.config)
         except UnsupportedError as error:
@@ -200,7 +156,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
         module.add_module("weight_fake_quant", fake)
         shared[id(weight.tensor)] = fake
         norm = None if layer.norm is None else model.get_submodule(layer.norm)
-        _Rounded(norm, weight.axes[0]).attach(module)
+        RoundedWeight(norm, weight.axes[0]).attach(module)
 
     def _preserve(self, source: nn.Module, model: nn.Module) -> None:
         """Give a graph what the model had beside parameters."""
@@ -234,7 +190,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
             if self._step_count == stay:
                 fake.enable_observer(False)
         if self._step_count == freeze:
-            _freeze(self._model)
+            freeze(self._model)
         self._step_count += 1
 
     def load_state_dict(self, state_dict: Any) -> None:
@@ -248,7 +204,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
         super().load_state_dict(state_dict)
         freeze = -1 if self._milestones is None else self._milestones[3]
         if self._is_prepared and 0 <= freeze < self._step_count:
-            _freeze(self._model)
+            freeze(self._model)
 
     def finalize(self, model: nn.Module | None = None, inplace: bool = False) -> nn.Module:
         """Round the weights for good, and put ops that round where layers did.
@@ -270,30 +226,24 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
         if not self._is_prepared:
             _logger.warning("prepare must be called before finalize: nothing is changed")
             return self._model
-        model = plain(self._model if model is None else model)
-        finalized: Any = model if inplace else copy.deepcopy(model)
-        finalized.eval()
-        weights = []
-        norms: dict[str, nn.Module] = {}
-        named = {id(module): name for name, module in finalized.named_modules()}
-        for name, module in finalized.named_modules():
-            _thaw(module)
-            hook = _hook_of(module)
-            if hook is not None:
-                hook.detach(module)
-                weights.append(Weight(name, module, _WEIGHT))
-                if hook.norm is not None:
-                    norms[named[id(hook.norm)]] = module
-        with masks_lifted(finalized):
-            for name, layer in norms.items():
-                _fold(layer, finalized.get_submodule(name))
-            tasks = [Task(weight, weight.module.weight_fake_quant) for weight in weights]
-            compress_weights(finalized, tasks, _quantized)
-        for weight in weights:
-            del weight.module.weight_fake_quant
-        _replace(finalized, set(norms))
-        _metadata.register_version(finalized)
-        return finalized  # type: ignore[no-any-return]
+        with self._finalizing(model, inplace) as finalized:
+            finalized.eval()
+            weights = []
+            norms: dict[str, nn.Module] = {}
+            named = {id(module): name for name, module in finalized.named_modules()}
+            for name, module in finalized.named_modules():
+                thaw(module)
+                for rounded in RoundedWeight.of(module):
+                    rounded.detach(module)
+                    weights.append(ModuleWeight(name, module, WEIGHT))
+                    if rounded.norm is not None:
+                        norms[named[id(rounded.norm)]] = module
+            with masks_lifted(finalized):
+                for name, layer in norms.items():
+                    fold(layer, finalized.get_submodule(name))
+                compress_faked(finalized, weights, _quantized)
+            _replace(finalized, set(norms))
+        return finalized
 
     def enable_observer_sync(self) -> None:
         """Let the ranges of all processes of a group be one; they are, unless this is disabled."""
@@ -344,11 +294,11 @@ def _columns(fake: FakeQuantize) -> dict[str, Any]:
 
 @torch.no_grad()
 def _error(module: nn.Module, fake: FakeQuantize) -> dict[str, Any]:
-    weight: torch.Tensor = getattr(module, _WEIGHT).detach()
-    hook = _hook_of(module)
+    weight: torch.Tensor = getattr(module, WEIGHT).detach()
     scale = torch.ones(())
-    if hook is not None and hook.norm is not None:
-        scale = _channel_scale(hook.norm, weight.ndim, hook.output, module)
+    for rounded in RoundedWeight.of(module):
+        if rounded.norm is not None:
+            scale = channel_scale(rounded.norm, weight.ndim, rounded.output, module)
     error = 0.0
     if fake.is_begun:
         folded = weight * scale
@@ -356,7 +306,7 @@ def _error(module: nn.Module, fake: FakeQuantize) -> dict[str, Any]:
     return {"error": error, "#params": weight.numel()}
 
 
-def _weight_layer(weight: Weight, config: ModuleLinearQuantizerConfig) -> FakeQuantize:
+def _weight_layer(weight: ModuleWeight, config: ModuleLinearQuantizerConfig) -> FakeQuantize:
     sizes = list(weight.shape)
     output, inputs = weight.axes
     shape: tuple[int, ...] = ()
@@ -387,73 +337,7 @@ def _weight_layers(model: nn.Module) -> list[FakeQuantize]:
     return [fake for fake in found if isinstance(fake, FakeQuantize)]
 
 
-def _device(model: nn.Module) -> torch.device:
-    first = next(model.parameters(), None)
-    return torch.device("cpu") if first is None else first.device
-
-
-def _hook_of(module: nn.Module) -> _Rounded | None:
-    found = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
-    return next((hook for hook in found if isinstance(hook, _Rounded)), None)
-
-
-def _freeze(model: nn.Module) -> None:
-    """Keep the batch normalizations that are folded to their running statistics."""
-    for module in plain(model).modules():
-        hook = _hook_of(module)
-        norm = None if hook is None else hook.norm
-        if norm is not None and not norm.__dict__.get("freeze_bn", False):
-            frozen = _Frozen()
-            norm.register_forward_pre_hook(frozen.before)
-            norm.register_forward_hook(frozen.after, always_call=True)
-            norm.__dict__["freeze_bn"] = True
-
-
-def _thaw(module: nn.Module) -> None:
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key in [
-            k for k, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), _Frozen)
-        ]:
-            del hooks[key]
-            module._forward_hooks_always_called.pop(key, None)
-    module.__dict__.pop("freeze_bn", None)
-
-
-def _channel_scale(norm: Any, rank: int, output: int, owner: Any) -> torch.Tensor:
-    """Return what batch normalization multiplies each output channel by, in a weight's shape."""
-    scale = (norm.running_var + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    groups = int(getattr(owner, "groups", 1))
-    if output == 1 and groups > 1:
-        # Input channels of a group have the output channels of that group.
-        n_inputs = owner.in_channels // groups
-        parted: torch.Tensor = scale.reshape(groups, -1).repeat_interleave(n_inputs, dim=0)
-        return parted.reshape(*parted.shape, *[1] * (rank - 2))
-    shape = [1] * rank
-    shape[output] = -1
-    spread: torch.Tensor = scale.reshape(shape)
-    return spread
-
-
-@torch.no_grad()
-def _fold(layer: Any, norm: Any) -> None:
-    """Fold batch normalization into the layer before it."""
-    weight = Weight("", layer, _WEIGHT)
-    parameter = layer._parameters[_WEIGHT]
-    parameter.copy_(parameter * _channel_scale(norm, parameter.ndim, weight.axes[0], layer))
-    scale = (norm.running_var + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight
-    bias = torch.zeros_like(norm.running_mean) if layer.bias is None else layer.bias
-    bias = (bias - norm.running_mean) * scale
-    bias = bias if norm.bias is None else bias + norm.bias
-    if layer.bias is None:
-        layer.register_parameter("bias", nn.Parameter(bias))
-    else:
-        layer.bias.copy_(bias)
-
-
-def _replace(model: fx.GraphModule, norms: set[str]) -> None:
+def _replace(model: Any, norms: set[str]) -> None:
     """Put ops that round in the place of layers that did, and take folded modules out."""
     for node in list(model.graph.nodes):
         if node.op != "call_module":
@@ -468,13 +352,13 @@ def _replace(model: fx.GraphModule, norms: set[str]) -> None:
             model.graph.erase_node(node)
         elif isinstance(module, FakeQuantize):
             holder, _, own_name = name.rpartition(".")
-            setattr(model.get_submodule(holder), own_name, Quantized(module))
+            setattr(model.get_submodule(holder), own_name, QuantizeDequantize(module))
     model.delete_all_unused_submodules()
     model.graph.lint()
     model.recompile()
 
 
-def _quantized(weight: Weight, array: Floats, fake: FakeQuantize) -> Treated:
+def _quantized(weight: ModuleWeight, array: Floats, fake: FakeQuantize) -> WeightOutcome:
     """Return the integers of a weight."""
     tensor = weight.tensor
     assert tensor is not None  # noqa: S101 - compress_weights has looked
@@ -487,22 +371,22 @@ def _quantized(weight: Weight, array: Floats, fake: FakeQuantize) -> Treated:
     offsets = offset.reshape(shape).cpu().numpy()
     steps = _steps(array, scales, offsets)
     kind: Any = np.int8 if fake.signed else np.uint8
-    value = QuantizedWeight(
+    value = Quantized(
         codes=steps.clip(fake.quant_min, fake.quant_max).astype(kind),
         scale=scales,
         offset=None if fake.signed and not offsets.any() else offsets.astype(kind),
         bits=fake.bits,
     )
-    mask = weight.module._buffers.get(f"{_WEIGHT}_mask")
+    mask = weight.module._buffers.get(f"{WEIGHT}_mask")
     treatment = QuantizeConfig(
         dtype=f"{'' if fake.signed else 'u'}int{fake.bits}",  # type: ignore[arg-type]
         granularity=_granularity(fake),
         offset=fake.scheme is QuantizationScheme.affine,
     )
     if mask is None:
-        return Treated(Stored(value), treatment)
+        return WeightOutcome(Stored(value), treatment)
     kept = mask.expand(tensor.shape).cpu().numpy() != 0
-    return Treated(Stored(masked(value, kept)), treatment)
+    return WeightOutcome(Stored(masked(value, kept)), treatment)
 
 
 def _granularity(fake: FakeQuantize) -> Any:

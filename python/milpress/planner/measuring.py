@@ -1,0 +1,88 @@
+"""The scores of all groups of weights: computed on several threads, and remembered."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+from milpress.errors import UnsupportedError, weight_errors
+from milpress.formats import Treatment
+from milpress.kernels.threads import in_order
+from milpress.mil.package import Package
+from milpress.planner import scores
+from milpress.planner.cache import ScoreCache, cache_key
+from milpress.planner.groups import GroupScore, WeightGroup
+from milpress.planner.menu import KEEP
+from milpress.planner.scores import Score
+from milpress.progress import Progress
+from milpress.recipe import treatment_dict
+
+
+def measure(
+    groups: Sequence[WeightGroup],
+    package: Package,
+    cache: ScoreCache,
+    *,
+    exact: bool,
+    progress: Progress | None,
+) -> None:
+    """Score each format of each group; a group that is not finite loses its choices."""
+    note = progress or (lambda *_: None)
+    sample_size = None if exact else scores.SAMPLE_SIZE
+
+    def scored(
+        group: WeightGroup,
+    ) -> tuple[dict[str, GroupScore], dict[str, list[float]]] | UnsupportedError:
+        try:
+            with weight_errors(group.name):
+                return _scores_of(group, package, cache, sample_size)
+        except UnsupportedError as error:
+            return error
+
+    n_elements = sum(group.size for group in groups)
+    n_scored = 0
+    with contextlib.closing(in_order(scored, groups)) as results:
+        for group, result in zip(groups, results, strict=True):
+            if isinstance(result, UnsupportedError):
+                group.choices, group.reason = {}, str(result)
+            else:
+                group.scores, computed = result
+                cache.put(computed)
+            note(n_scored, n_elements, group.name)
+            n_scored += group.size
+    note(n_elements, n_elements, "")
+
+
+def _scores_of(
+    group: WeightGroup, package: Package, cache: ScoreCache, sample_size: int | None
+) -> tuple[dict[str, GroupScore], dict[str, list[float]]]:
+    """Return the score of each format of a group, and what of it is new to the cache."""
+    by_format: dict[str, list[Score]] = {name: [] for name in group.choices if name != KEEP}
+    computed: dict[str, list[float]] = {}
+    for i in group.distinct:
+        member = group.members[i]
+        digest = member.digest(package)
+        treatments = {name: group.choices[name].treatments[i] for name in by_format}
+        keys = {
+            treatment: cache_key(scores.VERSION, digest, treatment_dict(treatment), sample_size)
+            for treatment in treatments.values()
+        }
+        known: dict[Treatment, Score] = {}
+        for treatment, key in keys.items():
+            numbers = cache.get(key, len(Score._fields))
+            if numbers is not None:
+                known[treatment] = Score(numbers[0], numbers[1], bool(numbers[2]))
+        missing = [treatment for treatment in keys if treatment not in known]
+        if missing:
+            output, inputs = member.axes
+            known |= scores.scores_of(
+                member.weight.dense(),
+                missing,
+                channel_axis=output,
+                input_axis=inputs,
+                sample_size=sample_size,
+            )
+            computed |= {keys[each]: [*map(float, known[each])] for each in missing}
+        for name, treatment in treatments.items():
+            by_format[name].append(known[treatment])
+    return {name: GroupScore.of(each) for name, each in by_format.items()}, computed

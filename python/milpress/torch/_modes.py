@@ -1,0 +1,56 @@
+"""Modes that a model, or torch, is in for the time of a block."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a model in evaluation mode, then each module as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where the first parameter of a model is."""
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+@contextlib.contextmanager
+def on_device(model: nn.Module, device: str | torch.device) -> Iterator[None]:
+    """Have a model on a device, then where it was."""
+    home = device_of(model)
+    if home == torch.device(device) or next(model.parameters(), None) is None:
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)
+
+
+@contextlib.contextmanager
+def exact() -> Iterator[None]:
+    """Have GPUs multiply float32 in full precision."""
+    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [flag.allow_tf32 for flag in flags]
+    try:
+        for flag in flags:
+            flag.allow_tf32 = False
+        yield
+    finally:
+        for flag, allowed in zip(flags, before, strict=True):
+            flag.allow_tf32 = allowed

@@ -1,0 +1,100 @@
+"""Layers that are compressed already, kept in files in case that a run is interrupted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from milpress.errors import ConfigError, StorageError
+from milpress.plain.files import draft_in_place_of
+from milpress.torch._module_weights import ModuleWeight, whole
+
+
+class LayerFiles:
+    """Files of compressed layers in a folder.
+
+    Parameters
+    ----------
+    folder
+        Where; ``None`` to keep nothing.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+        self._folder = None if folder is None else Path(folder)
+        self._made: list[Path] = []
+
+    def load(self, number: int, weight: ModuleWeight, config: Any) -> dict[str, Any] | None:
+        """Return what was kept of a layer; ``None`` if there is nothing.
+
+        Raises
+        ------
+        ConfigError
+            If it is of another weight or config, or no such file.
+        """
+        if self._folder is None:
+            return None
+        path = self._path(number)
+        if not path.exists():
+            return None
+        try:
+            found = torch.load(path, weights_only=True, map_location="cpu")
+            matches = found["identity"] == _identity(weight, config)
+        except Exception as error:
+            msg = f"{path}: not a layer of an interrupted run: {error}"
+            raise ConfigError(msg) from error
+        if not matches:
+            msg = (
+                f"{path}: holds a layer of other weights or settings; delete the folder to begin "
+                "anew"
+            )
+            raise ConfigError(msg)
+        self._made.append(path)
+        state: dict[str, Any] = found["state"]
+        return state
+
+    def identity(self, weight: ModuleWeight, config: Any) -> str:
+        """Return what tells a weight, as it is now, and its config from others."""
+        return "" if self._folder is None else _identity(weight, config)
+
+    def save(self, number: int, identity: str, state: Mapping[str, Any]) -> None:
+        """Keep a layer.
+
+        Raises
+        ------
+        StorageError
+            If the system refuses to.
+        """
+        if self._folder is None:
+            return
+        path = self._path(number)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with draft_in_place_of(path) as draft:
+                torch.save({"identity": identity, "state": dict(state)}, draft)
+        except (OSError, RuntimeError) as error:
+            msg = f"{path}: can't be written: {error}"
+            raise StorageError(msg) from error
+        self._made.append(path)
+
+    def clear(self) -> None:
+        """Delete what was kept, and the folder if nothing else is in it."""
+        for path in self._made:
+            path.unlink(missing_ok=True)
+        if self._folder is not None and self._folder.is_dir() and not any(self._folder.iterdir()):
+            self._folder.rmdir()
+
+    def _path(self, number: int) -> Path:
+        return (self._folder or Path()) / f"layer-{number:05}.pt"
+
+
+def _identity(weight: ModuleWeight, config: Any) -> str:
+    digest = hashlib.blake2b(f"{weight.name} {weight.shape} {config!r}".encode())
+    if weight.tensor is not None:
+        tensor = whole(weight.tensor).contiguous()
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

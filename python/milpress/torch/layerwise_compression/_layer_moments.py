@@ -1,0 +1,73 @@
+"""Second moments of what goes into a layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from milpress.interpreter.products import Products, windows
+from milpress.torch._module_weights import Kinds
+
+CONVOLUTIONS: Kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+LAYERS: Kinds = (nn.Linear, *CONVOLUTIONS)
+
+
+class LayerMoments:
+    """Sums of products of the values that elements of a weight are multiplied by.
+
+    Parameters
+    ----------
+    layer
+        A linear layer or a convolution.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        weight: Any = layer.weight
+        n_groups = int(getattr(layer, "groups", 1))
+        self._layer = layer
+        self._products = Products(n_groups, math.prod(weight.shape[1:]), weight.device)
+
+    @property
+    def n_positions(self) -> int:
+        """How many positions were seen."""
+        return self._products.n_rows
+
+    @torch.no_grad()
+    def add(self, given: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        """Add what the layer is given.
+
+        Parameters
+        ----------
+        given
+            Its input.
+        mask
+            Of the first dimensions of the input of a linear layer: what is zero there does not
+            count. It has no effect on inputs of other shapes.
+        """
+        for rows in self._rows(given.detach(), mask):
+            self._products.add(rows)
+
+    def _rows(self, given: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
+        if not isinstance(self._layer, CONVOLUTIONS):
+            if mask is not None and given.shape[: mask.ndim] == mask.shape:
+                given = given[mask.to(given.device, torch.bool)]
+            yield given.reshape(1, -1, given.shape[-1])
+            return
+        layer: Any = self._layer
+        given = given if given.ndim == len(layer.kernel_size) + 2 else given[None]
+        padding = layer._reversed_padding_repeated_twice
+        if any(padding):
+            mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+            given = F.pad(given, padding, mode=mode)
+        yield from windows(given, layer.kernel_size, layer.stride, layer.dilation, layer.groups)
+
+    def sums(self) -> NDArray[np.float32]:
+        """Return the sums, of the shape ``(n_groups, n_columns, n_columns)``."""
+        return self._products.sums()

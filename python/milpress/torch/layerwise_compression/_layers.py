@@ -1,0 +1,128 @@
+"""Layers that are compressed with samples of their inputs."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+import milpress._core as _core
+from milpress.compression.report import WeightReport
+from milpress.formats.rows import as_weight
+from milpress.show import decibels
+from milpress.torch import _metadata
+from milpress.torch._compression import Task, asking, compress_together, left
+from milpress.torch._module_weights import ModuleWeight, whole
+from milpress.torch.layerwise_compression.algorithms import (
+    LayerwiseCompressionAlgorithm,
+    OBSCompressionAlgorithm,
+)
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class CalibratedLayer:
+    """A weight that is to be compressed with samples, and the modules that hold it.
+
+    Parameters
+    ----------
+    number
+        Its place in the model.
+    tasks
+        What is asked for it, for each module that holds it.
+    n_calls
+        How often a sample comes to it.
+    seen
+        Calls so far, by the number of the sample.
+    algorithm
+        What its inputs go to, if it has begun.
+    row, report
+        What became of it.
+    """
+
+    number: int
+    tasks: list[Task]
+    n_calls: int = 1
+    seen: dict[int, int] = field(default_factory=dict)
+    algorithm: Any = None
+    row: dict[str, Any] | None = None
+    report: WeightReport | None = None
+
+    @property
+    def asked(self) -> Task:
+        """The task whose config holds."""
+        return asking(self.tasks)
+
+    @property
+    def weight(self) -> ModuleWeight:
+        """The weight, as that task names it."""
+        return self.asked.weight
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is compressed, or left for good."""
+        return self.report is not None
+
+    def settle(self, reports: tuple[dict[str, Any], WeightReport]) -> None:
+        """Note what became of it."""
+        self.row, self.report = reports
+        if self.report.status == "left":
+            _logger.warning("%s: %s. Left as it is.", self.weight.name, self.report.note)
+
+    def begin(self) -> Any:
+        """Return the algorithm that the layer's inputs go to."""
+        if self.algorithm is None:
+            kind = LayerwiseCompressionAlgorithm.get_class(self.asked.config.algorithm)
+            self.algorithm = kind(self.weight.module, self.asked.config)
+        return self.algorithm
+
+    def compress(self) -> None:
+        """Compress it with the samples that came to it."""
+        algorithm = self.algorithm
+        if isinstance(algorithm, OBSCompressionAlgorithm):
+            self.settle(compress_together(self.tasks, algorithm.treat))
+            return
+        # An algorithm of the user's own says nothing of what it did but by the weight.
+        tensor: Any = self.weight.tensor
+        row, report = left(self.weight, "")
+        before = whole(tensor).clone()
+        algorithm.compress()
+        algorithm.cleanup()
+        signal, noise, _ = _core.compare(
+            as_weight(before).reshape(-1), as_weight(whole(tensor)).reshape(-1)
+        )
+        row = {"error": math.sqrt(noise / report.size), "#params": report.size}
+        treatment = self.asked.config.algorithm
+        snr = decibels(signal, noise)
+        self.settle((row, replace(report, status="compressed", treatment=treatment, snr_db=snr)))
+
+    def state(self) -> dict[str, Any]:
+        """Return what it is once it is compressed."""
+        tensor: Any = self.weight.tensor
+        return {
+            "weight": whole(tensor),
+            "buffers": [dict(_own_buffers(task.weight)) for task in self.tasks],
+            "row": self.row,
+            "report": None if self.report is None else asdict(self.report),
+        }
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Make it what it was when `state` was called."""
+        tensor: Any = self.weight.tensor
+        tensor.copy_(state["weight"])
+        for task, buffers in zip(self.tasks, state["buffers"], strict=True):
+            for name, buffer in buffers.items():
+                task.weight.module.register_buffer(name, buffer)
+        self.settle((state["row"], WeightReport(**state["report"])))
+
+
+def _own_buffers(weight: ModuleWeight) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, buffer in weight.module.named_buffers(recurse=False):
+        if name.startswith(f"{_metadata.prefix_of(weight.module)}/{weight.parameter_name}/"):
+            yield name, buffer

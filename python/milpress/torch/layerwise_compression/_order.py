@@ -1,0 +1,138 @@
+"""The order in which samples come to layers, and what they bring."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from milpress.torch.layerwise_compression._layers import CalibratedLayer
+from milpress.torch.layerwise_compression._lockstep import Lockstep
+from milpress.torch.layerwise_compression.algorithms import OBSCompressionAlgorithm
+
+
+@dataclass(frozen=True, slots=True)
+class _LayerInput:
+    """What a run brings to a layer."""
+
+    module: nn.Module
+    value: torch.Tensor
+    mask: torch.Tensor | None
+
+    def add_to(self, algorithm: Any) -> None:
+        """Give it to the algorithm of the layer."""
+        if isinstance(algorithm, OBSCompressionAlgorithm):
+            algorithm.add_batch(self.value, mask=self.mask)
+        else:
+            algorithm.add_batch(self.value, self.module.forward(self.value))
+
+    def trace(self) -> _InputTrace:
+        """Return what tells it from others without keeping it alive."""
+        return _InputTrace(weakref.ref(self.value), self.value._version)
+
+
+@dataclass(frozen=True, slots=True)
+class _InputTrace:
+    value: weakref.ref[torch.Tensor]
+    version: int
+
+    def is_of(self, given: _LayerInput) -> bool:
+        return self.value() is given.value and self.version == given.value._version
+
+
+def in_order(
+    layers: Sequence[CalibratedLayer],
+    calls: Sequence[Callable[[], Any]],
+    masks: Sequence[torch.Tensor | None],
+) -> Iterator[CalibratedLayer]:
+    """Yield layers as samples come to them, with an algorithm that has seen what they bring.
+
+    A layer that a sample comes to several times is yielded at the last time.
+    """
+    _count_calls(layers, calls[0])
+    runs = Lockstep(calls)
+
+    def arrive(layer: CalibratedLayer, module: nn.Module, value: torch.Tensor) -> None:
+        number = runs.current()
+        if layer.is_done or number is None:
+            return
+        given = _LayerInput(module, value, masks[number])
+        seen = layer.seen[number] = layer.seen.get(number, 0) + 1
+        if seen < layer.n_calls:
+            given.add_to(layer.begin())
+        else:
+            runs.wait(layer.number, given)
+
+    last: Any = None
+    traces: dict[int, _InputTrace] = {}
+    with _arriving(layers, arrive):
+        for place, brought in runs.stops():
+            layer = layers[place]
+            if layer.is_done:
+                continue
+            found = {number: given.trace() for number, given in brought.items()}
+            algorithm = layer.begin()
+            is_same = traces.keys() == found.keys() and all(
+                traces[number].is_of(given) for number, given in brought.items()
+            )
+            if is_same and layer.n_calls == 1 and _can_share(algorithm, last):
+                algorithm.share(last)
+            else:
+                last = None
+                for given in brought.values():
+                    given.add_to(algorithm)
+            brought.clear()
+            yield layer
+            last, traces, layer.algorithm = algorithm, found, None
+
+
+def _can_share(algorithm: Any, last: Any) -> bool:
+    return (
+        isinstance(algorithm, OBSCompressionAlgorithm)
+        and isinstance(last, OBSCompressionAlgorithm)
+        and isinstance(algorithm.weight.module, nn.Linear)
+        and isinstance(last.weight.module, nn.Linear)
+    )
+
+
+def _count_calls(layers: Sequence[CalibratedLayer], first: Callable[[], Any]) -> None:
+    """Find how often a sample comes to each layer."""
+    counts = [0] * len(layers)
+
+    def arrive(layer: CalibratedLayer, _module: nn.Module, _value: torch.Tensor) -> None:
+        counts[layer.number] += 1
+
+    with _arriving(layers, arrive), torch.no_grad():
+        first()
+    for layer, count in zip(layers, counts, strict=True):
+        layer.n_calls = max(1, count)
+
+
+@contextlib.contextmanager
+def _arriving(
+    layers: Sequence[CalibratedLayer],
+    arrive: Callable[[CalibratedLayer, nn.Module, torch.Tensor], None],
+) -> Iterator[None]:
+    """Call a function whenever a layer is about to be run."""
+
+    def hook_for(layer: CalibratedLayer) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            arrive(layer, module, args[0] if args else kwargs["input"])
+
+        return hook
+
+    handles = [
+        task.weight.module.register_forward_pre_hook(hook_for(layer), with_kwargs=True)
+        for layer in layers
+        for task in layer.tasks
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
