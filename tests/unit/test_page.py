@@ -483,17 +483,20 @@ WEIGHT = compression()["weights"][0]
         ([], "a report must be of what `milpress compress --json`"),
         ({"a": 1}, "got another object"),
         ({"schema": "milpress-bench/2"}, "schema must be 'milpress-bench/1'"),
-        (compression(weights=[{}]), "weights[0] must be an object with name"),
+        (compression(weights=[{}]), "weights[0]: name, op_types, shape, "),
+        (
+            compression(package_bytes_after="3"),
+            "package_bytes_after must be a whole number",
+        ),
+        (compression(package_bytes_after=10**400), "must be a whole number of 64 bits"),
         (
             compression(weights=[{**WEIGHT, "status": EVIL}]),
             "status must be one of compressed, left",
         ),
         (compression(weights=[{**WEIGHT, "shape": [4, 0]}]), "sizes of at least 1, got [4, 0]"),
-        (compression(package_bytes_after="3"), "package_bytes_after must be an integer"),
-        (compression(package_bytes_after=10**400), "must be an integer of 64 bits"),
         (evaluation(outputs=[{"name": "y", "snr_db": "much"}]), "must be a finite number"),
         (published(rows=[["net"]]), "not every row of 'A table' has 2 cells"),
-        (published(extra=1), "got also extra"),
+        (published(extra=1), "tables[0]: unknown key extra"),
     ],
 )
 def test_another_file_is_one_sentence(content, message, tmp_path):

@@ -15,7 +15,7 @@ from milpress.mil.package import Package
 from milpress.mil.program import Weight
 from milpress.mil.values import blob_places, n_stored_bytes
 from milpress.plain import patterns
-from milpress.planner.linting import AVOIDED, Facts, Platform
+from milpress.planner.facts import AVOIDED, Facts, Platform
 from milpress.planner.menu import fine_menu, menu
 from milpress.planner.scores import Score
 from milpress.planner.search import Choice
