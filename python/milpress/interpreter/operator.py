@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -105,6 +106,7 @@ def operator(
     since: int = 5,
     operands: tuple[str, ...] = (),
     added: Mapping[int, tuple[str, ...]] = types.MappingProxyType({}),
+    before: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Callable[[Callable[..., Any]], Operator]:
     """Make a function the operator of the ops of these names.
 
@@ -114,6 +116,8 @@ def operator(
         As of `Operator`.
     added
         Parameters, with defaults, that an op has only from a later opset's version on.
+    before
+        What the function is given for such parameters before that, if not their defaults.
     """
 
     def wrap(function: Callable[..., Any]) -> Operator:
@@ -125,7 +129,9 @@ def operator(
             later = {name for each, some in added.items() if each > version for name in some}
             known = {name: form for name, form in forms.items() if name not in later}
             proxy = types.MappingProxyType(known)
-            versions.append(Operator(function, names, version, proxy, takes_call, operands))
+            fixed = {name: value for name, value in before.items() if name in later}
+            bound = functools.partial(function, **fixed) if fixed else function
+            versions.append(Operator(bound, names, version, proxy, takes_call, operands))
         return dataclasses.replace(versions[-1], earlier=tuple(versions[:-1]))
 
     return wrap
