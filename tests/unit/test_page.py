@@ -515,7 +515,9 @@ def test_a_page_is_html_or_markdown_and_is_not_overwritten(tmp_path):
         page.write([], tmp_path / "r.html")
     out = tmp_path / "r.html"
     out.write_text("mine")
-    assert f"{out} exists already; --force replaces it" in failed_call("report", source, "-o", out)
+    assert f"{out} exists already; --force (force=True) replaces it" in failed_call(
+        "report", source, "-o", out
+    )
     assert out.read_text() == "mine"
     shown = run("report", source, "-o", out, "--force", "--title", "A title").stdout
     assert "1 results of 2 packages" in shown

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -14,6 +13,7 @@ from milpress.engines.programs import SuitedProgram, suited_programs
 from milpress.errors import UnsupportedError
 from milpress.formats import compress
 from milpress.kernels.threads import in_order
+from milpress.mil.digest import content_digest
 from milpress.mil.package import Package
 from milpress.planner.cache import ScoreCache, cache_key
 from milpress.planner.groups import WeightGroup, axes_of
@@ -97,7 +97,7 @@ def calibrate(
             )
             for each in suited
         ],
-        cache_key(_VERSION, _digest(source), *digests, metric),
+        cache_key(_VERSION, content_digest(source), *digests, metric),
         cache,
         progress or (lambda *_: None),
     )
@@ -256,16 +256,6 @@ def _factor(
 
 def _mean(numbers: Sequence[float]) -> float:
     return sum(numbers) / len(numbers) if numbers else 0.0
-
-
-def _digest(package: Package) -> str:
-    """Return a hash of a package's model and weights."""
-    digest = hashlib.sha256(package.model_bytes)
-    for name in package.weight_files:
-        with package.weight_path(name).open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 class _Function(NamedTuple):
