@@ -10,14 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+import milpress._core as _core
 from milpress.compression.report import WeightReport
 from milpress.errors import UnsupportedError
 from milpress.formats import Compressed, Masked, Palette, Quantized
 from milpress.formats.palette import fold
+from milpress.mil.encode import payload_bytes
+from milpress.mil.program import Weight
 from milpress.show import decibels
 from milpress.torch import _metadata, _relayout
 from milpress.torch._metadata import Stored
 from milpress.torch._module_weights import RECURRENT, ModuleWeight, whole
+
+# Rounding tables and scales to float16 leaves an error of some 2^-22 of the power, and more where
+# scales are below its normal numbers.
+_MAX_NOISE = 2.0**-14
+
 
 _UNFOUND = "no constant of the converted model holds it"
 
@@ -66,16 +74,16 @@ class ConvertedWeight:
         """Note what became of a constant that holds the weight, or a part of it."""
         self.signal += powers[0]
         self.noise += powers[1]
-        known = self.report
-        is_first = known.note == _UNFOUND
-        notes = [text for text in (known.note, note) if text and text != _UNFOUND]
+        before = self.report
+        is_first = before.note == _UNFOUND
+        notes = [text for text in (before.note, note) if text and text != _UNFOUND]
         self.report = replace(
-            known,
-            status="compressed" if words or known.status == "compressed" else "left",
-            treatment=words or known.treatment,
+            before,
+            status="compressed" if words or before.status == "compressed" else "left",
+            treatment=words or before.treatment,
             note="; ".join(dict.fromkeys(notes)),
-            bytes_before=n_before + (0 if is_first else known.bytes_before),
-            bytes_after=n_after + (0 if is_first else known.bytes_after),
+            bytes_before=n_before + (0 if is_first else before.bytes_before),
+            bytes_after=n_after + (0 if is_first else before.bytes_after),
             snr_db=decibels(self.signal, self.noise) if self.signal else None,
         )
 
@@ -95,12 +103,8 @@ class ConvertedWeight:
         assert tensor is not None  # noqa: S101 - it was read
         with np.errstate(over="ignore"):
             own = whole(tensor).float().numpy().astype(array.dtype)
-        if np.array_equal(own, array):
-            return self.value()
-        if own.ndim == 2 and np.array_equal(own.T, array):
-            return _relayout.transposed(self.value())
-        rows = _rows_of(array, own) if self.is_recurrent else None
-        return None if rows is None else _relayout.taken(self.value(), rows)
+        layout = _relayout.layout_of(own, array, in_rows=self.is_recurrent)
+        return None if layout is None else layout(self.value())
 
     def may_be(self, shape: tuple[int, ...]) -> bool:
         """Whether a constant of a shape may hold the weight, or a part of it."""
@@ -126,21 +130,56 @@ def compressed_weights(module: nn.Module) -> list[ConvertedWeight]:
     return weights
 
 
-def _rows_of(array: NDArray[Any], own: NDArray[Any]) -> NDArray[np.intp] | None:
-    """Return which of its own rows each row is, ``None`` if one of them is another.
-
-    Core ML has the gates of a recurrent layer in another order than torch, or in parts.
-    """
-    places: dict[bytes, list[int]] = {}
-    for i, row in enumerate(own):
-        places.setdefault(row.tobytes(), []).append(i)
-    rows = []
-    for row in array:
-        same = places.get(row.tobytes())
-        if not same:
+def replacement(constant: Weight, compressed: list[ConvertedWeight]) -> Compressed | None:
+    """Return what a constant is to be replaced by, and note what becomes of its weight."""
+    if constant.is_compressed or not constant.dtype.is_float:
+        return None
+    candidates = [item for item in compressed if item.may_be(constant.shape)]
+    if not candidates:
+        return None
+    array, n_before = constant.dense(), constant.n_bytes
+    early = not constant.graph.opset.has_blocks
+    for item in candidates:
+        try:
+            arranged = item.arranged_as(array)
+            if arranged is None:
+                continue
+            value, n_after, powers = _storable(arranged, array, early=early)
+        except UnsupportedError as error:
+            item.add(n_before, n_before, note=str(error))
             return None
-        rows.append(same.pop(0))
-    return np.array(rows, np.intp)
+        item.add(n_before, n_after, words=words(value), powers=powers)
+        return value
+    return None
+
+
+def _storable(
+    value: Compressed, array: NDArray[Any], *, early: bool
+) -> tuple[Compressed, int, tuple[float, float]]:
+    """Return the value in the constant's type, its size, and squares of weight and error, summed.
+
+    Raises
+    ------
+    UnsupportedError
+        If it is beyond that type, above or below, or would be larger than the constant.
+    """
+    stored = _relayout.cast(value, array.dtype)
+    n_bytes = payload_bytes(stored, early=early)
+    if n_bytes >= array.nbytes:
+        msg = (
+            f"left as it is: compressed it would be larger ({n_bytes:,} bytes instead of "
+            f"{array.nbytes:,})"
+        )
+        raise UnsupportedError(msg)
+    signal, noise, _ = _core.compare(_flat(array), _flat(stored.dense()))
+    if noise > signal * _MAX_NOISE:
+        msg = f"its scales are too small for {array.dtype}, and would be rounded off"
+        raise UnsupportedError(msg)
+    return stored, n_bytes, (signal, noise)
+
+
+def _flat(array: NDArray[Any]) -> NDArray[Any]:
+    return np.ascontiguousarray(array).reshape(-1)
 
 
 def _folded(value: Any, scale: NDArray[Any], output: int) -> Palette:
@@ -161,12 +200,9 @@ def needs_ios18(value: Compressed) -> str:
     if isinstance(value, Quantized):
         if value.bits == 4:
             return "4 bits"
-        return (
-            "blocks"
-            if sum(n > 1 for n in value.scale.shape) > 1
-            or any(1 < n < size for n, size in zip(value.scale.shape, value.shape, strict=True))
-            else ""
-        )
+        n_scales = value.scale.shape
+        is_cut = any(1 < n < size for n, size in zip(n_scales, value.shape, strict=True))
+        return "blocks" if is_cut or sum(n > 1 for n in n_scales) > 1 else ""
     return ""
 
 

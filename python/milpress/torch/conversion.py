@@ -9,11 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import nn
 
-import milpress._core as _core
 from milpress.compression.report import Report
 from milpress.compression.run import Run
 from milpress.compression.verification import compare_packages
@@ -21,23 +18,16 @@ from milpress.compression.writer import rewriting
 from milpress.engines.mlmodel import opened, written
 from milpress.errors import ConfigError, ConfigTypeError, UnsupportedError, VerificationError
 from milpress.formats import Compressed
-from milpress.mil.encode import payload_bytes
 from milpress.mil.package import Package, n_package_bytes
-from milpress.mil.program import Weight
-from milpress.torch import _relayout
 from milpress.torch._converted_weights import (
     ConvertedWeight,
     compressed_weights,
     needs_ios18,
-    words,
+    replacement,
 )
 from milpress.torch._dense_model import Frontend, dense_model
 
 __all__ = ["convert"]
-
-# Rounding tables and scales to float16 leaves an error of some 2^-22 of the power, and more where
-# scales are below its normal numbers.
-_MAX_NOISE = 2.0**-14
 
 
 def convert(
@@ -134,7 +124,7 @@ def _write(package: Package, compressed: list[ConvertedWeight], destination: Pat
         constant.node: (constant, value)
         for graph in package.graphs
         for constant in graph.weights
-        if (value := _value_for(constant, compressed)) is not None
+        if (value := replacement(constant, compressed)) is not None
     }
     expected = {constant.name: value for constant, value in replaced.values()}
 
@@ -161,58 +151,6 @@ def _write(package: Package, compressed: list[ConvertedWeight], destination: Pat
         signal=sum(item.signal for item in compressed),
         noise=sum(item.noise for item in compressed),
     )
-
-
-def _value_for(constant: Weight, compressed: list[ConvertedWeight]) -> Compressed | None:
-    """Return what a constant is to be replaced by, and note what becomes of its weight."""
-    if constant.is_compressed or not constant.dtype.is_float:
-        return None
-    candidates = [item for item in compressed if item.may_be(constant.shape)]
-    if not candidates:
-        return None
-    array, n_before = constant.dense(), constant.n_bytes
-    early = not constant.graph.opset.has_blocks
-    for item in candidates:
-        try:
-            arranged = item.arranged_as(array)
-            if arranged is None:
-                continue
-            value, n_after, powers = _storable(arranged, array, early=early)
-        except UnsupportedError as error:
-            item.add(n_before, n_before, note=str(error))
-            return None
-        item.add(n_before, n_after, words=words(value), powers=powers)
-        return value
-    return None
-
-
-def _storable(
-    value: Compressed, array: NDArray[Any], *, early: bool
-) -> tuple[Compressed, int, tuple[float, float]]:
-    """Return the value in the constant's type, its size, and squares of weight and error, summed.
-
-    Raises
-    ------
-    UnsupportedError
-        If it is beyond that type, above or below, or would be larger than the constant.
-    """
-    stored = _relayout.cast(value, array.dtype)
-    n_bytes = payload_bytes(stored, early=early)
-    if n_bytes >= array.nbytes:
-        msg = (
-            f"left as it is: compressed it would be larger ({n_bytes:,} bytes instead of "
-            f"{array.nbytes:,})"
-        )
-        raise UnsupportedError(msg)
-    signal, noise, _ = _core.compare(_flat(array), _flat(stored.dense()))
-    if noise > signal * _MAX_NOISE:
-        msg = f"its scales are too small for {array.dtype}, and would be rounded off"
-        raise UnsupportedError(msg)
-    return stored, n_bytes, (signal, noise)
-
-
-def _flat(array: NDArray[Any]) -> NDArray[Any]:
-    return np.ascontiguousarray(array).reshape(-1)
 
 
 def _check(package: Package, expected: dict[str, Compressed]) -> None:
