@@ -299,7 +299,7 @@ def test_hostile_text_is_shown_and_does_nothing(tab, tmp_path):
     assert any("<img src=x onerror=alert(2)>[/red]" in text for text in texts(tab, "#layers .who"))
     tab.hover("svg.chart .dot")
     # What is shown of a path is its last part.
-    assert "\\u202e|`*" in tab.evaluate("document.getElementById('tip').innerText")
+    assert "\\u202e\\u2028|`*" in tab.evaluate("document.getElementById('tip').innerText")
 
 
 def test_a_script_that_got_in_would_not_run(tab, report, tmp_path):

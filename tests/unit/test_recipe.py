@@ -135,5 +135,5 @@ def test_a_malformed_recipe_names_the_place(tmp_path, text, message):
 def test_a_file_that_is_no_plain_yaml_is_refused(tmp_path, text):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="must be a YAML file"):
+    with pytest.raises(ConfigError, match="can't be read as a recipe: "):
         Recipe.from_yaml(path)

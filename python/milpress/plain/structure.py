@@ -8,14 +8,17 @@ import math
 import types
 import typing
 from dataclasses import fields
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union, get_args, get_origin
 
 from milpress.errors import ResultError
 
 # A ratio in dB, which may be infinite; JSON has it as "inf" or "-inf" then.
 Decibels = typing.NewType("Decibels", float)
-# A number that may also be "nan".
-Metric = typing.NewType("Metric", float)
+# A number that may also be "nan". Who computes one need not say that it is one.
+if TYPE_CHECKING:
+    Metric: TypeAlias = float
+else:
+    Metric = typing.NewType("Metric", float)
 
 
 @functools.cache

@@ -31,6 +31,7 @@ from milpress.torch.quantization._folding import (
     RoundedWeight,
     channel_scale,
     fold,
+    freeze,
     thaw,
 )
 from milpress.torch.quantization.quantization_config import (
@@ -116,8 +117,8 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
             model = _graph.traced(source, self._config.non_traceable_module_names)
         except (fx.proxy.TraceError, TypeError, ValueError) as error:
             msg = (
-                "torch.fx must be able to trace the model, name the modules that it should not "
-                f"look into in non_traceable_module_names; got: {error}"
+                f"torch.fx can't trace the model: {error}; name the modules that it should not "
+                "look into in non_traceable_module_names"
             )
             raise UnsupportedError(msg) from error
         placing = _graph.Placing(model, self._config_of, _graph.ranks(model, example_inputs))
@@ -180,7 +181,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
             return
         if self._milestones is None:
             return
-        follow, round_, stay, freeze = self._milestones
+        follow, round_, stay, freeze_at = self._milestones
         fakes = [m for m in self._model.modules() if isinstance(m, FakeQuantize)]
         for fake in fakes:
             if self._step_count == follow:
@@ -189,7 +190,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
                 fake.enable_fake_quant(True)
             if self._step_count == stay:
                 fake.enable_observer(False)
-        if self._step_count == freeze:
+        if self._step_count == freeze_at:
             freeze(self._model)
         self._step_count += 1
 
@@ -202,8 +203,8 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
             If it is nothing that `state_dict` returned.
         """
         super().load_state_dict(state_dict)
-        freeze = -1 if self._milestones is None else self._milestones[3]
-        if self._is_prepared and 0 <= freeze < self._step_count:
+        freeze_at = -1 if self._milestones is None else self._milestones[3]
+        if self._is_prepared and 0 <= freeze_at < self._step_count:
             freeze(self._model)
 
     def finalize(self, model: nn.Module | None = None, inplace: bool = False) -> nn.Module:
