@@ -319,19 +319,21 @@ class _Model:
         keys = [
             {name: self._key_of("first", group, name) for name in group.scores} for group in groups
         ]
-        known = [{name: self._cache.get(key, 1) for name, key in some.items()} for some in keys]
-        if any(numbers is None for some in known for numbers in some.values()):
-            pairs = list(zip(groups, self._gradients(groups), strict=True))
-            computed = in_order(lambda pair: _first_order(*pair, len(self._functions)), pairs)
-            for i, errors in enumerate(computed):
-                self._note(i, len(groups), groups[i].name)
-                self._cache.put({keys[i][name]: [error] for name, error in errors.items()})
-                known[i] = {name: [error] for name, error in errors.items()}
-            self._note(len(groups), len(groups), "")
-        return [
-            {name: numbers[0] for name, numbers in some.items() if numbers is not None}
-            for some in known
+        known = [
+            {name: numbers[0] for name, key in some.items() if (numbers := self._cache.get(key, 1))}
+            for some in keys
         ]
+        if sum(map(len, known)) == sum(map(len, keys)):
+            return known
+        pairs = list(zip(groups, self._gradients(groups), strict=True))
+        computed: list[dict[str, float]] = []
+        for errors in in_order(lambda pair: _first_order(*pair, len(self._functions)), pairs):
+            i = len(computed)
+            self._note(i, len(groups), groups[i].name)
+            self._cache.put({keys[i][name]: [error] for name, error in errors.items()})
+            computed.append(errors)
+        self._note(len(groups), len(groups), "")
+        return computed
 
     def _gradients(self, groups: Sequence[WeightGroup]) -> list[dict[int, Gradients]]:
         """Return, of each group, the gradients of each weight, its twins and all functions."""
