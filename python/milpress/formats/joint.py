@@ -105,16 +105,21 @@ def compress(
     UnsupportedError
         If the weight does not suit it, or has been treated so already.
     """
-    axes = {"channel_axis": channel_axis, "input_axis": input_axis}
     with using(device):
         if isinstance(weight, Sparse):
-            return _on_sparse(weight, treatment, importance, axes)
+            return _on_sparse(weight, treatment, importance, channel_axis, input_axis)
         if isinstance(weight, (Palette, Quantized, Masked)):
             return _on_codes(weight, treatment, channel_axis)
         if isinstance(treatment, PalettizeConfig):
             return palettize(weight, treatment, channel_axis=channel_axis, importance=importance)
         if isinstance(treatment, QuantizeConfig):
-            return quantize(weight, treatment, importance=importance, **axes)
+            return quantize(
+                weight,
+                treatment,
+                channel_axis=channel_axis,
+                input_axis=input_axis,
+                importance=importance,
+            )
         return sparsify(weight, treatment)
 
 
@@ -124,7 +129,7 @@ def _refused(treatment: Treatment, what: str) -> UnsupportedError:
 
 
 def _on_sparse(
-    value: Sparse, treatment: Treatment, importance: Any, axes: dict[str, int]
+    value: Sparse, treatment: Treatment, importance: Any, channel_axis: int, input_axis: int
 ) -> Masked:
     if value.nonzeros.size < _MIN_ELEMENTS:
         msg = f"only {value.nonzeros.size} values are not zero, too few to be worth codes"
@@ -134,12 +139,18 @@ def _on_sparse(
     if importance is not None:
         share *= checked_importance(importance, dense.shape)
     if isinstance(treatment, PalettizeConfig):
-        channel_axis = axes["channel_axis"]
         palette = palettize(dense, treatment, channel_axis=channel_axis, importance=share)
         return masked(palette, mask)
     if isinstance(treatment, QuantizeConfig):
         shares = None if importance is None else share
-        return masked(quantize(dense, treatment, importance=shares, **axes), mask)
+        quantized = quantize(
+            dense,
+            treatment,
+            channel_axis=channel_axis,
+            input_axis=input_axis,
+            importance=shares,
+        )
+        return masked(quantized, mask)
     raise _refused(treatment, "a pruned weight")
 
 
