@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 import milpress._core as _core
@@ -260,7 +259,8 @@ class FakePalettize(nn.Module):
             least = np.take_along_axis(lut, distance.argmin(axis=-2)[..., None, :], axis=-2)
             others = ascending(np.where(lut == 0, least, lut), axis=-2)
         codes = _metadata.nearest(array, others, None)
-        entries = replace_codes(others, codes, self.n_bits)
+        others = np.ascontiguousarray(others)
+        entries = Palette(codes=codes, lut=others, bits=self.n_bits).dense()
         if bonus == 0:
             return np.where(array == 0, array, entries)
         is_zero = np.square(array) - bonus <= np.square(array - entries)
@@ -307,11 +307,6 @@ class _Centroids(nn.Module):
         super().__init__()
         blank = torch.full((n_groups, n_clusters, cluster_dim), torch.nan)
         self.register_buffer("centroids", blank)
-
-
-def replace_codes(lut: Floats, codes: NDArray[np.uint8], bits: int) -> Floats:
-    """Return what codes stand for in a table of single values."""
-    return Palette(codes=codes, lut=np.ascontiguousarray(lut), bits=bits).dense()
 
 
 def _treatment(
