@@ -243,7 +243,10 @@ def test_accuracies_of_other_samples_do_not_stand_beside_each_other(tmp_path):
     kept = {each.name for each in made.packages if each.metrics and not each.is_original}
     assert kept == {"one", "two"}
     (text,) = [b.text for b in captions.banners(made) if b.name == "Accuracy left out"]
-    assert text == "That of three, four, small, broken is of other samples than the rest."
+    assert (
+        text
+        == "The accuracy of three, four, small, broken is of other samples than the rest."
+    )
     assert not any(b.name == "Random inputs" for b in captions.banners(made))
     alone = page.collect(sources[4:])
     assert any(b.name == "Random inputs" for b in captions.banners(alone))
@@ -483,17 +486,20 @@ WEIGHT = compression()["weights"][0]
         ([], "a report must be of what `milpress compress --json`"),
         ({"a": 1}, "got another object"),
         ({"schema": "milpress-bench/2"}, "schema must be 'milpress-bench/1'"),
-        (compression(weights=[{}]), "weights[0] must be an object with name"),
+        (compression(weights=[{}]), "weights[0]: name, op_types, shape, "),
+        (
+            compression(package_bytes_after="3"),
+            "package_bytes_after must be a whole number",
+        ),
+        (compression(package_bytes_after=10**400), "must be a whole number of 64 bits"),
         (
             compression(weights=[{**WEIGHT, "status": EVIL}]),
             "status must be one of compressed, left",
         ),
         (compression(weights=[{**WEIGHT, "shape": [4, 0]}]), "sizes of at least 1, got [4, 0]"),
-        (compression(package_bytes_after="3"), "package_bytes_after must be an integer"),
-        (compression(package_bytes_after=10**400), "must be an integer of 64 bits"),
         (evaluation(outputs=[{"name": "y", "snr_db": "much"}]), "must be a finite number"),
         (published(rows=[["net"]]), "not every row of 'A table' has 2 cells"),
-        (published(extra=1), "got also extra"),
+        (published(extra=1), "tables[0]: unknown key extra"),
     ],
 )
 def test_another_file_is_one_sentence(content, message, tmp_path):
@@ -512,7 +518,9 @@ def test_a_page_is_html_or_markdown_and_is_not_overwritten(tmp_path):
         page.write([], tmp_path / "r.html")
     out = tmp_path / "r.html"
     out.write_text("mine")
-    assert f"{out} exists already; --force replaces it" in failed_call("report", source, "-o", out)
+    assert f"{out} exists already; --force (force=True) replaces it" in failed_call(
+        "report", source, "-o", out
+    )
     assert out.read_text() == "mine"
     shown = run("report", source, "-o", out, "--force", "--title", "A title").stdout
     assert "1 results of 2 packages" in shown

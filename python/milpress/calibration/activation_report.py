@@ -1,4 +1,4 @@
-"""What became of activations: as a value, as a table, as JSON."""
+"""Reports on quantized activations, as tables and JSON."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from milpress.plain import json
 from milpress.show import escaped, named_table
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class Activation:
     low, high
         The range that was found; NaN if none was, like the scale of what is left.
     note
-        Why it is not quantized although it was asked for; empty if it is.
+        Why it is not quantized although it was selected; empty if it is.
     """
 
     name: str
@@ -43,16 +44,8 @@ class Activation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the activation as JSON can hold it; what is not known is ``None``."""
-        return {
-            "name": self.name,
-            "shape": list(self.shape),
-            "dtype": self.dtype,
-            "scale": _known(self.scale),
-            "zero_point": self.zero_point,
-            "low": _known(self.low),
-            "high": _known(self.high),
-            "note": self.note,
-        }
+        known = {name: _known(getattr(self, name)) for name in ("scale", "low", "high")}
+        return json.record(self) | known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +61,7 @@ class ActivationReport:
     n_pairs
         Pairs of ``quantize`` and ``dequantize`` that were inserted.
     notes
-        What concerns the whole model, such as a raised opset; and where concatenated values have
+        Remarks on the whole model, such as a raised opset, and on concatenated values that have
         ranges of their own.
     shared
         Names of the values that have one range, for each range that several have.
@@ -92,13 +85,7 @@ class ActivationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON can hold it."""
-        return {
-            "n_samples": self.n_samples,
-            "n_pairs": self.n_pairs,
-            "notes": list(self.notes),
-            "shared": [list(names) for names in self.shared],
-            "activations": [each.to_dict() for each in self.activations],
-        }
+        return json.record(self, "n_samples", "n_pairs", "notes", "shared", "activations")
 
     def __rich__(self) -> Table:
         """Return the activations as a table."""
@@ -121,5 +108,5 @@ class ActivationReport:
         return table
 
 
-def _known(number: float) -> float | None:
-    return None if math.isnan(number) else number
+def _known(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -8,16 +8,17 @@ import hashlib
 import os
 import platform
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from milpress._version import __version__
-from milpress.device import drivers, schema
+from milpress.device import drivers, files, schema
 from milpress.device.entries import Candidate, EntryBuilder, References, model_of
 from milpress.device.evidence import with_evidence
-from milpress.device.runner import Clock, Job, Plan, Progress, Runner, SystemClock, distributions
+from milpress.device.runner import Clock, Job, Plan, Progress, Runner, distributions
 from milpress.device.schema import Entry, Kind, Result
 from milpress.device.sessions import ProcessSession, Session, SessionError, worker_command
 from milpress.engines.features import features_of
@@ -113,9 +114,7 @@ def run(
         )
         write_samples(path, samples)
         jobs = _jobs(candidates, units, folder)
-        runner = Runner(
-            open_session, str(path), plan, clock or SystemClock(), progress or (lambda *_: None)
-        )
+        runner = Runner(open_session, str(path), plan, clock or time, progress or (lambda *_: None))
         findings = runner.run(list(jobs))
         references = References(folder, path, function)
         if driver == "interpreter":
@@ -150,8 +149,8 @@ def replay(path: str | os.PathLike[str]) -> Result:
     """
     from milpress.device.drivers.replay import ReplayDriver
 
-    data, digest = schema.read_json(path)
-    recorded = schema.parse(data, str(path))
+    data, digest = files.read_json(path)
+    recorded = files.parse(data, str(path))
     if recorded.provenance.kind in ("replay", "estimate"):
         msg = f"{path}: a replay must be of something that ran, got {recorded.provenance.kind}"
         raise ConfigError(msg)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from milpress.plain import json
@@ -58,9 +58,7 @@ class OutputEvaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the metrics as JSON can hold them."""
-        metrics = {
-            key: value for key, value in json.plain(asdict(self)).items() if value is not None
-        }
+        metrics = {key: value for key, value in json.record(self).items() if value is not None}
         if self.kl is None:
             del metrics["kl_of"]
         return metrics
@@ -89,8 +87,7 @@ class OpEvaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the errors as JSON can hold them."""
-        errors: dict[str, Any] = json.plain(asdict(self))
-        return errors
+        return json.record(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,8 +147,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the results as JSON can hold them."""
-        outputs = [output.to_dict() for output in self.outputs]
-        return {"version": 1, **json.plain(asdict(self)), "outputs": outputs}
+        return {"version": 1, **json.record(self)}
 
     def __rich__(self) -> Table:
         """Return the outputs as a table."""

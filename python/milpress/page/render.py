@@ -59,6 +59,7 @@ def _environment(fill: Callable[[str], str]) -> Environment:
         finalize=lambda value: value if isinstance(value, Markup) else fill(str(value)),
     )
     environment.filters.update(order=_order, shown=_shown)
+    environment.tests["infinite"] = math.isinf
     environment.globals.update(size=human_bytes, snr=human_snr)
     # In JSON that no text can end the element which holds it.
     environment.policies["json.dumps_function"] = json.text

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from milpress.compression.report import Report
-from milpress.device import schema
+from milpress.device import files
 from milpress.device.schema import Result
 from milpress.errors import ResultError
 from milpress.evaluation.results import Evaluation
@@ -83,7 +83,7 @@ def read(path: Path) -> Source:
     PackageNotFoundError
         If nothing is there.
     """
-    data, digest = schema.read_json(path)
+    data, digest = files.read_json(path)
     return Source(name=path.name, sha256=digest, content=_content(data, str(path)))
 
 
@@ -98,7 +98,7 @@ def _content(data: Any, place: str) -> Content:
                 raise ResultError(msg)
         return literature
     if str(data.get("schema") if keys else "").startswith("milpress-bench/"):
-        return schema.parse(data, place)
+        return files.parse(data, place)
     if {"original", "compressed", "outputs"} <= keys:
         _check_version(data, place)
         evaluation: Evaluation = structured(data, Evaluation, place, strict=False)

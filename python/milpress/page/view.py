@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +9,8 @@ from typing import Any
 from milpress._version import __version__
 from milpress.compression.report import Report
 from milpress.device.comparison import units_words
-from milpress.device.schema import PROCESSORS, Entry, Placement, Result
+from milpress.device.schema import PROCESSORS, Entry, Kind, Placement
 from milpress.errors import printable
-from milpress.evaluation.results import OpEvaluation
 from milpress.page import captions
 from milpress.page.collect import PackageResults, Page
 from milpress.page.groups import LatencyGroup, groups
@@ -35,21 +33,11 @@ class Tile:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Errors:
-    """Values inside a package that have errors of their own, and how many others there are."""
-
-    package: PackageResults
-    ops: tuple[OpEvaluation, ...]
-    n_left: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementRow:
     """Where the ops of a package are planned to run."""
 
-    result: Result
     entry: Entry
-    units: str
+    kind: Kind
     placement: Placement
 
     @property
@@ -71,11 +59,6 @@ class PlacementRow:
             f"{captions.PROCESSOR_NAMES[name]} {counts[name]} ops ({costs[name]:.0%} of the cost)"
             for name in self.processors
         )
-
-    @property
-    def shown(self) -> list[Any]:
-        """The ops that are shown one by one."""
-        return [op for op in self.placement.ops if op.preferred != "none"][:_MOST_OPS]
 
 
 def view(page: Page) -> dict[str, Any]:
@@ -100,7 +83,7 @@ def view(page: Page) -> dict[str, Any]:
         "groups": latencies,
         "estimates": [entry for _, entry in entries if entry.estimate],
         "compressed": compressed,
-        "errors": list(_errors(page)),
+        "most_ops": _MOST_OPS,
         "placements": placements,
         "opened": [*neural, *(placements if len(placements) == 1 else []), ""][0],
         "failures": [entry for _, entry in entries if entry.failure],
@@ -167,24 +150,15 @@ def _tiles(page: Page, metrics: list[Metric], latencies: list[LatencyGroup]) -> 
         )
 
 
-def _errors(page: Page) -> Iterator[Errors]:
-    for package in page.packages:
-        if package.evaluation is not None and package.evaluation.ops:
-            ops = package.evaluation.ops
-            shown = tuple(op for op in ops if not math.isinf(op.own_snr_db))[:_MOST_OPS]
-            yield Errors(package=package, ops=shown, n_left=len(ops) - len(shown))
-
-
 def _placements(page: Page) -> dict[str, list[PlacementRow]]:
     by_units: dict[str, list[PlacementRow]] = {}
     for result in page.results:
         for entry in result.entries:
             if entry.placement is not None:
-                units = units_words(result, entry)
                 row = PlacementRow(
-                    result=result, entry=entry, units=units, placement=entry.placement
+                    entry=entry, kind=result.provenance.kind, placement=entry.placement
                 )
-                by_units.setdefault(units, []).append(row)
+                by_units.setdefault(units_words(result, entry), []).append(row)
     return by_units
 
 

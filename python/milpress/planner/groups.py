@@ -15,7 +15,7 @@ from milpress.mil.package import Package
 from milpress.mil.program import Weight
 from milpress.mil.values import blob_places, n_stored_bytes
 from milpress.plain import patterns
-from milpress.planner.linting import AVOIDED, Facts, Platform
+from milpress.planner.facts import AVOIDED, Facts, Platform
 from milpress.planner.menu import fine_menu, menu
 from milpress.planner.scores import Score
 from milpress.planner.search import Choice
@@ -147,7 +147,7 @@ def groups_of(
         group = WeightGroup(tuple(members), sum(map(n_stored_bytes, stored.values())))
         group.is_last = any(_is_last(weight, users) for weight in members)
         if any(_means(pattern, weight) for weight in members for pattern in keep):
-            group.reason = "kept, as asked"
+            group.reason = "kept by keep"
         else:
             group.reason = next((reasons[weight] for weight in members if reasons[weight]), "")
         if not group.reason:
