@@ -15,7 +15,7 @@ from milpress.formats import Palette, PalettizeConfig
 from milpress.formats.joint import masked
 from milpress.formats.order import ascending
 from milpress.formats.palette import Bits
-from milpress.formats.rows import Floats, as_weight
+from milpress.formats.rows import Floats, as_float
 from milpress.torch import _metadata
 from milpress.torch._metadata import Stored
 from milpress.torch._module_weights import ModuleWeight, representable, whole
@@ -178,7 +178,7 @@ class FakePalettize(nn.Module):
     def _begin(self, weights: torch.Tensor, kept: torch.Tensor | None) -> None:
         """Make the first tables, and scales."""
         wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
-        array = as_weight(whole(weights))
+        array = as_float(whole(weights))
         if _core.first_nonfinite(np.ascontiguousarray(array).reshape(-1)) < array.size:
             msg = "a weight that is not finite (NaN or infinity) can't be palettized"
             raise UnsupportedError(msg)
@@ -215,7 +215,7 @@ class FakePalettize(nn.Module):
 
     def stored(self, weights: torch.Tensor, kept: torch.Tensor | None = None) -> Stored:
         """Return the palette that holds weights, each by its nearest entry."""
-        array = as_weight(whole(weights))
+        array = as_float(whole(weights))
         scale = None
         if self.per_channel_scaling_factor is not None:
             scale = self.per_channel_scaling_factor.cpu().numpy().astype(array.dtype)
