@@ -264,7 +264,7 @@ def test_the_grid_that_comes_along_has_what_is_worth_knowing():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("palettize: {bits", "palette: {bits", "must have no keys but"),
+        ("palettize: {bits", "palette: {bits", "unknown key palette; the keys are"),
         ("bits: 4", "bits: 5", "bits must be one of"),
         ("version: 1", "version: 2", "with version 1"),
         ("units: [CPU_AND_NE]", "units: [NPU]", "units must be a list of CPU_ONLY"),
