@@ -1,4 +1,4 @@
-"""A function of a program, made ready to run: its ops in order, bound to what they read."""
+"""Functions ready to run: their ops in order, bound to the values that they read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a program stores, as the interpreter computes with it: torch tensors, text, lists."""
+"""Constants and weights as the interpreter computes with them: tensors, text, lists."""
 
 from __future__ import annotations
 

@@ -110,8 +110,8 @@ class Suppression:
         yield self
 
     @property
-    def tap(self) -> str:
-        """What is watched, or replaced, to see which boxes are kept."""
+    def kept_name(self) -> str:
+        """Name of the value that tells which boxes are kept."""
         return f"{self.place}: kept"
 
     def without_suppression(self) -> None:
@@ -128,9 +128,9 @@ class Suppression:
             )
             raise InputError(msg)
         kept = kept_boxes(confidence, coordinates, self._settings(given))[: self.n_boxes[1]]
-        if self.tap in run.taps:
-            run.observe(self.tap, kept)
-            kept = kept if run.replace is None else run.replace(self.tap, kept)
+        if self.kept_name in run.names:
+            run.observe(self.kept_name, kept)
+            kept = kept if run.replace is None else run.replace(self.kept_name, kept)
             if len(kept) and int(kept.max()) >= len(confidence):
                 msg = (
                     f"{self.place}: the boxes to keep must be among {len(confidence)}, got number "

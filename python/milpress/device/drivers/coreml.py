@@ -1,4 +1,4 @@
-"""A driver that measures Core ML on the Mac it runs on.
+"""Driver for Core ML on this Mac.
 
 Pitfalls that are handled here:
 

@@ -1,4 +1,4 @@
-"""A driver that measures Core ML on an iPhone or iPad at this Mac's cable.
+"""Driver for Core ML on an iPhone or iPad that is connected by cable.
 
 coremltools builds an app, puts it on the device and talks to it by copying files, which takes
 seconds and is not part of the times: the app takes those itself. Pitfalls that are handled here:
