@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from milpress.compression.run import Run
 from milpress.compression.writer import WeightWriter, is_own, rewriting
 from milpress.errors import ConfigError, UnsupportedError, VerificationError
-from milpress.mil import constexpr, values
+from milpress.mil import constexpr, proto, values
 from milpress.mil.graph import Node
 from milpress.mil.package import Package
 from milpress.mil.program import ProgramGraph, Weight
-from milpress.mil.schema import messages
 from milpress.plain import patterns
 from milpress.recipe import DEFAULT_MIN_SIZE
 from milpress.show import escaped, named_table
@@ -301,7 +300,7 @@ def _apply(graph: ProgramGraph, changes: list[_Change], writer: WeightWriter) ->
         scale = writer.const(tensor, scale_name, None)
         layer = type(node.op).FromString(node.op.SerializeToString())
         layer.outputs[0].name = graph.unique_name(f"{node.name}_unscaled")
-        product = messages().Operation(type="mul")
+        product = proto.Operation(type="mul")
         product.attributes["name"].CopyFrom(values.string(graph.unique_name(f"{node.name}_scaled")))
         product.inputs["x"].arguments.add(name=layer.outputs[0].name)
         product.inputs["y"].arguments.add(name=scale_name)

@@ -16,12 +16,11 @@ from milpress.errors import PackageError, UnsupportedOpError
 from milpress.interpreter import ops
 from milpress.interpreter.constants import Budget, Caster, Weight, caster, constant, held_as
 from milpress.interpreter.operator import Operator
-from milpress.mil import opset, values
+from milpress.mil import opset, proto, values
 from milpress.mil.constexpr import is_constexpr
 from milpress.mil.graph import Node
 from milpress.mil.opset import Opset
 from milpress.mil.program import ProgramGraph
-from milpress.mil.schema import messages
 from milpress.mil.values import TensorType, WeightSource
 
 # Larger constants are decoded when they are first needed.
@@ -458,4 +457,4 @@ def _bindings(op: Any) -> Iterator[tuple[str, Sequence[Any]]]:
             yield name, argument.arguments
     for name, value in sorted(op.attributes.items()):
         if name != "name":  # the op's own
-            yield name, [messages().Binding(value=value)]
+            yield name, [proto.Binding(value=value)]

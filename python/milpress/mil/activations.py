@@ -14,11 +14,10 @@ from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 import numpy as np
 
 from milpress.errors import PackageError, VerificationError
-from milpress.mil import dtypes, values
+from milpress.mil import dtypes, proto, values
 from milpress.mil.graph import Graph, Node, Scope, new_const, new_op
 from milpress.mil.joins import Value, home, type_of
 from milpress.mil.program import ProgramGraph
-from milpress.mil.schema import messages
 from milpress.mil.values import TensorType
 from milpress.plain import json
 
@@ -334,7 +333,7 @@ def _sees(scope: Scope, outer: Scope) -> bool:
 
 
 def _number(number: Any) -> Any:
-    stored = messages().Value()
+    stored = proto.Value()
     values.write_numbers(stored, np.asarray(number).dtype.name, np.asarray(number))
     return stored
 

@@ -13,10 +13,9 @@ from milpress.formats import (
     Sparse,
     Treatment,
 )
-from milpress.mil import values
+from milpress.mil import proto, values
 from milpress.mil.chains import stages
 from milpress.mil.graph import Node, new_const
-from milpress.mil.schema import messages
 from milpress.mil.values import Tensor, WeightSink
 
 Namer: TypeAlias = Callable[[str], str]
@@ -43,7 +42,7 @@ def emit(
     *inner, last = stages(value, early=early)
     for stage in (*inner, last):
         stage_name = name if stage is last else names(f"{name}_{stage.role}")
-        op = messages().Operation(type=stage.kind)
+        op = proto.Operation(type=stage.kind)
         op.attributes["name"].CopyFrom(values.string(stage_name))
         for parameter, given in stage.parameters.items():
             if not isinstance(given, Tensor):
@@ -71,7 +70,7 @@ def emit(
 
 def const_of(tensor: Tensor, name: str, *, file_name: str | None, sink: WeightSink) -> Any:
     """Return the ``const`` op of a tensor."""
-    value = messages().Value()
+    value = proto.Value()
     values.write(value, tensor, file_name=file_name, early=False, sink=sink)
     return new_const(name, value)
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from milpress.errors import PackageError
-from milpress.mil import values
-from milpress.mil.schema import messages
+from milpress.mil import proto, values
 from milpress.mil.values import TensorType
 
 CONSTEXPR = "constexpr_"
@@ -249,7 +248,7 @@ def _names_in(op: Any) -> Iterator[str]:
 
 def new_op(kind: str, name: str) -> Any:
     """Return an op with one output of its name, whose type is still to be said."""
-    op = messages().Operation(type=kind)
+    op = proto.Operation(type=kind)
     op.attributes["name"].CopyFrom(values.string(name))
     op.outputs.add().name = name
     return op

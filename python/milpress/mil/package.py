@@ -18,10 +18,11 @@ from milpress.errors import (
     PackageError,
     PackageNotFoundError,
 )
+from milpress.mil import proto
 from milpress.mil.dtypes import DType
 from milpress.mil.graph import all_ops
 from milpress.mil.program import Program, ProgramGraph, Weight
-from milpress.mil.schema import count_messages, memory_of, messages
+from milpress.mil.schema import count_messages, memory_of
 from milpress.mil.values import blob_values
 from milpress.plain.files import system_errors
 
@@ -232,7 +233,7 @@ def _parse(data: bytes, path: Path) -> Any:
         raise PackageError(msg) from error
     _check_memory(counts, len(data), path)
     try:
-        return messages().Model.FromString(data)
+        return proto.Model.FromString(data)
     except (DecodeError, RecursionError) as error:
         raise PackageError(msg) from error
 

@@ -8,11 +8,10 @@ from typing import Any, NoReturn
 import numpy as np
 
 from milpress.errors import PackageError, UnsupportedError
-from milpress.mil import dtypes, opset, values
+from milpress.mil import dtypes, opset, proto, values
 from milpress.mil.graph import Graph, Node, blocks, new_const, new_op
 from milpress.mil.opset import Opset, by_name
 from milpress.mil.package import Package
-from milpress.mil.schema import messages
 
 # Ops of coremltools 9.0 that keep their meaning from iOS15 to iOS26, or gain optional inputs only,
 # by the names that files have: write_state and read_state are its coreml_update_state.
@@ -191,7 +190,7 @@ def _nonnegative(node: Node, index_name: str, sizes: Any, graph: Graph) -> Itera
     }
 
     def const(name: str, number: Any) -> Any:
-        stored = messages().Value()
+        stored = proto.Value()
         values.write_numbers(stored, "int32", np.asarray(number, np.int32))
         return new_const(name, stored)
 

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 import milpress._core as _core
 from milpress.errors import PackageError
-from milpress.mil import dtypes, values
+from milpress.mil import dtypes, proto, values
 from milpress.mil.dtypes import DType
-from milpress.mil.schema import messages
 
 # coremltools stores arrays of fewer elements in the model itself, and so do we.
 _MIN_BLOB_ELEMENTS = 10
@@ -251,7 +250,7 @@ def write_numbers(value: Any, dtype_name: str, numbers: NDArray[Any]) -> None:
 
 def string(text: str) -> Any:
     """Return a value that is a string, such as an op's name."""
-    value = messages().Value()
+    value = proto.Value()
     value.type.tensorType.dataType = _STRING
     value.immediateValue.tensor.strings.values.append(text)
     return value
