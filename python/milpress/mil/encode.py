@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from milpress.formats import (
     Compressed,
@@ -31,14 +31,14 @@ def emit(
     early: bool,
     file_name: str | None,
     sink: WeightSink,
-) -> list[Any]:
+) -> list[proto.Operation]:
     """Turn an op into the last ``constexpr_*`` op of a compressed value, in place.
 
     Returns the ops that have to stand before it, if the value takes a chain of them. Below CoreML8
     (``early``) the parameters are attributes, from there on inputs.
     """
-    made: dict[str, Any] = {}
-    written: dict[int, Any] = {}
+    made: dict[str, proto.Operation] = {}
+    written: dict[int, proto.Value] = {}
     *inner, last = stages(value, early=early)
     for stage in (*inner, last):
         stage_name = name if stage is last else names(f"{name}_{stage.role}")
@@ -68,7 +68,9 @@ def emit(
     return [made[stage.role] for stage in inner]
 
 
-def const_of(tensor: Tensor, name: str, *, file_name: str | None, sink: WeightSink) -> Any:
+def const_of(
+    tensor: Tensor, name: str, *, file_name: str | None, sink: WeightSink
+) -> proto.Operation:
     """Return the ``const`` op of a tensor."""
     value = proto.Value()
     values.write(value, tensor, file_name=file_name, early=False, sink=sink)
