@@ -102,7 +102,7 @@ def test_a_replay_says_what_it_is_of_and_has_the_same_statistics(benched, tmp_pa
     other = tmp_path / "other.json"
     files.save(result("measured"), other)
     line = failed("bench", "validate", out, "--origin", other, code=1)
-    assert "the origin must be measured" in line
+    assert "it must be a replay of measured" in line
 
 
 def test_a_replay_of_a_measured_result_keeps_what_the_device_told(tmp_path):
@@ -262,7 +262,11 @@ def test_the_grid_that_comes_along_has_what_is_worth_knowing():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("palettize: {bits", "palette: {bits", "must have no keys but"),
+        (
+            "palettize: {bits",
+            "palette: {bits",
+            "unknown key palette; the keys are palettize, quantize",
+        ),
         ("bits: 4", "bits: 5", "bits must be one of"),
         ("version: 1", "version: 2", "with version 1"),
         ("units: [CPU_AND_NE]", "units: [NPU]", "units must be a list of CPU_ONLY"),
@@ -302,13 +306,13 @@ variants:
     failure = found.entries[2].failure
     assert failure is not None
     assert failure.phase == "compress"
-    assert "some weight must be compressed" in failure.message
+    assert "no weight can be compressed" in failure.message
     report = json.loads((out / "reports" / "int8.json").read_text())
     assert report["verified"] is True
     assert Path(report["destination"]) == out / "models" / "int8.mlpackage"
     page = (out / "report.html").read_text()
     assert "CPU reference" in page
-    assert "some weight must be compressed" in page
+    assert "no weight can be compressed" in page
     assert "Published by Apple" in page
     assert "must be empty or not there" in failed(
         *("bench", "suite", crepe_tiny, "--driver", "interpreter", "-o", out)
