@@ -314,7 +314,7 @@ variants:
     assert "CPU reference" in page
     assert "no weight can be compressed" in page
     assert "Published by Apple" in page
-    assert "must be empty or not there" in failed(
+    assert "exists already and is not an empty folder" in failed(
         *("bench", "suite", crepe_tiny, "--driver", "interpreter", "-o", out)
     )
 

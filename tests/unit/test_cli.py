@@ -228,7 +228,7 @@ def test_help_has_a_heading_for_each_task_and_cuts_no_sentence(command, monkeypa
         assert headings[:4] == ["Arguments:", "Palettization:", "Quantization:", "Pruning:"]
 
 
-HEAVY = ("coremltools", "torch", "sklearn", "scipy", "yaml")
+HEAVY = ("coremltools", "torch", "sklearn", "scipy", "yaml", "jinja2")
 
 
 def test_import_and_inspect_load_nothing_heavy(crepe_tiny):

@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from milpress.calibration.activation_report import ActivationReport
 from milpress.plain import json
+from milpress.plain.structure import Metric
 from milpress.show import decibels, escaped, human_bytes, human_snr, named_table
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from milpress.calibration.activation_report import ActivationReport
 
 Status = Literal["compressed", "left", "not asked"]
 
@@ -50,7 +50,7 @@ class WeightReport:
     note: str
     bytes_before: int
     bytes_after: int
-    snr_db: float | None = None
+    snr_db: Metric | None = None
 
     @property
     def size(self) -> int:

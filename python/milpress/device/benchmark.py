@@ -294,7 +294,9 @@ def _result(described: dict[str, Any], driver: str, entries: Sequence[Entry]) ->
         device = schema.Device(**{**told, "compute_devices": tuple(told["compute_devices"])})
     warnings = []
     if device is not None and not device.has_neural_engine:
-        warnings.append("Core ML offers no Neural Engine here: no time is one of a Neural Engine")
+        warnings.append(
+            "Core ML offers no Neural Engine here: no latency is that of a Neural Engine"
+        )
     if device is not None:
         conditions = {
             "The Mac is a virtual machine": device.is_virtual,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from milpress.plain import json
+from milpress.plain.structure import Metric as Number
 from milpress.show import escaped, human_snr, named_table
 
 if TYPE_CHECKING:
@@ -48,11 +49,11 @@ class OutputEvaluation:
     """
 
     name: str
-    snr_db: float | None = None
-    cosine: float | None = None
-    top1: float | None = None
-    kl: float | None = None
-    max_error: float | None = None
+    snr_db: Number | None = None
+    cosine: Number | None = None
+    top1: Number | None = None
+    kl: Number | None = None
+    max_error: Number | None = None
     kl_of: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,8 +82,8 @@ class OpEvaluation:
 
     name: str
     op_type: str
-    snr_db: float
-    own_snr_db: float
+    snr_db: Number
+    own_snr_db: Number
 
     def to_dict(self) -> dict[str, Any]:
         """Return the errors as JSON can hold them."""

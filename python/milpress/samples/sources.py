@@ -221,6 +221,8 @@ def _picture_or_array(value: Any, feature: Feature) -> Any:
 
 def _refuse_folder(path: Path, files: Sequence[Path]) -> NoReturn:
     names = [f"the folder {file.name}" if file.is_dir() else file.name for file in files]
-    got = f"{', '.join(names[:_N_NAMED])}{', ...' * (len(names) > _N_NAMED)}" if names else "none"
-    msg = f"{path}: there must be samples, got {got}; they are {_FILES}"
+    others = (
+        f", but {', '.join(names[:_N_NAMED])}{', ...' * (len(names) > _N_NAMED)}" if names else ""
+    )
+    msg = f"{path}: no samples in it{others}; samples are {_FILES}"
     raise InputError(msg)

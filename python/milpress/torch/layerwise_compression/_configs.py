@@ -11,9 +11,9 @@ from attrs import define, field
 from milpress.errors import ConfigError
 from milpress.plain import fields
 from milpress.torch import _fields
+from milpress.torch._palettes import ModulePaletteConfig
 from milpress.torch.layerwise_compression._registry import Registered
 from milpress.torch.optimization_config import ModuleOptimizationConfig, QuantizationGranularity
-from milpress.torch.palettization._palettes import ModulePaletteConfig
 from milpress.torch.quantization.quantization_config import QuantizationScheme
 
 if TYPE_CHECKING:

@@ -90,7 +90,7 @@ def sum_squared_gradients(
         If a loss is not finite.
     """
     sharded = any(is_spread(weight) for weight in weights.values())
-    rank, n_ranks = _rank()
+    rank, n_ranks = rank_and_size()
     sums = GradientSums(
         {
             name: torch.zeros_like(weight, dtype=torch.float32).detach()
@@ -213,7 +213,8 @@ def _samples(dataloader: Iterable[Any], *, per_sample: bool) -> Iterator[tuple[A
                 yield part, False
 
 
-def _rank() -> tuple[int, int]:
+def rank_and_size() -> tuple[int, int]:
+    """Return the number of this process in its group, and how many there are."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1

@@ -19,14 +19,13 @@ from milpress.formats.palette import Bits
 from milpress.formats.rows import Floats, as_weight
 from milpress.torch import _metadata
 from milpress.torch._metadata import Stored
-from milpress.torch._module_weights import ModuleWeight, whole
-from milpress.torch.palettization import _dkm
-from milpress.torch.palettization._palettes import (
+from milpress.torch._module_weights import ModuleWeight, representable, whole
+from milpress.torch._palettes import (
     fitted,
     folded,
-    representable,
     with_integer_lut,
 )
+from milpress.torch.palettization import _dkm
 from milpress.torch.palettization.palettization_config import (
     ModuleDKMPalettizerConfig,
     default_bits,
@@ -238,7 +237,7 @@ class FakePalettize(nn.Module):
         if self.config.lut_type in (torch.int8, torch.uint8):
             palette = with_integer_lut(palette, self.config.lut_type)
         elif scale is None:
-            palette = representable(palette, weights.dtype)
+            palette = replace(palette, lut=representable(palette.entries, weights.dtype))
         codes = _metadata.nearest(
             self._pulled_to_zero(scaled, palette.entries), palette.entries, vector_axis
         )
