@@ -102,7 +102,7 @@ def test_a_replay_says_what_it_is_of_and_has_the_same_statistics(benched, tmp_pa
     other = tmp_path / "other.json"
     files.save(result("measured"), other)
     line = failed("bench", "validate", out, "--origin", other, code=1)
-    assert "the origin must be measured" in line
+    assert "it must be a replay of measured" in line
 
 
 def test_a_replay_of_a_measured_result_keeps_what_the_device_told(tmp_path):
