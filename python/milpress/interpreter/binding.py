@@ -15,7 +15,7 @@ from torch import Tensor
 from milpress.errors import PackageError, UnsupportedOpError
 from milpress.interpreter import ops
 from milpress.interpreter.constants import Budget, Caster, Weight, caster, constant, held_as
-from milpress.interpreter.operator import Operator
+from milpress.interpreter.operator import Call, Operator
 from milpress.mil import opset, proto, values
 from milpress.mil.constexpr import is_constexpr
 from milpress.mil.graph import Node
@@ -66,22 +66,6 @@ class Frame:
             self.slots[slot] = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """What an op may ask of the program: see `milpress.interpreter.operator.Call`."""
-
-    opset: int
-    n_outputs: int
-    dtype: torch.dtype | None
-    generator: torch.Generator
-    blocks: Sequence[Callable[..., tuple[Any, ...]]]
-    frame: Frame
-    operands: Mapping[str, int]
-
-    def show(self, parameter: str, operand: Callable[[], Tensor]) -> None:
-        self.frame.show(self.operands[parameter], operand)
-
-
 @dataclass(slots=True, kw_only=True)
 class Step:
     """An op, bound: its settings are known, what else it takes is in slots.
@@ -113,11 +97,11 @@ class Step:
         }
         arguments = self.settings | self.operator.bound(arguments)
         if self.operator.takes_call:
-            blocks = [functools.partial(block.run, frame) for block in self.blocks]
-            n_outputs = len(self.writes)
-            version = self.opset.version
-            arguments["call"] = _Call(
-                version, n_outputs, self.dtype, frame.generator, blocks, frame, self.operands
+            arguments["call"] = Call(
+                dtype=self.dtype,
+                generator=frame.generator,
+                blocks=[functools.partial(block.run, frame) for block in self.blocks],
+                show=lambda parameter, operand: frame.show(self.operands[parameter], operand),
             )
         made = self.operator.function(**arguments)
         if self.writes:

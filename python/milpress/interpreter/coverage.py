@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from milpress.interpreter import ops
 from milpress.mil.package import Package
+from milpress.plain import json
 from milpress.show import escaped, named_table
 
 if TYPE_CHECKING:
@@ -64,13 +65,8 @@ class Coverage:
         return {
             "covered": all(each.is_covered for each in self.ops),
             "ops": [
-                {
-                    "function": each.function,
-                    "target": each.target,
-                    "op": each.op,
-                    "count": each.count,
-                    "covered": each.is_covered,
-                }
+                json.record(each, "function", "target", "op", "count")
+                | {"covered": each.is_covered}
                 for each in self.ops
             ],
         }

@@ -6,41 +6,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from milpress.interpreter.operator import operator
+from milpress.interpreter.operator import of_one, operator
 
 
 def _per_channel(parameter: Tensor, x: Tensor) -> Tensor:
     return parameter.reshape([1, -1] + [1] * (x.dim() - 2))
 
 
-@operator("relu")
-def relu(x: Tensor) -> Tensor:
-    return torch.relu(x)
-
-
-@operator("relu6")
-def relu6(x: Tensor) -> Tensor:
-    return torch.clamp(x, 0, 6)
-
-
-@operator("sigmoid")
-def sigmoid(x: Tensor) -> Tensor:
-    return torch.sigmoid(x)
-
-
-@operator("silu")
-def silu(x: Tensor) -> Tensor:
-    return functional.silu(x)
-
-
-@operator("softplus")
-def softplus(x: Tensor) -> Tensor:
-    return torch.logaddexp(x, torch.zeros_like(x))
-
-
-@operator("softsign")
-def softsign(x: Tensor) -> Tensor:
-    return functional.softsign(x)
+relu = of_one("relu", torch.relu)
+relu6 = of_one("relu6", lambda x: torch.clamp(x, 0, 6))
+sigmoid = of_one("sigmoid", torch.sigmoid)
+silu = of_one("silu", functional.silu)
+softplus = of_one("softplus", lambda x: torch.logaddexp(x, torch.zeros_like(x)))
+softsign = of_one("softsign", functional.softsign)
 
 
 @operator("softmax")

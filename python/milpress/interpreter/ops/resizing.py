@@ -174,15 +174,18 @@ def _reflected(places: Tensor, least: float, greatest: float) -> Tensor:
 
 def _resample(
     x: Tensor,
-    y_places: Tensor,
-    x_places: Tensor,
+    coordinates: Tensor,
     sampling_mode: str,
     padding_mode: str,
     padding_value: float,
+    coordinates_mode: str,
+    align_corners: bool,
 ) -> Tensor:
+    sampling_mode, padding_mode = sampling_mode.lower(), padding_mode.lower()
     outside = None
     sides = []
-    for places, size in ((y_places, x.shape[-2]), (x_places, x.shape[-1])):
+    for places, size in zip(coordinates.flip(-1).unbind(-1), x.shape[-2:], strict=True):
+        places = _in_pixels(places, size, coordinates_mode.lower(), align_corners)
         if padding_mode == "constant":
             outside = padding_value
             sides.append(places)
@@ -230,15 +233,9 @@ def resample(
     coordinates_mode: str,
     align_corners: bool,
 ) -> Tensor:
-    height, width = x.shape[-2:]
-    x_places, y_places = coordinates.double().unbind(-1)
+    places = coordinates.double()
     return _resample(
-        x,
-        _in_pixels(y_places, height, coordinates_mode.lower(), align_corners),
-        _in_pixels(x_places, width, coordinates_mode.lower(), align_corners),
-        sampling_mode.lower(),
-        padding_mode.lower(),
-        padding_value,
+        x, places, sampling_mode, padding_mode, padding_value, coordinates_mode, align_corners
     )
 
 
@@ -254,17 +251,12 @@ def affine(
     coordinates_mode: str,
     align_corners: bool,
 ) -> Tensor:
-    n, c, height, width = x.shape
+    n, c = x.shape[:2]
     matrices = transform_matrix.reshape(-1, 2, 3).expand(n, 2, 3)
     shape = [n, c, output_height, output_width]
-    x_places, y_places = functional.affine_grid(matrices, shape, align_corners).unbind(-1)
+    grid = functional.affine_grid(matrices, shape, align_corners)
     return _resample(
-        x,
-        _in_pixels(y_places, height, coordinates_mode.lower(), align_corners),
-        _in_pixels(x_places, width, coordinates_mode.lower(), align_corners),
-        sampling_mode.lower(),
-        padding_mode.lower(),
-        padding_value,
+        x, grid, sampling_mode, padding_mode, padding_value, coordinates_mode, align_corners
     )
 
 
