@@ -216,10 +216,8 @@ def operand_name(value: str, parameter: str) -> str:
     return f"{value}: {parameter}"
 
 
-def bind(
-    function: proto.Function, place: str, source: WeightSource, *, rounds: bool, budget: Budget
-) -> Function:
-    """Make a function of a package ready to run.
+class Binder:
+    """Makes a function of a package ready to run: each value gets a slot, ops are bound to them.
 
     Parameters
     ----------
@@ -231,25 +229,14 @@ def bind(
         Whether values that are declared as float16 are rounded to it.
     budget
         What decoded weights may take.
-
-    Raises
-    ------
-    UnsupportedOpError
-        If an op is not covered.
-    PackageError
-        If the function breaks the format.
     """
-    return _Binder(function, place, source, rounds, budget).function()
-
-
-class _Binder:
-    """Gives every value a slot and binds the ops to them, block by block."""
 
     def __init__(
         self,
         function: proto.Function,
         place: str,
         source: WeightSource,
+        *,
         rounds: bool,
         budget: Budget,
     ) -> None:
@@ -259,9 +246,8 @@ class _Binder:
         self._rounds = rounds
         self._budget = budget
         self._opset = _opset_of(function, place)
-        body = function.block_specializations[function.opset]
-        self._body = body
-        graph = ProgramGraph(function, body, source)
+        self._body = function.block_specializations[function.opset]
+        graph = ProgramGraph(function, self._body, source)
         # The graph lists its nodes in the order in which this class walks the blocks.
         self._nodes = iter(graph.nodes)
         self._decoder = graph.decoder
@@ -272,6 +258,15 @@ class _Binder:
         self._operands: dict[str, list[int]] = {}
 
     def function(self) -> Function:
+        """Return the function.
+
+        Raises
+        ------
+        UnsupportedOpError
+            If an op is not covered.
+        PackageError
+            If the function breaks the format.
+        """
         names: ChainMap[str, int] = ChainMap()
         inputs = {item.name: self._input(item, names) for item in self._function.inputs}
         block = self._block(self._body, names, first=0)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from milpress.interpreter.operator import of_one, operator
+from milpress.interpreter.ops.torch_types import check_choice
 
 
 def _per_channel(parameter: Tensor, x: Tensor) -> Tensor:
@@ -28,14 +29,12 @@ def softmax(x: Tensor, axis: int = -1) -> Tensor:
 
 @operator("gelu")
 def gelu(x: Tensor, mode: str = "EXACT") -> Tensor:
+    check_choice("mode", mode, "EXACT", "TANH_APPROXIMATION", "SIGMOID_APPROXIMATION")
     if mode == "EXACT":
         return functional.gelu(x)
     if mode == "TANH_APPROXIMATION":
         return functional.gelu(x, approximate="tanh")
-    if mode == "SIGMOID_APPROXIMATION":
-        return x * torch.sigmoid(1.702 * x)
-    msg = f"mode must be EXACT, TANH_APPROXIMATION or SIGMOID_APPROXIMATION, got {mode}"
-    raise ValueError(msg)
+    return x * torch.sigmoid(1.702 * x)
 
 
 @operator("clamped_relu")

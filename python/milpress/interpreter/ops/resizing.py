@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from milpress.interpreter.operator import operator
-from milpress.interpreter.ops.torch_types import real
+from milpress.interpreter.ops.torch_types import check_choice, real
 
 _SAMPLING_MODES = (
     "DEFAULT",
@@ -100,9 +100,7 @@ def resize(
     interpolation_mode: str = "LINEAR",
     sampling_mode: str = "DEFAULT",
 ) -> Tensor:
-    if interpolation_mode not in ("LINEAR", "NEAREST_NEIGHBOR"):
-        msg = f"interpolation_mode must be LINEAR or NEAREST_NEIGHBOR, got {interpolation_mode}"
-        raise ValueError(msg)
+    check_choice("interpolation_mode", interpolation_mode, "LINEAR", "NEAREST_NEIGHBOR")
     first = x.dim() - resized_dims
     wanted = shape[len(shape) - resized_dims :]
     sizes = [size or x.shape[first + i] for i, size in enumerate(wanted)]
@@ -182,6 +180,8 @@ def _resample(
     align_corners: bool,
 ) -> Tensor:
     sampling_mode, padding_mode = sampling_mode.lower(), padding_mode.lower()
+    check_choice("padding_mode", padding_mode, "constant", "border", "reflection", "symmetric")
+    check_choice("sampling_mode", sampling_mode, "bilinear", "nearest")
     outside = None
     sides = []
     for places, size in zip(coordinates.flip(-1).unbind(-1), x.shape[-2:], strict=True):
@@ -193,33 +193,20 @@ def _resample(
             sides.append(places.clamp(0, size - 1))
         elif padding_mode == "reflection":
             sides.append(_reflected(places, 0, size - 1))
-        elif padding_mode == "symmetric":
-            sides.append(_reflected(places, -0.5, size - 0.5).clamp(0, size - 1))
         else:
-            msg = (
-                "padding_mode must be constant, border, reflection or symmetric, "
-                f"got {padding_mode}"
-            )
-            raise ValueError(msg)
+            sides.append(_reflected(places, -0.5, size - 0.5).clamp(0, size - 1))
     if sampling_mode == "bilinear":
         return _bilinear(x, sides[0], sides[1], outside)
-    if sampling_mode != "nearest":
-        msg = f"sampling_mode must be bilinear or nearest, got {sampling_mode}"
-        raise ValueError(msg)
     return _pixels(x, sides[0].round(), sides[1].round(), outside, x.shape[-2], x.shape[-1])
 
 
 def _in_pixels(places: Tensor, size: int, mode: str, align_corners: bool) -> Tensor:
+    modes = ("unnormalized", "normalized_minus_one_to_one", "normalized_zero_to_one")
+    check_choice("coordinates_mode", mode, *modes)
     if mode == "unnormalized":
         return places
     if mode == "normalized_minus_one_to_one":
         places = (places + 1) / 2
-    elif mode != "normalized_zero_to_one":
-        msg = (
-            "coordinates_mode must be unnormalized, normalized_minus_one_to_one or "
-            f"normalized_zero_to_one, got {mode}"
-        )
-        raise ValueError(msg)
     return places * (size - 1) if align_corners else places * size - 0.5
 
 
