@@ -180,9 +180,7 @@ class EntryBuilder:
             )
         if findings.energy:
             sections["energy"] = schema.Energy(kind=kind, **findings.energy)
-        parity = self._parity(findings, candidate, warnings)
-        if parity is not None:
-            sections["parity"] = parity
+        sections["parity"] = self._parity(findings, candidate, warnings)
         return sections
 
     def _parity(

@@ -156,24 +156,11 @@ class FunctionInput:
 class Function:
     """A function, ready to run.
 
-    Parameters
-    ----------
-    inputs, outputs
-        Inputs by name; names of the outputs.
-    output_types
-        Their types, ``None`` where one is no tensor.
-    block
-        What is run.
-    stored
-        Every slot as a run begins, constants and weights in theirs.
-    names
-        Names of what is stored, by slot.
-    watchable
-        Slots and type of each value that is computed, by name, inputs included. A name has more
-        than one slot if nested blocks use it for different values.
-    operands
-        Slots that stand for what weights are multiplied by inside an op, which is no value of the
-        program, by names that no value has.
+    ``stored`` is every slot as a run begins, constants and weights in theirs, and ``names`` are
+    those of what is stored. ``watchable`` has slots and type of each value that is computed, by
+    name, inputs included: more than one slot if nested blocks use the name for different values. A
+    type is ``None`` where a value is no tensor. ``operands`` are slots that stand for what weights
+    are multiplied by inside an op, which is no value of the program, by names that no value has.
     """
 
     inputs: dict[str, FunctionInput]
@@ -219,16 +206,8 @@ def operand_name(value: str, parameter: str) -> str:
 class Binder:
     """Makes a function of a package ready to run: each value gets a slot, ops are bound to them.
 
-    Parameters
-    ----------
-    function, place
-        The function, and where it stands, for messages.
-    source
-        Gives the weight files.
-    rounds
-        Whether values that are declared as float16 are rounded to it.
-    budget
-        What decoded weights may take.
+    With ``rounds``, values that are declared as float16 are rounded to it. ``place`` is where the
+    function stands, for messages.
     """
 
     def __init__(

@@ -21,16 +21,7 @@ class ProgramModule(nn.Module):
 
     Made by `milpress.interpreter.Program.to_torch`. Parameters don't ask for gradients. Gradients
     flow through what a call writes to a state and reads again, and end where a call begins: what a
-    state was before is a number.
-
-    Parameters
-    ----------
-    function
-        What is run.
-    inputs, outputs
-        Names of what is taken and given, in order.
-    seed
-        Where random numbers start from, in each call.
+    state was before is a number. Random numbers start from the seed in each call.
     """
 
     def __init__(
@@ -119,17 +110,7 @@ class PipelineModule(nn.Module):
 
     Made by `milpress.interpreter.Program.to_torch`, of which the rest is as of `ProgramModule`.
     Images that one program hands to the next are rounded to pixels; gradients go through that.
-
-    Parameters
-    ----------
-    stages
-        What is run.
-    prefixes
-        What stands before the names of each stage's weights.
-    inputs, outputs
-        What is taken and given, in order.
-    seed
-        Where random numbers start from, in each call.
+    Prefixes are what stands before the names of each stage's weights.
     """
 
     def __init__(

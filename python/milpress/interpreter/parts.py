@@ -94,14 +94,7 @@ class Model:
 class Passed:
     """A stage of a pipeline that can't be run, before all that can or behind it.
 
-    Parameters
-    ----------
-    text
-        Which it is, in words.
-    inputs, outputs
-        Names of what it takes and gives.
-    is_behind
-        Whether it takes what others compute.
+    ``text`` says which it is; ``is_behind``, whether it takes what others compute.
     """
 
     text: str

@@ -304,12 +304,6 @@ class Program:
             raise UnsupportedError(msg)
         return self._part.module(self._seed)
 
-    @property
-    def _operands(self) -> set[str]:
-        return {
-            model.prefix + name for model in self._part.models for name in model.function.operands
-        }
-
     def _states(self) -> dict[str, TensorType]:
         return {
             model.prefix + name: parameter.type
@@ -320,8 +314,8 @@ class Program:
 
     def _check(self, inputs: Mapping[str, Any], taps: frozenset[str], state: State | None) -> None:
         io.check_names(self.inputs, inputs)
-        names = {*self.values, *self._operands, *self.kept_boxes} if taps else set()
-        unknown = sorted(taps - names)
+        operands = (m.prefix + name for m in self._part.models for name in m.function.operands)
+        unknown = sorted(taps - {*self.values, *operands, *self.kept_boxes})
         if unknown:
             msg = f"taps must name values that the program computes, got {', '.join(unknown)}"
             raise InputError(msg)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,16 +11,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from milpress.errors import InputError
-
-
-class StateTensor(Protocol):
-    """One state, as the ops that read and write it see it."""
-
-    def read(self) -> Tensor:
-        """Return the value, which a later `write` does not change."""
-
-    def write(self, value: Tensor) -> None:
-        """Replace the value."""
 
 
 class Cell:

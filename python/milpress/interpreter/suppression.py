@@ -71,20 +71,10 @@ def kept_boxes(confidence: Tensor, coordinates: Tensor, settings: Settings) -> T
 class Suppression:
     """A stage of a pipeline that keeps one of several alike boxes.
 
-    Parameters
-    ----------
-    place
-        Its name, behind those of the pipelines it is in.
-    settings
-        How boxes are chosen if no input says otherwise.
-    confidence, coordinates
-        Names of what it takes.
-    overrides
-        Names of the inputs that replace a threshold of the settings, by its name there.
-    inputs, outputs
-        Confidence and coordinates first.
-    n_boxes
-        The least and the most boxes that come out; fewer are filled up with zeros.
+    ``place`` is its name, behind those of the pipelines it is in; ``confidence`` and
+    ``coordinates`` name what it takes, the first two of its ``inputs`` and of what it gives.
+    ``overrides`` are names of the inputs that replace a threshold of the settings, by its name
+    there. At least and at most ``n_boxes`` come out; fewer are filled up with zeros.
     """
 
     place: str

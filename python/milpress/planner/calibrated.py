@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -274,45 +275,43 @@ class _Function(NamedTuple):
         return names
 
 
+@dataclass(frozen=True, slots=True)
 class _Model:
     """The outputs' error as a function of formats, remembered by the cache."""
 
-    def __init__(
-        self, functions: Sequence[_Function], key: str, cache: ScoreCache, note: Progress
-    ) -> None:
-        self._functions = functions
-        self._key = key
-        self._cache = cache
-        self._note = note
+    functions: Sequence[_Function]
+    key: str
+    cache: ScoreCache
+    note: Progress
 
     def uses(self, group: WeightGroup) -> bool:
         """Whether a weight of a group is part of what is run."""
-        return any(function.names(group) for function in self._functions)
+        return any(function.names(group) for function in self.functions)
 
     def run(
         self, pairs: Sequence[tuple[WeightGroup, str]]
     ) -> Iterator[tuple[WeightGroup, str, float]]:
         """Yield the exact error of each pair of a group and a format."""
         for i, (group, name) in enumerate(pairs):
-            self._note(i, len(pairs), group.name)
+            self.note(i, len(pairs), group.name)
             key = self._key_of("exact", group, name)
-            numbers = self._cache.get(key, 1)
+            numbers = self.cache.get(key, 1)
             if numbers is None:
                 numbers = [self._error(group, name)]
-                self._cache.put({key: numbers})
+                self.cache.put({key: numbers})
             yield group, name, numbers[0]
-        self._note(len(pairs), len(pairs), "")
+        self.note(len(pairs), len(pairs), "")
 
     def _error(self, group: WeightGroup, name: str) -> float:
         """Return the mean error of all functions; one that does not use the group has none."""
         total = 0.0
-        for function in self._functions:
+        for function in self.functions:
             weights: dict[str, NDArray[Any]] = {}
             for i, twins in function.names(group).items():
                 weights |= dict.fromkeys(twins, _treated(group, i, name, group.weights[i].dense()))
             if weights:
                 total += function.error.error(weights)
-        return total / len(self._functions)
+        return total / len(self.functions)
 
     def first_order(self, groups: Sequence[WeightGroup]) -> list[dict[str, float]]:
         """Return the first-order error of each format of each group."""
@@ -320,36 +319,36 @@ class _Model:
             {name: self._key_of("first", group, name) for name in group.scores} for group in groups
         ]
         known = [
-            {name: numbers[0] for name, key in some.items() if (numbers := self._cache.get(key, 1))}
+            {name: numbers[0] for name, key in some.items() if (numbers := self.cache.get(key, 1))}
             for some in keys
         ]
         if sum(map(len, known)) == sum(map(len, keys)):
             return known
         pairs = list(zip(groups, self._gradients(groups), strict=True))
         computed: list[dict[str, float]] = []
-        for errors in in_order(lambda pair: _first_order(*pair, len(self._functions)), pairs):
+        for errors in in_order(lambda pair: _first_order(*pair, len(self.functions)), pairs):
             i = len(computed)
-            self._note(i, len(groups), groups[i].name)
-            self._cache.put({keys[i][name]: [error] for name, error in errors.items()})
+            self.note(i, len(groups), groups[i].name)
+            self.cache.put({keys[i][name]: [error] for name, error in errors.items()})
             computed.append(errors)
-        self._note(len(groups), len(groups), "")
+        self.note(len(groups), len(groups), "")
         return computed
 
     def _gradients(self, groups: Sequence[WeightGroup]) -> list[dict[int, Gradients]]:
         """Return, of each group, the gradients of each weight, its twins and all functions."""
         gradients: list[dict[int, Gradients]] = [{} for _ in groups]
-        for function in self._functions:
+        for function in self.functions:
             names = [function.names(group) for group in groups]
             places = [(k, i) for k, some in enumerate(names) for i in some]
             weights = [(names[k][i], axes_of(groups[k].weights[i])[0]) for k, i in places]
-            each = function.error.gradients(weights, self._note)
+            each = function.error.gradients(weights, self.note)
             for (k, i), new in zip(places, each, strict=True):
                 gradients[k][i] = gradients[k][i].plus(new) if i in gradients[k] else new
         return gradients
 
     def _key_of(self, kind: str, group: WeightGroup, name: str) -> str:
         treatments = [treatment_dict(treatment) for treatment in group.choices[name].treatments]
-        return cache_key(kind, self._key, group.name, treatments)
+        return cache_key(kind, self.key, group.name, treatments)
 
 
 def _first_order(

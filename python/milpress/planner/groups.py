@@ -51,22 +51,12 @@ class GroupScore(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class WeightGroup:
-    """Weights that are decided on together.
+    """Weights that are decided on together, as they share what is stored.
 
-    Parameters
-    ----------
-    weights
-        The weights.
-    n_bytes
-        Bytes that are stored for them now.
-    choices
-        What may be done, by the name of the format.
-    scores
-        Of each format that changes them, how much.
-    reason
-        Why nothing may be done; empty if something may.
-    is_last
-        Whether what it is used for reaches the outputs past no other op that has a weight.
+    ``n_bytes`` are stored for them now. ``choices`` are what may be done, by the name of the
+    format, ``scores`` how much each of them changes the weights; ``reason`` says why nothing may be
+    done. With ``is_last``, what they are used for reaches the outputs past no other op that has a
+    weight.
     """
 
     weights: tuple[Weight, ...]

@@ -144,11 +144,7 @@ def lint(
             msg = f"only one of device and chip must be given, got {device!r} and {chip!r}"
             raise ConfigError(msg)
         chip = known.chip_of(device)
-    return lint_package(Package(source), known, Platform(unit=unit, chip=chip, os=os))
-
-
-def lint_package(package: Package, facts: Facts, platform: Platform) -> Lint:
-    """Do what `lint` does, with an open package."""
+    package, platform = Package(source), Platform(unit=unit, chip=chip, os=os)
     findings: list[Finding] = []
     n_weights = 0
     for graph in package.graphs:
@@ -160,7 +156,7 @@ def lint_package(package: Package, facts: Facts, platform: Platform) -> Lint:
             traits = traits_of(weight, stateful=stateful)
             findings.extend(
                 Finding(weight=weight.name, traits=traits, fact=fact)
-                for fact in facts.firing(traits, platform)
+                for fact in known.firing(traits, platform)
             )
     return Lint(
         path=str(package.path), platform=platform, n_weights=n_weights, findings=tuple(findings)

@@ -52,19 +52,7 @@ class Goal:
 
 
 class Problem:
-    """Groups of weights, what is asked of them, and how plans are made of that.
-
-    Parameters
-    ----------
-    package
-        The package.
-    groups
-        Its weights, with the scores of their choices.
-    goal
-        What is asked for.
-    target, min_size
-        As of `milpress.plan`.
-    """
+    """Groups of weights, what is asked of them, and how plans are made of that."""
 
     def __init__(
         self,

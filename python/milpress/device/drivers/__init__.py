@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import importlib
 import itertools
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,11 @@ class Driver(abc.ABC):
         begin = self._next
         self._next = (begin + n) % len(self._samples)
         return list(itertools.islice(itertools.cycle(self._samples), begin, begin + n))
+
+
+def ms_since(started: float) -> float:
+    """Return the milliseconds since `time.perf_counter` gave a number."""
+    return 1e3 * (time.perf_counter() - started)
 
 
 def create(name: str, options: dict[str, Any]) -> Driver:

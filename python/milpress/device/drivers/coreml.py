@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from milpress.device.drivers import Driver
+from milpress.device.drivers import Driver, ms_since
 from milpress.engines.calls import CoreML, check_is_mac, image, plain
 from milpress.engines.mac import Mac
 from milpress.mil.package import Package, description_of
@@ -85,7 +85,7 @@ class CoreMLDriver(Driver):
         destination = str(Path(folder) / f"{Path(package).stem}.mlmodelc")
         started = time.perf_counter()
         path = self._core_ml.compile(package, destination)
-        return {"ms": _ms(time.perf_counter() - started), "path": path}
+        return {"ms": ms_since(started), "path": path}
 
     def load(self, path: str, units: str) -> dict[str, Any]:
         """Load, and return Core ML's own time of it."""
@@ -103,7 +103,7 @@ class CoreMLDriver(Driver):
             state = self._state()
             started = time.perf_counter()
             self._core_ml.predict(self._model, data, state)
-            e2e.append(_ms(time.perf_counter() - started))
+            e2e.append(ms_since(started))
             duration = self._core_ml.predict_duration(self._model)
             core.append(None if duration is None else duration / 1e6)
         return {"core_ms": None if None in core else core, "e2e_ms": e2e}
@@ -215,7 +215,3 @@ def _op(plan: Any, op: Any) -> dict[str, Any]:
         "supported": supported,
         "cost": None if cost is None else float(cost.weight),
     }
-
-
-def _ms(seconds: float) -> float:
-    return 1e3 * seconds

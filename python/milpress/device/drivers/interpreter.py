@@ -6,7 +6,7 @@ import importlib.metadata
 import time
 from typing import TYPE_CHECKING, Any
 
-from milpress.device.drivers import Driver
+from milpress.device.drivers import Driver, ms_since
 from milpress.plain.arrays import Arrays
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class InterpreterDriver(Driver):
         del units
         started = time.perf_counter()
         self._program = load(path, self._function, precision=self._precision)
-        return {"ms": _ms_since(started)}
+        return {"ms": ms_since(started)}
 
     def predict(self, n: int) -> dict[str, Any]:
         """Run the samples in turn, and time the whole call."""
@@ -55,7 +55,7 @@ class InterpreterDriver(Driver):
         for sample in self._in_turn(n):
             started = time.perf_counter()
             self.output(sample)
-            taken.append(_ms_since(started))
+            taken.append(ms_since(started))
         return {"core_ms": None, "e2e_ms": taken}
 
     def output(self, sample: Arrays) -> dict[str, Any]:
@@ -66,7 +66,3 @@ class InterpreterDriver(Driver):
             msg = "no model is loaded"
             raise RuntimeError(msg)
         return run_once(self._program, sample).outputs
-
-
-def _ms_since(started: float) -> float:
-    return 1e3 * (time.perf_counter() - started)

@@ -21,7 +21,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from milpress.device.drivers import Driver
+from milpress.device.drivers import Driver, ms_since
 from milpress.device.drivers.coreml import placed
 from milpress.engines.calls import check_is_mac, plain
 from milpress.engines.mac import Mac
@@ -169,7 +169,7 @@ class IPhoneDriver(Driver):
         for sample in self._in_turn(n):
             started = time.perf_counter()
             self.output(sample)
-            e2e.append(1e3 * (time.perf_counter() - started))
+            e2e.append(ms_since(started))
             duration = self._model.last_predict_duration_in_nano_seconds
             core.append(None if duration is None else duration / 1e6)
         return {"core_ms": None if None in core else core, "e2e_ms": e2e}

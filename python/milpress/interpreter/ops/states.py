@@ -5,20 +5,20 @@ from __future__ import annotations
 from torch import Tensor
 
 from milpress.interpreter.operator import operator
-from milpress.interpreter.states import StateTensor
+from milpress.interpreter.states import Cell
 
 
 @operator("read_state")
-def read_state(input: StateTensor) -> Tensor:  # noqa: A002  (MIL's name)
+def read_state(input: Cell) -> Tensor:  # noqa: A002  (MIL's name)
     return input.read()
 
 
 @operator("write_state")
-def write_state(input: StateTensor, data: Tensor) -> None:  # noqa: A002
+def write_state(input: Cell, data: Tensor) -> None:  # noqa: A002
     input.write(data)
 
 
 @operator("coreml_update_state")
-def coreml_update_state(state: StateTensor, value: Tensor) -> Tensor:
+def coreml_update_state(state: Cell, value: Tensor) -> Tensor:
     state.write(value)
     return state.read()
