@@ -5,7 +5,7 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 # A wheel to install instead of building one.
 WHEEL ?=
 SOURCES := $(shell find csrc metal cmake python -name '*.cpp' -o -name '*.h' -o -name '*.py' -o -name '*.pyi' \
-	-o -name '*.metal' -o -name '*.cmake') \
+	-o -name '*.metal' -o -name '*.cmake' -o -name '*.j2' -o -name 'page.*') \
 	CMakeLists.txt pyproject.toml
 
 # As many tests side by side as there are cores.

@@ -224,7 +224,7 @@ def markdown(results: Results) -> str:
             ),
             n_left=3,
         ),
-        "### What the lines say besides",
+        "### Remarks",
         "\n".join(
             f"- {line.name}: {line.note.rstrip('.')}." for line in results.lines if line.note
         ),

@@ -16,10 +16,10 @@
 #include "core/prefetch.h"
 #include "core/shuffle.h"
 #include "core/vectorize.h"
+#include "kernels/bitmask.h"
 #include "kernels/lut_assign.h"
 #include "kernels/pack.h"
 #include "kernels/quantize.h"
-#include "kernels/sparsify.h"
 #include "kernels/vector_assign.h"
 
 namespace milpress {

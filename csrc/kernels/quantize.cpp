@@ -242,36 +242,30 @@ struct Quantizer {
       encode_piece(i * row.size() + begin, end - begin, steps, is_plain, kChunk);
     });
   }
-};
 
-template <typename T, typename Code>
-void quantize_rows(const Quantizer<T, Code>& quantizer) {
-  const MatrixView<const T> weights = quantizer.weights;
-  const CodeRange range = quantizer.range;
-  const std::span<T> scales = quantizer.scales;
-  const std::span<Code> offsets = quantizer.offsets;
-  const MatrixView<Code> codes = quantizer.codes;
-  check_quantize(weights, range, scales, offsets, codes);
-  if (weights.n_cols == 0) {
-    std::fill(scales.begin(), scales.end(), from_float<T>(1.0F));
-    std::fill(offsets.begin(), offsets.end(), static_cast<Code>(clamp_code(0, range)));
-    return;
-  }
-  if (weights.n_cols > 4 * kGrain) {
-    for (std::size_t i = 0; i < weights.n_rows; ++i) {
-      quantizer.giant_row(i);
+  void run() const {
+    check_quantize(weights, range, scales, offsets, codes);
+    if (weights.n_cols == 0) {
+      std::fill(scales.begin(), scales.end(), from_float<T>(1.0F));
+      std::fill(offsets.begin(), offsets.end(), static_cast<Code>(clamp_code(0, range)));
+      return;
     }
-    return;
-  }
-  const std::size_t grain = std::max<std::size_t>(1, kGrain / weights.n_cols);
-  parallel_for(weights.n_rows, grain, [&](std::size_t begin, std::size_t end) {
-    if (weights.n_cols <= kChunk) {
-      quantizer.short_rows(begin, end);
-    } else {
-      quantizer.long_rows(begin, end);
+    if (weights.n_cols > 4 * kGrain) {
+      for (std::size_t i = 0; i < weights.n_rows; ++i) {
+        giant_row(i);
+      }
+      return;
     }
-  });
-}
+    const std::size_t grain = std::max<std::size_t>(1, kGrain / weights.n_cols);
+    parallel_for(weights.n_rows, grain, [&](std::size_t begin, std::size_t end) {
+      if (weights.n_cols <= kChunk) {
+        short_rows(begin, end);
+      } else {
+        long_rows(begin, end);
+      }
+    });
+  }
+};
 
 }  // namespace
 
@@ -284,7 +278,7 @@ void check_steps(std::size_t n_rows, std::size_t n_scales, std::size_t n_offsets
 template <typename T, typename Code>
 void quantize(MatrixView<const T> weights, CodeRange range, std::span<T> scales,
               std::span<Code> offsets, MatrixView<Code> codes) {
-  quantize_rows(Quantizer<T, Code>{weights, {}, range, false, scales, offsets, codes});
+  Quantizer<T, Code>{weights, {}, range, false, scales, offsets, codes}.run();
 }
 
 template <typename T, typename Code>
@@ -293,7 +287,7 @@ void quantize_mse(MatrixView<const T> weights, MatrixView<const float> importanc
   if (importance.n_rows > 0) {
     check_shape("importance", importance, "weights", weights.n_rows, weights.n_cols);
   }
-  quantize_rows(Quantizer<T, Code>{weights, importance, range, true, scales, offsets, codes});
+  Quantizer<T, Code>{weights, importance, range, true, scales, offsets, codes}.run();
 }
 
 namespace {

@@ -26,10 +26,13 @@ def printable(text: str) -> str:
 class CompressionError(Exception):
     """Root of every error that milpress raises on purpose.
 
-    Its text is one line, also where it quotes names of a package, which may hold anything.
+    Its text is one line, also where it quotes names of a package, which may hold anything; where
+    it is raised with several texts, as several things are wrong, a line for each.
     """
 
     def __str__(self) -> str:
+        if len(self.args) > 1 and all(isinstance(text, str) for text in self.args):
+            return "\n".join(map(printable, self.args))
         return printable(super().__str__())
 
 

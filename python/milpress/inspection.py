@@ -13,6 +13,7 @@ from milpress.mil import values
 from milpress.mil.constexpr import is_constexpr
 from milpress.mil.graph import Graph, Node
 from milpress.mil.package import Package, n_package_bytes
+from milpress.plain import json
 from milpress.show import escaped, human_bytes, named_table
 
 if TYPE_CHECKING:
@@ -173,25 +174,13 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the inspection as JSON can hold it."""
+        names = ("dtype", "shape", "stored_as", "n_bytes", "bits_per_weight")
         return {
             "version": 1,
-            "path": self.path,
-            "package_bytes": self.package_bytes,
-            "specification_version": self.specification_version,
+            **json.record(self, "path", "package_bytes", "specification_version"),
             "functions": [{"name": name, "target": target} for name, target in self.functions],
             "op_counts": self.op_counts,
-            "weights": [
-                {
-                    "name": weight.name,
-                    "op_types": list(weight.op_types),
-                    "dtype": weight.dtype,
-                    "shape": list(weight.shape),
-                    "stored_as": weight.stored_as,
-                    "n_bytes": weight.n_bytes,
-                    "bits_per_weight": weight.bits_per_weight,
-                }
-                for weight in self.weights
-            ],
+            "weights": [json.record(each, "name", "op_types", *names) for each in self.weights],
         }
 
     def __rich__(self) -> Table:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from milpress.errors import ConfigError
 from milpress.formats import (
@@ -23,8 +24,13 @@ from milpress.formats import (
     Uniform,
     Unique,
 )
+from milpress.formats.quantized import IntDType
 from milpress.formats.ranges import CalibrationConfig
-from milpress.plain import patterns, yaml
+from milpress.plain import json, patterns, structure, yaml
+from milpress.plain.structure import structured
+
+if TYPE_CHECKING:
+    from cattrs import Converter
 
 # coremltools compresses weights of more than 2,048 elements.
 DEFAULT_MIN_SIZE = 2049
@@ -96,7 +102,7 @@ class Step:
 
     def __post_init__(self) -> None:
         if self.treatment is None and not self.rules:
-            msg = f"a step must have one of {', '.join(_KINDS)}, or rules, got neither"
+            msg = f"a step needs one of {', '.join(_KINDS)}, or rules"
             raise ConfigError(msg)
 
     def treatment_for(self, name: str, op_types: Sequence[str]) -> tuple[Treatment | Keep, int]:
@@ -199,7 +205,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not self.steps and self.activations is None:
-            msg = "a recipe must have steps, got none"
+            msg = "a recipe needs steps"
             raise ConfigError(msg)
 
     @classmethod
@@ -219,14 +225,9 @@ class Recipe:
         Raises
         ------
         ConfigError
-            If it is no YAML, or not of the recipe's form; the place is named.
+            If it is no YAML, or not of the recipe's form; a line for each place that is wrong.
         """
-        data = yaml.load(path, "a recipe")
-        try:
-            return cls.from_dict(data)
-        except ConfigError as error:
-            msg = f"{path}: {error}"
-            raise ConfigError(msg) from error
+        return _structured(yaml.load(path, "a recipe"), str(path))
 
     @classmethod
     def from_dict(cls, data: Any) -> Recipe:
@@ -235,317 +236,242 @@ class Recipe:
         Raises
         ------
         ConfigError
-            If a key is unknown or a value is not what it must be; the place is named.
+            If a key is unknown or a value is not what it must be; a line for each place that is
+            wrong.
         """
-        form = _Form(data, "the recipe")
-        if form.take("version", 1) != 1:
-            msg = f"version must be 1, got {data['version']!r}"
-            raise ConfigError(msg)
-        target = form.take("target", None)
-        if target is not None and not isinstance(target, str):
-            msg = f"target must be text, got {target!r}"
-            raise ConfigError(msg)
-        items = form.take_list("steps")
-        form.finish()
-        steps = [
-            _activation_step(item, f"steps[{i}]")
-            if isinstance(item, dict) and _ACTIVATIONS in item
-            else _step(item, f"steps[{i}]")
-            for i, item in enumerate(items)
-        ]
-        activations = [step for step in steps if isinstance(step, ActivationStep)]
-        if len(activations) > 1:
-            msg = f"one step at most must be {_ACTIVATIONS}, got {len(activations)}"
-            raise ConfigError(msg)
-        return cls(
-            steps=tuple(step for step in steps if isinstance(step, Step)),
-            target=target,
-            activations=activations[0] if activations else None,
-        )
+        return _structured(data, "")
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain dictionaries and lists from which `from_dict` builds the recipe again."""
-        data: dict[str, Any] = {"version": 1}
-        if self.target is not None:
-            data["target"] = self.target
-        first = [] if self.activations is None else [_activation_dict(self.activations)]
-        data["steps"] = first + [_step_dict(step) for step in self.steps]
-        return data
+        steps: list[Step | ActivationStep] = [*self.steps]
+        if self.activations is not None:
+            steps.insert(0, self.activations)
+        target = {} if self.target is None else {"target": self.target}
+        return {"version": 1, **target, "steps": [_step_dict(step) for step in steps]}
 
     def to_yaml(self) -> str:
         """Return the recipe as YAML."""
         return yaml.text(self.to_dict())
 
 
-class _Form:
-    """A mapping that must be used up: what is left over is an error that names it."""
+# What a file holds, key by key, where that is not as the values have it. Each becomes its value
+# while it is read, so that the place of whatever is wrong with it is known.
+_form = dataclass(frozen=True, kw_only=True)
 
-    def __init__(self, data: Any, place: str) -> None:
-        if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
-            msg = f"{place} must be a mapping with text keys, got {data!r}"
+
+@_form
+class _Palettize:
+    bits: int | None = None
+    group_size: int | None = None
+    channel_axis: int | None = None
+    vector_size: int | None = None
+    channel_scale: bool = False
+    table: Literal["kmeans", "uniform", "unique"] = "kmeans"
+    seed: int = 0
+
+    def value(self) -> PalettizeConfig:
+        settings = _changed(self, "table", "seed")
+        table: Table = Uniform() if self.table == "uniform" else KMeans(self.seed)
+        if self.table == "unique":
+            table = Unique()
+            settings.setdefault("bits", None)
+        return PalettizeConfig(table=table, **settings)
+
+
+@_form
+class _Quantize:
+    dtype: IntDType = "int8"
+    block_size: int | tuple[int, ...] | None = None
+    granularity: Literal["per_tensor", "per_channel", "per_block"] | None = None
+    offset: bool = False
+    range: Literal["minmax", "mse"] = "minmax"
+
+    def value(self) -> QuantizeConfig:
+        named = self.granularity or ("per_channel" if self.block_size is None else "per_block")
+        if (named == "per_block") != (self.block_size is not None):
+            msg = f"block_size goes with granularity per_block, got {self.block_size} with {named}"
             raise ConfigError(msg)
-        self._data = dict(data)
-        self._place = place
-        self._known: list[str] = []
+        granularity: Granularity = PerTensor() if named == "per_tensor" else PerChannel()
+        if isinstance(self.block_size, tuple):
+            granularity = Blocks(self.block_size)
+        elif self.block_size is not None:
+            granularity = PerBlock(self.block_size)
+        return QuantizeConfig(
+            dtype=self.dtype, granularity=granularity, offset=self.offset, range=self.range
+        )
 
-    def take(self, key: str, default: Any) -> Any:
-        self._known.append(key)
-        return self._data.pop(key, default)
 
-    def take_list(self, key: str) -> list[Any]:
-        items = self.take(key, [])
-        if not isinstance(items, list):
-            msg = f"{self._place}: {key} must be a list, got {items!r}"
+@_form
+class _Treated:
+    palettize: PalettizeConfig | None = None
+    quantize: QuantizeConfig | None = None
+    prune: PruneConfig | None = None
+
+    @property
+    def treatment(self) -> Treatment | None:
+        treatments = {kind: getattr(self, kind) for kind in _KINDS if getattr(self, kind)}
+        if len(treatments) > 1:
+            msg = f"{' and '.join(treatments)} stand together; give each a step of its own"
             raise ConfigError(msg)
-        return items
+        return next(iter(treatments.values()), None)
 
-    def finish(self) -> None:
-        if self._data:
-            msg = (
-                f"{self._place} must have no keys but {', '.join(self._known)}, "
-                f"got {', '.join(sorted(self._data))}"
-            )
+
+@_form
+class _Rule(_Treated):
+    name: str | None = None
+    op_types: tuple[str, ...] = ()
+    min_size: int = DEFAULT_MIN_SIZE
+    keep: bool = False
+
+    def value(self) -> Rule:
+        if self.keep == (self.treatment is not None):
+            msg = f"a rule has either keep: true or one of {', '.join(_KINDS)}"
             raise ConfigError(msg)
+        select = Select(name=self.name, op_types=self.op_types, min_size=self.min_size)
+        return Rule(select=select, treatment=self.treatment or Keep())
 
 
-def _step(data: Any, place: str) -> Step:
-    form = _Form(data, place)
-    treatment = _treatment(form, place)
-    select = _select(_Form(form.take("select", {}), f"{place}.select"), f"{place}.select")
-    rules = form.take_list("rules")
-    form.finish()
-    return Step(
-        treatment=treatment,
-        select=select,
-        rules=tuple(_rule(rule, f"{place}.rules[{i}]") for i, rule in enumerate(rules)),
+@_form
+class _Step(_Treated):
+    select: Select = Select()
+    rules: tuple[Rule, ...] = ()
+
+    def value(self) -> Step:
+        return Step(treatment=self.treatment, select=self.select, rules=self.rules)
+
+
+@_form
+class _Ops:
+    name: str | None = None
+    op_types: tuple[str, ...] = ()
+
+    def value(self) -> Select:
+        return Select(name=self.name, op_types=self.op_types)
+
+
+@_form
+class _KeptOps(_Ops):
+    keep: Literal[True]
+
+
+@_form
+class _Activations(CalibrationConfig):
+    dtype: IntDType = "int8"
+    offset: bool = False
+
+
+@_form
+class _ActivationStep:
+    quantize_activations: _Activations
+    select: _Ops = _Ops()
+    rules: tuple[_KeptOps, ...] = ()
+
+    def value(self) -> ActivationStep:
+        settings = _changed(self.quantize_activations)
+        codes = {key: settings.pop(key) for key in ("dtype", "offset") if key in settings}
+        return ActivationStep(
+            codes=replace(_CODES, **codes),
+            calibration=CalibrationConfig(**settings),
+            select=self.select.value(),
+            keep=tuple(rule.value() for rule in self.rules),
+        )
+
+
+@_form
+class _Recipe:
+    version: Literal[1] = 1
+    target: str | None = None
+    steps: tuple[Step | ActivationStep, ...] = ()
+
+    def value(self) -> Recipe:
+        activations = [step for step in self.steps if isinstance(step, ActivationStep)]
+        if len(activations) > 1:
+            msg = f"only one step can be {_ACTIVATIONS}, got {len(activations)}"
+            raise ConfigError(msg)
+        return Recipe(
+            steps=tuple(step for step in self.steps if isinstance(step, Step)),
+            target=self.target,
+            activations=activations[0] if activations else None,
+        )
+
+
+@functools.cache
+def _reader() -> Converter:
+    reader = structure.reader()
+
+    def read_as(kind: Any, form_of: Callable[[Any], Any]) -> None:
+        reader.register_structure_hook(
+            kind, lambda data, _: reader.structure(data, form_of(data)).value()
+        )
+
+    read_as(PalettizeConfig, lambda _: _Palettize)
+    read_as(QuantizeConfig, lambda _: _Quantize)
+    read_as(Rule, lambda _: _Rule)
+    read_as(Recipe, lambda _: _Recipe)
+    read_as(
+        Step | ActivationStep,
+        lambda data: _ActivationStep if isinstance(data, dict) and _ACTIVATIONS in data else _Step,
     )
 
+    def block_size(data: Any, _: Any) -> Any:
+        kind: Any = tuple[int, ...] if isinstance(data, list) else int
+        return None if data is None else reader.structure(data, kind)
 
-def _activation_step(data: Any, place: str) -> ActivationStep:
-    form = _Form(data, place)
-    where = f"{place}.{_ACTIVATIONS}"
-    settings = _Form(form.take(_ACTIVATIONS, {}), where)
-    codes: dict[str, Any] = {
-        key: settings.take(key, default) for key, default in (("dtype", "int8"), ("offset", False))
-    }
-    calibration: dict[str, Any] = {
-        field.name: settings.take(field.name, field.default) for field in fields(CalibrationConfig)
-    }
-    settings.finish()
-    select = _op_select(_Form(form.take("select", {}), f"{place}.select"), f"{place}.select")
-    keep = []
-    for i, rule in enumerate(form.take_list("rules")):
-        inner = _Form(rule, f"{place}.rules[{i}]")
-        if inner.take("keep", False) is not True:
-            msg = f"{place}.rules[{i}] must have keep: true, got {rule!r}"
-            raise ConfigError(msg)
-        keep.append(_op_select(inner, f"{place}.rules[{i}]"))
-    form.finish()
-    return ActivationStep(
-        codes=QuantizeConfig(granularity=PerTensor(), **codes),
-        calibration=CalibrationConfig(**calibration),
-        select=select,
-        keep=tuple(keep),
-    )
+    reader.register_structure_hook(int | tuple[int, ...] | None, block_size)
+    reader.register_structure_hook(float, structure.number)  # as it was given
+    return reader
 
 
-def _op_select(form: _Form, place: str) -> Select:
-    select = _select(form, place)
-    if select.min_size != DEFAULT_MIN_SIZE:
-        msg = f"{place} must select ops by name and op_types, got min_size"
-        raise ConfigError(msg)
-    return select
+def _structured(data: Any, place: str) -> Recipe:
+    recipe: Recipe = structured(data, Recipe, place, error=ConfigError, converter=_reader())
+    return recipe
 
 
-def _activation_dict(step: ActivationStep) -> dict[str, Any]:
-    settings: dict[str, Any] = {"dtype": step.codes.dtype}
-    if step.codes.offset:
-        settings["offset"] = True
-    for field in fields(CalibrationConfig):
-        value = getattr(step.calibration, field.name)
-        if value != field.default:
-            settings[field.name] = value
-    data: dict[str, Any] = {_ACTIVATIONS: settings}
-    select = _select_dict(step.select)
-    if select:
+def treatment_dict(treatment: Treatment | Keep | None) -> dict[str, Any]:
+    """Return a treatment as the recipe's own words, ``{kind: settings}``."""
+    if isinstance(treatment, QuantizeConfig):
+        granularity = treatment.granularity
+        where: dict[str, Any] = {"granularity": "per_channel"}
+        if isinstance(granularity, PerTensor):
+            where = {"granularity": "per_tensor"}
+        elif isinstance(granularity, PerBlock):
+            where = {"block_size": granularity.size}
+        elif isinstance(granularity, Blocks):
+            where = {"block_size": list(granularity.shape)}
+        return {"quantize": {"dtype": treatment.dtype} | where | _changed(treatment, "granularity")}
+    if isinstance(treatment, PalettizeConfig):
+        settings = {"bits": treatment.bits} | _changed(treatment, "table")
+        if not isinstance(treatment.table, KMeans):
+            settings["table"] = type(treatment.table).__name__.lower()
+        elif treatment.table.seed:
+            settings["seed"] = treatment.table.seed
+        return {"palettize": settings}
+    if isinstance(treatment, PruneConfig):
+        return {"prune": _changed(treatment)}
+    return {} if treatment is None else {"keep": True}
+
+
+def _step_dict(step: Step | ActivationStep) -> dict[str, Any]:
+    if isinstance(step, Step):
+        data, rules = treatment_dict(step.treatment), step.rules
+    else:
+        codes = {"dtype": step.codes.dtype} | _changed(step.codes, "granularity")
+        data = {_ACTIVATIONS: codes | _changed(step.calibration)}
+        rules = tuple(Rule(select=select, treatment=Keep()) for select in step.keep)
+    if select := _changed(step.select):
         data["select"] = select
-    if step.keep:
-        data["rules"] = [_select_dict(each) | {"keep": True} for each in step.keep]
+    if rules:
+        data["rules"] = [_changed(each.select) | treatment_dict(each.treatment) for each in rules]
     return data
 
 
-def _rule(data: Any, place: str) -> Rule:
-    form = _Form(data, place)
-    keep = form.take("keep", False)
-    treatment = _treatment(form, place)
-    if not isinstance(keep, bool) or keep == (treatment is not None):
-        msg = f"{place} must have either keep: true or one of {', '.join(_KINDS)}, got {data!r}"
-        raise ConfigError(msg)
-    select = _select(form, place)
-    return Rule(select=select, treatment=Keep() if treatment is None else treatment)
-
-
-def _select(form: _Form, place: str) -> Select:
-    name = form.take("name", None)
-    if name is not None and not isinstance(name, str):
-        msg = f"{place}: name must be text, got {name!r}"
-        raise ConfigError(msg)
-    op_types = form.take_list("op_types")
-    if not all(isinstance(kind, str) for kind in op_types):
-        msg = f"{place}: op_types must be a list of text, got {op_types!r}"
-        raise ConfigError(msg)
-    min_size = form.take("min_size", DEFAULT_MIN_SIZE)
-    form.finish()
-    return Select(
-        name=name, op_types=tuple(op_types), min_size=_number(min_size, int, f"{place}.min_size")
-    )
-
-
-def _treatment(form: _Form, place: str) -> Treatment | None:
-    given = {kind: form.take(kind, None) for kind in _KINDS}
-    given = {kind: settings for kind, settings in given.items() if settings is not None}
-    if len(given) > 1:
-        msg = f"{place} must have one of {', '.join(_KINDS)}, got {' and '.join(given)}"
-        raise ConfigError(msg)
-    for kind, settings in given.items():
-        return treatment_from_dict(kind, settings, place)
-    return None
-
-
-def treatment_from_dict(kind: str, settings: Any, place: str = "the recipe") -> Treatment:
-    """Build the treatment of that kind from its settings.
-
-    Raises
-    ------
-    ConfigError
-        If a setting is unknown or not what it must be.
-    """
-    place = f"{place}.{kind}"
-    form = _Form(settings, place)
-    try:
-        if kind == "quantize":
-            return _quantize_config(form, place)
-        return _palettize_config(form, place) if kind == "palettize" else _prune_config(form, place)
-    except ConfigError as error:
-        if str(error).startswith(place):
-            raise
-        msg = f"{place}: {error}"
-        raise ConfigError(msg) from error
-
-
-def _palettize_config(form: _Form, place: str) -> PalettizeConfig:
-    named = form.take("table", "kmeans")
-    seed = form.take("seed", 0)
-    tables: dict[str, Table] = {"kmeans": KMeans(_number(seed, int, f"{place}.seed"))}
-    tables |= {"uniform": Uniform(), "unique": Unique()}
-    if not isinstance(named, str) or named not in tables:
-        msg = f"{place}: table must be one of {', '.join(tables)}, got {named!r}"
-        raise ConfigError(msg)
-    channel_scale = form.take("channel_scale", False)
-    if not isinstance(channel_scale, bool):
-        msg = f"{place}: channel_scale must be true or false, got {channel_scale!r}"
-        raise ConfigError(msg)
-    given = _numbers(form, place, int, "bits", "group_size", "channel_axis", "vector_size")
-    form.finish()
-    if named == "unique":
-        given.setdefault("bits", None)
-    return PalettizeConfig(table=tables[named], channel_scale=channel_scale, **given)
-
-
-def _prune_config(form: _Form, place: str) -> PruneConfig:
-    n_m: Any = tuple(_number(number, int, f"{place}.n_m") for number in form.take_list("n_m"))
-    given = _numbers(form, place, float, "sparsity", "threshold", "min_sparsity")
-    given |= _numbers(form, place, int, "block_size", "axis")
-    form.finish()
-    return PruneConfig(n_m=n_m or None, **given)
-
-
-def _numbers(form: _Form, place: str, kind: type[int] | type[float], *keys: str) -> dict[str, Any]:
-    """Return those of the settings that are given."""
-    taken = {key: form.take(key, None) for key in keys}
+def _changed(value: Any, *but: str) -> dict[str, Any]:
+    """Return the fields that are not as by default, as a file has them."""
     return {
-        key: _number(value, kind, f"{place}.{key}")
-        for key, value in taken.items()
-        if value is not None
+        item.name: json.plain(getattr(value, item.name))
+        for item in fields(value)
+        if item.name not in but and getattr(value, item.name) != item.default
     }
-
-
-def _quantize_config(form: _Form, place: str) -> QuantizeConfig:
-    dtype = form.take("dtype", "int8")
-    block_size = form.take("block_size", None)
-    named = form.take("granularity", None)
-    offset = form.take("offset", False)
-    kind = form.take("range", "minmax")
-    form.finish()
-    granularities: dict[str, Granularity] = {
-        "per_tensor": PerTensor(),
-        "per_channel": PerChannel(),
-    }
-    if block_size is not None:
-        if named not in (None, "per_block"):
-            msg = f"{place} must have granularity per_block with block_size, got {named!r}"
-            raise ConfigError(msg)
-        where = f"{place}.block_size"
-        if isinstance(block_size, list):
-            sizes = tuple(_number(size, int, where) for size in block_size)
-            granularity: Granularity = Blocks(sizes)
-        else:
-            granularity = PerBlock(_number(block_size, int, where))
-    elif named in (None, *granularities):
-        granularity = granularities[named or "per_channel"]
-    else:
-        msg = (
-            f"{place}: granularity must be per_tensor or per_channel, or block_size given, "
-            f"got {named!r}"
-        )
-        raise ConfigError(msg)
-    return QuantizeConfig(dtype=dtype, granularity=granularity, offset=offset, range=kind)
-
-
-def _number(value: Any, kind: type[int] | type[float], place: str) -> Any:
-    if isinstance(value, bool) or not isinstance(value, (int, kind)):
-        msg = f"{place} must be {'a whole' if kind is int else 'a'} number, got {value!r}"
-        raise ConfigError(msg)
-    return value
-
-
-def treatment_dict(treatment: Treatment) -> dict[str, dict[str, Any]]:
-    """Return a treatment as the recipe's own words, ``{kind: settings}``."""
-    if isinstance(treatment, QuantizeConfig):
-        return {"quantize": _quantize_dict(treatment)}
-    settings = {
-        field.name: getattr(treatment, field.name)
-        for field in fields(treatment)
-        if getattr(treatment, field.name) != field.default
-    }
-    if isinstance(treatment, PalettizeConfig):
-        return {"palettize": {"bits": treatment.bits} | settings | _table_dict(treatment)}
-    if treatment.n_m is not None:
-        settings["n_m"] = list(treatment.n_m)
-    return {"prune": settings}
-
-
-def _quantize_dict(treatment: QuantizeConfig) -> dict[str, Any]:
-    settings: dict[str, Any] = {"dtype": treatment.dtype}
-    if isinstance(treatment.granularity, PerBlock):
-        settings["block_size"] = treatment.granularity.size
-    elif isinstance(treatment.granularity, Blocks):
-        settings["block_size"] = list(treatment.granularity.shape)
-    else:
-        is_tensor = isinstance(treatment.granularity, PerTensor)
-        settings["granularity"] = "per_tensor" if is_tensor else "per_channel"
-    if treatment.offset:
-        settings["offset"] = True
-    if treatment.range != "minmax":
-        settings["range"] = treatment.range
-    return settings
-
-
-def _table_dict(treatment: PalettizeConfig) -> dict[str, Any]:
-    table = treatment.table
-    if isinstance(table, KMeans):
-        return {"seed": table.seed} if table.seed else {}
-    return {"table": type(table).__name__.lower()}
 
 
 def describe(treatment: Treatment) -> str:
@@ -582,32 +508,3 @@ def _describe_palette(treatment: PalettizeConfig) -> str:
     if treatment.channel_scale:
         words.append("channel scales")
     return ", ".join(words)
-
-
-def _select_dict(select: Select) -> dict[str, Any]:
-    data: dict[str, Any] = {}
-    if select.name is not None:
-        data["name"] = select.name
-    if select.op_types:
-        data["op_types"] = list(select.op_types)
-    if select.min_size != DEFAULT_MIN_SIZE:
-        data["min_size"] = select.min_size
-    return data
-
-
-def _step_dict(step: Step) -> dict[str, Any]:
-    data: dict[str, Any] = {} if step.treatment is None else treatment_dict(step.treatment)
-    select = _select_dict(step.select)
-    if select:
-        data["select"] = select
-    if step.rules:
-        data["rules"] = [
-            _select_dict(rule.select)
-            | (
-                {"keep": True}
-                if isinstance(rule.treatment, Keep)
-                else treatment_dict(rule.treatment)
-            )
-            for rule in step.rules
-        ]
-    return data

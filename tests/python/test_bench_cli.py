@@ -16,7 +16,7 @@ from device_results import entry, model, placement, result
 
 import milpress
 from milpress import device, errors
-from milpress.device import schema, suite
+from milpress.device import files, rules, schema, suite
 from milpress.samples.files import read_samples, write_samples
 
 QUICK = ("--warmup", 1, "--round", 2, "--min-rounds", 2, "--max-rounds", 2)
@@ -100,16 +100,16 @@ def test_a_replay_says_what_it_is_of_and_has_the_same_statistics(benched, tmp_pa
     line = failed("bench", "run", "--driver", "replay", "--recorded", out, "-o", again)
     assert "a replay must be of something that ran, got replay" in line
     other = tmp_path / "other.json"
-    schema.save(result("measured"), other)
+    files.save(result("measured"), other)
     line = failed("bench", "validate", out, "--origin", other, code=1)
     assert "the origin must be measured" in line
 
 
 def test_a_replay_of_a_measured_result_keeps_what_the_device_told(tmp_path):
     origin = tmp_path / "measured.json"
-    schema.save(result("measured"), origin)
+    files.save(result("measured"), origin)
     played = device.replay(origin)
-    assert schema.problems(played) == []
+    assert rules.problems(played) == []
     assert played.device == result("measured").device
     for one, two in zip(result("measured").entries, played.entries, strict=True):
         assert one.timing is not None
@@ -140,7 +140,7 @@ def test_without_a_mac_core_ml_is_refused_and_nothing_is_written(command, crepe_
         (["run", "m", "--recorded", "r"], "--recorded has no effect without --driver replay"),
         (["run", "m", "-o", "no/r.json"], "/no does not exist"),
         (["suite", "none.mlpackage"], "none.mlpackage: no such package"),
-        (["suite", "m", "--suite", "none.yaml"], "none.yaml: a suite must be there, got nothing"),
+        (["suite", "m", "--suite", "none.yaml"], "none.yaml: no such file"),
     ],
 )
 def test_a_wrong_call_is_one_sentence(arguments, message, tmp_path, monkeypatch):
@@ -167,7 +167,7 @@ def test_kinds_do_not_stand_in_one_table(tmp_path):
     paths = []
     for kind in ("measured", "cpu_reference"):
         paths.append(tmp_path / f"{kind}.json")
-        schema.save(result(kind), paths[-1])
+        files.save(result(kind), paths[-1])
     line = failed("bench", "compare", *paths)
     assert "results must be of one kind to stand in one table, got cpu_reference and meas" in line
 
@@ -185,7 +185,7 @@ def test_machines_are_named_where_they_differ(tmp_path):
     paths = []
     for name, made in (("one", one), ("other", other)):
         paths.append(tmp_path / f"{name}.json")
-        schema.save(made, paths[-1])
+        files.save(made, paths[-1])
     data = json.loads(run("bench", "compare", *paths, "--json").stdout)
     assert len({row["machine"] for row in data["rows"]}) == 2
     assert data["rows"][3]["ratio"] is None
@@ -198,7 +198,7 @@ def test_runs_are_named_where_there_are_several(tmp_path):
     made = [result("measured"), result("measured", created="2026-03-04T05:06:07Z", run_id="b")]
     paths = [tmp_path / f"{i}.json" for i in range(2)]
     for path, each in zip(paths, made, strict=True):
-        schema.save(each, path)
+        files.save(each, path)
     shown = run("bench", "compare", *paths).stdout
     lines = [line for line in shown.splitlines() if line.strip().startswith("tiny ")]
     assert ["1, 2026-01-01 00:00" in line for line in lines] == [True, True, False, False]
@@ -222,7 +222,7 @@ def test_hostile_names_do_not_steer_the_terminal(tmp_path):
     evil = "[/red][bold]\x1b[2J\r\nevil\u202e"
     path = tmp_path / "r.json"
     made = entry("cpu_reference", "INTERPRETER", evil, model=model(evil))
-    schema.save(result("cpu_reference", made), path)
+    files.save(result("cpu_reference", made), path)
     shown = run("bench", "compare", path).stdout
     assert "\x1b" not in shown
     assert "\u202e" not in shown
@@ -304,15 +304,15 @@ variants:
     failure = found.entries[2].failure
     assert failure is not None
     assert failure.phase == "compress"
-    assert "some weight must be compressed" in failure.message
+    assert "no weight can be compressed" in failure.message
     report = json.loads((out / "reports" / "int8.json").read_text())
     assert report["verified"] is True
     assert Path(report["destination"]) == out / "models" / "int8.mlpackage"
     page = (out / "report.html").read_text()
     assert "CPU reference" in page
-    assert "some weight must be compressed" in page
+    assert "no weight can be compressed" in page
     assert "Published by Apple" in page
-    assert "must be empty or not there" in failed(
+    assert "exists already and is not an empty folder" in failed(
         *("bench", "suite", crepe_tiny, "--driver", "interpreter", "-o", out)
     )
 
@@ -328,7 +328,7 @@ def test_a_variant_with_activations_gets_samples(crepe_tiny, tmp_path):
 
 def test_bench_loads_neither_torch_nor_coremltools_to_look_at_results(tmp_path):
     path = tmp_path / "r.json"
-    schema.save(result("measured"), path)
+    files.save(result("measured"), path)
     code = f"""
 import sys
 from milpress.cli.app import main

@@ -353,10 +353,10 @@ def test_a_cache_is_read_only_for_the_same_package_and_samples(build, tmp_path):
     assert ran
     assert key(again) != key(first)
     assert key(Calibration.load(cache)) == key(again)
-    with pytest.raises(ConfigError, match="calibration is of another package"):
+    with pytest.raises(ConfigError, match="the calibration is of another package than"):
         calibrate(build("layers"), again)
     cache.write_bytes(b"PK other")
-    with pytest.raises(InputError, match=r"cache\.npz: not a calibration"):
+    with pytest.raises(InputError, match=r"cache\.npz: not a calibration that milpress saved"):
         calibrate(path, RandomSamples(2), cache=cache)
 
 

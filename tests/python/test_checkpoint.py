@@ -93,7 +93,9 @@ def test_feedback_and_corrections_go_on(build, interrupt, tmp_path):
         {"sample_data": {"x": x + 1}},
         {"bias_correction": False},
     ):
-        with pytest.raises(ConfigError, match="must be of the same package, samples and settings"):
+        with pytest.raises(
+            ConfigError, match="holds weights of another package, other samples or settings"
+        ):
             milpress.compress(
                 source, out, recipe_of("palettes"), checkpoint=folder, **(settings | other)
             )
@@ -145,7 +147,7 @@ def test_a_damaged_file_is_named(build, interrupt, tmp_path):
     whole = path.read_bytes()
     for damaged in (b"", b"PK other", whole[: len(whole) // 2]):
         path.write_bytes(damaged)
-        with pytest.raises(ConfigError, match=rf"{path.name}: must be a weight that was kept"):
+        with pytest.raises(ConfigError, match=rf"{path.name}: not a weight of an interrupted run"):
             milpress.compress(source, out, recipe_of("palettes"), checkpoint=folder)
 
 

@@ -636,7 +636,7 @@ def test_moments_alone_do_not_quantize_activations(net, tmp_path):
     recipe = ours.Recipe.from_dict({"steps": [{"quantize_activations": {"dtype": "int8"}}]})
     moments = ours.calibrate(source, samples_of(source))
     out = tmp_path / "out.mlpackage"
-    with pytest.raises(ConfigError, match="sample_data must be samples"):
+    with pytest.raises(ConfigError, match="needs the samples themselves, not statistics of them"):
         ours.compress(source, out, recipe, sample_data=moments)
     assert not out.exists()
 

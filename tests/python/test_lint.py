@@ -19,7 +19,8 @@ from small_models import TARGETS, save, weight
 import milpress
 from milpress import formats as f
 from milpress.errors import ConfigError
-from milpress.planner.linting import Facts, Platform, warning
+from milpress.planner.facts import Facts, Platform
+from milpress.planner.linting import warning
 from milpress.recipe import Recipe, Step
 
 PALETTE = f.PalettizeConfig(bits=4, group_size=16)
@@ -341,18 +342,24 @@ def test_a_file_of_facts_refutes_changes_and_adds(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"id": "new"}, "a new fact must have"),
-        ({"id": "blocks-leave-ane", "unit": "npu"}, "unit must be one of"),
+        ({"id": "new"}, r"facts\[0\]: when, unit, effect, says, instead, status, sources must be"),
+        (
+            {"id": "blocks-leave-ane", "unit": "npu"},
+            r"facts\[0\]: unit must be one of ane, gpu",
+        ),
         ({"id": "blocks-leave-ane", "effect": "bad"}, "effect must be one of"),
         ({"id": "blocks-leave-ane", "status": "true"}, "status must be one of"),
         ({"id": "blocks-leave-ane", "sources": []}, "sources must name"),
-        ({"id": "blocks-leave-ane", "sources": "here"}, "must be a list"),
+        ({"id": "blocks-leave-ane", "sources": "here"}, r"sources must be a list, got 'here'"),
         ({"id": "blocks-leave-ane", "when": {"colour": 1}}, "when must be conditions on"),
         ({"id": "blocks-leave-ane", "when": {"bits": {"under": 1}}}, "below or above"),
         ({"id": "blocks-leave-ane", "from_os": "Linux"}, "a system must be such as"),
         ({"id": "blocks-leave-ane", "before_chip": ["X1"]}, "a chip must be such as"),
-        ({"id": "blocks-leave-ane", "wen": {}}, "must have no keys but"),
-        ({"says": "no id"}, "must be a mapping with an id"),
+        (
+            {"id": "blocks-leave-ane", "wen": {}},
+            r"facts\[0\]: unknown key wen; the keys are",
+        ),
+        ({"says": "no id"}, r"facts\[0\]: id, when, .* must be given"),
     ],
 )
 def test_a_wrong_fact_is_named(tmp_path, entry, message):

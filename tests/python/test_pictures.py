@@ -163,7 +163,7 @@ def test_files_are_named_after_the_inputs_if_several_must_be_given(tmp_path):
     np.testing.assert_array_equal(sample["image"], array)
     np.testing.assert_array_equal(sample["x"], values)
     save(tmp_path / "image.jpg", array)
-    with pytest.raises(InputError, match=r"one file for each input, got image\.png beside"):
+    with pytest.raises(InputError, match=r"several files for input 'image', such as image\.png"):
         Samples(tmp_path, [image(), number("x")])
 
 
@@ -189,14 +189,17 @@ def test_paths_may_be_among_arrays(tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"a.png": b"no picture"}, r"a\.png: must be a picture that can be read, PNG or JPEG"),
-        ({"a.png": b"\x89PNG\r\n\x1a\n" + bytes(40)}, r"a\.png: must be a picture that can be"),
+        ({"a.png": b"no picture"}, r"a\.png: not a PNG or JPEG picture that can be read"),
+        (
+            {"a.png": b"\x89PNG\r\n\x1a\n" + bytes(40)},
+            r"a\.png: not a PNG or JPEG picture that can be read",
+        ),
         ({"a.png": b"", "b.npz": b""}, r"must be pictures or arrays, got b\.npz beside a\.png"),
         ({"a.png": b"", "b.npy": b""}, r"must be pictures or arrays, got b\.npy beside a\.png"),
         ({"a.heic": b""}, r"a\.heic: a picture must be a \.png, \.jpg or \.jpeg file, got \.heic"),
-        ({}, r"no samples in it; they are \.npz or \.npy files, or pictures"),
-        ({"a.txt": b""}, r"there must be samples, got a\.txt; they are"),
-        ({"cats/": b""}, r"there must be samples, got the folder cats; they are"),
+        ({}, r"no samples in it; samples are \.npz or \.npy files, or pictures"),
+        ({"a.txt": b""}, r"no samples in it, but a\.txt; samples are"),
+        ({"cats/": b""}, r"no samples in it, but the folder cats; samples are"),
     ],
 )
 def test_what_can_not_be_read_is_named(tmp_path, files, message):
@@ -213,7 +216,7 @@ def test_a_picture_that_is_cut_off_is_named(tmp_path):
     for name in ("a.png", "b.jpg"):
         path = save(tmp_path / name, pixels(64, 64, 3))
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        with pytest.raises(InputError, match=f"{name}: must be a picture that can be read"):
+        with pytest.raises(InputError, match=f"{name}: not a PNG or JPEG picture that can be read"):
             list(Samples(path, [image(height=64, width=64)]))
 
 

@@ -353,11 +353,11 @@ def test_names_that_look_like_patterns_mean_themselves(tmp_path):
         ),
         ({"target_bits": 4, "formats": ["palette-5"]}, ConfigError, "bits must be one of"),
         ({"target_bits": 4, "formats": ["int5"]}, ConfigError, "a format must be such as"),
-        ({"target_bits": 4, "formats": []}, ConfigError, "at least one treatment"),
+        ({"target_bits": 4, "formats": []}, ConfigError, "formats is empty: name at least one"),
         ({"target_bits": 4, "max_formats": 0}, ConfigError, "max_formats must be at least 1"),
         ({"target_bits": 4, "prefer": "npu"}, ConfigError, "a compute unit must be one of"),
         ({"target_bits": 4, "keep": ["re:["]}, ConfigError, "regular expression"),
-        ({"target_bits": 4, "min_size": 10**9}, UnsupportedError, "there must be a weight"),
+        ({"target_bits": 4, "min_size": 10**9}, UnsupportedError, "no weight to plan"),
     ],
 )
 def test_bad_settings_are_named(model, settings, error, message):

@@ -238,5 +238,7 @@ def test_either_output_may_say_how_many_boxes_there_are():
     assert n_boxes([7, N_CLASSES], [7, 4]) == n_boxes([], [7, 4]) == (7, 7)
     assert n_boxes([7, N_CLASSES], []) == (7, 7)
     assert n_boxes([], []) == (0, None)
-    with pytest.raises(PackageError, match="room for the same number of boxes"):
+    with pytest.raises(
+        PackageError, match="the two outputs have room for different numbers of boxes"
+    ):
         n_boxes([7, N_CLASSES], [8, 4])

@@ -299,5 +299,7 @@ def test_a_model_prepared_for_something_else_is_pruned_in_place_only():
         P.MagnitudePruner(model).prepare()
     pruner = P.MagnitudePruner(model)
     pruner.prepare(inplace=True)
-    with pytest.raises(LifecycleError, match="finalized before pruning"):
+    with pytest.raises(
+        LifecycleError, match="finalize palettization or quantization before pruning"
+    ):
         pruner.finalize()

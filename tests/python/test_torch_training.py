@@ -203,7 +203,9 @@ def test_pruning_is_prepared_last_and_finalized_last():
             pruner(other).prepare()
         later = pruner(other)
         later.prepare(inplace=True)
-        with pytest.raises(LifecycleError, match="finalized before pruning"):
+        with pytest.raises(
+            LifecycleError, match="finalize palettization or quantization before pruning"
+        ):
             later.finalize()
 
 

@@ -16,10 +16,13 @@ from device_results import device, entry, failed, model, placement, result
 
 from milpress import errors, page
 from milpress.device import schema
-from milpress.page import words
-from milpress.page.collect import Literature
+from milpress.page import captions
+from milpress.page.groups import groups
+from milpress.page.sources import Literature
 
-EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>[/red]\x1b[2J\u202e|`*\"'&"
+EVIL = (
+    "</script><script>alert(1)</script><img src=x onerror=alert(2)>[/red]\x1b[2J\u202e\u2028|`*\"'&"
+)
 
 
 def compression(name: str = "small", source: str = "tiny", **changes: Any) -> dict[str, Any]:
@@ -42,6 +45,7 @@ def compression(name: str = "small", source: str = "tiny", **changes: Any) -> di
         "treatment": "",
         "note": "too small",
         "snr_db": None,
+        "bytes_after": 6144,
         "bits_per_weight": 16.0,
     }
     return {
@@ -50,7 +54,7 @@ def compression(name: str = "small", source: str = "tiny", **changes: Any) -> di
         "destination": f"models/{name}.mlpackage",
         "package_bytes_before": 8000,
         "package_bytes_after": 3000,
-        "bits_per_weight": 4.1,
+        "bits_per_weight": 10.04,
         "snr_db": 21.0,
         "verified": True,
         "notes": [],
@@ -238,11 +242,11 @@ def test_accuracies_of_other_samples_do_not_stand_beside_each_other(tmp_path):
     made = page.collect(sources)
     kept = {each.name for each in made.packages if each.metrics and not each.is_original}
     assert kept == {"one", "two"}
-    (text,) = [b.text for b in words.banners(made) if b.name == "Accuracy left out"]
-    assert text == "That of three, four, small, broken is of other samples than the rest."
-    assert not any(b.name == "Random inputs" for b in words.banners(made))
+    (text,) = [b.text for b in captions.banners(made) if b.name == "Accuracy left out"]
+    assert text == "The accuracy of three, four, small, broken is of other samples than the rest."
+    assert not any(b.name == "Random inputs" for b in captions.banners(made))
     alone = page.collect(sources[4:])
-    assert any(b.name == "Random inputs" for b in words.banners(alone))
+    assert any(b.name == "Random inputs" for b in captions.banners(alone))
 
 
 @pytest.mark.parametrize(
@@ -259,9 +263,9 @@ def test_accuracies_of_other_samples_do_not_stand_beside_each_other(tmp_path):
     ],
 )
 def test_colours_are_of_kinds_of_treatment(treatment, family):
-    from milpress.page.collect import Package
+    from milpress.page.collect import PackageResults
 
-    assert Package(path="m", name="m", treatment=treatment).family == family
+    assert PackageResults(path="m", name="m", treatment=treatment).family == family
 
 
 @pytest.mark.parametrize("kind", schema.KINDS)
@@ -270,8 +274,8 @@ def test_every_kind_has_its_banner_in_both_forms(kind, tmp_path):
     for name in ("r.html", "r.md"):
         page.write(sources, tmp_path / name)
     html, markdown = (tmp_path / "r.html").read_text(), (tmp_path / "r.md").read_text()
-    assert f'<div class="banner {kind}" role="note"><b>{words.KIND_NAMES[kind]}</b>' in html
-    assert f"> **{words.KIND_NAMES[kind]}.**" in markdown
+    assert f'<div class="banner {kind}" role="note"><b>{captions.KIND_NAMES[kind]}</b>' in html
+    assert f"> **{captions.KIND_NAMES[kind]}.**" in markdown
     assert ('<section id="estimates">' in html) == (kind == "estimate")
     assert ("## Estimates, not measured" in markdown) == (kind == "estimate")
 
@@ -285,15 +289,15 @@ def test_groups_hold_one_kind_one_machine_and_one_choice_of_units(tmp_path):
         d=result("fake"),
         e=result("estimate"),
     )
-    groups = words.groups(page.collect(sources))
-    assert sorted((each.kind, each.title, each.stamp) for each in groups) == [
+    found = groups(page.collect(sources))
+    assert sorted((each.kind, each.title, each.stamp) for each in found) == [
         ("cpu_reference", "Interpreter", ""),
         ("fake", "FAKE:CPU_AND_NE", "FAKE"),
         ("measured", "ALL", ""),
         ("measured", "CPU_ONLY", ""),
         ("replay", "CPU_ONLY", "REPLAY"),
     ]
-    for group in groups:
+    for group in found:
         assert {run.entry.timing.kind for run in group.runs if run.entry.timing} == {group.kind}
 
 
@@ -303,7 +307,7 @@ def test_two_devices_have_two_charts(tmp_path):
         a=bench(),
         b=result("measured", bench().entries[0], device=device(chip="Apple M4")),
     )
-    found = words.groups(page.collect(sources))
+    found = groups(page.collect(sources))
     assert [group.where.partition(",")[0] for group in found] == ["Apple M2", "Apple M4"]
 
 
@@ -316,7 +320,7 @@ def test_no_neural_engine_is_named_where_there_is_none(tmp_path):
         entry("measured", "CPU_ONLY", **quiet),
     )
     without = replace(made, device=device(compute_devices=("cpu",), neural_engine_cores=None))
-    titles = [group.title for group in words.groups(page.collect(write(tmp_path, r=without)))]
+    titles = [group.title for group in groups(page.collect(write(tmp_path, r=without)))]
     assert titles == [
         "CPU_AND_NE (no Neural Engine here)",
         "ALL (no Neural Engine here)",
@@ -340,82 +344,99 @@ class Elements(HTMLParser):
         self.found.append((tag, dict(attrs)))
 
 
-def hostile(folder: Path) -> list[Path]:
+def hostile(folder: Path, text: str = EVIL) -> list[Path]:
+    """Write results in which all that can be any text is this one."""
     made = compression(
-        EVIL,
+        text,
         weights=[
             {
                 **compression()["weights"][0],
-                "name": EVIL,
-                "treatment": EVIL,
-                "note": EVIL,
-                "op_types": [EVIL],
-                "status": EVIL,
+                "name": text,
+                "treatment": text,
+                "note": text,
+                "op_types": [text],
             }
         ],
     )
     measured = entry(
         "measured",
         "CPU_AND_NE",
-        EVIL,
-        model=model(EVIL, path=EVIL, treatment=EVIL),
-        warnings=(EVIL,),
+        text,
+        model=model(text, path=text, treatment=text),
+        warnings=(text,),
     )
     broken = replace(
-        failed("measured", "ALL", EVIL),
-        failure=schema.Failure(phase=EVIL, reason=EVIL, message=EVIL),
+        failed("measured", "ALL", text),
+        failure=schema.Failure(phase=text, reason=text, message=text),
     )
-    op = schema.OpPlacement(name=EVIL, op_type=EVIL, preferred="cpu", cost=0.5)
-    plan = schema.Placement(kind="measured", source=EVIL, ops=(op,))
-    evidence = schema.Decompression(kind="measured", verdict="unknown", evidence=(EVIL,))
+    op = schema.OpPlacement(name=text, op_type=text, preferred="cpu", cost=0.5)
+    plan = schema.Placement(kind="measured", source=text, ops=(op,))
+    evidence = schema.Decompression(kind="measured", verdict="unknown", evidence=(text,))
     run_of = result(
         "measured",
         replace(measured, placement=plan, decompression=evidence),
         broken,
-        warnings=(EVIL,),
-        device=device(model=EVIL, chip=EVIL, os=f"macOS {EVIL}", os_build=EVIL),
-        created=EVIL,
+        warnings=(text,),
+        device=device(model=text, chip=text, os=f"macOS {text}", os_build=text),
+        created=text,
     )
-    ops = [{"name": EVIL, "op_type": EVIL, "snr_db": 1.0, "own_snr_db": 1.0}]
+    ops = [{"name": text, "op_type": text, "snr_db": 1.0, "own_snr_db": 1.0}]
     return write(
         folder,
         a=made,
-        b=evaluation(EVIL, ops=ops),
+        b=evaluation(text, ops=ops),
         c=run_of,
         d=published(
-            title=EVIL,
-            source=EVIL,
-            device=EVIL,
-            method=EVIL,
-            note=EVIL,
-            columns=[EVIL],
-            rows=[[EVIL]],
+            title=text,
+            source=text,
+            device=text,
+            method=text,
+            note=text,
+            columns=[text],
+            rows=[[text]],
         ),
     )
 
 
 def test_hostile_text_is_no_markup(tmp_path):
-    sources = hostile(tmp_path)
-    page.write(sources, tmp_path / "evil.html", title=EVIL)
-    text = (tmp_path / "evil.html").read_text()
-    assert "\x1b" not in text
-    assert "\u202e" not in text
-    elements = Elements(text).found
-    assert not [attributes for tag, attributes in elements if tag == "img"]
-    scripts = [attributes for tag, attributes in elements if tag == "script"]
-    assert len(scripts) == 2
-    assert not [name for _, attributes in elements for name in attributes if name.startswith("on")]
-    page.write(sources, tmp_path / "plain.html", title="plain")
-    # Nothing of the hostile title is an element or an attribute's end.
-    plain = Elements((tmp_path / "plain.html").read_text()).found
-    assert [tag for tag, _ in elements] == [tag for tag, _ in plain]
+    pages = {}
+    for name, text in {"evil": EVIL, "plain": "plain"}.items():
+        (tmp_path / name).mkdir()
+        page.write(hostile(tmp_path / name, text), tmp_path / f"{name}.html", title=text)
+        pages[name] = (tmp_path / f"{name}.html").read_text()
+    for character in "\x1b\u202e\u2028":
+        assert character not in pages["evil"]
+    evil, plain = (Elements(text).found for text in pages.values())
+    assert not [attributes for tag, attributes in evil if tag == "img"]
+    assert len([tag for tag, _ in evil if tag == "script"]) == 2
+    # Nothing of the text begins an element, or ends one or an attribute, wherever it stands.
+    assert [(tag, [*attributes]) for tag, attributes in evil] == [
+        (tag, [*attributes]) for tag, attributes in plain
+    ]
+    (data,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', pages["evil"])
+    assert json.loads(data)["compressions"][0]["weights"][0]["name"] == errors.printable(EVIL)
+
+
+def test_nothing_but_style_and_script_is_filled_in_as_it_is():
+    folder = Path(page.__file__).parent / "templates"
+    unescaped = [
+        line
+        for path in folder.iterdir()
+        for line in path.read_text().splitlines()
+        if "safe" in line
+    ]
+    assert unescaped == [
+        "<style>{{ style | safe }}</style>",
+        "<script>{{ script | safe }}</script>",
+    ]
+    assert not [path for path in folder.iterdir() if "autoescape" in path.read_text()]
 
 
 def test_hostile_text_is_no_markdown(tmp_path):
     page.write(hostile(tmp_path), tmp_path / "evil.md", title=EVIL)
     text = (tmp_path / "evil.md").read_text()
-    assert "\x1b" not in text
-    assert "\u202e" not in text
+    for character in "\x1b\u202e\u2028":
+        assert character not in text
     assert not re.search(r"(?<!\\)[<`]", text)
     # The only bars that are not escaped are those of tables.
     for line in text.splitlines():
@@ -453,18 +474,29 @@ def test_published_tables_are_well_formed_and_name_their_source():
         assert table.rows
 
 
+WEIGHT = compression()["weights"][0]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ([], "a report must be of what `milpress compress --json`"),
         ({"a": 1}, "got another object"),
         ({"schema": "milpress-bench/2"}, "schema must be 'milpress-bench/1'"),
-        (compression(weights=[{}]), "weights[0] must be an object with name"),
-        (compression(package_bytes_after="3"), "package_bytes_after must be an integer"),
-        (compression(package_bytes_after=10**400), "must be an integer of 64 bits"),
+        (compression(weights=[{}]), "weights[0]: name, op_types, shape, "),
+        (
+            compression(package_bytes_after="3"),
+            "package_bytes_after must be a whole number",
+        ),
+        (compression(package_bytes_after=10**400), "must be a whole number of 64 bits"),
+        (
+            compression(weights=[{**WEIGHT, "status": EVIL}]),
+            "status must be one of compressed, left",
+        ),
+        (compression(weights=[{**WEIGHT, "shape": [4, 0]}]), "sizes of at least 1, got [4, 0]"),
         (evaluation(outputs=[{"name": "y", "snr_db": "much"}]), "must be a finite number"),
         (published(rows=[["net"]]), "not every row of 'A table' has 2 cells"),
-        (published(extra=1), "got also extra"),
+        (published(extra=1), "tables[0]: unknown key extra"),
     ],
 )
 def test_another_file_is_one_sentence(content, message, tmp_path):

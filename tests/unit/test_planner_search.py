@@ -95,7 +95,7 @@ def test_the_hull_leaves_out_what_costs_more_and_spoils_more():
         Choice("above the line", 15, 0.9),
         Choice("same size, worse", 10, 2.0),
     ]
-    assert hull(offered) == [0, 2]
+    assert hull(offered) == [offered[0], offered[2]]
 
 
 def test_the_knee_is_the_farthest_point_below_the_line():

@@ -51,9 +51,7 @@ def test_aliases_that_stand_for_too_many_values_are_refused_before_they_are_made
     line = failed("compress", SEED, tmp_path / "out.mlpackage", "--recipe", path)
     # Nine times nine, and so on: 9 ** 6 is more, and 9 ** 5 is not.
     assert line.startswith(f"error: {path}, line ")
-    assert line.endswith(
-        "a recipe must be a YAML file, got: more than 200000 values, aliases written out"
-    )
+    assert line.endswith("can't be read as a recipe: more than 200000 values, aliases written out")
 
 
 def test_aliases_and_merges_of_a_few_values_are_what_they_stand_for():
@@ -92,13 +90,13 @@ def test_aliases_and_merges_of_a_few_values_are_what_they_stand_for():
 def test_what_is_no_plain_tree_is_refused_with_its_line(text, line, got):
     with pytest.raises(ConfigError) as caught:
         loaded(text)
-    assert str(caught.value).startswith(f"stream, line {line}: a recipe must be a YAML file, got: ")
+    assert str(caught.value).startswith(f"stream, line {line}: can't be read as a recipe: ")
     assert got in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["\0", "!!int x", "!!float x", "!!bool x", "a: \ud800b: \x07"])
 def test_what_is_no_yaml_is_refused(text):
-    with pytest.raises(ConfigError, match="stream: a recipe must be a YAML file, got"):
+    with pytest.raises(ConfigError, match="stream: can't be read as a recipe: "):
         loaded(text)
 
 
@@ -106,7 +104,7 @@ def test_a_file_of_another_size_or_encoding_is_refused(tmp_path):
     path = tmp_path / "a.yaml"
     for data in (b"\xff\xfe\x00", b"#" * (5 << 20)):
         path.write_bytes(data)
-        with pytest.raises(ConfigError, match=r"a\.yaml: a recipe must be a YAML file, got"):
+        with pytest.raises(ConfigError, match=r"a\.yaml: can't be read as a recipe: "):
             load(path, "a recipe")
     path.write_text("a: mod\u00e8le", encoding="utf-8")
     assert load(path, "a recipe") == {"a": "mod\u00e8le"}
@@ -140,7 +138,7 @@ def test_whatever_values_a_recipe_has_it_is_one_or_refused():
         except CompressionError as error:
             said.append(str(error))
     assert len(said) > 200
-    assert all(text.isprintable() for text in said)
+    assert all(line.isprintable() for text in said for line in text.split("\n"))
 
 
 @pytest.mark.parametrize("text", ["[" * 60, "a: 1\na: 2", "1: 2", "a: [.nan]", "- 1", "2020-01-01"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from milpress.plain import json
 from milpress.show import escaped, named_table
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ class Activation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the activation as JSON can hold it; what is not known is ``None``."""
-        values = {name: _known(value) for name, value in asdict(self).items()}
-        return {**values, "shape": list(self.shape)}
+        known = {name: _known(getattr(self, name)) for name in ("scale", "low", "high")}
+        return json.record(self) | known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,13 +85,7 @@ class ActivationReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON can hold it."""
-        return {
-            "n_samples": self.n_samples,
-            "n_pairs": self.n_pairs,
-            "notes": list(self.notes),
-            "shared": [list(names) for names in self.shared],
-            "activations": [each.to_dict() for each in self.activations],
-        }
+        return json.record(self, "n_samples", "n_pairs", "notes", "shared", "activations")
 
     def __rich__(self) -> Table:
         """Return the activations as a table."""

@@ -182,15 +182,15 @@ def validate_results(
     ] = None,
 ) -> None:
     """Check the form and provenance of results."""
-    from milpress.device import schema
+    from milpress.device import files
     from milpress.errors import ResultError, VerificationError
 
     failed = []
     for path in results:
         try:
-            result = schema.load(path)
+            result = files.load(path)
             if origin is not None:
-                schema.check_origin(result, origin, str(path))
+                files.check_origin(result, origin, str(path))
         except ResultError as error:
             failed.append(str(error))
             continue

@@ -21,7 +21,7 @@ from milpress.formats import (
     Treatment,
 )
 from milpress.formats.palette import folded_bytes
-from milpress.formats.rows import OnIndivisible, _largest_divisor, divisor_of
+from milpress.formats.rows import OnIndivisible, divisor_of, largest_divisor
 from milpress.mil import constexpr
 from milpress.mil.graph import Node
 from milpress.mil.package import Package
@@ -303,7 +303,7 @@ def _fit_blocks(
         if n % size:
             if on_indivisible == "leave":
                 return None, f"a block size of {asked} does not divide axis {axis} of {n}"
-            size = _largest_divisor(size, n)
+            size = largest_divisor(size, n)
         sizes.append(size)
     for axis, n in reversed(list(enumerate(weight.shape))):
         if sizes[axis] == 1 < blocks.shape[axis] and _has_too_many(weight, treatment, sizes):

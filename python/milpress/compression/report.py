@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from milpress.calibration.activation_report import ActivationReport
 from milpress.plain import json
+from milpress.plain.structure import Metric
 from milpress.show import decibels, escaped, human_bytes, human_snr, named_table
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from milpress.calibration.activation_report import ActivationReport
 
 Status = Literal["compressed", "left", "not asked"]
 
@@ -50,7 +50,7 @@ class WeightReport:
     note: str
     bytes_before: int
     bytes_after: int
-    snr_db: float | None = None
+    snr_db: Metric | None = None
 
     @property
     def size(self) -> int:
@@ -64,18 +64,9 @@ class WeightReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON can hold it; an infinite ratio becomes ``"inf"``."""
-        return {
-            "name": self.name,
-            "op_types": list(self.op_types),
-            "shape": list(self.shape),
-            "status": self.status,
-            "treatment": self.treatment,
-            "note": self.note,
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-            "bits_per_weight": self.bits_per_weight,
-            "snr_db": json.number(self.snr_db),
-        }
+        names = [item.name for item in fields(self)]
+        names.insert(names.index("snr_db"), "bits_per_weight")
+        return json.record(self, *names)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,23 +145,20 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON can hold it."""
-        return {
-            "version": 1,
-            "source": self.source,
-            "destination": self.destination,
+        counts = {
             "asked": len(self.asked),
             "compressed": len(self.with_status("compressed")),
             "left": len(self.with_status("left")),
-            "package_bytes_before": self.package_bytes_before,
-            "package_bytes_after": self.package_bytes_after,
-            "ratio": self.ratio,
-            "bits_per_weight": self.bits_per_weight,
-            "snr_db": json.number(self.snr_db),
-            "verified": self.verified,
-            "seconds": self.seconds,
-            "notes": list(self.notes),
-            "weights": [weight.to_dict() for weight in self.weights],
-        } | ({} if self.activations is None else {"activations": self.activations.to_dict()})
+        }
+        sizes = ("package_bytes_before", "package_bytes_after", "ratio", "bits_per_weight")
+        others = ("snr_db", "verified", "seconds", "notes", "weights")
+        activations = () if self.activations is None else ("activations",)
+        return {
+            "version": 1,
+            **json.record(self, "source", "destination"),
+            **counts,
+            **json.record(self, *sizes, *others, *activations),
+        }
 
     def __rich__(self) -> Table:
         """Return the selected weights as a table."""

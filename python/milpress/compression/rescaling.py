@@ -20,7 +20,7 @@ from milpress.mil.graph import Node
 from milpress.mil.package import Package
 from milpress.mil.program import ProgramGraph, Weight
 from milpress.mil.schema import messages
-from milpress.plain import patterns
+from milpress.plain import json, patterns
 from milpress.recipe import DEFAULT_MIN_SIZE
 from milpress.show import escaped, named_table
 
@@ -89,22 +89,7 @@ class Rescaling:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON can hold it."""
-        return {
-            "version": 1,
-            "source": self.source,
-            "destination": self.destination,
-            "seconds": self.seconds,
-            "layers": [
-                {
-                    "name": layer.name,
-                    "op_type": layer.op_type,
-                    "n_channels": layer.n_channels,
-                    "least_scale": layer.least_scale,
-                    "reason": layer.reason,
-                }
-                for layer in self.layers
-            ],
-        }
+        return {"version": 1, **json.record(self, "source", "destination", "seconds", "layers")}
 
     def __rich__(self) -> Table:
         """Return the layers as a table."""

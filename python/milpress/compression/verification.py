@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from milpress.compression.comparison import Comparison, WeightCheck, fail, paired
 from milpress.mil import activations, opset, raising, treatments
 from milpress.mil.package import Package
+from milpress.plain import json
 from milpress.plain.files import system_errors
 from milpress.show import decibels, escaped, human_snr, named_table
 
@@ -66,20 +67,9 @@ class Verification:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the findings as JSON can hold them."""
-        return {
-            "version": 1,
-            "n_unchanged": self.n_unchanged,
-            "n_corrected": self.n_corrected,
-            "n_quantized": self.n_quantized,
-            "weights": [
-                {
-                    "name": check.name,
-                    "promise": check.promise,
-                    "snr_db": "inf" if check.noise == 0 else check.snr_db,
-                }
-                for check in self.weights
-            ],
-        }
+        counts = json.record(self, "n_unchanged", "n_corrected", "n_quantized")
+        weights = [json.record(check, "name", "promise", "snr_db") for check in self.weights]
+        return {"version": 1, **counts, "weights": weights}
 
     def __rich__(self) -> Table:
         """Return the weights as a table."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from milpress.calibration.activation_quantization import CodesOf, quantize_activations
 from milpress.compression.packages import save_package
 from milpress.coreml.op_config import OpLinearQuantizerConfig
 from milpress.coreml.optimization_config import OptimizationConfig, adopted
-from milpress.engines.mlmodel import opened, returned, temporary_package
+from milpress.engines.mlmodel import opened, written
 from milpress.formats import PerTensor, QuantizeConfig
 from milpress.formats.ranges import CalibrationConfig, CalibrationKind, Engine
 from milpress.progress import Progress
@@ -106,13 +105,7 @@ def linear_quantize_activations(
         values_at_once=calibration_op_group_size,
         progress=progress,
     )
-    if destination is not None:
-        save_package(package, Path(destination))
-        model = returned(Path(destination), mlmodel, temporary=False)
-    else:
-        with temporary_package() as path:
-            save_package(package, path)
-            model = returned(path, mlmodel, temporary=True)
+    model, _ = written(mlmodel, destination, lambda path: save_package(package, path))
     for each in report.activations:
         if each.note:
             _logger.warning("%s: %s; it is not quantized", each.name, each.note)

@@ -25,7 +25,7 @@ from milpress.coreml.op_config import (
     OpThresholdPrunerConfig,
 )
 from milpress.coreml.optimization_config import adopted
-from milpress.engines.mlmodel import opened, returned, temporary_package
+from milpress.engines.mlmodel import opened, written
 from milpress.errors import ConfigError
 from milpress.kernels.device import DeviceName
 from milpress.mil import opset
@@ -265,13 +265,7 @@ def _compressed(
 
 def _written(mlmodel: Any, destination: Destination, work: Callable[[Path], Report]) -> Any:
     """Let some work write a package, and return it as a model."""
-    if destination is not None:
-        report = work(Path(destination))
-        model = returned(Path(destination), mlmodel, temporary=False)
-    else:
-        with temporary_package() as path:
-            report = work(path)
-            model = returned(path, mlmodel, temporary=True)
+    model, report = written(mlmodel, destination, work)
     for weight in report.with_status("left"):
         _logger.warning("%s", _sentence(weight))
     model.compression_report = report

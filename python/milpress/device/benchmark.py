@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from milpress._version import __version__
-from milpress.device import drivers, schema
+from milpress.device import drivers, files, schema
 from milpress.device.entries import Candidate, EntryBuilder, References, model_of
 from milpress.device.evidence import with_evidence
 from milpress.device.runner import Clock, Job, Plan, Progress, Runner, distributions
@@ -149,8 +149,8 @@ def replay(path: str | os.PathLike[str]) -> Result:
     """
     from milpress.device.drivers.replay import ReplayDriver
 
-    data, digest = schema.read_json(path)
-    recorded = schema.parse(data, str(path))
+    data, digest = files.read_json(path)
+    recorded = files.parse(data, str(path))
     if recorded.provenance.kind in ("replay", "estimate"):
         msg = f"{path}: a replay must be of something that ran, got {recorded.provenance.kind}"
         raise ConfigError(msg)
@@ -293,7 +293,9 @@ def _result(described: dict[str, Any], driver: str, entries: Sequence[Entry]) ->
         device = schema.Device(**{**told, "compute_devices": tuple(told["compute_devices"])})
     warnings = []
     if device is not None and not device.has_neural_engine:
-        warnings.append("Core ML offers no Neural Engine here: no time is one of a Neural Engine")
+        warnings.append(
+            "Core ML offers no Neural Engine here: no latency is that of a Neural Engine"
+        )
     if device is not None:
         conditions = {
             "The Mac is a virtual machine": device.is_virtual,

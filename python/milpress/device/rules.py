@@ -176,7 +176,7 @@ def statistics_follow_from_samples(result: Result) -> Iterator[str]:
                 or len(set(found.rounds)) != len(found.rounds)
                 or len(sizes) != len(found.rounds)
             ):
-                yield f"{place}: rounds must hold every sample once, got {len(found.samples)}"
+                yield f"{place}: rounds must hold each of {len(found.samples)} samples once"
                 continue
             expected = {
                 "median": stats.median(found.samples),
@@ -234,7 +234,7 @@ def entries_are_told_apart(result: Result) -> Iterator[str]:
     """No two entries have the same id."""
     names = [entry.id for entry in result.entries]
     for name in sorted({name for name in names if names.count(name) > 1}):
-        yield f"the id of an entry must be its own, got {name!r} again"
+        yield f"several entries have the id {name!r}"
 
 
 RULES: tuple[Rule, ...] = (

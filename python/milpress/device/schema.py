@@ -1,24 +1,16 @@
-"""Results of benchmarks: values, their JSON, and what must hold of them."""
+"""Results of benchmarks: values, and their JSON."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from milpress.device import stats
-from milpress.errors import PackageNotFoundError, ResultError
 from milpress.plain import json
-from milpress.plain.files import system_errors, write_whole
-from milpress.plain.structure import Decibels, structured
+from milpress.plain.structure import Decibels
 
 SCHEMA = "milpress-bench/1"
-# Parsed, JSON takes up to 25 times its size.
-MAX_RESULT_BYTES = 64 << 20
 
 Kind: TypeAlias = Literal["measured", "cpu_reference", "estimate", "replay", "fake"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -431,111 +423,4 @@ class Result:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the run as JSON can hold it."""
-        found: dict[str, Any] = _plain(self)
-        return found
-
-
-def problems(result: Result) -> list[str]:
-    """Return what must hold of a run and does not; see `milpress.device.rules`."""
-    from milpress.device import rules
-
-    return rules.problems(result)
-
-
-def parse(data: Any, place: str = "the result") -> Result:
-    """Return the run that JSON holds, if all that must hold of it does.
-
-    Raises
-    ------
-    ResultError
-        If it is of another form, or breaks a rule; every breach is named.
-    """
-    if isinstance(data, Mapping) and data.get("schema") != SCHEMA:
-        msg = f"{place}: schema must be {SCHEMA!r}, got {data.get('schema')!r}"
-        raise ResultError(msg)
-    result: Result = structured(data, Result, place)
-    found = problems(result)
-    if found:
-        raise ResultError(f"{place}: " + "; ".join(found))
-    return result
-
-
-def read_json(path: str | os.PathLike[str]) -> tuple[Any, str]:
-    """Return what a JSON file holds, and its hash.
-
-    Raises
-    ------
-    PackageNotFoundError
-        If nothing is there.
-    ResultError
-        If it is no JSON, or too large.
-    """
-    path = Path(path)
-    if not path.is_file():
-        msg = f"{path}: no such file"
-        raise PackageNotFoundError(msg)
-    with system_errors(path), path.open("rb") as file:
-        data = file.read(MAX_RESULT_BYTES + 1)
-    if len(data) > MAX_RESULT_BYTES:
-        msg = f"{path}: larger than {MAX_RESULT_BYTES:,} bytes, the most that a result may have"
-        raise ResultError(msg)
-    try:
-        return json.read(data), hashlib.sha256(data).hexdigest()
-    except ValueError as error:
-        msg = f"{path}: not valid JSON: {error}"
-        raise ResultError(msg) from error
-
-
-def load(path: str | os.PathLike[str]) -> Result:
-    """Return the run that a file holds.
-
-    Raises
-    ------
-    ResultError
-        If it is no valid result.
-    PackageNotFoundError
-        If nothing is there.
-    """
-    return parse(read_json(path)[0], str(path))
-
-
-def save(result: Result, path: str | os.PathLike[str]) -> None:
-    """Write a run, which must be valid.
-
-    Raises
-    ------
-    ResultError
-        If it breaks a rule; nothing is written then.
-    """
-    path = Path(path)
-    text = json.text(parse(result.to_dict(), str(path)).to_dict(), indent=1)
-    with system_errors(path):
-        write_whole(path, f"{text}\n".encode())
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {item.name: _plain(getattr(value, item.name)) for item in fields(value)}
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return json.number(value) if isinstance(value, float) else value
-
-
-def check_origin(result: Result, origin: str | os.PathLike[str], place: str) -> None:
-    """Check that a replay is one of a file.
-
-    Raises
-    ------
-    ResultError
-        If it is none, or one of another file or kind.
-    """
-    data, digest = read_json(origin)
-    recorded = parse(data, str(origin))
-    named = result.provenance.origin
-    if named is None or (named.sha256, named.kind) != (digest, recorded.provenance.kind):
-        got = "none" if named is None else f"{named.kind} {named.sha256}"
-        wanted = f"{recorded.provenance.kind} {digest}"
-        msg = f"{place}: the origin must be {wanted} as {origin}, got {got}"
-        raise ResultError(msg)
+        return json.record(self)

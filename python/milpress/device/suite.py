@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from milpress.compression.packages import compress
-from milpress.device import benchmark, schema
+from milpress.device import benchmark, files, schema
 from milpress.device.entries import Candidate, failed_entry, model_of
 from milpress.device.runner import Plan, Progress
 from milpress.device.schema import Failure, Result
@@ -214,7 +214,7 @@ def run(
         for name, why in failed
     ]
     result = dataclasses.replace(result, entries=(*result.entries, *missing))
-    schema.save(result, folder / RESULTS)
+    files.save(result, folder / RESULTS)
     return result
 
 

@@ -9,15 +9,16 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from milpress.errors import ConfigTypeError, ModelKindError
 from milpress.mil.package import Package
 from milpress.plain.files import system_errors
 
 _FOLDER_PREFIX = "milpress-"
+_T = TypeVar("_T")
 
 
 def is_mlmodel(mlmodel: Any) -> bool:
@@ -109,6 +110,32 @@ def returned(
     if load is not None:
         settings["skip_model_load"] = not load
     return _class()(str(path), is_temp_package=temporary, **settings)
+
+
+def written(
+    source: Any,
+    destination: str | os.PathLike[str] | None,
+    write: Callable[[Path], _T],
+    *,
+    load: bool | None = None,
+) -> tuple[Any, _T]:
+    """Let a package be written and return it as an ``MLModel``, and what the writing returned.
+
+    Parameters
+    ----------
+    source, load
+        As of `returned`.
+    destination
+        Where the package is to be; ``None`` for a temporary one.
+    write
+        Called with the path to write to.
+    """
+    if destination is not None:
+        result = write(Path(destination))
+        return returned(Path(destination), source, temporary=False, load=load), result
+    with temporary_package() as path:
+        result = write(path)
+        return returned(path, source, temporary=True, load=load), result
 
 
 class _TemporaryFiles:

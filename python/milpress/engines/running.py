@@ -98,15 +98,8 @@ class RunReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON can hold it."""
-        return {
-            "version": 1,
-            "source": self.source,
-            "precision": self.precision,
-            "seconds": self.seconds,
-            "outputs": [output.to_dict() for output in self.outputs],
-            "written": self.written,
-            "notes": list(self.notes),
-        }
+        names = ("source", "precision", "seconds", "outputs", "written", "notes")
+        return {"version": 1, **json.record(self, *names)}
 
     def __rich__(self) -> Table:
         """Return the outputs as a table."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from milpress.plain import json
+from milpress.plain.structure import Metric as Number
 from milpress.show import escaped, human_snr, named_table
 
 if TYPE_CHECKING:
@@ -48,18 +49,16 @@ class OutputEvaluation:
     """
 
     name: str
-    snr_db: float | None = None
-    cosine: float | None = None
-    top1: float | None = None
-    kl: float | None = None
-    max_error: float | None = None
+    snr_db: Number | None = None
+    cosine: Number | None = None
+    top1: Number | None = None
+    kl: Number | None = None
+    max_error: Number | None = None
     kl_of: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the metrics as JSON can hold them."""
-        metrics = {
-            key: value for key, value in json.plain(asdict(self)).items() if value is not None
-        }
+        metrics = {key: value for key, value in json.record(self).items() if value is not None}
         if self.kl is None:
             del metrics["kl_of"]
         return metrics
@@ -83,13 +82,12 @@ class OpEvaluation:
 
     name: str
     op_type: str
-    snr_db: float
-    own_snr_db: float
+    snr_db: Number
+    own_snr_db: Number
 
     def to_dict(self) -> dict[str, Any]:
         """Return the errors as JSON can hold them."""
-        errors: dict[str, Any] = json.plain(asdict(self))
-        return errors
+        return json.record(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,8 +147,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the results as JSON can hold them."""
-        outputs = [output.to_dict() for output in self.outputs]
-        return {"version": 1, **json.plain(asdict(self)), "outputs": outputs}
+        return {"version": 1, **json.record(self)}
 
     def __rich__(self) -> Table:
         """Return the outputs as a table."""

@@ -11,15 +11,10 @@ from numpy.typing import NDArray
 
 import milpress._core as _core
 from milpress.errors import UnsupportedError
-from milpress.formats.palette import (
-    Palette,
-    PalettizeConfig,
-    palettize,
-    reassigned,
-)
+from milpress.formats.palette import Palette, PalettizeConfig, palettize, reassigned
 from milpress.formats.quantized import PerTensor, QuantizeConfig, Quantized, quantize
 from milpress.formats.rows import Floats, checked_importance, frozen
-from milpress.formats.sparse import PruneConfig, Sparse, kept, n_pruned, sparsify
+from milpress.formats.sparse import PruneConfig, Sparse, bitmask_of, n_pruned, sparsify
 from milpress.kernels.device import Placement, kernels_for, using
 
 # Core ML stores smaller tensors in the model itself.
@@ -111,47 +106,26 @@ def compress(
         If the weight does not suit it, or has been treated so already.
     """
     with using(device):
-        return _compressed(weight, treatment, channel_axis, input_axis, importance)
-
-
-def _compressed(
-    weight: Floats | Compressed,
-    treatment: Treatment,
-    channel_axis: int,
-    input_axis: int,
-    importance: Any,
-) -> Compressed:
-    if isinstance(weight, Masked):
-        return _on_masked(weight, treatment)
-    if isinstance(weight, Sparse):
-        return _on_sparse(weight, treatment, channel_axis, input_axis, importance)
-    if isinstance(weight, Palette):
-        return _on_palette(weight, treatment)
-    if isinstance(weight, Quantized):
-        return _on_quantized(weight, treatment, channel_axis)
-    if isinstance(treatment, PalettizeConfig):
-        return palettize(weight, treatment, channel_axis=channel_axis, importance=importance)
-    if isinstance(treatment, QuantizeConfig):
-        return quantize(
-            weight,
-            treatment,
-            channel_axis=channel_axis,
-            input_axis=input_axis,
-            importance=importance,
-        )
-    return sparsify(weight, treatment)
+        if isinstance(weight, Sparse):
+            return _on_sparse(weight, treatment, channel_axis, input_axis, importance)
+        if isinstance(weight, (Palette, Quantized, Masked)):
+            return _on_codes(weight, treatment, channel_axis)
+        if isinstance(treatment, PalettizeConfig):
+            return palettize(weight, treatment, channel_axis=channel_axis, importance=importance)
+        if isinstance(treatment, QuantizeConfig):
+            return quantize(
+                weight,
+                treatment,
+                channel_axis=channel_axis,
+                input_axis=input_axis,
+                importance=importance,
+            )
+        return sparsify(weight, treatment)
 
 
 def _refused(treatment: Treatment, what: str) -> UnsupportedError:
     word = {PalettizeConfig: "palettized", QuantizeConfig: "quantized", PruneConfig: "pruned"}
     return UnsupportedError(f"{what} can't be {word[type(treatment)]} again")
-
-
-def _on_masked(value: Masked, treatment: Treatment) -> Masked:
-    inner = value.value
-    if isinstance(treatment, QuantizeConfig) and isinstance(inner, Palette):
-        return Masked(bitmask=value.bitmask, value=_with_quantized_lut(inner, treatment))
-    raise _refused(treatment, "a pruned weight with codes")
 
 
 def _on_sparse(
@@ -179,20 +153,21 @@ def _on_sparse(
     raise _refused(treatment, "a pruned weight")
 
 
-def _on_palette(value: Palette, treatment: Treatment) -> Compressed:
+def _on_codes(
+    value: Palette | Quantized | Masked, treatment: Treatment, channel_axis: int
+) -> Compressed:
     if isinstance(treatment, QuantizeConfig):
-        return _with_quantized_lut(value, treatment)
+        if isinstance(value, Palette):
+            return _with_quantized_lut(value, treatment)
+        if isinstance(value, Masked) and isinstance(value.value, Palette):
+            return replace(value, value=_with_quantized_lut(value.value, treatment))
+    if isinstance(value, Masked):
+        raise _refused(treatment, "a pruned weight with codes")
     if isinstance(treatment, PruneConfig):
         return _pruned(value, treatment)
-    raise _refused(treatment, "a palette")
-
-
-def _on_quantized(value: Quantized, treatment: Treatment, channel_axis: int) -> Compressed:
-    if isinstance(treatment, PruneConfig):
-        return _pruned(value, treatment)
-    if isinstance(treatment, PalettizeConfig):
+    if isinstance(value, Quantized) and isinstance(treatment, PalettizeConfig):
         return _palettized_codes(value, treatment, channel_axis)
-    raise _refused(treatment, "a quantized weight")
+    raise _refused(treatment, "a palette" if isinstance(value, Palette) else "a quantized weight")
 
 
 def masked(value: Palette | Quantized, mask: NDArray[np.bool_]) -> Masked:
@@ -222,7 +197,7 @@ def _pruned(value: Palette | Quantized, treatment: PruneConfig) -> Masked:
             dense.reshape(-1), *around, value.vector_size, n_zeros
         )
     else:
-        bitmask = kept(dense, treatment)
+        bitmask = bitmask_of(dense, treatment)
     mask = _core.unpack(bitmask, 1, dense.size).view(np.bool_).reshape(dense.shape)
     return masked(value, mask)
 
@@ -255,11 +230,10 @@ def _palettized_codes(value: Quantized, treatment: PalettizeConfig, channel_axis
     table = lut
     for axis, (n, m) in enumerate(zip(lut.shape, value.scale.shape, strict=False)):
         table = np.repeat(table, math.lcm(n, m) // n, axis)
-    offset = None if value.offset is None else value.offset[..., None, None]
     quantized = Quantized(
         codes=frozen(table.astype(value.codes.dtype)),
         scale=value.scale[..., None, None],
-        offset=offset,
+        offset=None if value.offset is None else value.offset[..., None, None],
         bits=8,
     )
     return replace(codes, lut=quantized)

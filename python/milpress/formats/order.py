@@ -42,11 +42,11 @@ def distinct(array: NDArray[Any]) -> NDArray[Any]:
 def distinct_rows(rows: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
     """Return a matrix's distinct rows in the order of their elements, and which each row is."""
     if rows.dtype != np.float16:
-        found, inverse = np.unique(rows, axis=0, return_inverse=True)
+        values, inverse = np.unique(rows, axis=0, return_inverse=True)
     else:
         keys, inverse = np.unique(_keys(rows), axis=0, return_inverse=True)
-        found = _halves(keys)
-    return found, inverse.reshape(-1)
+        values = _halves(keys)
+    return values, inverse.reshape(-1)
 
 
 def _keys(halves: NDArray[np.float16]) -> NDArray[np.uint16]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -255,7 +255,7 @@ def palettize(
             return fold(palette, scale, output, like=array)
         axis = _axis(config, output, array.ndim)
         share = None if importance is None else checked_importance(importance, array.shape)
-        return _fitted(array, config, axis, _group_shape(array.shape, config, axis), share)
+        return _fitted(array, config, axis, share)
 
 
 def palettize_scaled(
@@ -284,8 +284,7 @@ def palettize_scaled(
     relative = (scale / scale.max()).astype(np.float32)
     share = relative**2 * (np.ones(array.shape, np.float32) if share is None else share)
     scaled = (array / scale.astype(np.float32)).astype(array.dtype)
-    palette = _fitted(scaled, config, axis, _group_shape(array.shape, config, axis), share)
-    return palette, scale.astype(array.dtype)
+    return _fitted(scaled, config, axis, share), scale.astype(array.dtype)
 
 
 def _axis(config: PalettizeConfig, output: int, rank: int) -> int:
@@ -316,13 +315,10 @@ def _group_shape(shape: tuple[int, ...], config: PalettizeConfig, axis: int) -> 
 
 
 def _fitted(
-    array: Floats,
-    config: PalettizeConfig,
-    axis: int,
-    group_shape: tuple[int, ...],
-    importance: NDArray[np.float32] | None,
+    array: Floats, config: PalettizeConfig, axis: int, importance: NDArray[np.float32] | None
 ) -> Palette:
     """Make tables and indices of the groups, scales aside."""
+    group_shape = _group_shape(array.shape, config, axis)
     if isinstance(config.table, Custom):
         return _custom(array, config.table, config.vector_size, axis, group_shape)
     if config.vector_size > 1:
@@ -333,7 +329,7 @@ def _fitted(
         luts = _uniform_tables(rows, bits)
     elif isinstance(config.table, Unique):
         tables = [distinct(row) for row in rows]
-        bits = _bits_for(max(len(table) for table in tables))
+        bits = _bits_for(max(map(len, tables)))
         luts = np.stack([np.pad(table, (0, 2**bits - len(table)), "edge") for table in tables])
     else:
         row_importance = None if importance is None else to_rows(importance, group_shape)
@@ -361,12 +357,10 @@ def _vectors(
     n_groups = len(rows)
     bits: int = config.bits or 0
     if isinstance(config.table, Unique):
-        found = [distinct_rows(row) for row in rows]
-        bits = _bits_for(max(len(table) for table, _ in found))
-        luts = np.stack(
-            [np.pad(table, ((0, 2**bits - len(table)), (0, 0)), "edge") for table, _ in found]
-        )
-        codes = np.stack([inverse for _, inverse in found]).astype(np.uint8)
+        tables, indices = zip(*map(distinct_rows, rows), strict=True)
+        bits = _bits_for(max(map(len, tables)))
+        padded = [np.pad(each, ((0, 2**bits - len(each)), (0, 0)), "edge") for each in tables]
+        luts, codes = np.stack(padded), np.stack(indices).astype(np.uint8)
     else:
         share = None
         if importance is not None:
@@ -384,8 +378,8 @@ def _custom(
 ) -> Palette:
     front = np.swapaxes(array, 0, axis)
     parts = np.split(front, front.shape[0] // (group_shape[axis] * vector_size))
-    made = [table.function(part) for part in parts]
-    luts = [np.asarray(lut).reshape(-1, vector_size) for lut, _ in made]
+    results = [table.function(part) for part in parts]
+    luts = [np.asarray(lut).reshape(-1, vector_size) for lut, _ in results]
     n_entries = len(luts[0])
     bits = max(n_entries - 1, 1).bit_length()
     if bits not in get_args(Bits) or any(len(lut) != 2**bits for lut in luts):
@@ -394,7 +388,7 @@ def _custom(
             + ", ".join(str(size) for size in sorted({len(lut) for lut in luts}))
         )
         raise UnsupportedError(msg)
-    codes = np.stack([np.asarray(indices).reshape(-1) for _, indices in made])
+    codes = np.stack([np.asarray(indices).reshape(-1) for _, indices in results])
     n_codes = math.prod(array.shape) // vector_size // len(parts)
     if codes.shape[1] != n_codes or codes.min() < 0 or codes.max() >= n_entries:
         msg = (
@@ -499,21 +493,14 @@ def fold(palette: Palette, scale: NDArray[Any], output: int, like: Floats | None
             -1,
         )[..., None, :]
     folded = (lut * factors).astype(palette.entries.dtype)
-    made = Palette(
-        codes=palette.codes,
-        lut=frozen(folded),
-        bits=palette.bits,
-        vector_axis=palette.vector_axis,
-    )
-    return made if like is None or made.vector_size > 1 else reassigned(made, like)
+    whole = replace(palette, lut=frozen(folded))
+    return whole if like is None or whole.vector_size > 1 else reassigned(whole, like)
 
 
 def reassigned(palette: Palette, array: Floats) -> Palette:
     """Return the palette of single values with each index naming the entry nearest to a weight."""
     _, luts = palette.rows()
-    codes = kernels_for(None).dispatch(_core.lut_assign)(to_rows(array, palette.group_shape), luts)
-    return Palette(
-        codes=frozen(from_rows(codes, palette.codes.shape, palette.group_shape)),
-        lut=palette.lut,
-        bits=palette.bits,
-    )
+    rows = to_rows(array, palette.group_shape)
+    codes = kernels_for(None).dispatch(_core.lut_assign)(rows, luts)
+    codes = from_rows(codes, palette.codes.shape, palette.group_shape)
+    return replace(palette, codes=frozen(codes), vector_axis=None)

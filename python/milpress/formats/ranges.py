@@ -86,33 +86,25 @@ class Observer:
     ----------
     with_histogram
         Whether values are counted, beyond noting the least and the greatest.
+
+    Attributes
+    ----------
+    seen
+        The least and the greatest finite value so far; ``None`` before the first.
+    has_infinities, has_nans
+        Whether a value was infinite, or no number.
     """
 
     def __init__(self, *, with_histogram: bool) -> None:
         self._with_histogram = with_histogram
-        self._seen: Range | None = None
-        self._has_infinities = self._has_nans = False
+        self.seen: Range | None = None
+        self.has_infinities = self.has_nans = False
         # Zeros are exact in whatever range, and counted apart; the histogram is of the others.
         self._n_zeros = 0
         self._counted: Range | None = None
         self._exponent = 0
         self._first = 0
         self._counts: NDArray[np.int64] = np.zeros(0, np.int64)
-
-    @property
-    def seen(self) -> Range | None:
-        """The least and the greatest finite value so far; ``None`` before the first."""
-        return self._seen
-
-    @property
-    def has_infinities(self) -> bool:
-        """Whether a value was infinite."""
-        return self._has_infinities
-
-    @property
-    def has_nans(self) -> bool:
-        """Whether a value was no number."""
-        return self._has_nans
 
     @classmethod
     def union(cls, parts: Sequence[Observer]) -> Observer:
@@ -123,10 +115,10 @@ class Observer:
         return whole
 
     def _join(self, other: Observer) -> None:
-        self._has_infinities |= other._has_infinities
-        self._has_nans |= other._has_nans
-        if other._seen is not None:
-            self._seen = _union(self._seen, other._seen)
+        self.has_infinities |= other.has_infinities
+        self.has_nans |= other.has_nans
+        if other.seen is not None:
+            self.seen = _union(self.seen, other.seen)
         self._n_zeros += other._n_zeros
         if other._counted is None:
             return
@@ -145,15 +137,15 @@ class Observer:
             self._add(flat[start : start + _ELEMENTS_AT_ONCE])
 
     def _add(self, values: NDArray[Any]) -> None:
-        found = _range_of(values)
-        if not all(map(math.isfinite, found)):
-            self._has_infinities |= bool(np.isinf(values).any())
-            self._has_nans |= bool(np.isnan(values).any())
+        extremes = _range_of(values)
+        if not all(map(math.isfinite, extremes)):
+            self.has_infinities |= bool(np.isinf(values).any())
+            self.has_nans |= bool(np.isnan(values).any())
             values = values[np.isfinite(values)]
             if not values.size:
                 return
-            found = _range_of(values)
-        self._seen = _union(self._seen, found)
+            extremes = _range_of(values)
+        self.seen = _union(self.seen, extremes)
         if not self._with_histogram:
             return
         nonzeros = values[values != 0]
@@ -201,7 +193,7 @@ class Observer:
 
         ``None`` if nothing finite was seen.
         """
-        seen = self._seen
+        seen = self.seen
         if seen is None or config.calibration == "minmax" or not self._counts.size:
             return seen
         # The outermost bins reach no further than what was seen.
@@ -257,9 +249,9 @@ def _least(seen: Range, codes: QuantizeConfig, cost: Callable[[Range], float]) -
     def try_all(ranges: Iterator[Range]) -> None:
         nonlocal best, least
         for tried in ranges:
-            found = cost(tried)
-            if found < least:
-                best, least = tried, found
+            new = cost(tried)
+            if new < least:
+                best, least = tried, new
 
     if not codes.offset:
         bound = max(-seen.low, seen.high)

@@ -1,4 +1,4 @@
-"""Weights as kernels see them: rows of elements that share parameters."""
+"""Weights as kernels take them: arrays of floats, cut into rows that share parameters."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ import milpress._core as _core
 from milpress.errors import ConfigError, UnsupportedError
 
 Floats: TypeAlias = NDArray[np.floating[Any]]
+# What is done where a group or block does not divide the channels.
+OnIndivisible: TypeAlias = Literal["divisor", "leave"]
 
 
 def as_weight(weight: Any) -> Floats:
@@ -156,9 +158,6 @@ def frozen(array: NDArray[Any]) -> NDArray[Any]:
     return view
 
 
-OnIndivisible: TypeAlias = Literal["divisor", "leave"]
-
-
 def divisor_of(
     word: str,
     asked: int,
@@ -178,10 +177,8 @@ def divisor_of(
         return asked, ""
     if on_indivisible == "leave":
         return None, f"{word} size {asked} does not divide {channels}"
-    found = (
-        size for size in range(min(asked, n), 1, -1) if n % size == 0 and size % multiple_of == 0
-    )
-    size = next(found, n)
+    smaller = range(min(asked, n), 1, -1)
+    size = next((size for size in smaller if n % size == 0 and size % multiple_of == 0), n)
     if size <= asked:
         return size, f"{word} size {size}, as {asked} does not divide {channels}"
     whole = "one table" if word == "group" else f"one {word}"
@@ -190,5 +187,6 @@ def divisor_of(
     return n, f"{whole}, as no {word} size {sizes} divides {channels}"
 
 
-def _largest_divisor(asked: int, n: int) -> int:
+def largest_divisor(asked: int, n: int) -> int:
+    """Return the largest divisor of a number of channels that is not above what is asked for."""
     return next(size for size in range(min(asked, n), 0, -1) if n % size == 0)

@@ -47,8 +47,7 @@ class PruneConfig:
     min_sparsity: float = 0.0
 
     def __post_init__(self) -> None:
-        given = [self.sparsity is not None, self.threshold is not None, self.n_m is not None]
-        if sum(given) != 1:
+        if [self.sparsity, self.threshold, self.n_m].count(None) != 2:
             msg = (
                 "exactly one of sparsity, threshold and n_m must be given, "
                 f"got {self.sparsity}, {self.threshold} and {self.n_m}"
@@ -141,7 +140,7 @@ def sparsify(weight: Any, config: PruneConfig, *, device: Placement = None) -> S
     """
     array = as_weight(weight)
     kernels = kernels_for(device)
-    bitmask = kept(array, config, kernels)
+    bitmask = bitmask_of(array, config, kernels)
     n_zeros = array.size - _core.count_kept(bitmask)
     if n_zeros < config.min_sparsity * array.size:
         msg = f"a fraction of {config.min_sparsity} must be zero, got {n_zeros / array.size:.3f}"
@@ -150,7 +149,9 @@ def sparsify(weight: Any, config: PruneConfig, *, device: Placement = None) -> S
     return Sparse(shape=array.shape, bitmask=frozen(bitmask), nonzeros=frozen(nonzeros))
 
 
-def kept(array: Floats, config: PruneConfig, kernels: Kernels | None = None) -> NDArray[np.uint8]:
+def bitmask_of(
+    array: Floats, config: PruneConfig, kernels: Kernels | None = None
+) -> NDArray[np.uint8]:
     """Return the bitmask of the weights that are left.
 
     Raises

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from milpress.errors import InputError
-from milpress.mil.features import Feature, _times
+from milpress.mil.features import Feature, times
 
 
 def check_names(features: Sequence[Feature], given: Mapping[str, Any]) -> None:
@@ -50,7 +50,7 @@ def taken(feature: Feature, given: Any) -> Tensor:
 
 def _fitting(feature: Feature, tensor: Tensor) -> Tensor:
     if not feature.admits(tuple(tensor.shape)):
-        got = _times(tensor.shape)
+        got = times(tensor.shape)
         msg = f"input {feature.name!r} must have the shape {feature.shape_text}, got {got}"
         raise InputError(msg)
     return tensor
@@ -144,15 +144,13 @@ def _pixels(feature: Feature, array: Tensor) -> Tensor:
         if array.ndim != 3 or array.shape[-1] != 3:
             msg = (
                 f"image {feature.name!r} must be an array of height x width x 3, got "
-                f"{_times(array.shape)}"
+                f"{times(array.shape)}"
             )
             raise InputError(msg)
         planes = array.permute(2, 0, 1)
         return (planes.flip(0) if feature.layout == "BGR" else planes)[None]
     if array.ndim != 2:
-        msg = (
-            f"image {feature.name!r} must be an array of height x width, got {_times(array.shape)}"
-        )
+        msg = f"image {feature.name!r} must be an array of height x width, got {times(array.shape)}"
         raise InputError(msg)
     return array[None, None]
 

@@ -83,12 +83,12 @@ class Feature:
     def shape_text(self) -> str:
         """The shapes that it may have, as people read them."""
         if self.shapes:
-            return " or ".join(_times(shape) for shape in self.shapes)
+            return " or ".join(times(shape) for shape in self.shapes)
         if self.bounds:
-            return _times(
+            return times(
                 f"{low}..{high or ''}" if low != high else low for low, high in self.bounds
             )
-        return _times(self.shape)
+        return times(self.shape)
 
     def admits(self, shape: tuple[int, ...]) -> bool:
         """Whether an input may have a shape."""
@@ -167,5 +167,6 @@ def size_range(size: Any) -> tuple[int, int | None]:
     return size.lowerBound, size.upperBound if size.upperBound >= 0 else None
 
 
-def _times(shape: Iterable[Any]) -> str:
+def times(shape: Iterable[Any]) -> str:
+    """Return a shape in words: ``2x3``, with ``?`` for what is open."""
     return "x".join("?" if size is None else str(size) for size in shape) or "a scalar"

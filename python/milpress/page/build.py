@@ -7,14 +7,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from milpress.errors import ConfigError
-from milpress.page import html, markdown
 from milpress.page.collect import Page, collect
 from milpress.plain.files import system_errors, write_whole
 
 # Apple's published tables.
 LITERATURE = Path(__file__).parents[1] / "device" / "literature.json"
 
-_WRITERS = {".html": html.render, ".md": markdown.render}
+_ENDINGS = (".html", ".md")
 
 
 def write(
@@ -47,11 +46,13 @@ def write(
         If there is none, or the destination has another ending.
     """
     path = Path(destination)
-    if path.suffix not in _WRITERS:
-        msg = f"{path}: a page must be {' or '.join(_WRITERS)}, got {path.suffix or 'neither'!r}"
+    if path.suffix not in _ENDINGS:
+        msg = f"{path}: a page must be {' or '.join(_ENDINGS)}, got {path.suffix or 'neither'!r}"
         raise ConfigError(msg)
+    from milpress.page import render
+
     page = collect(sources, title=title)
-    text = _WRITERS[path.suffix](page)
+    text = render.html(page) if path.suffix == ".html" else render.markdown(page)
     with system_errors(path):
         write_whole(path, text.encode())
     return page

@@ -6,159 +6,27 @@ import math
 import os
 import posixpath
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from milpress.device import schema
+from milpress.compression.report import Report
 from milpress.device.schema import Entry, Result
-from milpress.errors import ConfigError, ResultError, printable
-from milpress.plain.structure import Metric, structured
+from milpress.errors import ConfigError, printable
+from milpress.evaluation.results import Evaluation
+from milpress.page.metrics import METRICS
+from milpress.page.sources import Source, read
 
-VERSION = 1
-LITERATURE_SCHEMA = "milpress-literature/1"
-
-# Metrics of an evaluation, in words, and whether more is better.
-METRICS: dict[str, tuple[str, bool]] = {
-    "snr_db": ("Signal-to-noise ratio of the output, dB", True),
-    "top1": ("Top-1 agreement with the original", True),
-    "cosine": ("Cosine similarity of the output", True),
-    "kl": ("Kullback-Leibler divergence, nats", False),
-    "max_error": ("Greatest error of the output", False),
+# Words of a treatment by which its colour is chosen.
+_FAMILIES = {
+    "pruned": ("prune", "sparse"),
+    "palette": ("palett",),
+    "integer": ("quantize", "int4", "int8", "uint"),
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Weight:
-    """A weight of a compression report."""
-
-    name: str
-    op_types: tuple[str, ...]
-    shape: tuple[int, ...]
-    status: str
-    treatment: str
-    note: str
-    bytes_before: int
-    bytes_after: int
-    bits_per_weight: float
-    snr_db: Metric | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Compression:
-    """What `milpress compress --json` prints."""
-
-    source: str
-    destination: str
-    package_bytes_before: int
-    package_bytes_after: int
-    bits_per_weight: float
-    snr_db: Metric | None
-    weights: tuple[Weight, ...]
-    version: int = 0
-    notes: tuple[str, ...] = ()
-    verified: bool = False
-    asked: int = 0
-    compressed: int = 0
-    left: int = 0
-    ratio: float = 0.0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OutputMetrics:
-    """What an evaluation found of one output."""
-
-    name: str
-    snr_db: Metric | None = None
-    cosine: Metric | None = None
-    top1: Metric | None = None
-    kl: Metric | None = None
-    max_error: Metric | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpMetrics:
-    """What an evaluation found of a value inside."""
-
-    name: str
-    op_type: str
-    snr_db: Metric
-    own_snr_db: Metric
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluated:
-    """What `milpress evaluate --json` prints."""
-
-    original: str
-    compressed: str
-    n_samples: int
-    is_random: bool
-    precision: str
-    outputs: tuple[OutputMetrics, ...]
-    version: int = 0
-    ops: tuple[OpMetrics, ...] = ()
-    n_uncompared: int = 0
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Each metric of the output that does worst in it."""
-        found = {}
-        for name, (_, more_is_better) in METRICS.items():
-            values = [getattr(output, name) for output in self.outputs]
-            numbers = [value for value in values if value is not None and not math.isnan(value)]
-            if numbers:
-                found[name] = min(numbers) if more_is_better else max(numbers)
-        return found
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublishedTable:
-    """A table that somebody else published."""
-
-    title: str
-    source: str
-    device: str
-    method: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Literature:
-    """Tables that somebody else published: nothing in them was measured here."""
-
-    schema: str
-    publisher: str
-    tables: tuple[PublishedTable, ...]
-
-
-Content: TypeAlias = "Compression | Evaluated | Result | Literature"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """A file that the page is of."""
-
-    name: str
-    sha256: str
-    content: Content
-
-    @property
-    def what(self) -> str:
-        """What it holds, in a word."""
-        return {
-            Compression: "compression report",
-            Evaluated: "evaluation",
-            Result: "benchmark",
-            Literature: "published tables",
-        }[type(self.content)]
-
-
 @dataclass(slots=True, kw_only=True)
-class Package:
+class PackageResults:
     """A package, and all that is known of it."""
 
     path: str
@@ -167,8 +35,8 @@ class Package:
     treatment: str = ""
     n_bytes: int | None = None
     original_bytes: int | None = None
-    compression: Compression | None = None
-    evaluation: Evaluated | None = None
+    compression: Report | None = None
+    evaluation: Evaluation | None = None
     is_comparable: bool = True
     runs: list[tuple[Result, Entry]] = field(default_factory=list)
 
@@ -187,13 +55,13 @@ class Package:
         if not self.is_comparable:
             return {}
         if self.evaluation is not None:
-            return self.evaluation.metrics
+            return _worst(self.evaluation)
         for _, entry in self.runs:
             if entry.accuracy is not None:
-                found = {"snr_db": float(entry.accuracy.snr_db)}
-                if entry.accuracy.top1 is not None:
-                    found["top1"] = entry.accuracy.top1
-                return found
+                top1 = entry.accuracy.top1
+                return {"snr_db": float(entry.accuracy.snr_db)} | (
+                    {} if top1 is None else {"top1": top1}
+                )
         return {}
 
     @property
@@ -227,18 +95,12 @@ class Package:
         words = self.treatment.lower()
         if self.is_original or not words or words == "as it is":
             return "original" if self.is_original or words else "other"
-        found = [
-            family
-            for family, marks in {
-                "pruned": ("prune", "sparse"),
-                "palette": ("palett",),
-                "integer": ("quantize", "int4", "int8", "uint"),
-            }.items()
-            if any(mark in words for mark in marks)
+        families = [
+            family for family, marks in _FAMILIES.items() if any(mark in words for mark in marks)
         ]
         if "activations" in words:
             return "activations"
-        return "joint" if len(found) > 1 else found[0] if found else "other"
+        return "joint" if len(families) > 1 else families[0] if families else "other"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,7 +109,7 @@ class Page:
 
     title: str
     sources: tuple[Source, ...]
-    packages: tuple[Package, ...]
+    packages: tuple[PackageResults, ...]
 
     def contents(self, kind: type[Any]) -> list[Any]:
         """Return the contents of a kind."""
@@ -280,106 +142,59 @@ def collect(paths: Iterable[str | os.PathLike[str]], *, title: str | None = None
     PackageNotFoundError
         If nothing is at a path.
     """
-    sources = tuple(_source(Path(path)) for path in paths)
+    sources = tuple(read(Path(path)) for path in paths)
     if not sources:
         msg = "no result to show: give at least one"
         raise ConfigError(msg)
-    packages = _Packages()
+    by_path = _Packages()
     for source in sources:
         content = source.content
-        if isinstance(content, Compression):
-            packages.add_compression(content)
-        elif isinstance(content, Evaluated):
-            packages.add_evaluation(content)
+        if isinstance(content, Report):
+            by_path.add_compression(content)
+        elif isinstance(content, Evaluation):
+            by_path.add_evaluation(content)
         elif isinstance(content, Result):
-            packages.add_result(content)
-    found = packages.all()
-    _leave_out_other_accuracies(found)
+            by_path.add_result(content)
+    packages = by_path.originals_first()
+    _leave_out_other_accuracies(packages)
     if title is None:
-        names = [package.name for package in found if package.is_original]
-        title = names[0] if names else (found[0].name if found else "Published tables")
-    return Page(title=printable(title), sources=sources, packages=tuple(found))
+        title = packages[0].name if packages else "Published tables"
+    return Page(title=printable(title), sources=sources, packages=tuple(packages))
 
 
-def _leave_out_other_accuracies(packages: list[Package]) -> None:
+def _worst(evaluation: Evaluation) -> dict[str, float]:
+    """Return each metric of the output that does worst in it."""
+    worst = {}
+    for metric in METRICS:
+        values = [getattr(output, metric.name) for output in evaluation.outputs]
+        numbers = [value for value in values if value is not None and not math.isnan(value)]
+        if numbers:
+            worst[metric.name] = min(numbers) if metric.more_is_better else max(numbers)
+    return worst
+
+
+def _leave_out_other_accuracies(packages: list[PackageResults]) -> None:
     """Keep accuracies of one set of samples: that of most evaluations, or else of most runs."""
-    made = [each for each in packages if not each.is_original and each.metrics]
-    sources = [each.metrics_source for each in made]
+    compared = [each for each in packages if not each.is_original and each.metrics]
+    sources = [each.metrics_source for each in compared]
     if len(set(sources)) < 2:
         return
-    evaluated = [each.metrics_source for each in made if each.evaluation is not None]
-    kept = max(evaluated or sources, key=(evaluated or sources).count)
-    for each in made:
-        each.is_comparable = each.metrics_source == kept
-
-
-def _source(path: Path) -> Source:
-    data, digest = schema.read_json(path)
-    return Source(name=path.name, sha256=digest, content=_content(data, str(path)))
-
-
-def _content(data: Any, place: str) -> Content:
-    keys = set(data) if isinstance(data, dict) else set()
-    if keys and data.get("schema") == LITERATURE_SCHEMA:
-        literature: Literature = structured(data, Literature, place)
-        for table in literature.tables:
-            if any(len(row) != len(table.columns) for row in table.rows):
-                n = len(table.columns)
-                msg = f"{place}: not every row of {table.title!r} has {n} cells"
-                raise ResultError(msg)
-        return literature
-    if str(data.get("schema") if keys else "").startswith("milpress-bench/"):
-        return schema.parse(data, place)
-    if {"original", "compressed", "outputs"} <= keys:
-        _check_version(data, place)
-        evaluated: Evaluated = structured(data, Evaluated, place, strict=False)
-        _check_counts(evaluated, place)
-        return evaluated
-    if {"source", "destination", "weights"} <= keys:
-        _check_version(data, place)
-        compression: Compression = structured(data, Compression, place, strict=False)
-        _check_counts(compression, place)
-        for i, weight in enumerate(compression.weights):
-            _check_counts(weight, f"{place}: weights[{i}]")
-        return compression
-    msg = (
-        f"{place}: a report must be of what `milpress compress --json`, `evaluate --json` or "
-        f"`bench` wrote, got {'another object' if keys else type(data).__name__}"
-    )
-    raise ResultError(msg)
-
-
-def _check_version(data: dict[str, Any], place: str) -> None:
-    version = data.get("version")
-    if type(version) is not int or version != VERSION:
-        msg = (
-            f"{place}: version must be {VERSION}, got {version!r}; make the report again with this "
-            "milpress"
-        )
-        raise ResultError(msg)
-
-
-def _check_counts(content: Any, place: str) -> None:
-    """Refuse negative counts, sizes and bits, which nothing has."""
-    for item in fields(content):
-        value = getattr(content, item.name)
-        is_number = type(value) is int or (type(value) is float and item.name != "snr_db")
-        if is_number and value < 0:
-            msg = f"{place}: {item.name} must be at least 0, got {value}"
-            raise ResultError(msg)
+    evaluated = [each.metrics_source for each in compared if each.evaluation is not None]
+    most = max(evaluated or sources, key=(evaluated or sources).count)
+    for each in compared:
+        each.is_comparable = each.metrics_source == most
 
 
 class _Packages:
     """Packages by path; by file name where paths differ and the name is one package's alone."""
 
     def __init__(self) -> None:
-        self._found: list[Package] = []
+        self._packages: list[PackageResults] = []
 
-    def all(self) -> list[Package]:
-        originals = [package for package in self._found if package.is_original]
-        return [*originals, *(package for package in self._found if not package.is_original)]
+    def originals_first(self) -> list[PackageResults]:
+        return sorted(self._packages, key=lambda package: not package.is_original)
 
-    def add_compression(self, content: Compression) -> None:
+    def add_compression(self, content: Report) -> None:
         original = self._at(content.source)
         original.n_bytes = original.n_bytes or content.package_bytes_before
         original.is_original = True
@@ -390,7 +205,7 @@ class _Packages:
         package.original_bytes = content.package_bytes_before
         package.treatment = package.treatment or _treatment(content)
 
-    def add_evaluation(self, content: Evaluated) -> None:
+    def add_evaluation(self, content: Evaluation) -> None:
         original = self._at(content.original)
         original.is_original = original.compression is None
         self._at(content.compressed).evaluation = content
@@ -410,21 +225,21 @@ class _Packages:
             else:
                 package.original_bytes = package.original_bytes or baseline.package_bytes
 
-    def _at(self, path: str) -> Package:
+    def _at(self, path: str) -> PackageResults:
         path = posixpath.normpath(path.replace("\\", "/"))
         base = posixpath.basename(path)
-        for package in self._found:
+        for package in self._packages:
             if package.path == path:
                 return package
-        alike = [each for each in self._found if posixpath.basename(each.path) == base]
+        alike = [each for each in self._packages if posixpath.basename(each.path) == base]
         if len(alike) == 1:
             return alike[0]
         name = base.removesuffix(".mlpackage") or path
-        self._found.append(Package(path=path, name=name))
-        return self._found[-1]
+        self._packages.append(PackageResults(path=path, name=name))
+        return self._packages[-1]
 
 
-def _treatment(content: Compression) -> str:
+def _treatment(content: Report) -> str:
     """Return the treatment of most bytes of weights, in words."""
     sizes: dict[str, int] = {}
     for weight in content.weights:

@@ -18,6 +18,7 @@ from attrs.validators import optional
 from cattrs.errors import ClassValidationError
 
 from milpress.errors import ConfigError, ConfigTypeError
+from milpress.plain.structure import problems_of
 
 Validator: TypeAlias = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 _T = TypeVar("_T")
@@ -148,7 +149,7 @@ def structure(settings: Any, kind: type[_T], place: str) -> _T:
     try:
         return _converter.structure(settings, kind)
     except ClassValidationError as error:
-        msg = f"{place}: {'; '.join(map(str, error.exceptions))}"
+        msg = "\n".join(problems_of(error, place))
         raise ConfigDictError(msg, error.exceptions, kind) from None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -14,12 +15,25 @@ def number(value: float | None) -> float | str | None:
 
 
 def plain(data: Any) -> Any:
-    """Return dictionaries and lists with every number as `number` gives it."""
+    """Return dictionaries, lists and values with every number as `number` gives it.
+
+    A value is what its own ``to_dict`` says, or a dataclass.
+    """
+    if hasattr(data, "to_dict"):
+        return data.to_dict()
+    if dataclasses.is_dataclass(data):
+        return record(data)
     if isinstance(data, Mapping):
         return {key: plain(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
         return [plain(value) for value in data]
     return number(data) if isinstance(data, float) else data
+
+
+def record(value: Any, *names: str) -> dict[str, Any]:
+    """Return what a value has by these names, or all fields of a dataclass, as `plain` does."""
+    names = names or tuple(item.name for item in dataclasses.fields(value))
+    return {name: plain(getattr(value, name)) for name in names}
 
 
 def text(data: Any, **settings: Any) -> str:

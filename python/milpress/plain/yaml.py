@@ -40,16 +40,16 @@ def load(source: str | os.PathLike[str] | IO[Any], what: str) -> Any:
         if hasattr(source, "read"):
             return _values(source.read(_MAX_BYTES + 1))
     except FileNotFoundError as error:
-        msg = f"{place}: {what} must be there, got nothing"
+        msg = f"{place}: no such file"
         raise ConfigError(msg) from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = "" if mark is None else f", line {mark.line + 1}"
-        msg = f"{place}{line}: {what} must be a YAML file, got: {error.problem or error.context}"
+        msg = f"{place}{line}: can't be read as {what}: {error.problem or error.context}"
         raise ConfigError(msg) from error
     except (OSError, ValueError, KeyError, yaml.YAMLError, RecursionError) as error:
         # A KeyError is PyYAML's of a truth value that is none.
-        msg = f"{place}: {what} must be a YAML file, got {error}"
+        msg = f"{place}: can't be read as {what}: {error}"
         raise ConfigError(msg) from error
     msg = f"{what} must be a path or an open file, got {type(source)}"
     raise ConfigTypeError(msg)

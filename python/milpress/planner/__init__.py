@@ -3,7 +3,8 @@
 `plan` writes recipes; `lint` says which weights are at risk on which hardware.
 """
 
-from milpress.planner.linting import Fact, Facts, Finding, Lint, Platform, lint
+from milpress.planner.facts import Fact, Facts, Platform
+from milpress.planner.linting import Finding, Lint, lint
 from milpress.planner.plan import Plan, PlannedWeight
 from milpress.planner.planning import plan
 

@@ -16,7 +16,7 @@ from milpress.kernels.threads import in_order
 from milpress.mil.digest import content_digest
 from milpress.mil.package import Package
 from milpress.planner.cache import ScoreCache, cache_key
-from milpress.planner.groups import WeightGroup
+from milpress.planner.groups import WeightGroup, axes_of
 from milpress.planner.menu import KEEP
 from milpress.progress import Progress
 from milpress.recipe import treatment_dict
@@ -87,15 +87,15 @@ def calibrate(
     from milpress.interpreter.sensitivity import OutputError
 
     source = package.reopened()
-    jobs = list(suited_programs(source, data))
-    digests = [job.samples.digest() for job in jobs]
+    suited = list(suited_programs(source, data))
+    digests = [each.samples.digest() for each in suited]
     model = _Model(
         [
             _Function(
-                OutputError(job.program, job.samples, metric),
-                {v: k for k, v in job.prefixes.items()},
+                OutputError(each.program, each.samples, metric),
+                {v: k for k, v in each.prefixes.items()},
             )
-            for job in jobs
+            for each in suited
         ],
         cache_key(_VERSION, content_digest(source), *digests, metric),
         cache,
@@ -118,17 +118,19 @@ def calibrate(
         )
         raise UnsupportedError(msg)
     others = [group.name for i, group in enumerate(groups) if i not in reached]
-    return Calibrated(scale.filled(used, errors), [note, *_notes(package, jobs, others)])
+    return Calibrated(scale.filled(used, errors), [note, *_notes(package, suited, others)])
 
 
-def _notes(package: Package, jobs: Sequence[SuitedProgram], unreached: Sequence[str]) -> list[str]:
-    notes = [note for job in jobs for note in job.notes]
-    if any(job.program.kept_boxes for job in jobs):
+def _notes(
+    package: Package, suited: Sequence[SuitedProgram], unreached: Sequence[str]
+) -> list[str]:
+    notes = [note for each in suited for note in each.notes]
+    if any(each.program.kept_boxes for each in suited):
         notes.append(
             "weights count with what a non-maximum suppression takes, not with what it gives"
         )
     if not package.programs[0].place:
-        run = {name for job in jobs for name in job.program.functions.values()}
+        run = {name for each in suited for name in each.program.functions.values()}
         rest = [name for name in package.programs[0].functions if name not in run]
         if rest:
             notes.append(f"the samples do not suit {', '.join(rest)}, which were not run")
@@ -176,9 +178,8 @@ def _exact(model: _Model, groups: Sequence[WeightGroup]) -> tuple[list[dict[str,
     errors: dict[WeightGroup, dict[str, float]] = {group: {} for group in groups}
     for group, name, error in model.run(pairs):
         errors[group][name] = error
-    return list(
-        errors.values()
-    ), f"the model was run with each of {len(pairs)} treatments of weights"
+    note = f"the model was run with each of {len(pairs)} treatments of weights"
+    return list(errors.values()), note
 
 
 def _corrected(
@@ -266,10 +267,10 @@ class _Function(NamedTuple):
     def names(self, group: WeightGroup) -> dict[int, list[str]]:
         """Return the names of a group's weights in what is run, by the place of their twin."""
         names: dict[int, list[str]] = {}
-        for i, member in enumerate(group.members):
-            model = self.models.get(member.weight.prefix)
-            if model is not None and self.error.has(model + member.weight.node.name):
-                names.setdefault(group.twin(i), []).append(model + member.weight.node.name)
+        for i, weight in enumerate(group.weights):
+            model = self.models.get(weight.prefix)
+            if model is not None and self.error.has(model + weight.node.name):
+                names.setdefault(group.twin(i), []).append(model + weight.node.name)
         return names
 
 
@@ -308,9 +309,7 @@ class _Model:
         for function in self._functions:
             weights: dict[str, NDArray[Any]] = {}
             for i, twins in function.names(group).items():
-                weights |= dict.fromkeys(
-                    twins, _treated(group, i, name, group.members[i].weight.dense())
-                )
+                weights |= dict.fromkeys(twins, _treated(group, i, name, group.weights[i].dense()))
             if weights:
                 total += function.error.error(weights)
         return total / len(self._functions)
@@ -320,19 +319,21 @@ class _Model:
         keys = [
             {name: self._key_of("first", group, name) for name in group.scores} for group in groups
         ]
-        known = [{name: self._cache.get(key, 1) for name, key in some.items()} for some in keys]
-        if any(numbers is None for some in known for numbers in some.values()):
-            pairs = list(zip(groups, self._gradients(groups), strict=True))
-            computed = in_order(lambda pair: _first_order(*pair, len(self._functions)), pairs)
-            for i, errors in enumerate(computed):
-                self._note(i, len(groups), groups[i].name)
-                self._cache.put({keys[i][name]: [error] for name, error in errors.items()})
-                known[i] = {name: [error] for name, error in errors.items()}
-            self._note(len(groups), len(groups), "")
-        return [
-            {name: numbers[0] for name, numbers in some.items() if numbers is not None}
-            for some in known
+        known = [
+            {name: numbers[0] for name, key in some.items() if (numbers := self._cache.get(key, 1))}
+            for some in keys
         ]
+        if sum(map(len, known)) == sum(map(len, keys)):
+            return known
+        pairs = list(zip(groups, self._gradients(groups), strict=True))
+        computed: list[dict[str, float]] = []
+        for errors in in_order(lambda pair: _first_order(*pair, len(self._functions)), pairs):
+            i = len(computed)
+            self._note(i, len(groups), groups[i].name)
+            self._cache.put({keys[i][name]: [error] for name, error in errors.items()})
+            computed.append(errors)
+        self._note(len(groups), len(groups), "")
+        return computed
 
     def _gradients(self, groups: Sequence[WeightGroup]) -> list[dict[int, Gradients]]:
         """Return, of each group, the gradients of each weight, its twins and all functions."""
@@ -340,7 +341,7 @@ class _Model:
         for function in self._functions:
             names = [function.names(group) for group in groups]
             places = [(k, i) for k, some in enumerate(names) for i in some]
-            weights = [(names[k][i], groups[k].members[i].axes[0]) for k, i in places]
+            weights = [(names[k][i], axes_of(groups[k].weights[i])[0]) for k, i in places]
             each = function.error.gradients(weights, self._note)
             for (k, i), new in zip(places, each, strict=True):
                 gradients[k][i] = gradients[k][i].plus(new) if i in gradients[k] else new
@@ -356,16 +357,16 @@ def _first_order(
 ) -> dict[str, float]:
     errors = dict.fromkeys(group.scores, 0.0)
     for i, gradient in gradients.items():
-        array = group.members[i].weight.dense()
+        array = group.weights[i].dense()
         weight = array.astype(np.float32)
         for name in errors:
             change = _treated(group, i, name, array).astype(np.float32) - weight
-            error = gradient.error(weight, change, group.members[i].axes[0])
+            error = gradient.error(weight, change, axes_of(group.weights[i])[0])
             errors[name] += error / n_functions
     return errors
 
 
 def _treated(group: WeightGroup, i: int, name: str, array: NDArray[Any]) -> NDArray[Any]:
-    output, inputs = group.members[i].axes
+    output, inputs = axes_of(group.weights[i])
     treatment = group.choices[name].treatments[i]
     return compress(array, treatment, channel_axis=output, input_axis=inputs).dense()

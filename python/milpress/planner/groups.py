@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -11,12 +10,12 @@ from milpress.compression.decisions import decide
 from milpress.compression.requests import RecipeRequests
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.formats import PalettizeConfig, PruneConfig, QuantizeConfig, Treatment
-from milpress.mil import values
 from milpress.mil.graph import Node
 from milpress.mil.package import Package
 from milpress.mil.program import Weight
+from milpress.mil.values import blob_places, n_stored_bytes
 from milpress.plain import patterns
-from milpress.planner.linting import AVOIDED, Facts, Platform
+from milpress.planner.facts import AVOIDED, Facts, Platform
 from milpress.planner.menu import fine_menu, menu
 from milpress.planner.scores import Score
 from milpress.planner.search import Choice
@@ -36,29 +35,6 @@ _MOST_FOR_GROUPS = 0.25
 _MOST_FOR_SCALES = 1.0
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Member:
-    """A weight that may be treated, and the program it is in."""
-
-    weight: Weight
-    stateful: bool
-
-    @property
-    def axes(self) -> tuple[int, int]:
-        """Axes of output and input channels."""
-        return self.weight.channel_axes or (0, 1)
-
-    def digest(self, package: Package) -> str:
-        """Return a hash of the bytes that are stored for it, and of how they are read."""
-        digest = hashlib.sha256(f"{self.weight.dtype.name}{self.weight.shape}{self.axes}".encode())
-        for value in self.weight.stored:
-            if values.is_blob(value):
-                digest.update(values.read_payload(value, package).data)
-            else:
-                digest.update(value.SerializeToString(deterministic=True))
-        return digest.hexdigest()
-
-
 class GroupScore(NamedTuple):
     """The relative error of a group in some format; ``sampled`` if not all of it was tried."""
 
@@ -67,7 +43,7 @@ class GroupScore(NamedTuple):
 
     @classmethod
     def of(cls, scores: Sequence[Score]) -> GroupScore:
-        """Return the mean of the scores of members."""
+        """Return the mean of the scores of weights."""
         relative = sum(score.relative for score in scores) / len(scores)
         return cls(relative, any(score.sampled for score in scores))
 
@@ -78,7 +54,7 @@ class WeightGroup:
 
     Parameters
     ----------
-    members
+    weights
         The weights.
     n_bytes
         Bytes that are stored for them now.
@@ -92,7 +68,7 @@ class WeightGroup:
         Whether what it is used for reaches the outputs past no other op that has a weight.
     """
 
-    members: tuple[Member, ...]
+    weights: tuple[Weight, ...]
     n_bytes: int
     choices: dict[str, Choice] = field(default_factory=dict)
     scores: dict[str, GroupScore] = field(default_factory=dict)
@@ -107,31 +83,31 @@ class WeightGroup:
     @property
     def name(self) -> str:
         """The name of the first weight."""
-        return self.members[0].weight.name
+        return self.weights[0].name
 
     @property
     def distinct(self) -> list[int]:
-        """The members whose results can't be shared, one of each, by their places."""
-        return sorted({self.twin(i) for i in range(len(self.members))})
+        """The weights whose results can't be shared, one of each, by their places."""
+        return sorted({self.twin(i) for i in range(len(self.weights))})
 
     def treatments(self, choice: Choice | None) -> tuple[Treatment | None, ...]:
-        """Return the treatment of each member; ``None`` where one stays."""
+        """Return the treatment of each weight; ``None`` where one stays."""
         fitted = () if choice is None else choice.treatments
-        return fitted or (None,) * len(self.members)
+        return fitted or (None,) * len(self.weights)
 
     def twin(self, i: int) -> int:
-        """Return the first member that a member shares its result with, or its own place."""
-        key = _result_key(self.members[i])
+        """Return the first weight that a weight shares its result with, or its own place."""
+        key = _result_key(self.weights[i])
         if key is None:
             return i
-        return next(j for j, other in enumerate(self.members) if _result_key(other) == key)
+        return next(j for j, other in enumerate(self.weights) if _result_key(other) == key)
 
     @property
     def size(self) -> int:
         """Elements that are stored."""
         seen: dict[Any, int] = {}
-        for i, member in enumerate(self.members):
-            seen.setdefault(member.weight.places or i, member.weight.size)
+        for i, weight in enumerate(self.weights):
+            seen.setdefault(weight.places or i, weight.size)
         return sum(seen.values())
 
 
@@ -156,24 +132,24 @@ def groups_of(
     """
     for pattern in keep:
         patterns.check(pattern)
-    reasons = dict(_members(package, min_size))
+    reasons = dict(_planned_weights(package, min_size))
     unused = [pattern for pattern in keep if not any(_means(pattern, each) for each in reasons)]
     if unused:
         msg = f"keep must mean weights that the model has, got {', '.join(unused)}"
         raise ConfigError(msg)
-    users = {use.node for member in reasons for use in member.weight.node.uses}
+    users = {use.node for weight in reasons for use in weight.node.uses}
     together = _sharing(reasons)
     if formats is None:
         formats = fine_menu() if len(together) <= _FEW else menu()
     groups: list[WeightGroup] = []
     for members in together:
-        stored = {_stored_key(value): value for member in members for value in member.weight.stored}
-        group = WeightGroup(tuple(members), sum(map(values.n_stored_bytes, stored.values())))
-        group.is_last = any(_is_last(member, users) for member in members)
-        if any(_means(pattern, member) for member in members for pattern in keep):
-            group.reason = "kept, as asked"
+        stored = {_stored_key(value): value for weight in members for value in weight.stored}
+        group = WeightGroup(tuple(members), sum(map(n_stored_bytes, stored.values())))
+        group.is_last = any(_is_last(weight, users) for weight in members)
+        if any(_means(pattern, weight) for weight in members for pattern in keep):
+            group.reason = "kept by keep"
         else:
-            group.reason = next((reasons[member] for member in members if reasons[member]), "")
+            group.reason = next((reasons[weight] for weight in members if reasons[weight]), "")
         if not group.reason:
             group.choices = _choices(group, formats, min_size, platform, facts)
             group.reason = "" if group.choices else "no format suits it"
@@ -181,24 +157,28 @@ def groups_of(
     return groups
 
 
-def _members(package: Package, min_size: int) -> Iterator[tuple[Member, str]]:
+def axes_of(weight: Weight) -> tuple[int, int]:
+    """Return the axes of output and input channels."""
+    return weight.channel_axes or (0, 1)
+
+
+def _planned_weights(package: Package, min_size: int) -> Iterator[tuple[Weight, str]]:
     """Yield the weights that are large enough, and why one can't be treated."""
-    any_treatment = _requested(PalettizeConfig(bits=8), min_size)
+    any_treatment = _request(PalettizeConfig(bits=8), min_size)
     for graph in package.graphs:
-        stateful = is_stateful(graph)
         for weight in graph.weights:
-            plan = decide(weight, any_treatment)
-            if plan.status != "not asked":
-                reason = "compressed already" if weight.is_compressed else plan.note
-                yield (
-                    Member(weight, stateful),
-                    reason if weight.is_compressed or plan.status == "left" else "",
-                )
+            decision = decide(weight, any_treatment)
+            if decision.status == "not asked":
+                continue
+            if weight.is_compressed:
+                yield weight, "compressed already"
+            else:
+                yield weight, decision.note if decision.status == "left" else ""
 
 
-def _is_last(member: Member, users: Container[Node]) -> bool:
+def _is_last(weight: Weight, users: Container[Node]) -> bool:
     """Whether an op that uses a weight has none behind it, on any way, that has one too."""
-    for use in member.weight.node.uses:
+    for use in weight.node.uses:
         seen: set[Node] = set()
         ahead = [behind.node for behind in use.node.uses]
         while ahead:
@@ -213,38 +193,37 @@ def _is_last(member: Member, users: Container[Node]) -> bool:
     return False
 
 
-def _requested(treatment: Treatment, min_size: int) -> RecipeRequests:
+def _request(treatment: Treatment, min_size: int) -> RecipeRequests:
     return RecipeRequests(Recipe.of(treatment, min_size=min_size))
 
 
-def _means(pattern: str, member: Member) -> bool:
+def _means(pattern: str, weight: Weight) -> bool:
     if pattern.startswith(_OP_TYPE):
-        return pattern.removeprefix(_OP_TYPE) in member.weight.op_types
-    return patterns.matches(pattern, member.weight.name)
+        return pattern.removeprefix(_OP_TYPE) in weight.op_types
+    return patterns.matches(pattern, weight.name)
 
 
 def _stored_key(value: Any) -> Any:
-    return next(iter(values.blob_places([value])), id(value))
+    return next(iter(blob_places([value])), id(value))
 
 
-def _result_key(member: Member) -> Any:
+def _result_key(weight: Weight) -> Any:
     """Return what weights have in common that share what treatments make of them."""
-    weight = member.weight
-    places = member.weight.places
-    return (places, weight.node.op.type, weight.shape, member.axes) if places else None
+    places = weight.places
+    return (places, weight.node.op.type, weight.shape, axes_of(weight)) if places else None
 
 
-def _sharing(members: Iterable[Member]) -> list[list[Member]]:
+def _sharing(weights: Iterable[Weight]) -> list[list[Weight]]:
     """Return the weights in groups that share what is stored, in order."""
-    groups: list[list[Member]] = []
-    by_place: dict[Any, list[Member]] = {}
-    for member in members:
-        places = member.weight.places
+    groups: list[list[Weight]] = []
+    by_place: dict[Any, list[Weight]] = {}
+    for weight in weights:
+        places = weight.places
         group = next((by_place[place] for place in places if place in by_place), None)
         if group is None:
             group = []
             groups.append(group)
-        group.append(member)
+        group.append(weight)
         by_place.update(dict.fromkeys(places, group))
     return groups
 
@@ -258,47 +237,38 @@ def _choices(
 ) -> dict[str, Choice]:
     choices: dict[str, Choice] = {}
     fitting: set[tuple[Treatment, ...]] = set()
+    stateful = [is_stateful(weight.graph) for weight in group.weights]
     for name, treatment in formats.items():
         if treatment is None:
             choices[name] = Choice(name, group.n_bytes)
             continue
-        each = [_fitted(member, treatment, min_size) for member in group.members]
-        fitted = tuple(one for one in each if one is not None)
-        if len(fitted) < len(each) or fitted in fitting:
+        suiting = [_fitted(weight, treatment, min_size) for weight in group.weights]
+        fitted = tuple(each for each in suiting if each is not None)
+        if len(fitted) < len(suiting) or fitted in fitting:
             continue
         if _has_signed_twin(treatment, fitted, fitting):
             continue
         if platform.unit is not None and any(
-            _is_at_risk(member, one, platform, facts)
-            for member, one in zip(group.members, fitted, strict=True)
+            _is_at_risk(*each, platform, facts)
+            for each in zip(group.weights, fitted, stateful, strict=True)
         ):
             continue
         fitting.add(fitted)
-        n_bytes = sum(
-            treated_bytes(member.weight, fitted[i], early=not member.weight.graph.opset.has_blocks)
-            for i, member in enumerate(group.members)
-            if i in group.distinct
-        )
+        n_bytes = sum(treated_bytes(group.weights[i], fitted[i]) for i in group.distinct)
         if n_bytes < group.n_bytes and _is_mostly_codes(treatment, n_bytes, group.size):
             choices[name] = Choice(name, n_bytes, treatments=fitted)
     return choices
 
 
 def _has_signed_twin(
-    treatment: Treatment,
-    fitted: tuple[Treatment, ...],
-    fitting: set[tuple[Treatment, ...]],
+    treatment: Treatment, fitted: tuple[Treatment, ...], fitting: set[tuple[Treatment, ...]]
 ) -> bool:
     """Whether a format is unsigned, and the signed one, which stores no offsets, is there too."""
     if not isinstance(treatment, QuantizeConfig) or treatment.signed or treatment.offset:
         return False
-    signed: Any = treatment.dtype.removeprefix("u")
-    return (
-        tuple(
-            replace(one, dtype=signed) if isinstance(one, QuantizeConfig) else one for one in fitted
-        )
-        in fitting
-    )
+    dtype: Any = treatment.dtype.removeprefix("u")
+    signed = (replace(one, dtype=dtype) for one in fitted if isinstance(one, QuantizeConfig))
+    return tuple(signed) in fitting
 
 
 def _is_mostly_codes(treatment: Treatment, n_bytes: int, size: int) -> bool:
@@ -310,27 +280,27 @@ def _is_mostly_codes(treatment: Treatment, n_bytes: int, size: int) -> bool:
     return 8 * n_bytes / size - bits <= most
 
 
-def _fitted(member: Member, treatment: Treatment, min_size: int) -> Treatment | None:
+def _fitted(weight: Weight, treatment: Treatment, min_size: int) -> Treatment | None:
     """Return the treatment as it suits a weight's shape; ``None`` if it does not."""
     try:
-        plan = decide(member.weight, _requested(treatment, min_size))
+        decision = decide(weight, _request(treatment, min_size))
     except UnsupportedError:  # the opset can't hold it
         return None
-    if plan.status != "compressed" or not plan.treatments:
+    if decision.status != "compressed" or not decision.treatments:
         return None
-    (fitted,) = plan.treatments
-    whole = member.weight.shape[member.axes[0]]
+    (fitted,) = decision.treatments
+    whole = weight.shape[axes_of(weight)[0]]
     if isinstance(fitted, PalettizeConfig) and fitted.group_size == whole:
         return replace(fitted, group_size=None)
     return fitted
 
 
-def _is_at_risk(member: Member, treatment: Treatment, platform: Platform, facts: Facts) -> bool:
+def _is_at_risk(
+    weight: Weight, treatment: Treatment, stateful: bool, platform: Platform, facts: Facts
+) -> bool:
     """Whether a treatment brings a weight a risk that it does not have as it is."""
-    stateful, early = member.stateful, not member.weight.graph.opset.has_blocks
-    before = traits_of(member.weight, stateful=stateful)
-    after = traits_after(member.weight, (treatment,), early=early, stateful=stateful)
-    anyway = facts.firing(before, platform)
+    anyway = facts.firing(traits_of(weight, stateful=stateful), platform)
+    after = traits_after(weight, treatment, stateful=stateful)
     return any(
         fact.effect in AVOIDED and fact not in anyway for fact in facts.firing(after, platform)
     )

@@ -1,27 +1,18 @@
-"""Which weights are at risk where: facts with sources, matched against how weights are stored."""
+"""Which weights are at risk where: facts, matched against how weights are stored."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from milpress.errors import ConfigError, printable
 from milpress.mil.package import Package
-from milpress.plain import yaml
-from milpress.planner import traits as _traits
+from milpress.plain import json
+from milpress.planner.facts import Fact, Facts, Platform, Unit
 from milpress.planner.traits import Traits, is_stateful, traits_of
 
-Unit: TypeAlias = Literal["ane", "gpu", "cpu"]
-Effect: TypeAlias = Literal["crash", "wrong", "leaves", "unavailable", "slow", "no_gain"]
-Status: TypeAlias = Literal[
-    "documented", "reported", "measured", "unverified", "confirmed", "refuted"
-]
-# The effects that a recipe made for a unit keeps out of.
-AVOIDED: frozenset[Effect] = frozenset({"crash", "wrong", "leaves", "unavailable", "slow"})
 _UNITS = {"ane": "Neural Engine", "gpu": "GPU", "cpu": "CPU", "any": "everywhere"}
 _SHOWN = {
     "crash": "crashes",
@@ -32,188 +23,6 @@ _SHOWN = {
     "no_gain": "no gain",
 }
 _N_NAMED = 5
-_BUILT_IN = Path(__file__).with_name("facts.yaml")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Fact:
-    """Something that is known of weights with some traits.
-
-    Parameters
-    ----------
-    id
-        Its name.
-    when
-        What must hold of the traits of a weight, by trait: a value, several of which one must do,
-        or a mapping with ``below`` or ``above``.
-    unit
-        Where it matters: ``ane``, ``gpu``, ``cpu`` or ``any``.
-    effect
-        What happens: ``crash``, ``wrong`` results, the op ``leaves`` the unit, ``unavailable``,
-        ``slow``, or ``no_gain``.
-    says, instead
-        What happens, and what to write instead, for people.
-    status
-        How it is known; one that is ``refuted`` does not fire.
-    sources
-        Where it can be read.
-    from_os, before_os
-        The first system that it holds for, and the first that it no longer does.
-    before_chip
-        The first chip of each family that it no longer holds for.
-    """
-
-    id: str
-    when: Mapping[str, Any]
-    unit: str
-    effect: Effect
-    says: str
-    instead: str
-    status: Status
-    sources: tuple[str, ...]
-    from_os: str | None = None
-    before_os: str | None = None
-    before_chip: tuple[str, ...] = ()
-
-    def fires(self, traits: Traits, platform: Platform) -> bool:
-        """Whether a weight with these traits is at risk on a platform."""
-        return (
-            self.status != "refuted"
-            and self._concerns(platform)
-            and all(_holds(asked, getattr(traits, name)) for name, asked in self.when.items())
-        )
-
-    def _concerns(self, platform: Platform) -> bool:
-        """Whether the platform is, or may be, one that the fact speaks of."""
-        if platform.unit is not None and self.unit not in ("any", platform.unit):
-            return False
-        known = platform.generation
-        if self.before_os is not None and (known is None or known >= _generation(self.before_os)):
-            return False
-        if self.from_os is not None and known is not None and known < _generation(self.from_os):
-            return False
-        if not self.before_chip:
-            return True
-        if platform.chip is None:
-            return False
-        family, number = _chip(platform.chip)
-        return any(family == f and number < n for f, n in map(_chip, self.before_chip))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fact as JSON can hold it."""
-        return {
-            "id": self.id,
-            "unit": self.unit,
-            "effect": self.effect,
-            "says": self.says,
-            "instead": self.instead,
-            "status": self.status,
-            "sources": list(self.sources),
-        }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Platform:
-    """What a model is meant to run on; ``None`` where that is open.
-
-    Parameters
-    ----------
-    unit
-        The compute unit: ``"ane"``, ``"gpu"`` or ``"cpu"``.
-    chip
-        Such as ``"A17"`` or ``"M4"``.
-    os
-        Such as ``"iOS18"`` or ``"macOS26"``.
-    """
-
-    unit: Unit | None = None
-    chip: str | None = None
-    os: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.unit is not None and self.unit not in get_args(Unit):
-            msg = f"a compute unit must be one of {', '.join(get_args(Unit))}, got {self.unit!r}"
-            raise ConfigError(msg)
-        if self.chip is not None:
-            _chip(self.chip)
-        if self.os is not None:
-            _generation(self.os)
-
-    @property
-    def generation(self) -> float | None:
-        """The iOS version that was released with the system."""
-        return None if self.os is None else _generation(self.os)
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """Facts by their names, and the chips of devices.
-
-    Examples
-    --------
-    >>> Facts.load().chip_of("iPhone15,2")
-    'A16'
-    """
-
-    by_id: Mapping[str, Fact]
-    chips: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @classmethod
-    def load(cls, *paths: str | os.PathLike[str]) -> Facts:
-        """Read the facts that come with milpress, then files that add to them or change them.
-
-        An entry with the name of a known fact changes what it mentions, such as the status.
-
-        Raises
-        ------
-        ConfigError
-            If a file is not of the form of ``facts.yaml``; the place is named.
-        """
-        found = cls({}, {})
-        for path in (_BUILT_IN, *paths):
-            found = found._with(yaml.load(path, "a file of facts"), str(path))
-        return found
-
-    def _with(self, data: Any, place: str) -> Facts:
-        if not isinstance(data, dict) or data.get("version") != 1:
-            msg = f"{place}: facts must be a mapping with version: 1, got {_brief(data)}"
-            raise ConfigError(msg)
-        unknown = sorted(map(str, data.keys() - {"version", "facts", "chips"}))
-        entries, chips = data.get("facts", []), data.get("chips", {})
-        if unknown or not isinstance(entries, list) or not isinstance(chips, dict):
-            msg = f"{place}: there must be a list of facts and a mapping of chips, got " + (
-                ", ".join(unknown) or "others"
-            )
-            raise ConfigError(msg)
-        by_id = dict(self.by_id)
-        for i, entry in enumerate(entries):
-            fact = _fact(entry, by_id, f"{place}: facts[{i}]")
-            by_id[fact.id] = fact
-        known = dict(self.chips)
-        for chip, devices in chips.items():
-            known[str(chip)] = (*known.get(str(chip), ()), *map(str, devices))
-        return Facts(by_id, known)
-
-    def chip_of(self, device: str) -> str:
-        """Return the chip of a device, by the identifier of its hardware.
-
-        Raises
-        ------
-        ConfigError
-            If it is not known.
-        """
-        for chip, devices in self.chips.items():
-            if device.lower() in (known.lower() for known in devices):
-                return chip
-        msg = (
-            "a device must be the identifier of hardware that the facts know, such as iPhone15,2, "
-            f"got {device!r}; name its chip instead"
-        )
-        raise ConfigError(msg)
-
-    def firing(self, traits: Traits, platform: Platform) -> tuple[Fact, ...]:
-        """Return the facts that put a weight with these traits at risk."""
-        return tuple(fact for fact in self.by_id.values() if fact.fires(traits, platform))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -282,15 +91,8 @@ class Lint:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the findings as JSON can hold them."""
-        return {
-            "version": 1,
-            "path": self.path,
-            "unit": self.platform.unit,
-            "chip": self.platform.chip,
-            "os": self.platform.os,
-            "n_weights": self.n_weights,
-            "findings": [finding.to_dict() for finding in self.findings],
-        }
+        found = json.record(self, "n_weights", "findings")
+        return {"version": 1, "path": self.path, **json.record(self.platform), **found}
 
     @property
     def details(self) -> str:
@@ -386,108 +188,3 @@ def warning(source: str | os.PathLike[str]) -> str:
 
 def _counted(n: int) -> str:
     return f"{n} weight{'s' * (n != 1)}"
-
-
-def _fact(entry: Any, known: Mapping[str, Fact], place: str) -> Fact:
-    """Read a fact, or what an entry changes of a known one."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
-        msg = f"{place} must be a mapping with an id, got {_brief(entry)}"
-        raise ConfigError(msg)
-    names = {item.name for item in fields(Fact)}
-    unknown = sorted(map(str, entry.keys() - names))
-    if unknown:
-        msg = f"{place} must have no keys but {', '.join(sorted(names))}, got {', '.join(unknown)}"
-        raise ConfigError(msg)
-    given = dict(entry)
-    for name in ("sources", "before_chip"):
-        if name in given:
-            given[name] = tuple(map(str, _listed(given[name], f"{place}.{name}")))
-    before = known.get(entry["id"])
-    if before is None:
-        optional = {"from_os", "before_os", "before_chip"}
-        missing = sorted(names - optional - given.keys())
-        if missing:
-            msg = f"{place}: a new fact must have {', '.join(missing)}, got none"
-            raise ConfigError(msg)
-        fact = Fact(**given)
-    else:
-        fact = replace(before, **given)
-    _check(fact, place)
-    return fact
-
-
-def _check(fact: Fact, place: str) -> None:
-    choices = {
-        "unit": (*get_args(Unit), "any"),
-        "effect": get_args(Effect),
-        "status": get_args(Status),
-    }
-    for name, allowed in choices.items():
-        if getattr(fact, name) not in allowed:
-            msg = f"{place}.{name} must be one of {', '.join(allowed)}, got {getattr(fact, name)!r}"
-            raise ConfigError(msg)
-    if not all(isinstance(text, str) for text in (fact.says, fact.instead)):
-        msg = f"{place}: says and instead must be text, got other values"
-        raise ConfigError(msg)
-    if not fact.sources:
-        msg = f"{place}.sources must name where the fact can be read, got none"
-        raise ConfigError(msg)
-    if not isinstance(fact.when, dict) or not fact.when or fact.when.keys() - set(_traits.NAMES):
-        msg = f"{place}.when must be conditions on {', '.join(_traits.NAMES)}, got {fact.when!r}"
-        raise ConfigError(msg)
-    for asked in fact.when.values():
-        if isinstance(asked, dict) and (not asked or asked.keys() - {"below", "above"}):
-            msg = f"{place}.when: a range must have below or above, got {asked!r}"
-            raise ConfigError(msg)
-    for system in (fact.from_os, fact.before_os):
-        if system is not None:
-            _generation(system)
-    for chip in fact.before_chip:
-        _chip(chip)
-
-
-def _holds(asked: Any, value: Any) -> bool:
-    if isinstance(asked, dict):
-        if not isinstance(value, (int, float)):
-            return False
-        return bool(value < asked.get("below", value + 1) and value > asked.get("above", value - 1))
-    choices = asked if isinstance(asked, list) else [asked]
-    if isinstance(value, tuple):
-        return any(choice in value for choice in choices)
-    # True is 1 for Python, but not for who writes a condition.
-    return any(value == choice and type(value) is type(choice) for choice in choices)
-
-
-def _listed(value: Any, place: str) -> Iterable[Any]:
-    if not isinstance(value, list):
-        msg = f"{place} must be a list, got {_brief(value)}"
-        raise ConfigError(msg)
-    return value
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _chip(chip: str) -> tuple[str, int]:
-    """Return family and number of a chip, whatever is said behind them (``A17 Pro``)."""
-    found = re.match(r"([AM])(\d+)\b", str(chip))
-    if found is None:
-        msg = f"a chip must be such as A17 or M4, got {chip!r}"
-        raise ConfigError(msg)
-    return found[1], int(found[2])
-
-
-def _generation(system: str) -> float:
-    """Return the number of the iOS version that belongs to a system, such as 18 for macOS15."""
-    found = re.fullmatch(
-        r"(iOS|iPadOS|tvOS|macOS|watchOS|visionOS) ?(\d+(?:\.\d+)?)(?:\.\d+)*", str(system)
-    )
-    if found is None:
-        msg = f"a system must be such as iOS18 or macOS26, got {system!r}"
-        raise ConfigError(msg)
-    number = float(found[2])
-    if number >= 26:  # since then they share their numbers
-        return number
-    return number + {"macOS": 3, "watchOS": 7, "visionOS": 16}.get(found[1], 0)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Sequence
 
 from milpress.errors import UnsupportedError, weight_errors
 from milpress.formats import Treatment
 from milpress.kernels.threads import in_order
+from milpress.mil import values
 from milpress.mil.package import Package
+from milpress.mil.program import Weight
 from milpress.planner import scores
 from milpress.planner.cache import ScoreCache, cache_key
-from milpress.planner.groups import GroupScore, WeightGroup
+from milpress.planner.groups import GroupScore, WeightGroup, axes_of
 from milpress.planner.menu import KEEP
 from milpress.planner.scores import Score
 from milpress.progress import Progress
@@ -60,8 +63,8 @@ def _scores_of(
     by_format: dict[str, list[Score]] = {name: [] for name in group.choices if name != KEEP}
     computed: dict[str, list[float]] = {}
     for i in group.distinct:
-        member = group.members[i]
-        digest = member.digest(package)
+        weight = group.weights[i]
+        digest = _digest(weight, package)
         treatments = {name: group.choices[name].treatments[i] for name in by_format}
         keys = {
             treatment: cache_key(scores.VERSION, digest, treatment_dict(treatment), sample_size)
@@ -74,9 +77,9 @@ def _scores_of(
                 known[treatment] = Score(numbers[0], numbers[1], bool(numbers[2]))
         missing = [treatment for treatment in keys if treatment not in known]
         if missing:
-            output, inputs = member.axes
+            output, inputs = axes_of(weight)
             known |= scores.scores_of(
-                member.weight.dense(),
+                weight.dense(),
                 missing,
                 channel_axis=output,
                 input_axis=inputs,
@@ -86,3 +89,14 @@ def _scores_of(
         for name, treatment in treatments.items():
             by_format[name].append(known[treatment])
     return {name: GroupScore.of(each) for name, each in by_format.items()}, computed
+
+
+def _digest(weight: Weight, package: Package) -> str:
+    """Return a hash of the bytes that are stored for a weight, and of how they are read."""
+    digest = hashlib.sha256(f"{weight.dtype.name}{weight.shape}{axes_of(weight)}".encode())
+    for value in weight.stored:
+        if values.is_blob(value):
+            digest.update(values.read_payload(value, package).data)
+        else:
+            digest.update(value.SerializeToString(deterministic=True))
+    return digest.hexdigest()

@@ -66,15 +66,11 @@ def menu(names: Sequence[str] | None = None) -> dict[str, Treatment | None]:
     """
     if names is None:
         return {name: _treatment(name) for name in _DEFAULT}
-    found: dict[str, Treatment | None] = {}
-    for name in names:
-        matching = [known for known in _DEFAULT if fnmatch.fnmatchcase(known, name)]
-        for known in matching or [name]:
-            found[known] = _treatment(known)
-    if not found:
+    if not names:
         msg = "formats is empty: name at least one"
         raise ConfigError(msg)
-    return found
+    matching = [fnmatch.filter(_DEFAULT, name) or [name] for name in names]
+    return {name: _treatment(name) for some in matching for name in some}
 
 
 def fine_menu() -> dict[str, Treatment | None]:
@@ -85,28 +81,24 @@ def fine_menu() -> dict[str, Treatment | None]:
 def _treatment(name: str) -> Treatment | None:
     if name == KEEP:
         return None
-    found = _PALETTE.fullmatch(name)
-    if found is not None:
-        bits: Any = int(found["bits"])
-        group = None if found["group"] is None else int(found["group"])
-        return PalettizeConfig(bits=bits, group_size=group, channel_scale=bool(found["scale"]))
-    found = _INTEGER.fullmatch(name)
-    if found is not None:
-        return _integers(found)
+    parts = _PALETTE.fullmatch(name)
+    if parts is not None:
+        bits: Any = int(parts["bits"])
+        group = None if parts["group"] is None else int(parts["group"])
+        return PalettizeConfig(bits=bits, group_size=group, channel_scale=bool(parts["scale"]))
+    parts = _INTEGER.fullmatch(name)
+    if parts is not None:
+        dtype: Any = parts["dtype"]
+        granularity = PerTensor() if parts["per"] == "tensor" else PerChannel()
+        return QuantizeConfig(
+            dtype=dtype,
+            granularity=granularity if parts["block"] is None else PerBlock(int(parts["block"])),
+            offset=bool(parts["offset"]),
+            # Clipping gains 2 dB at 4 bits and nothing at 8.
+            range="mse" if dtype.endswith("4") else "minmax",
+        )
     msg = (
         "a format must be such as palette-4, palette-4-group-16, palette-4-scale, int8, "
         f"int4-block-32 or keep, got {name!r}"
     )
     raise ConfigError(msg)
-
-
-def _integers(found: re.Match[str]) -> QuantizeConfig:
-    dtype: Any = found["dtype"]
-    granularity = PerTensor() if found["per"] == "tensor" else PerChannel()
-    return QuantizeConfig(
-        dtype=dtype,
-        granularity=granularity if found["block"] is None else PerBlock(int(found["block"])),
-        offset=bool(found["offset"]),
-        # Clipping gains 2 dB at 4 bits and nothing at 8.
-        range="mse" if dtype.endswith("4") else "minmax",
-    )

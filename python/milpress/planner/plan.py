@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from milpress.formats import Treatment
@@ -84,20 +84,10 @@ class PlannedWeight:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the weight's plan as JSON can hold it."""
-        return {
-            "name": self.name,
-            "op_types": list(self.op_types),
-            "shape": list(self.shape),
-            "format": self.format,
-            "treatment": None if self.treatment is None else treatment_dict(self.treatment),
-            "n_bytes": self.n_bytes,
-            "bits_per_weight": self.bits_per_weight,
-            "snr_db": json.number(self.snr_db),
-            "is_estimate": self.is_estimate,
-            "error": self.error,
-            "shares_with": self.shares_with,
-            "reason": self.reason,
-        }
+        treatment = None if self.treatment is None else treatment_dict(self.treatment)
+        names = [item.name for item in fields(self)]
+        names.insert(names.index("n_bytes") + 1, "bits_per_weight")
+        return json.record(self, *names) | {"treatment": treatment}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,11 +110,7 @@ class CurvePoint:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the point as JSON can hold it."""
-        return {
-            "package_bytes": self.package_bytes,
-            "bits_per_weight": self.bits_per_weight,
-            "snr_db": json.number(self.snr_db),
-        }
+        return json.record(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,22 +196,9 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON can hold it."""
-        return {
-            "version": 1,
-            "source": self.source,
-            "recipe": self.recipe.to_dict(),
-            "n_bytes": self.n_bytes,
-            "package_bytes": self.package_bytes,
-            "bits_per_weight": self.bits_per_weight,
-            "snr_db": json.number(self.snr_db),
-            "scored_by": self.scored_by,
-            "formats": list(self.formats),
-            "weights": [weight.to_dict() for weight in self.weights],
-            "curve": [point.to_dict() for point in self.curve],
-            "knee": self.knee,
-            "notes": list(self.notes),
-            "seconds": self.seconds,
-        }
+        sizes = ("n_bytes", "package_bytes", "bits_per_weight", "snr_db", "scored_by", "formats")
+        names = ("source", "recipe", *sizes, "weights", "curve", "knee", "notes", "seconds")
+        return {"version": 1, **json.record(self, *names)}
 
     def __rich__(self) -> Table:
         """Return the weights as a table."""

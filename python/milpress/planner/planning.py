@@ -14,8 +14,8 @@ from milpress.mil.package import Package
 from milpress.mil.raising import raise_opsets
 from milpress.planner import cache
 from milpress.planner.cache import ScoreCache
+from milpress.planner.facts import Facts, Platform, Unit
 from milpress.planner.groups import WeightGroup, groups_of
-from milpress.planner.linting import Facts, Platform, Unit
 from milpress.planner.measuring import measure
 from milpress.planner.menu import menu
 from milpress.planner.plan import Plan

@@ -235,9 +235,8 @@ class Problem:
                     with contextlib.suppress(UnsupportedError):
                         solution = self._solve_by_guess(rest)
                         cost = (solution.error, float(solution.n_bytes))
-                        tries.append(
-                            (*(cost[::-1] if self._goal.kind == "snr" else cost), name, rest)
-                        )
+                        cost = cost[::-1] if self._goal.kind == "snr" else cost
+                        tries.append((*cost, name, rest))
             if not tries:
                 msg = f"{self._package.path}: no plan with at most {most} formats was found"
                 raise UnsupportedError(msg)
@@ -255,12 +254,12 @@ class Problem:
         choices = dict(zip(self._open, solution.choices, strict=True))
         rules = tuple(
             Rule(
-                select=Select(name=_exactly(member.weight.name), min_size=self._min_size),
+                select=Select(name=_exactly(weight.name), min_size=self._min_size),
                 treatment=treatment or Keep(),
             )
             for group in self._groups
-            for member, treatment in zip(
-                group.members, group.treatments(choices.get(group)), strict=True
+            for weight, treatment in zip(
+                group.weights, group.treatments(choices.get(group)), strict=True
             )
         )
         return Recipe(steps=(Step(rules=rules),), target=self._target)
@@ -283,9 +282,9 @@ def _planned(group: WeightGroup, choice: Choice | None) -> list[PlannedWeight]:
     treatments = group.treatments(choice)
     return [
         PlannedWeight(
-            name=member.weight.name,
-            op_types=member.weight.op_types,
-            shape=member.weight.shape,
+            name=weight.name,
+            op_types=weight.op_types,
+            shape=weight.shape,
             format=KEEP if choice is None else choice.format,
             treatment=treatments[i],
             n_bytes=0 if i else n_bytes,
@@ -295,7 +294,7 @@ def _planned(group: WeightGroup, choice: Choice | None) -> list[PlannedWeight]:
             shares_with=group.name if i and i not in distinct else None,
             reason=group.reason,
         )
-        for i, member in enumerate(group.members)
+        for i, weight in enumerate(group.weights)
     ]
 
 

@@ -76,26 +76,26 @@ class Solution:
         return tuple(choice.format for choice in self.choices)
 
 
-def hull(choices: Sequence[Choice]) -> list[int]:
+def hull(choices: Sequence[Choice]) -> list[Choice]:
     """Return the choices on the lower convex hull of size and error, smallest first."""
-    order = sorted(range(len(choices)), key=lambda i: (choices[i].n_bytes, choices[i].error, i))
-    on_hull: list[int] = []
-    for i in order:
-        if on_hull and choices[i].error >= choices[on_hull[-1]].error:
+    points: list[Choice] = []
+    for choice in sorted(choices, key=_by_size):
+        if points and choice.error >= points[-1].error:
             continue
-        while len(on_hull) > 1 and _slope(choices, on_hull[-2], i) >= _slope(
-            choices, on_hull[-2], on_hull[-1]
-        ):
-            on_hull.pop()
-        on_hull.append(i)
-    return on_hull
+        while len(points) > 1 and _slope(points[-2], choice) >= _slope(points[-2], points[-1]):
+            points.pop()
+        points.append(choice)
+    return points
 
 
-def _slope(choices: Sequence[Choice], i: int, j: int) -> float:
+def _by_size(choice: Choice) -> tuple[int, float]:
+    return choice.n_bytes, choice.error
+
+
+def _slope(small: Choice, large: Choice) -> float:
     """Return how much error a byte takes away from one choice to a larger one."""
-    gain = choices[i].error - choices[j].error
-    extra = choices[j].n_bytes - choices[i].n_bytes
-    return math.inf if extra <= 0 else gain / extra
+    extra = large.n_bytes - small.n_bytes
+    return math.inf if extra <= 0 else (small.error - large.error) / extra
 
 
 def curve(groups: Groups) -> list[Point]:
@@ -104,26 +104,29 @@ def curve(groups: Groups) -> list[Point]:
     Each of these choices has the least error that any choice of at most its size has.
     """
     hulls = [hull(choices) for choices in groups]
-    first = [choices[chosen[0]] for choices, chosen in zip(groups, hulls, strict=True)]
-    n_bytes = sum(choice.n_bytes for choice in first)
+    n_bytes = sum(choices[0].n_bytes for choices in hulls)
     # Sums are taken exactly: thousands of differences would add up their rounding.
-    errors = [choice.error for choice in first]
+    errors = [choices[0].error for choices in hulls]
     points = [Point(n_bytes, math.fsum(errors))]
-    for _, i, j in sorted(_steps(groups, hulls)):
-        before, after = (groups[i][hulls[i][k]] for k in (j - 1, j))
-        n_bytes += after.n_bytes - before.n_bytes
-        errors[i] = after.error
+    for _, i, j in sorted(_steps(hulls)):
+        n_bytes += hulls[i][j].n_bytes - hulls[i][j - 1].n_bytes
+        errors[i] = hulls[i][j].error
         points.append(Point(n_bytes, math.fsum(errors)))
     return points
 
 
-def _steps(groups: Groups, hulls: Sequence[Sequence[int]]) -> list[tuple[float, int, int]]:
+def _steps(hulls: Groups) -> list[tuple[float, int, int]]:
     """Return all steps along the hulls as ``(-gain per byte, group, place on its hull)``."""
     return [
-        (-_slope(groups[i], chosen[j - 1], chosen[j]), i, j)
-        for i, chosen in enumerate(hulls)
-        for j in range(1, len(chosen))
+        (-_slope(choices[j - 1], choices[j]), i, j)
+        for i, choices in enumerate(hulls)
+        for j in range(1, len(choices))
     ]
+
+
+def smallest(groups: Groups) -> Solution:
+    """Return the smallest choice for each group, of equals that of the least error."""
+    return Solution(tuple(min(choices, key=_by_size) for choices in groups))
 
 
 def solve(groups: Groups, budget: int, at_least: int = 0) -> Solution:
@@ -142,79 +145,60 @@ def solve(groups: Groups, budget: int, at_least: int = 0) -> Solution:
     UnsupportedError
         If even the smallest choices don't fit.
     """
-    least = _smallest(groups)
-    used = _solution(groups, least).n_bytes
-    if used > budget:
-        msg = f"the budget must be at least {used} bytes, got {budget}"
+    least = smallest(groups)
+    if least.n_bytes > budget:
+        msg = f"the budget must be at least {least.n_bytes} bytes, got {budget}"
         raise UnsupportedError(msg)
     starts = [_greedy(groups, least, budget)]
     if len(groups) <= _MOST_FOR_PROGRAM:
         starts.append(_program(groups, least, budget))
-    solutions: list[Solution] = []
-    for chosen in starts:
-        for _ in range(_MOST_CHANGES):
-            if not _improve(groups, chosen, budget):
-                break
-        solutions.append(_solution(groups, chosen))
-    best = min(solutions, key=lambda one: (one.error, one.n_bytes))
+    best = min(
+        (_improved(groups, one, budget) for one in starts), key=lambda s: (s.error, s.n_bytes)
+    )
     if best.n_bytes < at_least and len(groups) <= _MOST_FOR_PROGRAM:
-        larger = _solution(groups, _program(groups, least, budget, at_least))
+        larger = _program(groups, least, budget, at_least)
         if larger.n_bytes >= at_least and larger.error <= _AS_GOOD_AS * best.error:
             return larger
     return best
 
 
-def smallest(groups: Groups) -> Solution:
-    """Return the smallest choice for each group, of equals that of the least error."""
-    return _solution(groups, _smallest(groups))
-
-
-def _smallest(groups: Groups) -> list[int]:
-    return [
-        min(range(len(choices)), key=lambda i: (choices[i].n_bytes, choices[i].error))
-        for choices in groups
-    ]
-
-
-def _solution(groups: Groups, chosen: Sequence[int]) -> Solution:
-    return Solution(tuple(choices[i] for choices, i in zip(groups, chosen, strict=True)))
-
-
-def _greedy(groups: Groups, least: Sequence[int], budget: int) -> list[int]:
+def _greedy(groups: Groups, least: Solution, budget: int) -> Solution:
     """Take steps along the hulls by gain per byte, as long as they fit."""
     hulls = [hull(choices) for choices in groups]
-    chosen = list(least)
-    used = _solution(groups, chosen).n_bytes
-    heap = [step for step in _steps(groups, hulls) if step[2] == 1]
+    chosen = list(least.choices)
+    room = budget - least.n_bytes
+    heap = [step for step in _steps(hulls) if step[2] == 1]
     heapq.heapify(heap)
     while heap:
         _, i, j = heapq.heappop(heap)
-        before, after = (groups[i][hulls[i][k]] for k in (j - 1, j))
-        extra = after.n_bytes - before.n_bytes
-        if used + extra > budget:
+        extra = hulls[i][j].n_bytes - hulls[i][j - 1].n_bytes
+        if extra > room:
             continue
-        used += extra
+        room -= extra
         chosen[i] = hulls[i][j]
         if j + 1 < len(hulls[i]):
-            heapq.heappush(heap, (-_slope(groups[i], hulls[i][j], hulls[i][j + 1]), i, j + 1))
-    return chosen
+            heapq.heappush(heap, (-_slope(hulls[i][j], hulls[i][j + 1]), i, j + 1))
+    return Solution(tuple(chosen))
 
 
-def _program(groups: Groups, least: Sequence[int], budget: int, at_least: int = 0) -> list[int]:
-    """Return the choice of least error between two sizes, counted in cells beyond the smallest.
+def _program(groups: Groups, least: Solution, budget: int, at_least: int = 0) -> Solution:
+    """Return the choices of least error between two sizes, counted in cells beyond the smallest.
 
-    Where no choice is as large as ``at_least``, that of least error is returned.
+    Where no choices are as large as ``at_least``, those of least error are returned.
     """
-    used = _solution(groups, least).n_bytes
-    cell = max(1, (budget - used) // _N_CELLS)
-    n_cells = (budget - used) // cell
+    room = budget - least.n_bytes
+    cell = max(1, room // _N_CELLS)
+    n_cells = room // cell
+    cells = [
+        [-(-(choice.n_bytes - first.n_bytes) // cell) for choice in choices]
+        for choices, first in zip(groups, least.choices, strict=True)
+    ]
     errors = np.full(n_cells + 1, np.inf)
     errors[0] = 0
     taken = np.zeros((len(groups), n_cells + 1), np.intp)
     for i, choices in enumerate(groups):
         after = np.full(n_cells + 1, np.inf)
-        for j, choice in enumerate(choices):
-            n = _cells(choice, choices[least[i]], cell)
+        for j, (choice, n) in enumerate(zip(choices, cells[i], strict=True)):
             if n <= n_cells:
                 error = errors[: n_cells + 1 - n] + choice.error
                 better = error < after[n:]
@@ -222,19 +206,17 @@ def _program(groups: Groups, least: Sequence[int], budget: int, at_least: int = 
                 taken[i, n:][better] = j
         errors = after
     # Each group's cells are rounded up by less than one.
-    first = -(-(at_least - used) // cell) + len(groups) if at_least > used else 0
+    missing = at_least - least.n_bytes
+    first = -(-missing // cell) + len(groups) if missing > 0 else 0
     if first > n_cells or not np.isfinite(errors[first:]).any():
         first = 0
-    left = first + int(np.argmin(errors[first:]))
-    chosen = [0] * len(groups)
+    at = first + int(np.argmin(errors[first:]))
+    chosen: list[Choice] = []
     for i in reversed(range(len(groups))):
-        chosen[i] = int(taken[i, left])
-        left -= _cells(groups[i][chosen[i]], groups[i][least[i]], cell)
-    return chosen
-
-
-def _cells(choice: Choice, least: Choice, cell: int) -> int:
-    return -(-(choice.n_bytes - least.n_bytes) // cell)
+        j = int(taken[i, at])
+        chosen.append(groups[i][j])
+        at -= cells[i][j]
+    return Solution(tuple(reversed(chosen)))
 
 
 class _Move(NamedTuple):
@@ -244,13 +226,25 @@ class _Move(NamedTuple):
     choice: int
 
 
-def _improve(groups: Groups, chosen: list[int], budget: int) -> bool:
-    """Make the best change of one group, or of two at once, that fits and lowers the error."""
-    slack = budget - _solution(groups, chosen).n_bytes
+def _improved(groups: Groups, solution: Solution, budget: int) -> Solution:
+    """Change one group, or two at once, as long as that fits and lowers the error."""
+    for _ in range(_MOST_CHANGES):
+        moves = _best_moves(groups, solution, budget)
+        chosen = list(solution.choices)
+        for move in moves:
+            chosen[move.group] = groups[move.group][move.choice]
+        solution = Solution(tuple(chosen))
+        # Differences far below the errors themselves are rounding, and would go back and forth.
+        if sum(move.gain for move in moves) <= 1e-12 * solution.error:
+            break
+    return solution
+
+
+def _best_moves(groups: Groups, solution: Solution, budget: int) -> tuple[_Move, ...]:
+    slack = budget - solution.n_bytes
     ups: list[_Move] = []
     downs: list[_Move] = []
-    for i, choices in enumerate(groups):
-        now = choices[chosen[i]]
+    for i, (choices, now) in enumerate(zip(groups, solution.choices, strict=True)):
         for j, choice in enumerate(choices):
             move = _Move(choice.n_bytes - now.n_bytes, now.error - choice.error, i, j)
             if move.gain > 0:
@@ -281,10 +275,7 @@ def _improve(groups: Groups, chosen: list[int], budget: int) -> bool:
         partner = next((one for one in partners if one.group != up.group), None)
         if partner is not None and up.gain + partner.gain > gain:
             gain, moves = up.gain + partner.gain, (up, partner)
-    for move in moves:
-        chosen[move.group] = move.choice
-    # Differences far below the errors themselves are rounding, and would go back and forth.
-    return gain > 1e-12 * _solution(groups, chosen).error
+    return moves
 
 
 def knee(points: Sequence[Point]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -29,11 +28,9 @@ from milpress.mil.program import Weight
 from milpress.recipe import Recipe
 
 
-def treated_bytes(weight: Weight, treatment: Treatment, *, early: bool) -> int:
-    """Return how many bytes a weight takes that a treatment, which suits its shape, has made.
-
-    ``early`` says that its program's opset is below CoreML8.
-    """
+def treated_bytes(weight: Weight, treatment: Treatment) -> int:
+    """Return how many bytes a weight takes once a treatment, which suits its shape, is applied."""
+    early = not weight.graph.opset.has_blocks
     return encode.payload_bytes(_blank(weight, treatment), early=early)
 
 
@@ -93,8 +90,3 @@ def _blank(weight: Weight, treatment: Treatment) -> Compressed:
         offset=np.zeros(grid, codes) if offset else None,
         bits=treatment.bits,
     )
-
-
-def dense_bytes(weight: Weight) -> int:
-    """Return how many bytes a weight takes as it came."""
-    return math.prod(weight.shape) * weight.dtype.bits // 8

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -86,13 +85,7 @@ def is_stateful(graph: Graph) -> bool:
 
 def traits_of(weight: Weight, *, stateful: bool = False) -> Traits:
     """Return the traits of a weight as it is stored."""
-    base = Traits(
-        dtype=weight.dtype.name,
-        used_by=weight.op_types,
-        activations=_activations(weight),
-        stateful=stateful,
-        decoded_by=weight.decoded_by,
-    )
+    base = _base(weight, weight.decoded_by, stateful)
     if not weight.is_compressed:
         return base
     node, graph = weight.node, weight.graph
@@ -111,46 +104,39 @@ def traits_of(weight: Weight, *, stateful: bool = False) -> Traits:
     return base
 
 
-def traits_after(
-    weight: Weight, treatments: Sequence[Treatment], *, early: bool, stateful: bool = False
-) -> Traits:
-    """Return the traits that a dense weight will have once it is treated.
+def traits_after(weight: Weight, treatment: Treatment, *, stateful: bool = False) -> Traits:
+    """Return the traits that a dense weight will have once it is palettized or quantized."""
+    if isinstance(treatment, PalettizeConfig):
+        return replace(
+            _base(weight, ("constexpr_lut_to_dense",), stateful),
+            form="palette",
+            bits=treatment.bits,
+            codes=f"uint{treatment.bits}",
+            table=weight.dtype.name,
+            vector_size=treatment.vector_size,
+            **_table_grid(weight, treatment),
+        )
+    if isinstance(treatment, PruneConfig):
+        return replace(_base(weight, (), stateful), form="sparse")
+    has_blocks = weight.graph.opset.has_blocks
+    decoder = "blockwise_shift_scale" if has_blocks else "affine_dequantize"
+    return replace(
+        _base(weight, (f"constexpr_{decoder}",), stateful),
+        form="quantized",
+        bits=treatment.bits,
+        codes=treatment.dtype,
+        granularity=_granularity_of(treatment),
+    )
 
-    ``early`` says that its program's opset is below CoreML8.
-    """
-    made = Traits(
+
+def _base(weight: Weight, decoded_by: tuple[str, ...], stateful: bool) -> Traits:
+    return Traits(
         dtype=weight.dtype.name,
         used_by=weight.op_types,
         activations=_activations(weight),
         stateful=stateful,
+        decoded_by=decoded_by,
     )
-    for treatment in treatments:
-        if isinstance(treatment, PruneConfig):
-            made = replace(made, form="sparse")
-            continue
-        sparse = "sparse " if made.form.startswith("sparse") else ""
-        if isinstance(treatment, PalettizeConfig):
-            made = replace(
-                made,
-                form=f"{sparse}palette",
-                decoded_by=("constexpr_lut_to_dense",),
-                bits=treatment.bits,
-                codes=f"uint{treatment.bits}",
-                table=weight.dtype.name,
-                vector_size=treatment.vector_size,
-                **_table_grid(weight, treatment),
-            )
-        else:
-            decoder = "affine_dequantize" if early else "blockwise_shift_scale"
-            made = replace(
-                made,
-                form=f"{sparse}quantized",
-                decoded_by=(f"constexpr_{decoder}",),
-                bits=treatment.bits,
-                codes=treatment.dtype,
-                granularity=_granularity_of(treatment),
-            )
-    return made
 
 
 def _table_grid(weight: Weight, treatment: PalettizeConfig) -> dict[str, Any]:
@@ -178,20 +164,21 @@ def _granularity_of(treatment: QuantizeConfig) -> str:
 
 
 def _activations(weight: Weight) -> str:
-    for use in weight.node.uses:
-        for parameter in use.node.op.inputs:
-            found = weight.graph.producer(use.node, parameter)
-            if found is not None and found[0].op.type == "dequantize":
-                return "int8"
-    return "float"
+    producers = (
+        weight.graph.producer(use.node, parameter)
+        for use in weight.node.uses
+        for parameter in use.node.op.inputs
+    )
+    is_quantized = any(each is not None and each[0].op.type == "dequantize" for each in producers)
+    return "int8" if is_quantized else "float"
 
 
 def _type(node: Node, graph: Graph, parameter: str) -> TensorType | None:
     """Return the type of a parameter of a ``constexpr`` op, wherever it is given."""
     if parameter in node.op.attributes:
         return values.type_of(node.op.attributes[parameter].type)
-    given = graph.value_type(node, parameter)
-    return None if given is None else values.type_of(given)
+    kind = graph.value_type(node, parameter)
+    return None if kind is None else values.type_of(kind)
 
 
 def _of_palette(node: Node, weight: Weight) -> dict[str, Any]:
@@ -201,12 +188,12 @@ def _of_palette(node: Node, weight: Weight) -> dict[str, Any]:
     indices = _type(node, graph, "indices_nonzero_data" if sparse else "indices")
     if lut is None or indices is None:
         return {}
-    found: dict[str, Any] = {"table": lut.dtype.name, "scaled_floats": False}
+    table, scaled_floats = lut.dtype.name, False
     producer = graph.producer(node, "lut")
     if producer is not None and producer[0].op.type == "constexpr_blockwise_shift_scale":
         data = _type(producer[0], graph, "data")
         if data is not None:
-            found = {"table": data.dtype.name, "scaled_floats": data.dtype.is_float}
+            table, scaled_floats = data.dtype.name, data.dtype.is_float
     rank = len(weight.shape)
     if len(lut.shape) != rank + 2:  # the form before CoreML8: one table
         bits = (int(lut.shape[0] or 1) - 1).bit_length()
@@ -214,14 +201,19 @@ def _of_palette(node: Node, weight: Weight) -> dict[str, Any]:
     else:
         bits = indices.dtype.bits
         grid, vector_size = lut.fixed_shape[:rank], lut.fixed_shape[-1]
-    found |= {"bits": bits, "codes": f"uint{bits}", "vector_size": vector_size}
     output, _ = weight.channel_axes or (0, 1)
     n_channels = weight.shape[output]
     size = n_channels // grid[output]
-    found["channels_per_table"] = size
-    others = math.prod(grid) // grid[output]
-    found["granularity"] = "per_block" if others > 1 else _group_name(size, n_channels)
-    return found
+    is_block = math.prod(grid) > grid[output]
+    return {
+        "table": table,
+        "scaled_floats": scaled_floats,
+        "bits": bits,
+        "codes": f"uint{bits}",
+        "vector_size": vector_size,
+        "channels_per_table": size,
+        "granularity": "per_block" if is_block else _group_name(size, n_channels),
+    }
 
 
 def _of_affine(node: Node, graph: Graph) -> dict[str, Any]:
@@ -247,9 +239,9 @@ def _of_shift_scale(base: Traits, node: Node, weight: Weight, sparse: str) -> Tr
     if data is None or scale is None:
         return base
     if data.dtype.is_float:
-        found = graph.producer(node, parameter)
-        if found is not None and found[0].op.type in _LUTS:
-            inner = _of_palette(found[0], weight) | {"scaled_floats": True}
+        data_op = graph.producer(node, parameter)
+        if data_op is not None and data_op[0].op.type in _LUTS:
+            inner = _of_palette(data_op[0], weight) | {"scaled_floats": True}
             return replace(base, form=f"{sparse}palette", **inner)
         return replace(base, form=f"{sparse}quantized", scaled_floats=True)
     output, _ = weight.channel_axes or (0, 1)

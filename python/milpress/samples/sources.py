@@ -172,7 +172,7 @@ def _by_name(path: Path, files: Sequence[Path], inputs: Inputs) -> Source:
     values: dict[str, Any] = {}
     for file in files:
         if file.stem in values:
-            msg = f"{path}: several files for the input {file.stem!r}; keep one"
+            msg = f"{path}: several files for input {file.stem!r}, such as {file.name}; keep one"
             raise InputError(msg)
         values[file.stem] = _file(file, file.stem, inputs) if file.stem in inputs else file
     return Source(str(path), values)
@@ -195,6 +195,8 @@ def _picture_or_array(value: Any, feature: Feature) -> Any:
 
 def _refuse_folder(path: Path, files: Sequence[Path]) -> NoReturn:
     names = [f"the folder {file.name}" if file.is_dir() else file.name for file in files]
-    got = f"{', '.join(names[:_N_NAMED])}{', ...' * (len(names) > _N_NAMED)}" if names else "none"
-    msg = f"{path}: there must be samples, got {got}; they are {_FILES}"
+    others = (
+        f", but {', '.join(names[:_N_NAMED])}{', ...' * (len(names) > _N_NAMED)}" if names else ""
+    )
+    msg = f"{path}: no samples in it{others}; samples are {_FILES}"
     raise InputError(msg)

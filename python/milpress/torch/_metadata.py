@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from milpress.formats.joint import masked
 from milpress.formats.order import ascending
 from milpress.formats.palette import Bits, fold, split_vectors
 from milpress.formats.rows import Floats, as_weight, block_grid, from_rows, normalized_axis, to_rows
-from milpress.torch._module_weights import RECURRENT, ModuleWeight, whole
+from milpress.torch._module_weights import RECURRENT, ModuleWeight, representable, whole
 
 PREFIX = "_COREML_"
 # ``ct.convert`` fails on compressed weights of recurrent layers; it does not look at these buffers.
@@ -78,28 +78,28 @@ class Stored:
 def register(weight: ModuleWeight, stored: Stored) -> None:
     """Put what was done to a weight into buffers of its module, after what they say already."""
     value = stored.value.value if isinstance(stored.value, Masked) else stored.value
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     types = _types(weight)
     if isinstance(stored.value, (Masked, Sparse)) and PRUNING not in types:
         types = [PRUNING, *types]
     if isinstance(value, Palette):
         types = [*types, PALETTIZATION]
-        found["lut"] = value.entries
+        entries["lut"] = value.entries
         if value.vector_axis is not None:
-            found["vector_axis"] = value.vector_axis
+            entries["vector_axis"] = value.vector_axis
         if stored.scale is not None:
-            found["palettization_scale"] = stored.scale
+            entries["palettization_scale"] = stored.scale
         quantized = value.lut if isinstance(value.lut, Quantized) else None
     else:
         quantized = value if isinstance(value, Quantized) else None
     if quantized is not None:
         types = [*types, QUANTIZATION]
-        found["quantization_n_bits"] = quantized.bits
-        found["quantization_scale"] = quantized.scale
+        entries["quantization_n_bits"] = quantized.bits
+        entries["quantization_scale"] = quantized.scale
         if quantized.offset is not None:
-            found["zero_point"] = quantized.offset
-    found["compression_type"] = types
-    for key, content in found.items():
+            entries["zero_point"] = quantized.offset
+    entries["compression_type"] = types
+    for key, content in entries.items():
         name = f"{prefix_of(weight.module)}/{weight.parameter_name}/{key}"
         weight.module.register_buffer(name, torch.tensor(content))
 
@@ -133,24 +133,24 @@ def is_coded(weight: ModuleWeight) -> bool:
 
 def compressed_parameters(module: nn.Module) -> list[str]:
     """Return the names of the parameters of a module that its buffers speak of."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for name, _ in module.named_buffers(recurse=False):
         prefix, _, rest = name.partition("/")
         if prefix in (PREFIX, OWN_PREFIX) and "/" in rest:
-            found[rest.rpartition("/")[0]] = None
-    return list(found)
+            names[rest.rpartition("/")[0]] = None
+    return list(names)
 
 
 def _buffers(weight: ModuleWeight) -> dict[str, NDArray[Any]]:
-    found: dict[str, NDArray[Any]] = {}
+    buffers: dict[str, NDArray[Any]] = {}
     for prefix in (PREFIX, OWN_PREFIX):
         start = f"{prefix}/{weight.parameter_name}/"
         for name, buffer in weight.module.named_buffers(recurse=False):
             if name.startswith(start):
                 tensor = buffer.detach().cpu()
                 tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-                found[name.removeprefix(start)] = tensor.numpy()
-    return found
+                buffers[name.removeprefix(start)] = tensor.numpy()
+    return buffers
 
 
 def _types(weight: ModuleWeight) -> list[int]:
@@ -225,22 +225,9 @@ def _palette(
         scale = scale.reshape(*scale.shape, *[1] * (array.ndim - scale.ndim)).astype(array.dtype)
         output = next((i for i, n in enumerate(scale.shape) if n > 1), weight.axes[0])
         searched = fold(palette, scale, output)
-    rounded = _rounded(searched.entries, weight)
-    codes = nearest(array, rounded, axis)
-    stored_lut: Any = lut
-    if "quantization_scale" in buffers:
-        stored_lut = _quantized(lut, buffers)
-    made = Palette(codes=codes, lut=stored_lut, bits=bits, vector_axis=axis)
-    return made, scale
-
-
-def _rounded(lut: Floats, weight: ModuleWeight) -> Floats:
-    """Return entries as a weight of type bfloat16 has them."""
-    tensor = cast("torch.Tensor", weight.tensor)
-    if tensor.dtype != torch.bfloat16:
-        return lut
-    rounded: Floats = torch.tensor(lut).to(torch.bfloat16).float().numpy()
-    return rounded
+    codes = nearest(array, representable(searched.entries, weight.dtype), axis)
+    stored_lut = _quantized(lut, buffers) if "quantization_scale" in buffers else lut
+    return Palette(codes=codes, lut=stored_lut, bits=bits, vector_axis=axis), scale
 
 
 def nearest(array: Floats, lut: Floats, vector_axis: int | None) -> NDArray[np.uint8]:

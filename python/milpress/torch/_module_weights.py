@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from milpress.formats.rows import Floats
+
 Kinds: TypeAlias = tuple[type[nn.Module], ...]
 
 TRANSPOSED: Kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -64,6 +66,11 @@ class ModuleWeight:
         return (0,) if tensor is None or nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """Its type; ``None`` where the module computes its weight."""
+        return None if self.tensor is None else self.tensor.dtype
+
+    @property
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
@@ -108,6 +115,14 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     values: Any = tensor.detach()
     complete: torch.Tensor = values.full_tensor() if is_spread(tensor) else values
     return complete if complete.is_meta else complete.cpu()
+
+
+def representable(values: Floats, dtype: torch.dtype | None) -> Floats:
+    """Return values as a weight of a type has them, which NumPy may not have."""
+    if dtype != torch.bfloat16:
+        return values
+    rounded: Floats = torch.tensor(values).to(dtype).float().numpy()
+    return rounded
 
 
 def is_spread(tensor: torch.Tensor) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +15,8 @@ from milpress.errors import UnsupportedError
 from milpress.formats import Compressed, Masked, Palette, Quantized, Sparse
 from milpress.formats.joint import masked
 from milpress.formats.rows import Floats
+
+_Relayout: TypeAlias = Callable[[NDArray[Any]], NDArray[Any]]
 
 
 def cast(value: Compressed, dtype: Any) -> Compressed:
@@ -34,8 +38,8 @@ def _cast_codes(value: Palette | Quantized, dtype: Any) -> Palette | Quantized:
     if isinstance(value, Quantized):
         return _cast_scale(value, dtype)
     lut = value.lut
-    made = _cast_scale(lut, dtype) if isinstance(lut, Quantized) else _rounded(lut, dtype)
-    return replace(value, lut=made)
+    lut = _cast_scale(lut, dtype) if isinstance(lut, Quantized) else _rounded(lut, dtype)
+    return replace(value, lut=lut)
 
 
 def _cast_scale(value: Quantized, dtype: Any) -> Quantized:
@@ -51,6 +55,43 @@ def _rounded(array: Floats, dtype: Any) -> Floats:
     return rounded
 
 
+def layout_of(
+    own: NDArray[Any], array: NDArray[Any], *, in_rows: bool
+) -> Callable[[Compressed], Compressed] | None:
+    """Return what gives the value of a weight the layout of an array; ``None`` if they differ.
+
+    Parameters
+    ----------
+    own
+        The weight.
+    array
+        The same elements in another layout, perhaps.
+    in_rows
+        Whether the array may have some of the rows, in another order: Core ML has the gates of a
+        recurrent layer in another order than torch, or in parts.
+    """
+    if np.array_equal(own, array):
+        return lambda value: value
+    if own.ndim == 2 and np.array_equal(own.T, array):
+        return transposed
+    rows = _rows_of(array, own) if in_rows else None
+    return None if rows is None else functools.partial(taken, rows=rows)
+
+
+def _rows_of(array: NDArray[Any], own: NDArray[Any]) -> NDArray[np.intp] | None:
+    """Return which of its own rows each row is, ``None`` if one of them is another."""
+    places: dict[bytes, list[int]] = {}
+    for i, row in enumerate(own):
+        places.setdefault(row.tobytes(), []).append(i)
+    rows = []
+    for row in array:
+        same = places.get(row.tobytes())
+        if not same:
+            return None
+        rows.append(same.pop(0))
+    return np.array(rows, np.intp)
+
+
 def transposed(value: Compressed) -> Compressed:
     """Return the value of a transposed matrix."""
     if isinstance(value, Masked):
@@ -58,13 +99,17 @@ def transposed(value: Compressed) -> Compressed:
     if isinstance(value, Sparse):
         return _sparse(np.ascontiguousarray(value.dense().T))
     if isinstance(value, Quantized):
-        offset = None if value.offset is None else _swapped(value.offset)
-        return replace(
-            value, codes=_swapped(value.codes), scale=_swapped(value.scale), offset=offset
-        )
+        return _each(value, _swapped, _swapped)
     axis = None if value.vector_axis is None else 1 - value.vector_axis
-    lut: Any = transposed(value.lut) if isinstance(value.lut, Quantized) else _swapped(value.lut)
+    lut = value.lut
+    lut = _each(lut, _swapped, _swapped) if isinstance(lut, Quantized) else _swapped(lut)
     return replace(value, codes=_swapped(value.codes), lut=lut, vector_axis=axis)
+
+
+def _each(value: Quantized, of_codes: _Relayout, of_groups: _Relayout) -> Quantized:
+    """Return a value with its codes, and what belongs to groups of them, in another layout."""
+    offset = None if value.offset is None else of_groups(value.offset)
+    return replace(value, codes=of_codes(value.codes), scale=of_groups(value.scale), offset=offset)
 
 
 def _swapped(array: NDArray[Any]) -> NDArray[Any]:
@@ -83,14 +128,8 @@ def taken(value: Compressed, rows: NDArray[np.intp]) -> Compressed:
         return _masked(taken(value.value, rows), value.mask()[rows])
     if isinstance(value, Sparse):
         return _sparse(np.ascontiguousarray(value.dense()[rows]))
-    if isinstance(value, Quantized):
-        n_rows = value.codes.shape[0]
-        offset = None if value.offset is None else _taken_groups(value.offset, rows, n_rows)
-        scale = _taken_groups(value.scale, rows, n_rows)
-        return replace(
-            value, codes=np.ascontiguousarray(value.codes[rows]), scale=scale, offset=offset
-        )
-    if value.vector_axis == 0:
+    n_rows = value.codes.shape[0]
+    if isinstance(value, Palette) and value.vector_axis == 0:
         size = value.vector_size
         starts = rows[::size]
         whole = (starts[:, None] + np.arange(size)).reshape(-1)
@@ -98,19 +137,18 @@ def taken(value: Compressed, rows: NDArray[np.intp]) -> Compressed:
             msg = "its rows stand in another order, which takes its vectors apart"
             raise UnsupportedError(msg)
         rows = starts // size
-    n_rows = value.codes.shape[0]
-    lut: Any
-    if isinstance(value.lut, Quantized):
-        inner = value.lut
-        lut = replace(
-            inner,
-            codes=_taken_groups(inner.codes, rows, n_rows),
-            scale=_taken_groups(inner.scale, rows, n_rows),
-            offset=None if inner.offset is None else _taken_groups(inner.offset, rows, n_rows),
-        )
-    else:
-        lut = _taken_groups(value.lut, rows, n_rows)
-    return replace(value, codes=np.ascontiguousarray(value.codes[rows]), lut=lut)
+
+    def of_codes(codes: NDArray[Any]) -> NDArray[Any]:
+        return np.ascontiguousarray(codes[rows])
+
+    def of_groups(array: NDArray[Any]) -> NDArray[Any]:
+        return _taken_groups(array, rows, n_rows)
+
+    if isinstance(value, Quantized):
+        return _each(value, of_codes, of_groups)
+    lut = value.lut
+    lut = _each(lut, of_groups, of_groups) if isinstance(lut, Quantized) else of_groups(lut)
+    return replace(value, codes=of_codes(value.codes), lut=lut)
 
 
 def _taken_groups(array: NDArray[Any], rows: NDArray[np.intp], n_rows: int) -> NDArray[Any]:

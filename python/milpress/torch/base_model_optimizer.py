@@ -155,7 +155,8 @@ class BaseTrainingTimeModelOptimizer(BaseModelOptimizer):
         Parameters
         ----------
         model
-            The trained model; ``None`` for the one that ``prepare`` returned.
+            The trained model; ``None`` for the one that ``prepare`` returned. What
+            ``torch.compile`` or ``DistributedDataParallel`` made of it is taken, too.
         inplace
             Whether to change that model itself.
         """

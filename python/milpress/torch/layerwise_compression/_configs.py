@@ -11,9 +11,9 @@ from attrs import define, field
 from milpress.errors import ConfigError
 from milpress.plain import fields
 from milpress.torch import _fields
+from milpress.torch._palettes import ModulePaletteConfig
 from milpress.torch.layerwise_compression._registry import Registered
 from milpress.torch.optimization_config import ModuleOptimizationConfig, QuantizationGranularity
-from milpress.torch.palettization._palettes import ModulePaletteConfig
 from milpress.torch.quantization.quantization_config import QuantizationScheme
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ class LayerwiseCompressionAlgorithmConfig(Registered, ModuleOptimizationConfig):
         if "algorithm" not in config_dict:
             msg = f"{place} must name an algorithm, got {dict(config_dict)}"
             raise ConfigError(msg)
-        made: Self = cls.get_class(config_dict["algorithm"])._from_dict(config_dict, place)
-        return made
+        config: Self = cls.get_class(config_dict["algorithm"])._from_dict(config_dict, place)
+        return config
 
 
 @define

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from dataclasses import replace
 from typing import Any, cast, overload
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from milpress.errors import UnsupportedError
 from milpress.formats import (
@@ -31,7 +31,8 @@ from milpress.formats.rows import Floats, divisor_of
 from milpress.torch import _metadata
 from milpress.torch._compression import Task, WeightOutcome, compress_together
 from milpress.torch._metadata import Stored
-from milpress.torch._module_weights import ModuleWeight
+from milpress.torch._module_weights import ModuleWeight, representable
+from milpress.torch._palettes import palettized
 from milpress.torch.layerwise_compression._configs import (
     NORMAL_FLOATS,
     LayerwiseCompressionAlgorithmConfig,
@@ -42,7 +43,6 @@ from milpress.torch.layerwise_compression._configs import (
 from milpress.torch.layerwise_compression._layer_moments import LAYERS, LayerMoments
 from milpress.torch.layerwise_compression._registry import Registered
 from milpress.torch.optimization_config import QuantizationGranularity
-from milpress.torch.palettization._palettes import palettized
 from milpress.torch.quantization.quantization_config import QuantizationScheme
 
 __all__ = [
@@ -331,15 +331,8 @@ def _block(shape: tuple[int, ...], config: Any) -> tuple[int | None, str]:
 
 def _representable(weight: ModuleWeight) -> Any:
     """Return what rounds values to a parameter's type where NumPy has none like it."""
-    tensor = weight.tensor
-    if tensor is None or tensor.dtype != torch.bfloat16:
-        return None
-
-    def rounded(values: NDArray[np.float32]) -> NDArray[np.float32]:
-        found: NDArray[np.float32] = torch.from_numpy(values).bfloat16().float().numpy()
-        return found
-
-    return rounded
+    is_rounded = weight.dtype == torch.bfloat16
+    return functools.partial(representable, dtype=weight.dtype) if is_rounded else None
 
 
 def _normal_floats(
@@ -353,9 +346,7 @@ def _normal_floats(
     if granularity is QuantizationGranularity.per_tensor:
         scale = np.full_like(scale, scale.max())
     scale = np.where(scale == 0, np.float32(1), scale)
-    rounded = _representable(weight)
-    scale = scale if rounded is None else rounded(scale)
-    return tables, scale.astype(array.dtype)
+    return tables, representable(scale, weight.dtype).astype(array.dtype)
 
 
 @overload

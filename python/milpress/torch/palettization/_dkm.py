@@ -78,8 +78,8 @@ def attend(
     rounding
         Rounds the last tables to what can be stored; its gradient is taken as that of the identity.
     """
-    made, tables = _Attend.apply(weights, table, settings, kept, rounding)  # type: ignore[no-untyped-call]
-    return made, tables
+    mixture, tables = _Attend.apply(weights, table, settings, kept, rounding)  # type: ignore[no-untyped-call]
+    return mixture, tables
 
 
 def _parts(n_groups: int, n: int, n_entries: int) -> Iterator[tuple[slice, slice]]:
@@ -120,6 +120,14 @@ def _attention(
     return logits.softmax(dim=2), logits
 
 
+def _shares(
+    x: torch.Tensor, table: torch.Tensor, settings: AttentionSettings, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `_attention` does, with the lower limit of attention."""
+    attention, logits = _attention(x, table, settings, seed)
+    return attention.clamp_(min=settings.least) if settings.mode == "dkm" else attention, logits
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -143,20 +151,16 @@ class _Attend(torch.autograd.Function):
                 break
             last = inertia
         final = tables[-1] if rounding is None else rounding(tables[-1])
-        made = torch.empty_like(weights)
+        mixture = torch.empty_like(weights)
         for index, (groups, span) in enumerate(parts):
-            attention, _ = _attention(
-                weights[groups, span], tables[-2][groups], settings, seed + index
-            )
-            if settings.mode == "dkm":
-                attention.clamp_(min=settings.least)
-            made[groups, span] = attention @ final[groups]
+            shares, _ = _shares(weights[groups, span], tables[-2][groups], settings, seed + index)
+            mixture[groups, span] = shares @ final[groups]
         if kept is not None:
-            made *= kept[..., None]
+            mixture *= kept[..., None]
         ctx.save_for_backward(weights, kept, final, *tables, *sums)
         ctx.settings, ctx.parts, ctx.seed = settings, parts, seed
         ctx.mark_non_differentiable(final)
-        return made, final
+        return mixture, final
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
@@ -164,18 +168,14 @@ class _Attend(torch.autograd.Function):
         n = (len(rest) - 1) // 2
         tables, sums = rest[: n + 1], rest[n + 1 :]
         settings, parts, seed = ctx.settings, ctx.parts, ctx.seed
-        of_made = gradients[0]
+        of_mixture = gradients[0]
         if kept is not None:
-            of_made = of_made * kept[..., None]
+            of_mixture = of_mixture * kept[..., None]
         of_weights = torch.zeros_like(weights)
         of_table = torch.zeros_like(final)
         for index, (groups, span) in enumerate(parts):
-            attention, _ = _attention(
-                weights[groups, span], tables[-2][groups], settings, seed + index
-            )
-            if settings.mode == "dkm":
-                attention.clamp_(min=settings.least)
-            of_table[groups] += attention.mT @ of_made[groups, span]
+            shares, _ = _shares(weights[groups, span], tables[-2][groups], settings, seed + index)
+            of_table[groups] += shares.mT @ of_mixture[groups, span]
         for i in reversed(range(n)):
             if settings.keep_zero:
                 of_table[:, 0] = 0
@@ -193,7 +193,7 @@ class _Attend(torch.autograd.Function):
                     of_attention *= kept[groups, span, None]
                     of_x *= kept[groups, span, None]
                 if i == n - 1:
-                    of_attention += of_made[groups, span] @ final[groups].mT
+                    of_attention += of_mixture[groups, span] @ final[groups].mT
                 if settings.mode != "hard":
                     if settings.mode == "dkm":
                         of_attention.masked_fill_(soft < settings.least, 0)
@@ -221,9 +221,7 @@ def _iterated(
     inertia = torch.zeros_like(table[:, 0, 0])
     for index, (groups, span) in enumerate(parts):
         x = weights[groups, span]
-        attention, logits = _attention(x, table[groups], settings, seed + index)
-        if settings.mode == "dkm":
-            attention.clamp_(min=settings.least)
+        attention, logits = _shares(x, table[groups], settings, seed + index)
         nearest = logits.amax(dim=2).mul_(-settings.tau)
         if kept is not None:
             attention *= kept[groups, span, None]

@@ -12,9 +12,9 @@ from torch import nn
 from milpress.errors import ConfigError, ConfigTypeError
 from milpress.plain import fields
 from milpress.torch import _fields
+from milpress.torch._palettes import BITS, ModulePaletteConfig
 from milpress.torch.optimization_config import ModuleOptimizationConfig, OptimizationConfig
 from milpress.torch.palettization._dkm import AttentionSettings
-from milpress.torch.palettization._palettes import BITS, ModulePaletteConfig
 
 __all__ = ["DKMPalettizerConfig", "ModuleDKMPalettizerConfig"]
 

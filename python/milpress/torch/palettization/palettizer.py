@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from milpress.errors import LifecycleError, UnsupportedError
+from milpress.errors import UnsupportedError
 from milpress.torch._compression import WeightOutcome, compress_faked
 from milpress.torch._module_weights import TRAINABLE, Kinds, ModuleWeight, attention_around
 from milpress.torch._report import Report
@@ -17,7 +17,7 @@ from milpress.torch.base_model_optimizer import BaseTrainingTimeModelOptimizer
 from milpress.torch.optimization_config import OptimizationConfig
 from milpress.torch.palettization.fake_palettize import FakePalettize
 from milpress.torch.palettization.palettization_config import DKMPalettizerConfig
-from milpress.torch.pruning.magnitude_pruner import is_pruned, masks_lifted
+from milpress.torch.pruning.magnitude_pruner import check_unpruned, kept_of, masks_lifted
 
 __all__ = ["DKMPalettizer"]
 
@@ -90,9 +90,7 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
         if self._milestones:
             _logger.warning("the model has been prepared already: nothing is changed")
             return self._model
-        if is_pruned(self._model):
-            msg = "prepare palettization before pruning: this model is prepared for pruning already"
-            raise LifecycleError(msg)
+        check_unpruned(self._model, "palettization")
         self._model = self._get_model_for_compression(inplace)
         if not self._config.is_default:
             self._warn_of_typos()
@@ -156,11 +154,8 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
 
         Parameters
         ----------
-        model
-            The trained model; ``None`` for the one that `prepare` returned. What ``torch.compile``
-            or ``DistributedDataParallel`` made of it is taken, too.
-        inplace
-            Whether to change that model itself.
+        model, inplace
+            As of `BaseTrainingTimeModelOptimizer.finalize`.
 
         Returns
         -------
@@ -203,9 +198,7 @@ def _row(weight: ModuleWeight, fake: FakePalettize) -> dict[str, Any]:
     values: torch.Tensor = getattr(weight.module, weight.parameter_name).detach()
     error = 0.0
     if fake.is_begun:
-        kept = weight.module._buffers.get(f"{weight.parameter_name}_mask")
-        kept = None if kept is None else kept.expand(values.shape)
-        dense = torch.from_numpy(fake.stored(values, kept).dense()).to(values)
+        dense = torch.from_numpy(fake.stored(values, kept_of(weight)).dense()).to(values)
         error = float((dense.float() - values.float()).square().mean().sqrt())
     return {
         "device": str(values.device),
@@ -220,8 +213,7 @@ def _palettized(weight: ModuleWeight, _array: Any, fake: FakePalettize) -> Weigh
     if not fake.is_begun:
         msg = "its palettization was not enabled, or the model did not run since"
         raise UnsupportedError(msg)
-    kept = weight.module._buffers.get(f"{weight.parameter_name}_mask")
     tensor = weight.tensor
     assert tensor is not None  # noqa: S101 - compress_weights has looked
-    kept = None if kept is None else kept.expand(tensor.shape)
-    return WeightOutcome(fake.stored(tensor.detach(), kept), fake.treatment, tuple(fake.notes))
+    stored = fake.stored(tensor.detach(), kept_of(weight))
+    return WeightOutcome(stored, fake.treatment, tuple(fake.notes))

@@ -10,9 +10,9 @@ from attrs import define, field
 from milpress.plain import fields
 from milpress.torch._compression import Progress, compress_weights
 from milpress.torch._module_weights import KINDS, Kinds
+from milpress.torch._palettes import ModulePaletteConfig, palettized
 from milpress.torch.base_model_optimizer import BasePostTrainingModelOptimizer
 from milpress.torch.optimization_config import ModuleOptimizationConfig, OptimizationConfig
-from milpress.torch.palettization._palettes import ModulePaletteConfig, palettized
 
 __all__ = [
     "ModulePostTrainingPalettizerConfig",

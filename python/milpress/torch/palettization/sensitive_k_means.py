@@ -19,10 +19,10 @@ from milpress.formats.rows import Floats
 from milpress.plain import fields
 from milpress.torch._compression import Progress, WeightOutcome, compress_weights
 from milpress.torch._module_weights import KINDS, Kinds, ModuleWeight
+from milpress.torch._palettes import ModulePaletteConfig, palettized
 from milpress.torch.base_model_optimizer import BaseDataCalibratedModelOptimizer
 from milpress.torch.optimization_config import ModuleOptimizationConfig, OptimizationConfig
 from milpress.torch.palettization import _sensitivity, _workers
-from milpress.torch.palettization._palettes import ModulePaletteConfig, palettized
 from milpress.torch.palettization._sensitivity import LossFunction
 
 __all__ = ["ModuleSKMPalettizerConfig", "SKMPalettizer", "SKMPalettizerConfig"]
@@ -145,14 +145,14 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
                 dataloader, loss_fn, path, num_sensitivity_workers, fsdp_auto_wrap_policy
             )
         sums = self._sums(self._model, dataloader, loss_fn, path)
-        found = {
+        sensitivities = {
             name: _sensitivity.normalized(squares)[0] for name, squares in sums.squares.items()
         }
-        if path is not None and _is_first():
-            _sensitivity.save(found, path)
+        if path is not None and _sensitivity.rank_and_size()[0] == 0:
+            _sensitivity.save(sensitivities, path)
         if sums.kept is not None:
             sums.kept.unlink(missing_ok=True)
-        return found
+        return sensitivities
 
     def compress(  # type: ignore[override]
         self,
@@ -275,16 +275,11 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
             compute = functools.partial(_compute, self._config, loss_fn)
             n_batches = self._config.calibration_nsamples
             _workers.run(n_workers, compute, self._source, dataloader, n_batches, policy, saved)
-            found = _sensitivity.load(saved)
             # The file goes, so its content must not stay in it.
-            return {name: values.clone() for name, values in found.items()}
+            return {name: values.clone() for name, values in _sensitivity.load(saved).items()}
 
 
 def _compute(
     config: Any, loss_fn: LossFunction, model: torch.nn.Module, batches: list[Any], path: Path
 ) -> None:
     SKMPalettizer(model, config).compute_sensitivity(batches, loss_fn, path)
-
-
-def _is_first() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

@@ -166,9 +166,9 @@ class PruningMethod(Substitution):
                 continue
             orig = weight.module.get_parameter(f"{name}_orig")
             mask = _masks.mask_of(weight, orig, self.config, sparsity)
-            found = weight.module.get_buffer(f"{name}_mask")
-            if found.shape == mask.shape:
-                found.copy_(mask)  # in place: DistributedDataParallel keeps references
+            before = weight.module.get_buffer(f"{name}_mask")
+            if before.shape == mask.shape:
+                before.copy_(mask)  # in place: DistributedDataParallel keeps references
             else:
                 weight.module.register_buffer(f"{name}_mask", mask)
             amount.fill_(sparsity)
@@ -180,15 +180,18 @@ class PruningMethod(Substitution):
         for name in self.names:
             object.__setattr__(owner, name, self.substitute(owner, name).detach())
 
+    @torch.no_grad()
+    def _give_back(self, owner: nn.Module, name: str) -> None:
+        object.__delattr__(owner, name)
+        orig = owner.get_parameter(f"{name}_orig")
+        orig.copy_(self.substitute(owner, name))
+        owner.register_parameter(name, orig)
+
     @contextlib.contextmanager
     def lifted(self, owner: nn.Module) -> Iterator[None]:
         """Give the weights back to their module, zeros and all, for the time of a block."""
         for name in self.names:
-            object.__delattr__(owner, name)
-            orig = owner.get_parameter(f"{name}_orig")
-            with torch.no_grad():
-                orig.copy_(self.substitute(owner, name))
-            owner.register_parameter(name, orig)
+            self._give_back(owner, name)
         yield
         for name in self.names:
             del owner._parameters[name]
@@ -200,12 +203,9 @@ class PruningMethod(Substitution):
         owner = weight.module
         self.detach(host)
         for name in self.names:
-            object.__delattr__(owner, name)
-            orig = owner.get_parameter(f"{name}_orig")
-            orig.copy_(self.substitute(owner, name))
+            self._give_back(owner, name)
             del owner._parameters[f"{name}_orig"]
             del owner._buffers[f"{name}_mask"], owner._buffers[f"{name}_amount"]
-            owner.register_parameter(name, orig)
             _metadata.register_pruning(ModuleWeight(weight.module_name, owner, name))
         for key, hook in list(owner._load_state_dict_post_hooks.items()):
             if hook is _loaded:
@@ -326,11 +326,8 @@ class MagnitudePruner(BaseTrainingTimeModelOptimizer):
 
         Parameters
         ----------
-        model
-            The trained model; ``None`` for the one that `prepare` returned. What ``torch.compile``
-            or ``DistributedDataParallel`` made of it is taken, too.
-        inplace
-            Whether to change that model itself.
+        model, inplace
+            As of `BaseTrainingTimeModelOptimizer.finalize`.
 
         Returns
         -------
@@ -394,9 +391,19 @@ def is_fake_quantized(model: nn.Module) -> bool:
     return any(name.endswith("_fake_quant") for name, _ in plain(model).named_modules())
 
 
-def is_pruned(model: nn.Module) -> bool:
-    """Whether a model is prepared for pruning."""
-    return any(hasattr(module, "pruning_method") for module in plain(model).modules())
+def check_unpruned(model: nn.Module, what: str) -> None:
+    """Raise `LifecycleError` if a model is prepared for pruning, and not for something else."""
+    if any(hasattr(module, "pruning_method") for module in plain(model).modules()):
+        msg = f"prepare {what} before pruning: this model is prepared for pruning already"
+        raise LifecycleError(msg)
+
+
+def kept_of(weight: ModuleWeight) -> torch.Tensor | None:
+    """Return 0 where a weight is pruned while it is trained, else 1, in its shape."""
+    mask = weight.module._buffers.get(f"{weight.parameter_name}_mask")
+    return (
+        None if mask is None else mask.expand(getattr(weight.module, weight.parameter_name).shape)
+    )
 
 
 @contextlib.contextmanager
@@ -434,20 +441,20 @@ def _sparsities(weights: list[torch.Tensor], output: int) -> dict[str, Any]:
         if len(zero) % 2 == 0:
             pairs.append(zero.reshape(len(zero) // 2, 2, -1).all(dim=1).reshape(-1))
     elements = torch.cat([weight.eq(0).reshape(-1) for weight in weights])
-    found = (torch.cat(whole), elements, torch.cat(pairs) if pairs else None)
+    zeros = (torch.cat(whole), elements, torch.cat(pairs) if pairs else None)
     return {
         "#params": elements.numel(),
         **{
             key: -1 if zero is None else float(zero.float().mean())
-            for key, zero in zip(_SPARSITIES, found, strict=True)
+            for key, zero in zip(_SPARSITIES, zeros, strict=True)
         },
     }
 
 
 def _overall(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {"#params": sum(row["#params"] for row in rows)}
+    row_of_all: dict[str, Any] = {"#params": sum(row["#params"] for row in rows)}
     for key in _SPARSITIES:
-        known = [row for row in rows if row[key] >= 0]
-        size = sum(row["#params"] for row in known)
-        found[key] = sum(row["#params"] * row[key] for row in known) / size if size else -1
-    return found
+        counted = [row for row in rows if row[key] >= 0]
+        size = sum(row["#params"] for row in counted)
+        row_of_all[key] = sum(row["#params"] * row[key] for row in counted) / size if size else -1
+    return row_of_all

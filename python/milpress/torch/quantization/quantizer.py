@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
-from milpress.errors import ConfigError, LifecycleError, UnsupportedError
+from milpress.errors import ConfigError, UnsupportedError
 from milpress.formats import Blocks, PerChannel, PerTensor, QuantizeConfig, Quantized
 from milpress.formats.joint import masked
 from milpress.formats.rows import Floats
@@ -23,7 +23,7 @@ from milpress.torch._module_weights import Kinds, ModuleWeight
 from milpress.torch._report import Report
 from milpress.torch.base_model_optimizer import BaseTrainingTimeModelOptimizer
 from milpress.torch.optimization_config import OptimizationConfig
-from milpress.torch.pruning.magnitude_pruner import is_pruned, masks_lifted
+from milpress.torch.pruning.magnitude_pruner import check_unpruned, kept_of, masks_lifted
 from milpress.torch.quantization import _graph
 from milpress.torch.quantization._fake_quantize import FakeQuantize, QuantizeDequantize
 from milpress.torch.quantization._folding import (
@@ -31,6 +31,7 @@ from milpress.torch.quantization._folding import (
     RoundedWeight,
     channel_scale,
     fold,
+    freeze,
     thaw,
 )
 from milpress.torch.quantization.quantization_config import (
@@ -107,17 +108,15 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
         if self._is_prepared:
             _logger.warning("the model has been prepared already: nothing is changed")
             return self._model
-        if is_pruned(self._model):
-            msg = "prepare quantization before pruning: this model is prepared for pruning already"
-            raise LifecycleError(msg)
+        check_unpruned(self._model, "quantization")
         source = self._get_model_for_compression(inplace)
         self._warn_of_typos()
         try:
             model = _graph.traced(source, self._config.non_traceable_module_names)
         except (fx.proxy.TraceError, TypeError, ValueError) as error:
             msg = (
-                "torch.fx must be able to trace the model, name the modules that it should not "
-                f"look into in non_traceable_module_names; got: {error}"
+                f"torch.fx can't trace the model: {error}; name the modules that it should not "
+                "look into in non_traceable_module_names"
             )
             raise UnsupportedError(msg) from error
         placing = _graph.Placing(model, self._config_of, _graph.ranks(model, example_inputs))
@@ -160,7 +159,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
 
     def _preserve(self, source: nn.Module, model: nn.Module) -> None:
         """Give a graph what the model had beside parameters."""
-        kept: dict[str, Any] = {}
+        preserved: dict[str, Any] = {}
         for name in self._config.preserved_attributes:
             if not hasattr(source, name):
                 msg = f"preserved_attributes must name what the model has, got {name!r}"
@@ -168,10 +167,10 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
             value = getattr(source, name)
             if isinstance(value, types.MethodType) and value.__self__ is source:
                 value = types.MethodType(value.__func__, model)
-            kept[name] = value
+            preserved[name] = value
             object.__setattr__(model, name, value)
         meta: dict[str, Any] = model.meta  # type: ignore[assignment]
-        meta[_USER_PRESERVED_ATTRIBUTES_KEY] = kept
+        meta[_USER_PRESERVED_ATTRIBUTES_KEY] = preserved
 
     def step(self) -> None:
         """Go one step further, and do what the milestones say."""
@@ -180,7 +179,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
             return
         if self._milestones is None:
             return
-        follow, round_, stay, freeze = self._milestones
+        follow, round_, stay, freeze_at = self._milestones
         fakes = [m for m in self._model.modules() if isinstance(m, FakeQuantize)]
         for fake in fakes:
             if self._step_count == follow:
@@ -189,7 +188,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
                 fake.enable_fake_quant(True)
             if self._step_count == stay:
                 fake.enable_observer(False)
-        if self._step_count == freeze:
+        if self._step_count == freeze_at:
             freeze(self._model)
         self._step_count += 1
 
@@ -202,8 +201,8 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
             If it is nothing that `state_dict` returned.
         """
         super().load_state_dict(state_dict)
-        freeze = -1 if self._milestones is None else self._milestones[3]
-        if self._is_prepared and 0 <= freeze < self._step_count:
+        freeze_at = -1 if self._milestones is None else self._milestones[3]
+        if self._is_prepared and 0 <= freeze_at < self._step_count:
             freeze(self._model)
 
     def finalize(self, model: nn.Module | None = None, inplace: bool = False) -> nn.Module:
@@ -211,11 +210,8 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
 
         Parameters
         ----------
-        model
-            The trained model; ``None`` for the one that `prepare` returned. What ``torch.compile``
-            or ``DistributedDataParallel`` made of it is taken, too.
-        inplace
-            Whether to change that model itself.
+        model, inplace
+            As of `BaseTrainingTimeModelOptimizer.finalize`.
 
         Returns
         -------
@@ -333,8 +329,8 @@ def _weight_layer(weight: ModuleWeight, config: ModuleLinearQuantizerConfig) -> 
 
 
 def _weight_layers(model: nn.Module) -> list[FakeQuantize]:
-    found = (getattr(module, "weight_fake_quant", None) for module in model.modules())
-    return [fake for fake in found if isinstance(fake, FakeQuantize)]
+    fakes = (getattr(module, "weight_fake_quant", None) for module in model.modules())
+    return [fake for fake in fakes if isinstance(fake, FakeQuantize)]
 
 
 def _replace(model: Any, norms: set[str]) -> None:
@@ -377,16 +373,14 @@ def _quantized(weight: ModuleWeight, array: Floats, fake: FakeQuantize) -> Weigh
         offset=None if fake.signed and not offsets.any() else offsets.astype(kind),
         bits=fake.bits,
     )
-    mask = weight.module._buffers.get(f"{WEIGHT}_mask")
+    kept = kept_of(weight)
     treatment = QuantizeConfig(
         dtype=f"{'' if fake.signed else 'u'}int{fake.bits}",  # type: ignore[arg-type]
         granularity=_granularity(fake),
         offset=fake.scheme is QuantizationScheme.affine,
     )
-    if mask is None:
-        return WeightOutcome(Stored(value), treatment)
-    kept = mask.expand(tensor.shape).cpu().numpy() != 0
-    return WeightOutcome(Stored(masked(value, kept)), treatment)
+    stored = Stored(value if kept is None else masked(value, kept.cpu().numpy() != 0))
+    return WeightOutcome(stored, treatment)
 
 
 def _granularity(fake: FakeQuantize) -> Any:

@@ -21,7 +21,7 @@ from milpress.plain import fields
 from milpress.torch import _fields, _metadata
 from milpress.torch._compression import WeightOutcome
 from milpress.torch._metadata import Stored
-from milpress.torch._module_weights import ModuleWeight
+from milpress.torch._module_weights import ModuleWeight, representable
 from milpress.torch.optimization_config import (
     ModuleOptimizationConfig,
     PalettizationGranularity,
@@ -121,7 +121,7 @@ def palettized(
         if palette.vector_size == 1:
             palette = reassigned(palette, array)
     elif scale is None:
-        palette = representable(palette, None if weight.tensor is None else weight.tensor.dtype)
+        palette = replace(palette, lut=representable(palette.entries, weight.dtype))
     value = palette if mask is None else masked(palette, mask)
     return WeightOutcome(Stored(value, scale), treatment, tuple(notes))
 
@@ -201,11 +201,3 @@ def folded(palette: Palette, scale: Floats, output: int) -> Palette:
         bits=8,
     )
     return replace(palette, lut=folded)
-
-
-def representable(palette: Palette, dtype: torch.dtype | None) -> Palette:
-    """Round the entries to the weight's type, so that the weight can hold just these."""
-    if dtype != torch.bfloat16:
-        return palette
-    rounded = torch.tensor(palette.entries).to(torch.bfloat16).float().numpy()
-    return replace(palette, lut=rounded)
