@@ -188,7 +188,7 @@ def _picture_or_array(value: Any, feature: Feature) -> Any:
         return value
     picture = Picture(Path(value), feature)
     if not picture.path.is_file():
-        msg = f"{picture.path}: no such file"
+        msg = f"{picture.path}: no such picture"
         raise PackageNotFoundError(msg)
     return picture
 
