@@ -234,7 +234,9 @@ def test_pictures_are_for_images_alone(tmp_path):
 def test_without_pillow_it_is_said_how_to_install_it(tmp_path, monkeypatch):
     path = save(tmp_path / "a.png", pixels(6, 8, 3))
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(DependencyError, match=r"a\.png: pictures \(\.png, \.jpg, \.jpeg\) must be"):
+    with pytest.raises(
+        DependencyError, match=r"a\.png: reading pictures \(\.png, \.jpg, \.jpeg\) needs Pillow"
+    ):
         Samples(path, [image()])
 
 

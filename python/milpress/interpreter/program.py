@@ -143,7 +143,7 @@ class Program:
 
     @property
     def kept_boxes(self) -> tuple[str, ...]:
-        """Names of values that tell which boxes each non-maximum suppression keeps."""
+        """Names of values that say which boxes each suppression of a pipeline keeps."""
         return tuple(each.kept_name for each in self._part.suppressions)
 
     def before_suppression(self) -> Program:
