@@ -33,14 +33,14 @@ class Cursor {
   std::uint64_t varint(std::size_t end) {
     std::uint64_t value = 0;
     for (unsigned shift = 0; shift < 64; shift += 7) {
-      check(position_ < end, "a number must end within its message, got none at byte ", position_);
+      check(position_ < end, "a number runs beyond its message, at byte ", position_);
       const std::uint8_t byte = data_[position_++];
       value |= static_cast<std::uint64_t>(byte & 0x7F) << shift;
       if (byte < 0x80) {
         return value;
       }
     }
-    check(false, "a number must have at most 10 bytes, got more at byte ", position_);
+    check(false, "a number has more than 10 bytes, at byte ", position_);
     return value;
   }
 
@@ -76,7 +76,7 @@ class Cursor {
           ++n_open;
           break;
         case kEndGroup:
-          check(n_open > 0, "a group must begin before it ends, got an end at byte ", position_);
+          check(n_open > 0, "a group ends that did not begin, at byte ", position_);
           --n_open;
           break;
         default:
@@ -103,7 +103,7 @@ struct Frame {
 
 std::vector<std::uint64_t> count_messages(std::span<const std::uint8_t> data,
                                           MatrixView<const std::uint8_t> kinds) {
-  check(kinds.n_rows > 0, "kinds must have a row, got none");
+  check(kinds.n_rows > 0, "kinds has no row");
   for (const std::uint8_t kind : kinds.flat()) {
     check(kind <= kinds.n_rows + 1, "an entry of kinds must be at most ", kinds.n_rows + 1,
           ", got ", int{kind});
@@ -137,7 +137,7 @@ std::vector<std::uint64_t> count_messages(std::span<const std::uint8_t> data,
     }
     check(n_bytes <= frame.end - begin, "a message must lie within the one around it, got ",
           n_bytes, " bytes at byte ", begin);
-    check(depth < kMaxDepth, "messages must be nested at most ", kMaxDepth, " deep, got more");
+    check(depth < kMaxDepth, "messages are nested more than ", kMaxDepth, " deep");
     open[depth++] = {begin + static_cast<std::size_t>(n_bytes), kind};
   }
   return counts;

@@ -52,8 +52,7 @@ MaskParams find_cut(const Buffer& in, std::size_t n_weights, std::size_t n_zeros
       rank -= n_with[value++];
     }
     if (value == kDigits) {
-      throw DeviceError(kernel + " must count " + std::to_string(n_weights) +
-                        " weights, got fewer");
+      throw DeviceError(kernel + " counted fewer than " + std::to_string(n_weights) + " weights");
     }
     prefix = prefix << kDigitBits | value;
   }

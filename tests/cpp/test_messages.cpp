@@ -77,7 +77,7 @@ TEST_CASE("what breaks the wire format is refused") {
   Bytes endless(12, 0xFF);
   endless.front() = 1 << 3;
   endless.back() = 0;
-  CHECK_THROWS_WITH_AS(counted(endless), "a number must have at most 10 bytes, got more at byte 11",
+  CHECK_THROWS_WITH_AS(counted(endless), "a number has more than 10 bytes, at byte 11",
                        std::invalid_argument);
   // A length near 2^64 must not wrap around.
   Bytes huge = {2 << 3 | 2, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 0xFF, 1};
@@ -101,7 +101,7 @@ TEST_CASE("a hundred levels are counted, and no more") {
       counted(joined({{1 << 3 | 2, static_cast<std::uint8_t>(data.size() % 128 | 128),
                        static_cast<std::uint8_t>(data.size() / 128)},
                       data})),
-      "messages must be nested at most 100 deep, got more", std::invalid_argument);
+      "messages are nested more than 100 deep", std::invalid_argument);
 }
 
 TEST_CASE("kinds that name no row are refused") {

@@ -155,7 +155,9 @@ def test_results_are_not_overwritten_unless_asked(benched, tmp_path):
     out = tmp_path / "r.json"
     out.write_text("mine")
     arguments = ("bench", "run", "--driver", "replay", "--recorded", benched / "result.json")
-    assert f"{out} exists already; --force replaces it" in failed(*arguments, "-o", out)
+    assert f"{out} exists already; --force (force=True) replaces it" in failed(
+        *arguments, "-o", out
+    )
     assert out.read_text() == "mine"
     run(*arguments, "-o", out, "--force")
     device.load(out)

@@ -397,7 +397,7 @@ def test_the_command_line_plans_compresses_and_warns_of_nothing(model, tmp_path)
     assert "this plan" in shown.stdout
     assert f"written to {recipe}" in shown.stdout.replace("\n", "")
     assert cache.path_for(model).exists()
-    assert f"{recipe} exists already; --force replaces it" in failed(
+    assert f"{recipe} exists already; --force (force=True) replaces it" in failed(
         "plan", model, "-o", recipe, "--target-bits", 4
     )
     done = run("compress", model, out, "--recipe", recipe)

@@ -243,7 +243,10 @@ def test_accuracies_of_other_samples_do_not_stand_beside_each_other(tmp_path):
     kept = {each.name for each in made.packages if each.metrics and not each.is_original}
     assert kept == {"one", "two"}
     (text,) = [b.text for b in captions.banners(made) if b.name == "Accuracy left out"]
-    assert text == "That of three, four, small, broken is of other samples than the rest."
+    assert (
+        text
+        == "The accuracy of three, four, small, broken is of other samples than the rest."
+    )
     assert not any(b.name == "Random inputs" for b in captions.banners(made))
     alone = page.collect(sources[4:])
     assert any(b.name == "Random inputs" for b in captions.banners(alone))
@@ -515,7 +518,9 @@ def test_a_page_is_html_or_markdown_and_is_not_overwritten(tmp_path):
         page.write([], tmp_path / "r.html")
     out = tmp_path / "r.html"
     out.write_text("mine")
-    assert f"{out} exists already; --force replaces it" in failed_call("report", source, "-o", out)
+    assert f"{out} exists already; --force (force=True) replaces it" in failed_call(
+        "report", source, "-o", out
+    )
     assert out.read_text() == "mine"
     shown = run("report", source, "-o", out, "--force", "--title", "A title").stdout
     assert "1 results of 2 packages" in shown

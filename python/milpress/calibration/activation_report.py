@@ -1,4 +1,4 @@
-"""What became of activations: as a value, as a table, as JSON."""
+"""Reports on quantized activations, as tables and JSON."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Activation:
     low, high
         The range that was found; NaN if none was, like the scale of what is left.
     note
-        Why it is not quantized although it was asked for; empty if it is.
+        Why it is not quantized although it was selected; empty if it is.
     """
 
     name: str
@@ -61,7 +61,7 @@ class ActivationReport:
     n_pairs
         Pairs of ``quantize`` and ``dequantize`` that were inserted.
     notes
-        What concerns the whole model, such as a raised opset; and where concatenated values have
+        Remarks on the whole model, such as a raised opset, and on concatenated values that have
         ranges of their own.
     shared
         Names of the values that have one range, for each range that several have.
@@ -108,5 +108,5 @@ class ActivationReport:
         return table
 
 
-def _known(number: float) -> float | None:
-    return None if math.isnan(number) else number
+def _known(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -9,8 +9,9 @@ import typer
 
 from milpress.cli import options as opt
 from milpress.cli.options import option
-from milpress.cli.terminal import check_output, print_found, print_json, print_text, with_progress
+from milpress.cli.terminal import print_found, print_json, print_text, with_progress
 from milpress.errors import ConfigError
+from milpress.plain.files import check_free
 
 if TYPE_CHECKING:
     from milpress.device import Plan, Result
@@ -76,7 +77,7 @@ def run_packages(
     """Measure packages with every choice of compute units."""
     from milpress import device
 
-    check_output(output, force=force)
+    check_free(output, force=force)
     if driver == "replay":
         if recorded is None or packages:
             msg = "--driver replay takes --recorded RESULT and no packages"
@@ -216,7 +217,7 @@ def report(
     """Make one HTML or Markdown page of results."""
     from milpress.page import build
 
-    check_output(output, force=force)
+    check_free(output, force=force)
     page = build.write(sources, output, title=title)
     print_text(f"{page.summary}; written to {output}")
 

@@ -9,7 +9,8 @@ import typer
 
 from milpress.cli import options as opt
 from milpress.cli.options import option
-from milpress.cli.terminal import check_output, print_found, print_json, print_text, with_progress
+from milpress.cli.terminal import print_found, print_json, print_text, with_progress
+from milpress.plain.files import check_free
 
 if TYPE_CHECKING:
     from milpress.planner import Plan
@@ -69,7 +70,7 @@ def plan(
     from milpress.plain.files import system_errors, write_whole
 
     if output is not None:
-        check_output(output, force=force)
+        check_free(output, force=force)
     result = _plan(
         model,
         target_bits=target_bits,

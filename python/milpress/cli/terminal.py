@@ -7,12 +7,11 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
 
-from milpress.errors import DestinationError, PackageNotFoundError, StorageError, printable
+from milpress.errors import StorageError, printable
 from milpress.plain import json
 
 _Result = TypeVar("_Result")
@@ -35,25 +34,6 @@ def with_progress(work: Callable[[Any], _Result]) -> _Result:
             bar.update(task, completed=done, total=total, description=escaped(name))
 
         return work(show)
-
-
-def check_output(path: Path, *, force: bool) -> None:
-    """Refuse a file to write whose folder is missing, or that exists already.
-
-    Raises
-    ------
-    PackageNotFoundError, DestinationError
-        If so.
-    """
-    if not path.absolute().parent.is_dir():
-        msg = f"{path}: the folder {path.absolute().parent} does not exist"
-        raise PackageNotFoundError(msg)
-    if path.is_dir():
-        msg = f"{path} is a folder; give the path of a file"
-        raise DestinationError(msg)
-    if path.exists() and not force:
-        msg = f"{path} exists already; --force replaces it"
-        raise DestinationError(msg)
 
 
 def print_found(heading: str | None, table: Any, summary: str) -> None:

@@ -87,21 +87,21 @@ class ConfigRequests:
         children = [(use.node.op_name, use.node.op.type) for use in weight.node.uses]
         configs = self.config.configs_for(name, children)
         requests = [self._request(weight, config) for config in configs]
-        kept = [request.for_size(weight.size) for request in requests]
-        if len(set(kept)) < 2:
+        asked = [request.for_size(weight.size) for request in requests]
+        if len(set(asked)) < 2:
             return _of_alike(requests)
         by = [f"{kind} {op_name}" for op_name, kind in children]
-        settled = settle(weight, list(map(Asked, by, kept)))
-        other = next(i for i, each in enumerate(kept) if each != kept[0])
+        settled = settle(weight, list(map(Asked, by, asked)))
+        other = next(i for i, treatments in enumerate(asked) if treatments != asked[0])
         conflict = self.config.conflict(name, children, 0, other)
-        winners = [
-            request
-            for request, each in zip(requests, kept, strict=True)
-            if each and each == settled.treatments
+        compressing = [
+            (request, treatments)
+            for request, treatments in zip(requests, asked, strict=True)
+            if treatments
         ]
-        asked = next(request for request, each in zip(requests, kept, strict=True) if each)
+        winners = [request for request, t in compressing if t == settled.treatments]
         winner = _of_alike(winners) if winners else None
-        return settled_request(asked, winner, settled.note, conflict)
+        return settled_request(compressing[0][0], winner, settled.note, conflict)
 
     def _request(self, weight: Weight, config: OpCompressorConfig | None) -> Request:
         """Return what one config asks for a weight."""

@@ -98,17 +98,17 @@ class CoreMLWeightMetaData:
         child_ops: list[CoreMLOpMetaData] | None = None,
     ) -> None:
         _check_type("val", val, np.ndarray)
-        known: dict[str, Any] = {"val": val}
+        statistics: dict[str, Any] = {"val": val}
         if sparsity is not None:
             _check_type("sparsity", sparsity, numbers.Real)
-            known["sparsity"] = float(sparsity)
+            statistics["sparsity"] = float(sparsity)
         if unique_values is not None:
             _check_type("unique_values", unique_values, numbers.Integral)
-            known["unique_values"] = int(unique_values)
+            statistics["unique_values"] = int(unique_values)
         if child_ops is not None:
             _check_type("child_ops", child_ops, list)
         self._set_up(lambda: val, val.shape, val.dtype, child_ops)
-        self.__dict__.update(known)
+        self.__dict__.update(statistics)
 
     def _set_up(
         self,
@@ -220,14 +220,14 @@ def get_weights_metadata(mlmodel: Any, weight_threshold: int = 2048) -> WeightsM
     """
     _check_type("weight_threshold", weight_threshold, numbers.Real)
     package = opened(mlmodel)
-    found = WeightsMetaData()
+    metadata = WeightsMetaData()
     for graph in package.graphs:
-        _add_weights(found, package, graph, weight_threshold)
-    return found
+        _add_weights(metadata, package, graph, weight_threshold)
+    return metadata
 
 
 def _add_weights(
-    found: WeightsMetaData, package: Package, graph: ProgramGraph, weight_threshold: float
+    metadata: WeightsMetaData, package: Package, graph: ProgramGraph, weight_threshold: float
 ) -> None:
     nodes: dict[Scope, list[Node]] = {scope: [] for scope in graph.scopes}
     for node in graph.nodes:
@@ -248,7 +248,7 @@ def _add_weights(
                 # A file that is open can be read after the package is gone.
                 package.reader(value.blobFileValue.fileName)
         children = sorted({use.node for use in node.uses}, key=order.__getitem__)
-        found[names[node]] = CoreMLWeightMetaData._stored(
+        metadata[names[node]] = CoreMLWeightMetaData._stored(
             functools.partial(_read, node, decoder, names[node]),
             tensor_type,
             [
@@ -301,16 +301,16 @@ def _unique_names(nodes: Iterable[Node], prefix: str) -> dict[Node, str]:
 
 def _parameters(node: Node, names: dict[Node, str], order: dict[Node, int]) -> dict[str, str]:
     """Return the names of an op's weights by parameter, in the order of the weights."""
-    found: list[tuple[int, str, str]] = []
+    parameters: list[tuple[int, str, str]] = []
     for parameter, argument in node.op.inputs.items():
         for i, binding in enumerate(argument.arguments):
             if binding.WhichOneof("choice") != "name":
                 continue
-            made = node.scope.find(binding.name)
-            if made is not None and made[0] in names:
+            producer = node.scope.find(binding.name)
+            if producer is not None and producer[0] in names:
                 key = parameter if len(argument.arguments) == 1 else f"{parameter}[{i}]"
-                found.append((order[made[0]], key, names[made[0]]))
-    return {key: name for _, key, name in sorted(found)}
+                parameters.append((order[producer[0]], key, names[producer[0]]))
+    return {key: name for _, key, name in sorted(parameters)}
 
 
 def _read(node: Node, decoder: Decoder, name: str) -> NDArray[Any]:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from milpress._version import __version__
 from milpress.device import drivers, files, schema
 from milpress.device.entries import Candidate, EntryBuilder, References, model_of
 from milpress.device.evidence import with_evidence
-from milpress.device.runner import Clock, Job, Plan, Progress, Runner, SystemClock, distributions
+from milpress.device.runner import Clock, Job, Plan, Progress, Runner, distributions
 from milpress.device.schema import Entry, Kind, Result
 from milpress.device.sessions import ProcessSession, Session, SessionError, worker_command
 from milpress.engines.features import features_of
@@ -113,9 +114,7 @@ def run(
         )
         write_samples(path, samples)
         jobs = _jobs(candidates, units, folder)
-        runner = Runner(
-            open_session, str(path), plan, clock or SystemClock(), progress or (lambda *_: None)
-        )
+        runner = Runner(open_session, str(path), plan, clock or time, progress or (lambda *_: None))
         findings = runner.run(list(jobs))
         references = References(folder, path, function)
         if driver == "interpreter":

@@ -123,18 +123,10 @@ class Findings:
 
 
 class Clock(Protocol):
-    """Waits."""
+    """Waits, as the module `time` does."""
 
-    def sleep(self, seconds: float) -> None:
+    def sleep(self, seconds: float, /) -> None:
         """Wait so many seconds."""
-
-
-class SystemClock:
-    """The clock of the machine."""
-
-    def sleep(self, seconds: float) -> None:
-        """Wait so many seconds."""
-        time.sleep(seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +150,7 @@ class Runner:
     open_session: Callable[[], Session]
     samples: str
     plan: Plan = field(default_factory=Plan)
-    clock: Clock = field(default_factory=SystemClock)
+    clock: Clock = time
     progress: Progress = lambda *_: None
 
     def run(self, jobs: Sequence[Job]) -> list[Findings]:

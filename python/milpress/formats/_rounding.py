@@ -125,32 +125,15 @@ class Rounding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """Columns that are rounded together.
-
-    Parameters
-    ----------
-    g
-        The conv group.
-    begin
-        How many columns were rounded before them.
-    columns
-        Their places in the weight.
-    weights
-        What they hold.
-    factor, behind
-        The rows of the factor for these columns: at them, and at those that their errors are fed
-        back to.
-    pending
-        The weight from these columns on.
-    """
+    """Columns of a conv group that are rounded together."""
 
     g: int
-    begin: int
-    columns: NDArray[np.uint32]
+    begin: int  # columns that were rounded before them
+    columns: NDArray[np.uint32]  # their places in the weight
     weights: F32
-    factor: F32
-    behind: F32
-    pending: F32
+    factor: F32  # at these columns
+    behind: F32  # and at those that their errors are fed back to
+    pending: F32  # the weight from these columns on
 
     def without_least(self, kept: NDArray[np.uint8], sparsity: float) -> NDArray[np.uint8]:
         """Drop the part that is the cheapest to do without, what is zero first."""

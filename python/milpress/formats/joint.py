@@ -107,7 +107,7 @@ def compress(
     """
     with using(device):
         if isinstance(weight, Sparse):
-            return _on_sparse(weight, treatment, importance, channel_axis, input_axis)
+            return _on_sparse(weight, treatment, channel_axis, input_axis, importance)
         if isinstance(weight, (Palette, Quantized, Masked)):
             return _on_codes(weight, treatment, channel_axis)
         if isinstance(treatment, PalettizeConfig):
@@ -129,7 +129,7 @@ def _refused(treatment: Treatment, what: str) -> UnsupportedError:
 
 
 def _on_sparse(
-    value: Sparse, treatment: Treatment, importance: Any, channel_axis: int, input_axis: int
+    value: Sparse, treatment: Treatment, channel_axis: int, input_axis: int, importance: Any
 ) -> Masked:
     if value.nonzeros.size < _MIN_ELEMENTS:
         msg = f"only {value.nonzeros.size} values are not zero, too few to be worth codes"
@@ -142,13 +142,12 @@ def _on_sparse(
         palette = palettize(dense, treatment, channel_axis=channel_axis, importance=share)
         return masked(palette, mask)
     if isinstance(treatment, QuantizeConfig):
-        shares = None if importance is None else share
         quantized = quantize(
             dense,
             treatment,
             channel_axis=channel_axis,
             input_axis=input_axis,
-            importance=shares,
+            importance=None if importance is None else share,
         )
         return masked(quantized, mask)
     raise _refused(treatment, "a pruned weight")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,10 @@ class Call(Protocol):
         """
 
 
+# Hints of a function that are of no parameter of the op.
+_OWN = ("call", "return")
+
+
 @dataclass(frozen=True, slots=True)
 class Operator:
     """A function that computes an op, and how its arguments are handed to it.
@@ -60,7 +65,8 @@ class Operator:
     type that the op's output declares, so a function may compute in a wider one. Several outputs
     are a tuple.
 
-    ``operands`` are the parameters of which the function shows what they are multiplied by.
+    ``operands`` are the parameters of which the function shows what they are multiplied by,
+    ``earlier`` the operators of opsets that have only some of the parameters.
     """
 
     function: Callable[..., Any]
@@ -69,6 +75,7 @@ class Operator:
     forms: Mapping[str, tuple[str, bool]]
     takes_call: bool
     operands: tuple[str, ...] = ()
+    earlier: tuple[Operator, ...] = ()
 
     def wants_tensor(self, name: str) -> bool:
         """Whether an argument is taken as one or several tensors."""
@@ -95,16 +102,37 @@ class Operator:
 
 
 def operator(
-    *names: str, since: int = 5, operands: tuple[str, ...] = ()
+    *names: str,
+    since: int = 5,
+    operands: tuple[str, ...] = (),
+    added: Mapping[int, tuple[str, ...]] = types.MappingProxyType({}),
+    before: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Callable[[Callable[..., Any]], Operator]:
-    """Make a function the operator of the ops of these names, from an opset's version on."""
+    """Make a function the operator of the ops of these names.
+
+    Parameters
+    ----------
+    names, since, operands
+        As of `Operator`.
+    added
+        Parameters, with defaults, that an op has only from a later opset's version on.
+    before
+        What the function is given for such parameters before that, if not their defaults.
+    """
 
     def wrap(function: Callable[..., Any]) -> Operator:
         hints = typing.get_type_hints(function)
-        parameters = inspect.signature(function).parameters
-        forms = {name: _form_of(hints[name]) for name in parameters if name != "call"}
-        takes_call = "call" in parameters
-        return Operator(function, names, since, types.MappingProxyType(forms), takes_call, operands)
+        forms = {name: _form_of(hint) for name, hint in hints.items() if name not in _OWN}
+        takes_call = "call" in hints
+        versions: list[Operator] = []
+        for version in (since, *sorted(added)):
+            later = {name for each, some in added.items() if each > version for name in some}
+            known = {name: form for name, form in forms.items() if name not in later}
+            proxy = types.MappingProxyType(known)
+            fixed = {name: value for name, value in before.items() if name in later}
+            bound = functools.partial(function, **fixed) if fixed else function
+            versions.append(Operator(bound, names, version, proxy, takes_call, operands))
+        return dataclasses.replace(versions[-1], earlier=tuple(versions[:-1]))
 
     return wrap
 

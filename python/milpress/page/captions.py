@@ -53,7 +53,7 @@ def banners(page: Page) -> Iterator[Banner]:
         yield Banner(
             kind="caution",
             name="Accuracy left out",
-            text=f"That of {', '.join(others)} is of other samples than the rest.",
+            text=f"The accuracy of {', '.join(others)} is of other samples than the rest.",
         )
     if page.contents(Evaluation) and not page.results:
         yield Banner(
@@ -77,7 +77,7 @@ def _result_banner(result: Result) -> Banner:
         "what it anticipates.",
         "cpu_reference": f"Latencies are of milpress' interpreter, on {where}. They are a "
         "reference for the harness and say nothing of an iPhone, a Mac or a Neural Engine.",
-        "estimate": "Latencies are estimates. Nobody measured them.",
+        "estimate": "Latencies are estimates, not measured.",
         "fake": "Latencies are invented, by a driver for tests. Don't use them for anything.",
     }
     text = texts.get(kind, "")

@@ -74,10 +74,10 @@ def check_free(path: Path, *, force: bool, is_package: bool = False) -> None:
         If its parent folder does not exist.
     """
     if not path.absolute().parent.is_dir():
-        msg = f"{path}: the folder {path.parent} does not exist"
+        msg = f"{path}: the folder {path.absolute().parent} does not exist"
         raise PackageNotFoundError(msg)
     if path.is_dir() and not is_package:
-        msg = f"{path} is a folder; name a file to write to"
+        msg = f"{path} is a folder; give the path of a file"
         raise DestinationError(msg)
     if os.path.lexists(path) and not force:
         msg = f"{path} exists already; --force (force=True) replaces it"

@@ -37,13 +37,10 @@ class ScoreCache:
         if path is not None:
             with contextlib.suppress(OSError, UnicodeDecodeError):
                 for line in path.read_text(encoding="utf-8").splitlines():
-                    self._read(line)
-
-    def _read(self, line: str) -> None:
-        with contextlib.suppress(ValueError, TypeError):
-            key, numbers = json.read(line)
-            if isinstance(key, str) and isinstance(numbers, list):
-                self._known[key] = [float(number) for number in numbers]
+                    with contextlib.suppress(ValueError, TypeError):
+                        key, numbers = json.read(line)
+                        if isinstance(key, str) and isinstance(numbers, list):
+                            self._known[key] = [float(number) for number in numbers]
 
     def get(self, key: str, length: int) -> list[float] | None:
         """Return what is known by a key, if it is so many numbers."""

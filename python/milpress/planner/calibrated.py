@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -14,6 +13,7 @@ from milpress.engines.programs import SuitedProgram, suited_programs
 from milpress.errors import UnsupportedError
 from milpress.formats import compress
 from milpress.kernels.threads import in_order
+from milpress.mil.digest import content_digest
 from milpress.mil.package import Package
 from milpress.planner.cache import ScoreCache, cache_key
 from milpress.planner.groups import WeightGroup, axes_of
@@ -97,7 +97,7 @@ def calibrate(
             )
             for each in suited
         ],
-        cache_key(_VERSION, _digest(source), *digests, metric),
+        cache_key(_VERSION, content_digest(source), *digests, metric),
         cache,
         progress or (lambda *_: None),
     )
@@ -258,16 +258,6 @@ def _mean(numbers: Sequence[float]) -> float:
     return sum(numbers) / len(numbers) if numbers else 0.0
 
 
-def _digest(package: Package) -> str:
-    """Return a hash of a package's model and weights."""
-    digest = hashlib.sha256(package.model_bytes)
-    for name in package.weight_files:
-        with package.weight_path(name).open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 class _Function(NamedTuple):
     """A function that is run: the error of its outputs, and models by what weights begin with."""
 
@@ -329,19 +319,21 @@ class _Model:
         keys = [
             {name: self._key_of("first", group, name) for name in group.scores} for group in groups
         ]
-        known = [{name: self._cache.get(key, 1) for name, key in some.items()} for some in keys]
-        if any(numbers is None for some in known for numbers in some.values()):
-            pairs = list(zip(groups, self._gradients(groups), strict=True))
-            computed = in_order(lambda pair: _first_order(*pair, len(self._functions)), pairs)
-            for i, errors in enumerate(computed):
-                self._note(i, len(groups), groups[i].name)
-                self._cache.put({keys[i][name]: [error] for name, error in errors.items()})
-                known[i] = {name: [error] for name, error in errors.items()}
-            self._note(len(groups), len(groups), "")
-        return [
-            {name: numbers[0] for name, numbers in some.items() if numbers is not None}
-            for some in known
+        known = [
+            {name: numbers[0] for name, key in some.items() if (numbers := self._cache.get(key, 1))}
+            for some in keys
         ]
+        if sum(map(len, known)) == sum(map(len, keys)):
+            return known
+        pairs = list(zip(groups, self._gradients(groups), strict=True))
+        computed: list[dict[str, float]] = []
+        for errors in in_order(lambda pair: _first_order(*pair, len(self._functions)), pairs):
+            i = len(computed)
+            self._note(i, len(groups), groups[i].name)
+            self._cache.put({keys[i][name]: [error] for name, error in errors.items()})
+            computed.append(errors)
+        self._note(len(groups), len(groups), "")
+        return computed
 
     def _gradients(self, groups: Sequence[WeightGroup]) -> list[dict[int, Gradients]]:
         """Return, of each group, the gradients of each weight, its twins and all functions."""

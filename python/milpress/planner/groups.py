@@ -147,7 +147,7 @@ def groups_of(
         group = WeightGroup(tuple(members), sum(map(n_stored_bytes, stored.values())))
         group.is_last = any(_is_last(weight, users) for weight in members)
         if any(_means(pattern, weight) for weight in members for pattern in keep):
-            group.reason = "kept, as asked"
+            group.reason = "kept by keep"
         else:
             group.reason = next((reasons[weight] for weight in members if reasons[weight]), "")
         if not group.reason:

@@ -88,21 +88,17 @@ def _treatment(name: str) -> Treatment | None:
         return PalettizeConfig(bits=bits, group_size=group, channel_scale=bool(parts["scale"]))
     parts = _INTEGER.fullmatch(name)
     if parts is not None:
-        return _integers(parts)
+        dtype: Any = parts["dtype"]
+        granularity = PerTensor() if parts["per"] == "tensor" else PerChannel()
+        return QuantizeConfig(
+            dtype=dtype,
+            granularity=granularity if parts["block"] is None else PerBlock(int(parts["block"])),
+            offset=bool(parts["offset"]),
+            # Clipping gains 2 dB at 4 bits and nothing at 8.
+            range="mse" if dtype.endswith("4") else "minmax",
+        )
     msg = (
         "a format must be such as palette-4, palette-4-group-16, palette-4-scale, int8, "
         f"int4-block-32 or keep, got {name!r}"
     )
     raise ConfigError(msg)
-
-
-def _integers(parts: re.Match[str]) -> QuantizeConfig:
-    dtype: Any = parts["dtype"]
-    granularity = PerTensor() if parts["per"] == "tensor" else PerChannel()
-    return QuantizeConfig(
-        dtype=dtype,
-        granularity=granularity if parts["block"] is None else PerBlock(int(parts["block"])),
-        offset=bool(parts["offset"]),
-        # Clipping gains 2 dB at 4 bits and nothing at 8.
-        range="mse" if dtype.endswith("4") else "minmax",
-    )

@@ -235,9 +235,8 @@ class Problem:
                     with contextlib.suppress(UnsupportedError):
                         solution = self._solve_by_guess(rest)
                         cost = (solution.error, float(solution.n_bytes))
-                        tries.append(
-                            (*(cost[::-1] if self._goal.kind == "snr" else cost), name, rest)
-                        )
+                        cost = cost[::-1] if self._goal.kind == "snr" else cost
+                        tries.append((*cost, name, rest))
             if not tries:
                 msg = f"{self._package.path}: no plan with at most {most} formats was found"
                 raise UnsupportedError(msg)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from milpress.errors import ConfigError, InputError
 from milpress.samples.pictures import Picture, resized
-from milpress.samples.sources import Shape, Source, sources_of, value_source
+from milpress.samples.sources import Shape, Source, source_of, sources_of
 
 if TYPE_CHECKING:
     from milpress.mil.features import Feature
@@ -128,7 +128,7 @@ class Samples(Iterable[dict[str, Any]]):
         for source, count in zip(self._sources, self._counts, strict=True):
             arrays = source.arrays()
             if count is None:
-                yield dict(arrays)
+                yield arrays
             else:
                 for i in range(count):
                     yield {
@@ -208,8 +208,8 @@ def opened(
     InputError
         If a path names no picture that can be read, or the input is no image.
     """
-    source = value_source("the sample", sample, {feature.name: feature for feature in inputs})
-    return dict(source.arrays()), source.pictures
+    source = source_of("the sample", sample, {feature.name: feature for feature in inputs})
+    return source.arrays(), source.pictures
 
 
 def _random_array(feature: Feature, rng: np.random.Generator) -> NDArray[Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
 
@@ -25,67 +25,41 @@ Shape: TypeAlias = tuple[int, ...]
 Inputs: TypeAlias = "Mapping[str, Feature]"
 
 
-class Source(Protocol):
-    """Values by the names of inputs that belong together; those in files are read on use."""
-
-    @property
-    def place(self) -> str:
-        """Where they come from, for messages."""
-
-    def shapes(self) -> dict[str, Shape]:
-        """Return the shape of each array."""
-
-    def arrays(self) -> Mapping[str, Any]:
-        """Return the arrays."""
-
-    @property
-    def pictures(self) -> list[Picture]:
-        """The pictures among them."""
-
-
 @dataclass(frozen=True, slots=True)
-class ValueSource:
-    """Arrays, pictures, and paths of ``.npy`` files, by the names of their inputs."""
+class Source:
+    """Values that belong together, by the names of their inputs; those in files are read on use.
+
+    Parameters
+    ----------
+    place
+        Where they come from, for messages.
+    values
+        Arrays, pictures and paths of ``.npy`` files by name; or the path of an ``.npz`` file.
+    """
 
     place: str
-    values: Mapping[str, Any]
+    values: Mapping[str, Any] | Path
 
     def shapes(self) -> dict[str, Shape]:
         """Return the shape of each array."""
+        if isinstance(self.values, Path):
+            return read_shapes(self.values)
         return {
             name: value.shape if isinstance(value, Picture) else tuple(np.shape(_read(value)))
             for name, value in self.values.items()
         }
 
-    def arrays(self) -> Mapping[str, Any]:
+    def arrays(self) -> dict[str, Any]:
         """Return the arrays."""
+        if isinstance(self.values, Path):
+            return dict(read_arrays(self.values))
         return {name: _read(value) for name, value in self.values.items()}
 
     @property
     def pictures(self) -> list[Picture]:
         """The pictures among them."""
-        return [value for value in self.values.values() if isinstance(value, Picture)]
-
-
-@dataclass(frozen=True, slots=True)
-class NpzSource:
-    """An ``.npz`` file."""
-
-    path: Path
-    pictures: list[Picture] = field(default_factory=list)
-
-    @property
-    def place(self) -> str:
-        """Where the arrays come from, for messages."""
-        return str(self.path)
-
-    def shapes(self) -> dict[str, Shape]:
-        """Return the shape of each array."""
-        return read_shapes(self.path)
-
-    def arrays(self) -> Mapping[str, Any]:
-        """Return the arrays."""
-        return read_arrays(self.path)
+        values = () if isinstance(self.values, Path) else self.values.values()
+        return [value for value in values if isinstance(value, Picture)]
 
 
 def _read(value: Any) -> Any:
@@ -113,7 +87,7 @@ def sources_of(data: Any, inputs: Inputs) -> Iterator[Source]:
     if isinstance(data, (str, os.PathLike)):
         yield from _in_files(Path(data), inputs)
     elif isinstance(data, Mapping):
-        yield value_source("the samples", data, inputs)
+        yield source_of("the samples", data, inputs)
     elif isinstance(data, Iterable) and not hasattr(data, "__array__"):
         for i, item in enumerate(data):
             if not isinstance(item, Mapping):
@@ -122,7 +96,7 @@ def sources_of(data: Any, inputs: Inputs) -> Iterator[Source]:
                     f"{type(item).__name__}"
                 )
                 raise InputError(msg)
-            yield value_source(f"sample {i}", item, inputs)
+            yield source_of(f"sample {i}", item, inputs)
     else:
         msg = (
             "samples must be a path, a dictionary of arrays by input or several of them, got "
@@ -131,7 +105,7 @@ def sources_of(data: Any, inputs: Inputs) -> Iterator[Source]:
         raise InputError(msg)
 
 
-def value_source(place: str, values: Mapping[str, Any], inputs: Inputs) -> ValueSource:
+def source_of(place: str, values: Mapping[str, Any], inputs: Inputs) -> Source:
     """Return a source of values, of which those that name pictures are read on use.
 
     Raises
@@ -139,7 +113,7 @@ def value_source(place: str, values: Mapping[str, Any], inputs: Inputs) -> Value
     InputError
         If a path names no picture, or the input is no image.
     """
-    return ValueSource(
+    return Source(
         place,
         {
             name: _picture_or_array(value, inputs[name]) if name in inputs else value
@@ -172,13 +146,13 @@ def _in_files(path: Path, inputs: Inputs) -> Iterator[Source]:
             f"beside {pictures[0].name}"
         )
         raise InputError(msg)
-    yield from map(NpzSource, packed)
+    yield from (Source(str(file), file) for file in packed)
     if by_name:
         yield _by_name(path, [*single, *pictures], inputs)
     else:
         for file in (*single, *pictures):
             (name, *_) = _wanted(inputs)
-            yield ValueSource(str(file), {name: _file(file, name, inputs)})
+            yield Source(str(file), {name: _file(file, name, inputs)})
 
 
 def _wanted(inputs: Inputs) -> list[str]:
@@ -194,14 +168,14 @@ def _are_named_after_inputs(files: Sequence[Path], inputs: Inputs) -> bool:
     return len(used) != 1 and bool(files) and (bool(named) or len(_wanted(inputs)) != 1)
 
 
-def _by_name(path: Path, files: Sequence[Path], inputs: Inputs) -> ValueSource:
+def _by_name(path: Path, files: Sequence[Path], inputs: Inputs) -> Source:
     values: dict[str, Any] = {}
     for file in files:
         if file.stem in values:
             msg = f"{path}: several files for the input {file.stem!r}; keep one"
             raise InputError(msg)
         values[file.stem] = _file(file, file.stem, inputs) if file.stem in inputs else file
-    return ValueSource(str(path), values)
+    return Source(str(path), values)
 
 
 def _file(file: Path, name: str, inputs: Inputs) -> Any:

@@ -136,8 +136,8 @@ def _each_config(check_key: Any) -> fields.Validator:
 
 def _by_class(key: Any) -> Any:
     """Return the class of ``torch.nn`` that a name stands for; other keys are their own."""
-    found = getattr(torch.nn, key, None) if isinstance(key, str) else None
-    return found if isinstance(found, type) else key
+    kind = getattr(torch.nn, key, None) if isinstance(key, str) else None
+    return kind if isinstance(kind, type) else key
 
 
 def _copied(configs: Any) -> Any:

@@ -56,7 +56,7 @@ def _collected() -> Mapping[str, tuple[Operator, ...]]:
         for value in vars(family).values():
             if isinstance(value, Operator):
                 for name in value.names:
-                    found.setdefault(name, []).append(value)
+                    found.setdefault(name, []).extend((value, *value.earlier))
     return types.MappingProxyType(
         {name: tuple(sorted(ops, key=lambda op: -op.since)) for name, ops in found.items()}
     )

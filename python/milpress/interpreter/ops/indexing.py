@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,8 @@ from milpress.interpreter.operator import operator
 from milpress.interpreter.ops.torch_types import positive
 
 _IOS17 = 7
+# What the parameter is before it exists: see `_checked`.
+_UNVALIDATED = types.MappingProxyType({"validate_indices": None})
 
 
 def _view(x: Tensor, places: Sequence[int | slice]) -> tuple[Tensor, list[int]]:
@@ -130,35 +133,20 @@ def _gather(
     return torch.gather(x, axis, places).reshape(shape)
 
 
-@operator("gather")
-def gather(x: Tensor, indices: Tensor, axis: int = 0) -> Tensor:
-    return _gather(x, indices, axis, 0, None)
-
-
-@operator("gather", since=6)
-def gather_batched(x: Tensor, indices: Tensor, axis: int = 0, batch_dims: int = 0) -> Tensor:
-    return _gather(x, indices, axis, batch_dims, None)
-
-
-@operator("gather", since=_IOS17)
-def gather_validated(
+@operator("gather", added={6: ("batch_dims",), _IOS17: ("validate_indices",)}, before=_UNVALIDATED)
+def gather(
     x: Tensor,
     indices: Tensor,
     axis: int = 0,
     batch_dims: int = 0,
-    validate_indices: bool = False,
+    validate_indices: bool | None = False,
 ) -> Tensor:
     return _gather(x, indices, axis, batch_dims, validate_indices)
 
 
-@operator("gather_along_axis")
-def gather_along_axis(x: Tensor, indices: Tensor, axis: int = 0) -> Tensor:
-    return torch.gather(x, axis, _checked(indices, x.shape[axis], None))
-
-
-@operator("gather_along_axis", since=_IOS17)
-def gather_along_axis_validated(
-    x: Tensor, indices: Tensor, axis: int = 0, validate_indices: bool = False
+@operator("gather_along_axis", added={_IOS17: ("validate_indices",)}, before=_UNVALIDATED)
+def gather_along_axis(
+    x: Tensor, indices: Tensor, axis: int = 0, validate_indices: bool | None = False
 ) -> Tensor:
     return torch.gather(x, axis, _checked(indices, x.shape[axis], validate_indices))
 
@@ -171,31 +159,19 @@ def _flat(indices: Tensor, sizes: Sequence[int], validate: bool | None) -> Tenso
     return flat
 
 
-def _gather_nd(x: Tensor, indices: Tensor, batch_dims: int, validate: bool | None) -> Tensor:
+@operator(
+    "gather_nd", added={6: ("batch_dims",), _IOS17: ("validate_indices",)}, before=_UNVALIDATED
+)
+def gather_nd(
+    x: Tensor, indices: Tensor, batch_dims: int = 0, validate_indices: bool | None = False
+) -> Tensor:
     depth = indices.shape[-1]
     sizes = x.shape[batch_dims : batch_dims + depth]
     rest = x.shape[batch_dims + depth :]
-    flat = _flat(indices, sizes, validate)
+    flat = _flat(indices, sizes, validate_indices)
     shape = [*indices.shape[:-1], *rest]
     x = x.reshape([*x.shape[:batch_dims], math.prod(sizes), *rest])
     return _gather(x, flat, batch_dims, batch_dims, None).reshape(shape)
-
-
-@operator("gather_nd")
-def gather_nd(x: Tensor, indices: Tensor) -> Tensor:
-    return _gather_nd(x, indices, 0, None)
-
-
-@operator("gather_nd", since=6)
-def gather_nd_batched(x: Tensor, indices: Tensor, batch_dims: int = 0) -> Tensor:
-    return _gather_nd(x, indices, batch_dims, None)
-
-
-@operator("gather_nd", since=_IOS17)
-def gather_nd_validated(
-    x: Tensor, indices: Tensor, batch_dims: int = 0, validate_indices: bool = False
-) -> Tensor:
-    return _gather_nd(x, indices, batch_dims, validate_indices)
 
 
 _REDUCTIONS = {"add": "sum", "sub": "sum", "mul": "prod", "max": "amax", "min": "amin"}
@@ -226,68 +202,43 @@ def _scatter(
     return _scattered(data, axis, places, values, mode)
 
 
-@operator("scatter")
+@operator("scatter", added={_IOS17: ("validate_indices",)}, before=_UNVALIDATED)
 def scatter(
-    data: Tensor, indices: Tensor, updates: Tensor, axis: int = 0, mode: str = "add"
-) -> Tensor:
-    return _scatter(data, indices, updates, axis, mode, None)
-
-
-@operator("scatter", since=_IOS17)
-def scatter_validated(
     data: Tensor,
     indices: Tensor,
     updates: Tensor,
     axis: int = 0,
     mode: str = "add",
-    validate_indices: bool = False,
+    validate_indices: bool | None = False,
 ) -> Tensor:
     return _scatter(data, indices, updates, axis, mode, validate_indices)
 
 
-@operator("scatter_along_axis")
+@operator("scatter_along_axis", added={_IOS17: ("validate_indices",)}, before=_UNVALIDATED)
 def scatter_along_axis(
-    data: Tensor, indices: Tensor, updates: Tensor, axis: int = 0, mode: str = "add"
-) -> Tensor:
-    return _scattered(data, axis, _checked(indices, data.shape[axis], None), updates, mode)
-
-
-@operator("scatter_along_axis", since=_IOS17)
-def scatter_along_axis_validated(
     data: Tensor,
     indices: Tensor,
     updates: Tensor,
     axis: int = 0,
     mode: str = "add",
-    validate_indices: bool = False,
+    validate_indices: bool | None = False,
 ) -> Tensor:
     places = _checked(indices, data.shape[axis], validate_indices)
     return _scattered(data, axis, places, updates, mode)
 
 
-def _scatter_nd(
-    data: Tensor, indices: Tensor, updates: Tensor, mode: str, validate: bool | None
-) -> Tensor:
-    depth = indices.shape[-1]
-    flat = data.reshape([math.prod(data.shape[:depth]), *data.shape[depth:]])
-    places = _flat(indices, data.shape[:depth], validate)
-    return _scatter(flat, places, updates, 0, mode, None).reshape(data.shape)
-
-
-@operator("scatter_nd")
-def scatter_nd(data: Tensor, indices: Tensor, updates: Tensor, mode: str = "add") -> Tensor:
-    return _scatter_nd(data, indices, updates, mode, None)
-
-
-@operator("scatter_nd", since=_IOS17)
-def scatter_nd_validated(
+@operator("scatter_nd", added={_IOS17: ("validate_indices",)}, before=_UNVALIDATED)
+def scatter_nd(
     data: Tensor,
     indices: Tensor,
     updates: Tensor,
     mode: str = "add",
-    validate_indices: bool = False,
+    validate_indices: bool | None = False,
 ) -> Tensor:
-    return _scatter_nd(data, indices, updates, mode, validate_indices)
+    depth = indices.shape[-1]
+    flat = data.reshape([math.prod(data.shape[:depth]), *data.shape[depth:]])
+    places = _flat(indices, data.shape[:depth], validate_indices)
+    return _scatter(flat, places, updates, 0, mode, None).reshape(data.shape)
 
 
 @operator("non_zero")

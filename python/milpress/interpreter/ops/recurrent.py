@@ -166,23 +166,25 @@ def lstm(
     )
 
 
-def _gru(
+@operator("gru", operands=("weight_ih", "weight_hh"), added={8: ("reset_after", "input_bias")})
+def gru(
     x: Tensor,
-    h: Tensor,
+    initial_h: Tensor,
     weight_ih: Tensor,
     weight_hh: Tensor,
-    bias: Tensor | None,
-    direction: str,
-    output_sequence: bool,
-    recurrent_activation: str,
-    activation: str,
-    reset_after: bool,
-    input_bias: Tensor | None,
+    bias: Tensor | None = None,
+    direction: str = "forward",
+    output_sequence: bool = False,
+    recurrent_activation: str = "sigmoid",
+    activation: str = "tanh",
+    reset_after: bool = False,
+    input_bias: Tensor | None = None,
+    *,
     call: Call,
 ) -> tuple[Tensor, Tensor]:
-    """Run a GRU; weights in the order reset, output, update gate."""
+    # Weights are in the order reset, output, update gate.
     gate, output = _activation(recurrent_activation), _activation(activation)
-    h = _initial(h, x, "initial_h")
+    h = _initial(initial_h, x, "initial_h")
     if bias is None:
         bias = torch.zeros(weight_hh.shape[0])
     weight_r, weight_o, weight_z = weight_hh.chunk(3)
@@ -202,68 +204,6 @@ def _gru(
         steps.append(h)
     _show(call, x, read, direction)
     return _seen(steps, output_sequence), h
-
-
-@operator("gru", operands=("weight_ih", "weight_hh"))
-def gru(
-    x: Tensor,
-    initial_h: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias: Tensor | None = None,
-    direction: str = "forward",
-    output_sequence: bool = False,
-    recurrent_activation: str = "sigmoid",
-    activation: str = "tanh",
-    *,
-    call: Call,
-) -> tuple[Tensor, Tensor]:
-    return _gru(
-        x,
-        initial_h,
-        weight_ih,
-        weight_hh,
-        bias,
-        direction,
-        output_sequence,
-        recurrent_activation,
-        activation,
-        False,
-        None,
-        call,
-    )
-
-
-@operator("gru", since=8, operands=("weight_ih", "weight_hh"))
-def gru_with_reset_after(
-    x: Tensor,
-    initial_h: Tensor,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias: Tensor | None = None,
-    direction: str = "forward",
-    output_sequence: bool = False,
-    recurrent_activation: str = "sigmoid",
-    activation: str = "tanh",
-    reset_after: bool = False,
-    input_bias: Tensor | None = None,
-    *,
-    call: Call,
-) -> tuple[Tensor, Tensor]:
-    return _gru(
-        x,
-        initial_h,
-        weight_ih,
-        weight_hh,
-        bias,
-        direction,
-        output_sequence,
-        recurrent_activation,
-        activation,
-        reset_after,
-        input_bias,
-        call,
-    )
 
 
 @operator("rnn", operands=("weight_ih", "weight_hh"))

@@ -47,25 +47,15 @@ sum_square = _over_axes(
 )
 
 
-@operator("reduce_argmax")
-def argmax(x: Tensor, axis: int = -1, keep_dims: bool = False) -> Tensor:
-    return torch.argmax(x, axis, keepdim=keep_dims)
-
-
-@operator("reduce_argmax", since=7)
-def argmax_typed(
+@operator("reduce_argmax", added={7: ("output_dtype",)})
+def argmax(
     x: Tensor, axis: int = -1, keep_dims: bool = False, output_dtype: str = "int32"
 ) -> Tensor:
     return converted(torch.argmax(x, axis, keepdim=keep_dims), output_dtype)
 
 
-@operator("reduce_argmin")
-def argmin(x: Tensor, axis: int = -1, keep_dims: bool = False) -> Tensor:
-    return torch.argmin(x, axis, keepdim=keep_dims)
-
-
-@operator("reduce_argmin", since=7)
-def argmin_typed(
+@operator("reduce_argmin", added={7: ("output_dtype",)})
+def argmin(
     x: Tensor, axis: int = -1, keep_dims: bool = False, output_dtype: str = "int32"
 ) -> Tensor:
     return converted(torch.argmin(x, axis, keepdim=keep_dims), output_dtype)

@@ -120,19 +120,8 @@ def upsample_nearest_neighbor(
     return x
 
 
-@operator("upsample_bilinear")
+@operator("upsample_bilinear", added={6: ("half_pixel_centers",)})
 def upsample_bilinear(
-    x: Tensor,
-    scale_factor_height: float = 1,
-    scale_factor_width: float = 1,
-    align_corners: bool = True,
-) -> Tensor:
-    mode = "STRICT_ALIGN_CORNERS" if align_corners else "UNALIGN_CORNERS"
-    return _resized(x, _grown(x, scale_factor_height, scale_factor_width), mode)
-
-
-@operator("upsample_bilinear", since=6)
-def upsample_bilinear_from_centers(
     x: Tensor,
     scale_factor_height: float = 1,
     scale_factor_width: float = 1,
@@ -321,29 +310,8 @@ def _cropped(
     return torch.where(inside.unsqueeze(1), pixels, pad_value)
 
 
-@operator("crop_resize")
+@operator("crop_resize", added={6: ("pad_value",)})
 def crop_resize(
-    x: Tensor,
-    roi: Tensor,
-    target_height: int = 1,
-    target_width: int = 1,
-    normalized_coordinates: bool = False,
-    spatial_scale: float = 1.0,
-    box_coordinate_mode: str = "CORNERS_HEIGHT_FIRST",
-    sampling_mode: str = "DEFAULT",
-) -> Tensor:
-    return _crop_regions(
-        x,
-        roi,
-        (target_height, target_width),
-        (box_coordinate_mode, normalized_coordinates, spatial_scale),
-        sampling_mode,
-        0.0,
-    )
-
-
-@operator("crop_resize", since=6)
-def crop_resize_padded(
     x: Tensor,
     roi: Tensor,
     target_height: int = 1,
@@ -354,25 +322,7 @@ def crop_resize_padded(
     sampling_mode: str = "DEFAULT",
     pad_value: float = 0.0,
 ) -> Tensor:
-    return _crop_regions(
-        x,
-        roi,
-        (target_height, target_width),
-        (box_coordinate_mode, normalized_coordinates, spatial_scale),
-        sampling_mode,
-        pad_value,
-    )
-
-
-def _crop_regions(
-    x: Tensor,
-    roi: Tensor,
-    sizes: tuple[int, int],
-    box: tuple[str, bool, float],
-    sampling_mode: str,
-    pad_value: float,
-) -> Tensor:
-    mode, normalized, scale = box
+    sizes = target_height, target_width
     n, height, width = roi.shape[0], x.shape[-2], x.shape[-1]
     regions = roi.reshape(n, -1)
     if regions.shape[1] == 5:  # the first is which image
@@ -382,7 +332,7 @@ def _crop_regions(
         images = x.repeat(n, 1, 1, 1)
         per_box = x.shape[0]
     boxes = regions[:, -4:].repeat_interleave(per_box, 0)
-    edges = _edges(boxes, mode, height, width, normalized, scale)
+    edges = _edges(boxes, box_coordinate_mode, height, width, normalized_coordinates, spatial_scale)
     crops = _cropped(images, edges, sizes, sampling_mode, pad_value)
     return crops.reshape(n, per_box, x.shape[1], *sizes)
 

@@ -14,33 +14,8 @@ def argsort(x: Tensor, axis: int = -1, ascending: bool = False) -> Tensor:
     return torch.argsort(x, dim=axis, descending=not ascending, stable=True)
 
 
-def _topk(x: Tensor, k: int, axis: int, ascending: bool) -> tuple[Tensor, Tensor]:
-    count = x.shape[axis] if k == -1 else k
-    # Stable sorting gives the first of equal values, whereas torch.topk promises none.
-    values, indices = torch.sort(x, dim=axis, descending=not ascending, stable=True)
-    return values.narrow(axis, 0, count), indices.narrow(axis, 0, count)
-
-
-@operator("topk")
-def topk(x: Tensor, k: int = 1, axis: int = -1, ascending: bool = False) -> tuple[Tensor, Tensor]:
-    return _topk(x, k, axis, ascending)
-
-
-@operator("topk", since=6)
-def topk_unsorted(
-    x: Tensor,
-    k: int = 1,
-    axis: int = -1,
-    ascending: bool = False,
-    sort: bool = True,  # noqa: ARG001 - without it, any order will do
-    return_indices: bool = True,
-) -> Tensor | tuple[Tensor, Tensor]:
-    values, indices = _topk(x, k, axis, ascending)
-    return (values, indices) if return_indices else values
-
-
-@operator("topk", since=7)
-def topk_typed(
+@operator("topk", added={6: ("sort", "return_indices"), 7: ("output_indices_dtype",)})
+def topk(
     x: Tensor,
     k: int = 1,
     axis: int = -1,
@@ -49,7 +24,10 @@ def topk_typed(
     return_indices: bool = True,
     output_indices_dtype: str = "int32",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    values, indices = _topk(x, k, axis, ascending)
+    count = x.shape[axis] if k == -1 else k
+    # Stable sorting gives the first of equal values, whereas torch.topk promises none.
+    values, indices = torch.sort(x, dim=axis, descending=not ascending, stable=True)
+    values, indices = values.narrow(axis, 0, count), indices.narrow(axis, 0, count)
     return (values, converted(indices, output_indices_dtype)) if return_indices else values
 
 

@@ -79,8 +79,8 @@ class LayerwiseCompressionAlgorithmConfig(Registered, ModuleOptimizationConfig):
         if "algorithm" not in config_dict:
             msg = f"{place} must name an algorithm, got {dict(config_dict)}"
             raise ConfigError(msg)
-        made: Self = cls.get_class(config_dict["algorithm"])._from_dict(config_dict, place)
-        return made
+        config: Self = cls.get_class(config_dict["algorithm"])._from_dict(config_dict, place)
+        return config
 
 
 @define

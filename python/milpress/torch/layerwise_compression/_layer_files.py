@@ -26,7 +26,7 @@ class LayerFiles:
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         self._folder = None if folder is None else Path(folder)
-        self._made: list[Path] = []
+        self._paths: list[Path] = []
 
     def load(self, number: int, weight: ModuleWeight, config: Any) -> dict[str, Any] | None:
         """Return what was kept of a layer; ``None`` if there is nothing.
@@ -42,8 +42,8 @@ class LayerFiles:
         if not path.exists():
             return None
         try:
-            found = torch.load(path, weights_only=True, map_location="cpu")
-            matches = found["identity"] == _identity(weight, config)
+            layer = torch.load(path, weights_only=True, map_location="cpu")
+            matches = layer["identity"] == _identity(weight, config)
         except Exception as error:
             msg = f"{path}: not a layer of an interrupted run: {error}"
             raise ConfigError(msg) from error
@@ -53,8 +53,8 @@ class LayerFiles:
                 "anew"
             )
             raise ConfigError(msg)
-        self._made.append(path)
-        state: dict[str, Any] = found["state"]
+        self._paths.append(path)
+        state: dict[str, Any] = layer["state"]
         return state
 
     def identity(self, weight: ModuleWeight, config: Any) -> str:
@@ -79,11 +79,11 @@ class LayerFiles:
         except (OSError, RuntimeError) as error:
             msg = f"{path}: can't be written: {error}"
             raise StorageError(msg) from error
-        self._made.append(path)
+        self._paths.append(path)
 
     def clear(self) -> None:
         """Delete what was kept, and the folder if nothing else is in it."""
-        for path in self._made:
+        for path in self._paths:
             path.unlink(missing_ok=True)
         if self._folder is not None and self._folder.is_dir() and not any(self._folder.iterdir()):
             self._folder.rmdir()

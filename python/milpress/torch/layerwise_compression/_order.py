@@ -75,9 +75,9 @@ def in_order(
             layer = layers[place]
             if layer.is_done:
                 continue
-            found = {number: given.trace() for number, given in brought.items()}
+            new_traces = {number: given.trace() for number, given in brought.items()}
             algorithm = layer.begin()
-            is_same = traces.keys() == found.keys() and all(
+            is_same = traces.keys() == new_traces.keys() and all(
                 traces[number].is_of(given) for number, given in brought.items()
             )
             if is_same and layer.n_calls == 1 and _can_share(algorithm, last):
@@ -88,7 +88,7 @@ def in_order(
                     given.add_to(algorithm)
             brought.clear()
             yield layer
-            last, traces, layer.algorithm = algorithm, found, None
+            last, traces, layer.algorithm = algorithm, new_traces, None
 
 
 def _can_share(algorithm: Any, last: Any) -> bool:

@@ -151,14 +151,15 @@ def load(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         If it is no file of named tensors.
     """
     try:
-        found = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        sensitivities = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except Exception as error:
         msg = f"{path}: sensitivities must be a dictionary of tensors that torch saved, got {error}"
         raise ConfigError(msg) from error
-    if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
-        msg = f"{path}: sensitivities must be a dictionary of tensors, got {type(found).__name__}"
+    if not isinstance(sensitivities, dict) or not all(map(torch.is_tensor, sensitivities.values())):
+        kind = type(sensitivities).__name__
+        msg = f"{path}: sensitivities must be a dictionary of tensors, got {kind}"
         raise ConfigTypeError(msg)
-    return found
+    return sensitivities
 
 
 def save(content: Any, path: Path) -> None:
@@ -289,11 +290,11 @@ def _local(tensor: Any) -> torch.Tensor:
 
 
 def _resume(sums: GradientSums, path: Path, n_ranks: int) -> None:
-    found = torch.load(path, weights_only=True, map_location="cpu")
-    squares = found.get("squares", {}) if isinstance(found, dict) else {}
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    squares = state.get("squares", {}) if isinstance(state, dict) else {}
     shapes = {name: tuple(tensor.shape) for name, tensor in squares.items()}
     expected = {name: tuple(_local(total).shape) for name, total in sums.squares.items()}
-    if shapes != expected or found["n_ranks"] != n_ranks:
+    if shapes != expected or state["n_ranks"] != n_ranks:
         msg = (
             f"{path}: of an interrupted run with other weights or another number of processes; "
             "delete the file to begin anew"
@@ -301,4 +302,4 @@ def _resume(sums: GradientSums, path: Path, n_ranks: int) -> None:
         raise ConfigError(msg)
     for name, total in sums.squares.items():
         _local(total).copy_(squares[name])
-    sums.n_samples, sums.n_whole = found["n_samples"], found["n_whole"]
+    sums.n_samples, sums.n_whole = state["n_samples"], state["n_whole"]

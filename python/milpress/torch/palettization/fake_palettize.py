@@ -155,7 +155,7 @@ class FakePalettize(nn.Module):
         table = self.palett.centroids.to(wide, copy=True)
         _separate(table, config.palett_cluster_tol, config.enforce_zero)
         n_soft = max(1, int(config.percentage_palett_enable * self.n_groups))
-        made, tables = [], []
+        mixtures, tables = [], []
         for settings, part in (
             (config.settings, slice(0, n_soft)),
             (replace(config.settings, mode="hard"), slice(n_soft, None)),
@@ -163,17 +163,17 @@ class FakePalettize(nn.Module):
             if not len(table[part]):
                 continue
             rounding = None if config.lut_type is None else self._rounding
-            found, moved = _dkm.attend(
+            mixture, moved = _dkm.attend(
                 rows[part],
                 table[part],
                 settings,
                 None if kept_rows is None else kept_rows[part],
                 rounding,
             )
-            made.append(found)
+            mixtures.append(mixture)
             tables.append(moved)
         self.palett.centroids.copy_(torch.cat(tables).detach())
-        dense = self._unrows(torch.cat(made))
+        dense = self._unrows(torch.cat(mixtures))
         return (dense if scale is None else dense * scale.to(wide)).to(weights.dtype)
 
     def _begin(self, weights: torch.Tensor, kept: torch.Tensor | None) -> None:

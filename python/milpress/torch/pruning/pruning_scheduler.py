@@ -46,11 +46,11 @@ def _to_steps(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value
     if isinstance(value, str):
-        found = _RANGE.fullmatch(value.strip())
-        if found is None:
+        match = _RANGE.fullmatch(value.strip())
+        if match is None:
             msg = f'update_steps must be numbers or "range(...)" of whole numbers, got {value!r}'
             raise ConfigError(msg)
-        numbers = [int(number) for number in found.groups() if number is not None]
+        numbers = [int(number) for number in match.groups() if number is not None]
         if len(numbers) == 3 and numbers[2] == 0:
             msg = f"the last number of a range must not be 0, got {value!r}"
             raise ConfigError(msg)
@@ -100,14 +100,14 @@ class PolynomialDecayScheduler(PruningScheduler):
 
     def compute_sparsity(self, step_count: int, prev_sparsity: float, config: Any) -> float:
         """Return the fraction of weights that are to be zero; see `PruningScheduler`."""
-        found = torch.nonzero(self.update_steps == step_count)
-        if not len(found):
+        places = torch.nonzero(self.update_steps == step_count)
+        if not len(places):
             return prev_sparsity
         n_steps = len(self.update_steps)
-        done = 1.0 if n_steps == 1 else int(found[0]) / (n_steps - 1)
+        progress = 1.0 if n_steps == 1 else int(places[0]) / (n_steps - 1)
         initial: float = getattr(config, "initial_sparsity", 0.0)
         target: float = config.target_sparsity
-        return target + (initial - target) * float((1.0 - done) ** self.power)
+        return target + (initial - target) * float((1.0 - progress) ** self.power)
 
 
 @define

@@ -64,8 +64,10 @@ class RangeObserver(nn.Module):
             self.max_val.copy_(torch.maximum(self.max_val, high))
             return
         pace = _PACE[self.kind]
-        for found, now in ((self.min_val, low), (self.max_val, high)):
-            found.copy_(torch.where(found.isinf(), now, found + pace * (now - found)))
+        for range_end, now in ((self.min_val, low), (self.max_val, high)):
+            range_end.copy_(
+                torch.where(range_end.isinf(), now, range_end + pace * (now - range_end))
+            )
 
 
 class FakeQuantize(nn.Module):
@@ -173,8 +175,8 @@ class FakeQuantize(nn.Module):
         steps = parted * (1 / scale)  # as torch's ops do it
         steps = steps + (steps.round() - steps).detach() + offset
         steps = steps.clamp(self.quant_min, self.quant_max)
-        made: torch.Tensor = (steps - offset) * scale
-        return made.reshape(values.shape).to(values.dtype)
+        rounded: torch.Tensor = (steps - offset) * scale
+        return rounded.reshape(values.shape).to(values.dtype)
 
     def _parameters_for(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_learnable:

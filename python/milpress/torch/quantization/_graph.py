@@ -123,21 +123,21 @@ def ranks(model: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[fx.Node, int |
 
     Empty if the model can't run on the inputs.
     """
-    found: dict[fx.Node, int | None] = {}
+    ranks_of: dict[fx.Node, int | None] = {}
 
     class Runner(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
-            made = super().run_node(n)
-            is_float = isinstance(made, torch.Tensor) and made.is_floating_point()
-            found[n] = made.ndim if is_float else None
-            return made
+            output = super().run_node(n)
+            is_float = isinstance(output, torch.Tensor) and output.is_floating_point()
+            ranks_of[n] = output.ndim if is_float else None
+            return output
 
     try:
         with evaluating(model), torch.no_grad():
             Runner(model).run(*inputs)
     except Exception:  # whatever a user's own model raises
-        found.clear()
-    return found
+        ranks_of.clear()
+    return ranks_of
 
 
 class Placing:
@@ -244,13 +244,17 @@ class Placing:
 
     def _sources(self, node: fx.Node) -> list[fx.Node]:
         """Return the nodes whose values an op takes, parameters aside."""
-        given = node.args
-        if self.kind(node) in _CONCATENATIONS and given and isinstance(given[0], (list, tuple)):
-            given = tuple(given[0])
-        found = [item for item in given if isinstance(item, fx.Node)]
+        arguments = node.args
+        if (
+            self.kind(node) in _CONCATENATIONS
+            and arguments
+            and isinstance(arguments[0], (list, tuple))
+        ):
+            arguments = tuple(arguments[0])
+        nodes = [item for item in arguments if isinstance(item, fx.Node)]
         if self.kind(node) in WEIGHTED or self.kind(node) in _ACTIVATIONS:
-            found = found[:1]
-        return [self._origin(item) for item in found if self._is_value(item)]
+            nodes = nodes[:1]
+        return [self._origin(item) for item in nodes if self._is_value(item)]
 
     def _is_value(self, node: fx.Node) -> bool:
         return node.op != "get_attr" and self._is_float(node)
@@ -331,8 +335,8 @@ class Placing:
             if self.kind(node) not in _PASSING and self.kind(node) not in _CONCATENATIONS
         ]
         ranges = {self._range(node) for node in sources}
-        if len(ranges) == 1 and (found := ranges.pop()) is not None:
-            return FixedQuantize(*found)
+        if len(ranges) == 1 and (known := ranges.pop()) is not None:
+            return FixedQuantize(*known)
         scheme = config.quantization_scheme
         # What is concatenated with values that are never negative has a lopsided range, too.
         if any(node in nonnegative for node in sources):
@@ -350,18 +354,18 @@ class Placing:
 
     def _nonnegative(self) -> set[fx.Node]:
         """Return the nodes whose values can't be negative."""
-        found: set[fx.Node] = set()
+        nodes: set[fx.Node] = set()
         for node in self.nodes:
             kind = self.kind(node)
             if kind in _NONNEGATIVE:
-                found.add(node)
+                nodes.add(node)
                 continue
             keeps = kind in _PASSING or kind in _DROPOUTS or kind in _CONCATENATIONS
             keeps |= kind in {operator.add, operator.mul, torch.add, torch.mul, "add", "mul"}
             sources = self._all_sources(node)
-            if keeps and sources and all(source in found for source in sources):
-                found.add(node)
-        return found
+            if keeps and sources and all(source in nodes for source in sources):
+                nodes.add(node)
+        return nodes
 
     def _all_sources(self, node: fx.Node) -> list[fx.Node]:
         if self.kind(node) in _CONCATENATIONS:
