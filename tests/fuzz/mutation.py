@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from google.protobuf.message import DecodeError
 
-from milpress.mil.schema import messages
+from milpress.mil import proto
 
 Files: TypeAlias = dict[str, bytes]
 
@@ -60,10 +60,10 @@ def _damage_model(files: Files, donors: list[Files], rng: random.Random) -> None
         files[MODEL] = _scrambled(files[MODEL], rng)
         return
     try:
-        model = messages().Model.FromString(files[MODEL])
+        model = proto.Model.FromString(files[MODEL])
     except DecodeError:  # scrambled before
         return
-    donor = messages().Model.FromString(rng.choice(donors)[MODEL])
+    donor = proto.Model.FromString(rng.choice(donors)[MODEL])
     for _ in range(20):
         if _damage_message(model, donor, rng):
             break

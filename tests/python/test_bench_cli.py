@@ -102,7 +102,7 @@ def test_a_replay_says_what_it_is_of_and_has_the_same_statistics(benched, tmp_pa
     other = tmp_path / "other.json"
     files.save(result("measured"), other)
     line = failed("bench", "validate", out, "--origin", other, code=1)
-    assert "the origin must be measured" in line
+    assert "it must be a replay of measured" in line
 
 
 def test_a_replay_of_a_measured_result_keeps_what_the_device_told(tmp_path):
@@ -134,7 +134,7 @@ def test_without_a_mac_core_ml_is_refused_and_nothing_is_written(command, crepe_
         (["run", "none.mlpackage"], "none.mlpackage: no such package"),
         (["run", "m", "--driver", "gpu"], "a driver must be one of coreml, iphone"),
         (["run", "m", "--units", "NPU", "--driver", "coreml"], "units must be of CPU_ONLY"),
-        (["run", "m", "--units", "ALL"], "the interpreter must have no compute units, got ALL"),
+        (["run", "m", "--units", "ALL"], "the interpreter has no compute units; leave out ALL"),
         (["run", "m", "--team", "T"], "--team and --bundle have no effect without --driver iphone"),
         (["run", "m", "--warmup", "0"], "warmup must be at least 1, got 0"),
         (["run", "m", "--recorded", "r"], "--recorded has no effect without --driver replay"),
@@ -264,7 +264,7 @@ def test_the_grid_that_comes_along_has_what_is_worth_knowing():
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("palettize: {bits", "palette: {bits", "must have no keys but"),
+        ("palettize: {bits", "palette: {bits", "unknown key palette; the keys are"),
         ("bits: 4", "bits: 5", "bits must be one of"),
         ("version: 1", "version: 2", "with version 1"),
         ("units: [CPU_AND_NE]", "units: [NPU]", "units must be a list of CPU_ONLY"),

@@ -450,7 +450,7 @@ def _describe_otherwise(package: Package) -> None:
             "entries of a table do not ascend|nearest entry",
         ),
         ("sparse", lambda p: _flip(p, "nonzero_data"), "not pruned are changed"),
-        ("int8", _flip_bias, "must be unchanged"),
+        ("int8", _flip_bias, "changed, though the record says"),
         ("int8", _rename_op, "must be unchanged"),
         ("int8", _rewire, "must have one counterpart|half a step"),
         ("int8", _forget_weight, "the record says nothing was done to it"),

@@ -14,11 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from milpress.errors import PackageError
-from milpress.mil import dtypes, values
+from milpress.mil import dtypes, proto, values
 from milpress.mil.constexpr import Decoder
 from milpress.mil.graph import Node
 from milpress.mil.program import ProgramGraph
-from milpress.mil.schema import messages
 from milpress.mil.values import Tensor
 
 
@@ -35,7 +34,7 @@ def op_of(
     early: bool = False,
 ) -> Any:
     """Return an op whose parameters are stored with it, or outputs of another of that name."""
-    op = messages().Operation(type=f"constexpr_{kind}")
+    op = proto.Operation(type=f"constexpr_{kind}")
     op.attributes["name"].CopyFrom(values.string(name))
     for parameter, given_value in parameters.items():
         if isinstance(given_value, str):
@@ -51,7 +50,7 @@ def op_of(
 
 def last_of(*ops: Any) -> tuple[Decoder, Node]:
     """Return a decoder of a block of ops, and the last of them."""
-    function = messages().Model().mlProgram.functions["main"]
+    function = proto.Model().mlProgram.functions["main"]
     block = function.block_specializations["CoreML8"]
     block.operations.extend(ops)
     graph = ProgramGraph(function, block, None)

@@ -409,7 +409,7 @@ def test_a_value_is_freed_when_its_last_reader_has_run(make):
     assert (len(alive), most) == (7, 2)
 
 
-def test_taps_have_the_declared_types(make):
+def test_intermediate_values_have_the_declared_types(make):
     program = load(make(listing, floats(2, 2), ints(1)))
     result = program.run({"x": ramp(2, 2), "i": [0]}, taps=program.values)
     for name, kind in program.values.items():
@@ -468,7 +468,7 @@ def test_wrong_inputs_are_refused(make, given, message):
 
 def test_a_tap_that_does_not_exist_is_refused(make):
     program = load(make(multiplying, ints(2)))
-    with pytest.raises(InputError, match=r"tap .* nothing_such"):
+    with pytest.raises(InputError, match=r"taps .* nothing_such"):
         program.run({"x": [1, 2]}, taps=["nothing_such"])
 
 

@@ -351,7 +351,7 @@ def test_the_command_line_feeds_errors_back(samples, build, tmp_path):
     report = json.loads(run("compress", source, out, *options, *small, "--force").stdout)
     notes = [each["note"] for each in report["weights"]]
     assert any("feedback_memory is 2.0 MB" in note for note in notes)
-    assert "a size must be such as 12MB" in failed(
+    assert "a size must be a number of bytes, such as 12MB" in failed(
         "compress", source, tmp_path / "x.mlpackage", *options, "--feedback-memory", "much"
     )
     assert "can't be used without samples" in failed(

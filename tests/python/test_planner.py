@@ -406,7 +406,9 @@ def test_the_command_line_plans_compresses_and_warns_of_nothing(model, tmp_path)
     assert data["bits_per_weight"] <= 4
     direct = run("compress", model, out, "--target-bits", 4, "--upgrade-to", "iOS18", "--force")
     assert "4.00 bits per weight" in direct.stdout or "3.9" in direct.stdout
-    assert "got --palettize and --target-bits" in failed(
+    assert "--palettize and --target-bits can't be combined" in failed(
         "compress", model, out, "--palettize", 4, "--target-bits", 4
     )
-    assert "a size must be such as 12MB" in failed("plan", model, "--target-size", "big")
+    assert "a size must be a number of bytes, such as 12MB" in failed(
+        "plan", model, "--target-size", "big"
+    )

@@ -18,7 +18,7 @@ from milpress import formats as f
 from milpress.errors import InputError, PackageError, UnsupportedError
 from milpress.interpreter import load
 from milpress.interpreter.suppression import Settings, kept_boxes, suppression_of
-from milpress.mil.schema import messages
+from milpress.mil import proto
 from milpress.samples.data import Samples
 
 
@@ -232,7 +232,7 @@ def test_either_output_may_say_how_many_boxes_there_are():
         ):
             output.type.multiArrayType.ClearField("shapeRange")
             output.type.multiArrayType.shape.extend(shape)
-        model = messages().Model.FromString(message.SerializeToString())
+        model = proto.Model.FromString(message.SerializeToString())
         return suppression_of(model, "stage").n_boxes
 
     assert n_boxes([7, N_CLASSES], [7, 4]) == n_boxes([], [7, 4]) == (7, 7)

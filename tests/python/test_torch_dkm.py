@@ -64,11 +64,13 @@ def naive(x, table, settings, kept=None):
 
 
 CASES = [
-    _dkm.Settings(tau=0.5, epsilon=0, mode=mode, keep_zero=keep_zero, zero_bonus=bonus, least=0.01)
+    _dkm.AttentionSettings(
+        tau=0.5, epsilon=0, mode=mode, keep_zero=keep_zero, zero_bonus=bonus, least=0.01
+    )
     for mode, (keep_zero, bonus) in itertools.product(
         ("dkm", "topk", "hard"), ((False, 0.0), (True, 0.01), (True, 0.0))
     )
-] + [_dkm.Settings(tau=0.5, epsilon=5.0, n_iterations=9, least=0.0)]
+] + [_dkm.AttentionSettings(tau=0.5, epsilon=5.0, n_iterations=9, least=0.0)]
 
 
 @pytest.mark.parametrize("some_pruned", [False, True])
@@ -99,14 +101,14 @@ def test_the_gradient_is_that_of_finite_differences(dim):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, 9, dim, dtype=torch.float64, generator=generator, requires_grad=True)
     table = torch.randn(2, 4, dim, dtype=torch.float64, generator=generator)
-    settings = _dkm.Settings(tau=0.5, epsilon=0, least=0)
+    settings = _dkm.AttentionSettings(tau=0.5, epsilon=0, least=0)
     assert torch.autograd.gradcheck(lambda x: _dkm.attend(x, table, settings)[0], (x,))
 
 
 def test_gumbel_noise_is_the_same_in_both_directions():
     x = torch.randn(1, 50, 1, dtype=torch.float64, requires_grad=True)
     table = torch.randn(1, 4, 1, dtype=torch.float64)
-    settings = _dkm.Settings(tau=0.5, epsilon=0, mode="gsm")
+    settings = _dkm.AttentionSettings(tau=0.5, epsilon=0, mode="gsm")
 
     def attend(x):
         torch.manual_seed(3)

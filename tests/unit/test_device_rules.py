@@ -245,7 +245,7 @@ BREACHES = {
     # Estimates.
     "an estimate with times": (
         changed(ESTIMATE, timing=schema.Timing(kind="estimate", e2e=distribution())),
-        "an estimate has estimate_ms and no timing",
+        "an estimate must have estimate_ms and no timing",
     ),
     # A Neural Engine that is not there.
     "ops on a Neural Engine that is not there": (
@@ -350,11 +350,11 @@ BREACHES = {
             MEASURED,
             entries=(replace(failed("measured", "ALL"), timing=entry("measured", "ALL").timing),),
         ),
-        "a failed entry has no latency",
+        "a failed entry must have no latency",
     ),
     "ok with a failure": (
         changed(MEASURED, failure=failed("measured", "ALL").failure),
-        "only a failed entry has a failure",
+        "only a failed entry must have a failure",
     ),
     "ok without a latency": (
         timing(MEASURED, core=None, e2e=None),

@@ -15,8 +15,7 @@ from packages import RECIPES, SEEDS, run_case, seeds
 
 import milpress
 from milpress.errors import CompressionError, PackageError, UnsupportedError, VerificationError
-from milpress.mil import treatments, values
-from milpress.mil.schema import messages
+from milpress.mil import proto, treatments, values
 
 
 @pytest.mark.parametrize("first", range(0, 200, 20))
@@ -43,7 +42,7 @@ class Damaged:
 
     def __init__(self, name: str) -> None:
         self._source = SEEDS / f"{name}.mlpackage"
-        self.model = messages().Model.FromString((self._source / MODEL).read_bytes())
+        self.model = proto.Model.FromString((self._source / MODEL).read_bytes())
 
     @property
     def block(self) -> Any:

@@ -26,8 +26,7 @@ from milpress import formats as f
 from milpress.compression import pruned
 from milpress.compression.judging import is_pruned, judge
 from milpress.errors import ConfigError, PackageError
-from milpress.mil import treatments
-from milpress.mil.schema import messages
+from milpress.mil import proto, treatments
 
 
 def wrong(source: np.ndarray, kept: np.ndarray, **settings: Any) -> str:
@@ -308,7 +307,7 @@ def test_of_an_unrecorded_weight_is_known_whether_it_is_its_source_but_for_zeros
     ],
 )
 def test_a_record_that_pruning_can_not_be_judged_by_is_refused(settings):
-    model = messages().Model()
+    model = proto.Model()
     record = {"version": 1, "treatments": [{"steps": [{"prune": settings}], "weights": {}}]}
     model.description.metadata.userDefined[treatments.KEY] = json.dumps(record)
     with pytest.raises(PackageError, match="is not a record of version 1"):
@@ -316,7 +315,7 @@ def test_a_record_that_pruning_can_not_be_judged_by_is_refused(settings):
 
 
 def test_a_record_from_before_structures_were_judged_is_read():
-    model = messages().Model()
+    model = proto.Model()
     old = [{"prune": {"n_m": [2, 4]}}, {"prune": {"sparsity": 0.5, "block_size": 4}}]
     record = {
         "version": 1,

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 import milpress._core as _core
 from milpress.errors import PackageError
 from milpress.mil import package as package_module
+from milpress.mil import proto
 from milpress.mil.package import MAX_MEMORY_RATIO, Package
-from milpress.mil.schema import count_messages, memory_of, messages
+from milpress.mil.schema import count_messages, memory_of
 
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
 SEEDS = sorted((Path(__file__).parents[1] / "fuzz" / "corpus" / "packages").iterdir())
@@ -84,7 +85,7 @@ def counted(message: Any, counts: Counter[str]) -> Counter[str]:
 def test_the_scan_counts_what_protobuf_makes(seed):
     data = (seed / MODEL).read_bytes()
     found = {name: n for name, n in count_messages(data).items() if n}
-    assert found == counted(messages().Model.FromString(data), Counter())
+    assert found == counted(proto.Model.FromString(data), Counter())
 
 
 def test_the_models_of_a_pipeline_are_counted_too():
@@ -101,7 +102,7 @@ def test_what_protobuf_accepts_is_counted_and_never_too_low(seed, n_flips):
     for _ in range(n_flips):
         data[rng.integers(len(data))] = rng.integers(256)
     try:
-        made = counted(messages().Model.FromString(bytes(data)), Counter())
+        made = counted(proto.Model.FromString(bytes(data)), Counter())
     except DecodeError:
         return
     # Of entries of one key, and of messages that are merged, the last alone is left; an entry

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 from milpress.errors import PackageError
-from milpress.mil import dtypes, values
+from milpress.mil import dtypes, proto, values
 from milpress.mil.dtypes import DType
 from milpress.mil.graph import Graph, new_const, new_op
 from milpress.mil.program import ProgramGraph
-from milpress.mil.schema import messages
 from milpress.mil.values import Tensor
 
 
@@ -39,7 +38,7 @@ class Sink:
 def stored(array: Any, dtype: str | None = None) -> Any:
     """Return a value that is held in the model itself."""
     array = np.asarray(array)
-    value = messages().Value()
+    value = proto.Value()
     kind = dtypes.of_array(array) if dtype is None else dtypes.by_name(dtype)
     values.write(value, Tensor(kind, array), file_name=None, early=False, sink=Sink())
     return value
@@ -63,7 +62,7 @@ def op(kind: str, name: str, dtype: str, shape: tuple[int, ...], **inputs: Any) 
 
 
 def graph_of(*ops: Any, outputs: tuple[str, ...] = ()) -> ProgramGraph:
-    function = messages().Model().mlProgram.functions["main"]
+    function = proto.Model().mlProgram.functions["main"]
     item = function.inputs.add(name="x")
     values.set_type(item.type, dtypes.by_name("float32"), (4, 4))
     block = function.block_specializations["CoreML8"]
@@ -82,7 +81,7 @@ def decoded(*ops: Any) -> np.ndarray:
 
 @pytest.mark.parametrize(("n", "is_blob"), [(9, False), (10, True)])
 def test_ten_elements_go_to_the_weight_file(n, is_blob):
-    value, sink = messages().Value(), Sink()
+    value, sink = proto.Value(), Sink()
     tensor = Tensor(dtypes.by_name("float32"), np.arange(n, dtype=np.float32))
     values.write(value, tensor, file_name="@model_path/w", early=False, sink=sink)
     assert values.is_blob(value) == is_blob == bool(sink.n_written)
@@ -122,7 +121,7 @@ def test_changes_of_a_block_and_of_the_one_around_it_are_both_made():
     outer, inner = const("outer", np.zeros(4, np.float32)), const("inner", np.ones(4, np.float32))
     condition = new_op("cond", "cond")
     condition.blocks.add().operations.add().CopyFrom(inner)
-    function = messages().Model().mlProgram.functions["main"]
+    function = proto.Model().mlProgram.functions["main"]
     block = function.block_specializations["CoreML8"]
     block.operations.extend([outer, condition])
     graph = Graph(function, block)

@@ -243,10 +243,7 @@ def test_accuracies_of_other_samples_do_not_stand_beside_each_other(tmp_path):
     kept = {each.name for each in made.packages if each.metrics and not each.is_original}
     assert kept == {"one", "two"}
     (text,) = [b.text for b in captions.banners(made) if b.name == "Accuracy left out"]
-    assert (
-        text
-        == "The accuracy of three, four, small, broken is of other samples than the rest."
-    )
+    assert text == "The accuracy of three, four, small, broken is of other samples than the rest."
     assert not any(b.name == "Random inputs" for b in captions.banners(made))
     alone = page.collect(sources[4:])
     assert any(b.name == "Random inputs" for b in captions.banners(alone))

@@ -1,1 +1,1 @@
-"""What samples say of weights and activations."""
+"""Calibration: statistics of samples, for weights and activations."""

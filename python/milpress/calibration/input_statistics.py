@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress.errors import InputError
+from milpress.errors import InputError, PackageNotFoundError
 from milpress.plain import json
 from milpress.plain.arrays import read_arrays, write_arrays
 
@@ -134,9 +134,11 @@ class Calibration:
         ------
         InputError
             If the file is another.
+        PackageNotFoundError
+            If there is no file.
         """
-        arrays = read_arrays(Path(path))
         try:
+            arrays = read_arrays(Path(path))
             head = json.read(str(arrays["head"]))
             if head["milpress_calibration"] != _VERSION:
                 msg = f"version {head['milpress_calibration']!r}"
@@ -156,6 +158,8 @@ class Calibration:
                 layers=layers,
                 notes=tuple(map(str, head.get("notes", ()))),
             )
+        except PackageNotFoundError:
+            raise
         except (ValueError, KeyError, TypeError) as error:
             msg = f"{path}: not a calibration that this version of milpress saved: {error}"
             raise InputError(msg) from error

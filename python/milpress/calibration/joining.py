@@ -1,4 +1,4 @@
-"""Ranges along concatenations: which values have one, and which would lose a part that is small."""
+"""Ranges along concatenations: shared, unless a small part would be lost."""
 
 from __future__ import annotations
 

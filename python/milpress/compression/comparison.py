@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from milpress.compression.judging import is_pruned, judge
 from milpress.errors import VerificationError, weight_errors
 from milpress.formats import Sparse
 from milpress.formats.fidelity import fidelity
 from milpress.kernels.threads import in_order
-from milpress.mil import values
+from milpress.mil import proto, values
 from milpress.mil.constexpr import is_compressed, is_constexpr
 from milpress.mil.graph import Graph, Node, Scope
 from milpress.mil.program import ProgramGraph
 from milpress.mil.treatments import Promise, Records, Step, bias_digest, promise_of
 from milpress.show import decibels
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +61,7 @@ def fail(message: str) -> NoReturn:
     raise VerificationError(message)
 
 
-def paired(left: list[Any], right: list[Any], what: str) -> Iterator[tuple[Any, Any]]:
+def paired(left: Sequence[_T], right: Sequence[_T], what: str) -> Iterator[tuple[_T, _T]]:
     """Yield pairs of what must be equally many."""
     if len(left) != len(right):
         fail(f"the packages must have equally many {what}, got {len(left)} and {len(right)}")
@@ -92,11 +95,11 @@ class Comparison:
     def run(self) -> list[WeightCheck]:
         """Compare all and return what was found of each weight."""
         left, right = self._graphs
-        for one, other in paired(left.scopes, right.scopes, "blocks"):
-            self._match_blocks(one, other)
+        for blocks in paired(left.scopes, right.scopes, "blocks"):
+            self._match_blocks(*blocks)
         computing = [[n for n in graph.nodes if not n.is_stored] for graph in self._graphs]
-        for one, other in paired(computing[0], computing[1], "ops"):
-            self.n_unchanged += self._match_ops(one, other)
+        for nodes in paired(computing[0], computing[1], "ops"):
+            self.n_unchanged += self._match_ops(*nodes)
         self._match_unused(left, right)
         to_check = self._matches.keys() - self._biases
         pairs = [(node, self._matches[node]) for node in left.nodes if node in to_check]
@@ -107,8 +110,6 @@ class Comparison:
         return [check for check in found if isinstance(check, WeightCheck)]
 
     def _match_blocks(self, one: Scope, other: Scope) -> None:
-        if one.block is None or other.block is None:
-            return
         same = [
             [item.SerializeToString(deterministic=True) for item in scope.block.inputs]
             + [
@@ -197,11 +198,11 @@ class Comparison:
             self._matches[before[0]] = node
         self.n_corrected += 1
 
-    def _kept_parts(self, node: Node) -> list[Any]:
+    def _kept_parts(self, node: Node) -> list[object]:
         outputs = [item.SerializeToString(deterministic=True) for item in node.op.outputs]
         return [node.op.type, outputs, len(node.op.blocks)]
 
-    def _same_value(self, one: Any, other: Any, where: str) -> None:
+    def _same_value(self, one: proto.Value, other: proto.Value, where: str) -> None:
         if not values.is_blob(one) or not values.is_blob(other):
             same = one.SerializeToString(deterministic=True) == other.SerializeToString(
                 deterministic=True
@@ -294,14 +295,16 @@ class Comparison:
             self._match_ops(part, other_part) for part, other_part in parts
         )
 
-    def _check_equal(self, source: Any, other: Node, name: str) -> WeightCheck:
+    def _check_equal(self, source: NDArray[np.floating], other: Node, name: str) -> WeightCheck:
         decoded = self._graphs[1].decoder.dense(other).values
         if source.dtype != decoded.dtype or source.tobytes() != decoded.tobytes():
             fail(f"{name}: the decompressed weight differs from what the source decodes to")
         signal, noise, _ = fidelity(source, source)
         return WeightCheck(name=name, promise="equal", signal=signal, noise=noise)
 
-    def _check_unpromised(self, source: Any, other: Node, name: str) -> WeightCheck:
+    def _check_unpromised(
+        self, source: NDArray[np.floating], other: Node, name: str
+    ) -> WeightCheck:
         """Report the error of a weight of which nothing is recorded."""
         value = self._graphs[1].decoder.value(other)
         decoded = self._graphs[1].decoder.dense(other).values if value is None else value.dense()
@@ -313,7 +316,12 @@ class Comparison:
         return WeightCheck(name=name, promise=promise, signal=signal, noise=noise)
 
     def _check_promise(
-        self, source: Any, other: Node, name: str, promise: Promise, steps: tuple[Step, ...]
+        self,
+        source: NDArray[np.floating],
+        other: Node,
+        name: str,
+        promise: Promise,
+        steps: tuple[Step, ...],
     ) -> WeightCheck:
         value = self._graphs[1].decoder.value(other)
         if value is None:

@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from milpress.compression.run import Run
 from milpress.compression.writer import WeightWriter, is_own, rewriting
 from milpress.errors import ConfigError, UnsupportedError, VerificationError
-from milpress.mil import constexpr, values
+from milpress.mil import constexpr, proto, values
 from milpress.mil.graph import Node
 from milpress.mil.package import Package
 from milpress.mil.program import ProgramGraph, Weight
-from milpress.mil.schema import messages
 from milpress.plain import json, patterns
 from milpress.recipe import DEFAULT_MIN_SIZE
 from milpress.show import escaped, named_table
@@ -286,7 +285,7 @@ def _apply(graph: ProgramGraph, changes: list[_Change], writer: WeightWriter) ->
         scale = writer.const(tensor, scale_name, None)
         layer = type(node.op).FromString(node.op.SerializeToString())
         layer.outputs[0].name = graph.unique_name(f"{node.name}_unscaled")
-        product = messages().Operation(type="mul")
+        product = proto.Operation(type="mul")
         product.attributes["name"].CopyFrom(values.string(graph.unique_name(f"{node.name}_scaled")))
         product.inputs["x"].arguments.add(name=layer.outputs[0].name)
         product.inputs["y"].arguments.add(name=scale_name)
@@ -302,19 +301,20 @@ def _apply(graph: ProgramGraph, changes: list[_Change], writer: WeightWriter) ->
 def _file_of(node: Node) -> str | None:
     """Return the weight file of a constant; ``None`` if it is stored in the model."""
     value = node.op.attributes["val"]
-    return str(value.blobFileValue.fileName) if values.is_blob(value) else None
+    return value.blobFileValue.fileName if values.is_blob(value) else None
 
 
 def _check(original: Package, rescaled: Package, made: dict[str, _Made]) -> None:
     """Check that what is stored, multiplied again, is the original's to the last bit."""
     for left, right in zip(original.graphs, rescaled.graphs, strict=True):
-        before, after = _stored(left), _stored(right)
-        factors: dict[str, Any] = {}
+        before, after = dict(_constants(left)), dict(_constants(right))
+        factors: dict[str, NDArray[np.floating]] = {}
         for name, layer in made.items():
             own = name.removeprefix(left.prefix)
             if name.startswith(left.prefix) and own in before and layer.scale in after:
                 scales = right.decoder.dense(after.pop(layer.scale)).values.reshape(-1)
-                factors[own] = scales.reshape(-1, *[1] * (len(before[own].type.shape) - 1))
+                rank = len(before[own].op.outputs[0].type.tensorType.dimensions)
+                factors[own] = scales.reshape(-1, *[1] * (rank - 1))
                 if layer.bias is not None:
                     factors[layer.bias] = scales
         if before.keys() != after.keys():
@@ -339,15 +339,13 @@ def _check(original: Package, rescaled: Package, made: dict[str, _Made]) -> None
             raise VerificationError(msg)
 
 
-def _n_layers(factors: dict[str, Any], made: dict[str, _Made], graph: ProgramGraph) -> int:
+def _n_layers(
+    factors: dict[str, NDArray[np.floating]], made: dict[str, _Made], graph: ProgramGraph
+) -> int:
     return sum(f"{graph.prefix}{name}" in made for name in factors)
 
 
-def _stored(graph: ProgramGraph) -> dict[str, Any]:
-    return dict(_constants(graph))
-
-
-def _constants(graph: ProgramGraph) -> Iterator[tuple[str, Any]]:
+def _constants(graph: ProgramGraph) -> Iterator[tuple[str, Node]]:
     """Yield the constants of numbers by their names."""
     for node in graph.nodes:
         if node.op.type == "const" and node.type is not None:

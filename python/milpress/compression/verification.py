@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from milpress.compression.comparison import Comparison, WeightCheck, fail, paired
-from milpress.mil import activations, opset, raising, treatments
+from milpress.mil import activations, opset, proto, raising, treatments
 from milpress.mil.package import Package
 from milpress.plain import json
 from milpress.plain.files import system_errors
@@ -218,7 +218,7 @@ def _compare_rest(original: Package, compressed: Package) -> None:
         fail("the description of the model changed")
 
 
-def _strip(model: Any) -> None:
+def _strip(model: proto.Model) -> None:
     kind = model.WhichOneof("choice")
     if kind == "mlProgram":
         for function in model.mlProgram.functions.values():

@@ -15,7 +15,7 @@ from milpress.compression.run import Run
 from milpress.compression.treating import Job, Outcome
 from milpress.errors import UnsupportedError
 from milpress.formats import Compressed
-from milpress.mil import constexpr, encode, values
+from milpress.mil import constexpr, encode, proto, values
 from milpress.mil.graph import Node
 from milpress.mil.package import Package
 from milpress.mil.program import Weight
@@ -29,7 +29,7 @@ _T = TypeVar("_T")
 class Written(NamedTuple):
     """What `WeightWriter.compress` wrote: the ops of a weight, last first, and of what outcome."""
 
-    ops: list[Any]
+    ops: list[proto.Operation]
     n_bytes: int
     outcome: Outcome
 
@@ -132,7 +132,9 @@ class WeightWriter:
             self._adopt(job.weight, written)
         return written
 
-    def store(self, weight: Weight, value: Compressed, *, suffix: str = "") -> list[Any]:
+    def store(
+        self, weight: Weight, value: Compressed, *, suffix: str = ""
+    ) -> list[proto.Operation]:
         """Turn a weight's op into the last ``constexpr`` op of a value.
 
         Returns the ops that have to stand before it. These, and ops that are of no use anymore, are
@@ -192,7 +194,7 @@ class WeightWriter:
         """Turn an op into the ``const`` op of a tensor; its name stays."""
         node.op.CopyFrom(self.const(tensor, node.name, file_name))
 
-    def const(self, tensor: values.Tensor, name: str, file_name: str | None) -> Any:
+    def const(self, tensor: values.Tensor, name: str, file_name: str | None) -> proto.Operation:
         """Return the ``const`` op of a tensor, which is stored in a file, or if small in itself."""
         return encode.const_of(tensor, name, file_name=file_name, sink=self._sink)
 
@@ -248,7 +250,7 @@ def rewriting(
         yield WeightWriter(package, staged)
 
 
-def _rename(op: Any, renamed: dict[str, str]) -> None:
+def _rename(op: proto.Operation, renamed: dict[str, str]) -> None:
     """Give an op, its outputs and what it uses other names."""
     own = values.read_string(op.attributes["name"])
     op.attributes["name"].CopyFrom(values.string(renamed.get(own, own)))

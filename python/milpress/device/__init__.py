@@ -1,4 +1,4 @@
-"""Benchmarks on Apple devices, and what can honestly be said without one."""
+"""Benchmarks on Apple devices, and references and estimates without one."""
 
 from __future__ import annotations
 

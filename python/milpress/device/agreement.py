@@ -1,4 +1,4 @@
-"""How far outputs of one run of a model are from those of another."""
+"""Differences between the outputs of two runs of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results beside each other: as tables, and never of different kinds in one column."""
+"""Comparison of results as tables, never of different kinds in one column."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order in which things are measured: pure logic, given sessions and a clock."""
+"""Order of the measurements of a benchmark: pure logic, given sessions and a clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process that holds one model: how it is asked, and the ways in which it can fail."""
+"""Sessions with a process that holds one model: requests, answers, and the ways it can fail."""
 
 from __future__ import annotations
 

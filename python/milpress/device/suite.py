@@ -1,4 +1,4 @@
-"""A grid of treatments of one model: made, run in every unit, and put together."""
+"""Suite of treatments of one model, each compressed and run in every unit."""
 
 from __future__ import annotations
 

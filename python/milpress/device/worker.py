@@ -1,4 +1,4 @@
-"""What runs in the process that holds a model: requests in, answers out, one JSON line each."""
+"""Process that holds a model: requests in, answers out, one JSON line each."""
 
 from __future__ import annotations
 

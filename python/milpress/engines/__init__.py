@@ -1,1 +1,1 @@
-"""What runs a model: the interpreter anywhere, Core ML on a Mac."""
+"""Engines that run a model: the interpreter anywhere, Core ML on a Mac."""

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from milpress.engines.calls import CoreML, check_is_mac, image, plain
-from milpress.engines.features import description_of, features_of
+from milpress.engines.features import features_of
 from milpress.engines.mac import Mac
 from milpress.errors import DriverError
 from milpress.mil.expose import expose
-from milpress.mil.package import Package
+from milpress.mil.package import Package, description_of
 from milpress.mil.staging import save_changed
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class CoreMLEngine:
         self._folder = tempfile.TemporaryDirectory(prefix="milpress-core-ml-")
         self._loaded: dict[tuple[str, ...], tuple[Any, dict[str, str]]] = {}
         self._function = functions.get(())
-        description = description_of(package, self._function)
+        description = description_of(package.model, self._function)
         self._is_stateful = bool(description.state)
         self.inputs: tuple[Feature, ...] = features_of(package, self._function)
         self.notes: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""The interface of what runs a model and gives its intermediate values."""
+"""Interface of an engine, which runs a model and gives its intermediate values."""
 
 from __future__ import annotations
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from milpress.errors import UnsupportedError, UnsupportedOpError
-from milpress.mil.package import Package
+from milpress.mil.package import Package, description_of
 
 if TYPE_CHECKING:
     from milpress.interpreter import Feature
@@ -42,12 +42,5 @@ def features_of(package: Package, function: str | None = None) -> tuple[Feature,
     name = function or package.model.description.defaultFunctionName or "main"
     types = {item.name: type_of(item.type) for item in package.programs[0].functions[name].inputs}
     return tuple(
-        described(item, types[item.name]) for item in description_of(package, function).input
+        described(item, types[item.name]) for item in description_of(package.model, function).input
     )
-
-
-def description_of(package: Package, function: str | None = None) -> Any:
-    """Return the description of a package's inputs, outputs and states."""
-    whole = package.model.description
-    name = function or whole.defaultFunctionName
-    return next((each for each in whole.functions if each.name == name), whole)

@@ -1,4 +1,4 @@
-"""What macOS tells of itself and of a process."""
+"""Facts about this Mac, its state and a process on it."""
 
 from __future__ import annotations
 

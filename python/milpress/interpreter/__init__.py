@@ -1,4 +1,4 @@
-"""Runs ML programs with torch, on any machine."""
+"""Interpreter of ML programs with torch, for any machine."""
 
 from __future__ import annotations
 

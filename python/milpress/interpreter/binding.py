@@ -1,4 +1,4 @@
-"""A function of a program, made ready to run: its ops in order, bound to what they read."""
+"""Functions ready to run: their ops in order, bound to the values that they read."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from milpress.errors import PackageError, UnsupportedOpError
 from milpress.interpreter import ops
 from milpress.interpreter.constants import Budget, Caster, Weight, caster, constant, held_as
 from milpress.interpreter.operator import Operator
-from milpress.mil import opset, values
+from milpress.mil import opset, proto, values
 from milpress.mil.constexpr import is_constexpr
 from milpress.mil.graph import Node
 from milpress.mil.opset import Opset
 from milpress.mil.program import ProgramGraph
-from milpress.mil.schema import messages
 from milpress.mil.values import TensorType, WeightSource
 
 # Larger constants are decoded when they are first needed.
@@ -234,7 +233,7 @@ def operand_name(value: str, parameter: str) -> str:
 
 
 def bind(
-    function: Any, place: str, source: WeightSource, *, rounds: bool, budget: Budget
+    function: proto.Function, place: str, source: WeightSource, *, rounds: bool, budget: Budget
 ) -> Function:
     """Make a function of a package ready to run.
 
@@ -263,7 +262,12 @@ class _Binder:
     """Gives every value a slot and binds the ops to them, block by block."""
 
     def __init__(
-        self, function: Any, place: str, source: WeightSource, rounds: bool, budget: Budget
+        self,
+        function: proto.Function,
+        place: str,
+        source: WeightSource,
+        rounds: bool,
+        budget: Budget,
     ) -> None:
         self._function = function
         self._place = place
@@ -303,7 +307,7 @@ class _Binder:
         self._types.append(kind)
         return len(self._stored) - 1
 
-    def _value(self, item: Any, names: ChainMap[str, int]) -> int:
+    def _value(self, item: proto.NamedValueType, names: ChainMap[str, int]) -> int:
         """Give a value that is computed a slot and its name."""
         kind = values.type_of(item.type)
         slot = self._slot(kind=kind)
@@ -311,7 +315,7 @@ class _Binder:
         self._watchable.setdefault(item.name, ([], kind))[0].append(slot)
         return slot
 
-    def _input(self, item: Any, names: ChainMap[str, int]) -> FunctionInput:
+    def _input(self, item: proto.NamedValueType, names: ChainMap[str, int]) -> FunctionInput:
         is_state = item.type.HasField("stateType")
         kind = values.type_of(item.type.stateType.wrappedType if is_state else item.type)
         if kind is None:
@@ -322,7 +326,7 @@ class _Binder:
         cast = caster(kind.dtype, rounds=self._rounds)
         return FunctionInput(slot=slot, type=kind, is_state=is_state, cast=cast)
 
-    def _block(self, block: Any, names: ChainMap[str, int], first: int) -> Block:
+    def _block(self, block: proto.Block, names: ChainMap[str, int], first: int) -> Block:
         """Bind a block, to which all slots from ``first`` on belong."""
         inputs = tuple(self._value(item, names) for item in block.inputs)
         steps = []
@@ -365,7 +369,7 @@ class _Binder:
         names[output.name] = self._slot(value, kind)
         self._stored_names[names[output.name]] = output.name
 
-    def _constant(self, value: Any, node: Node) -> Any:
+    def _constant(self, value: proto.Value, node: Node) -> Any:
         try:
             return constant(value, self._source)
         except PackageError as error:
@@ -433,17 +437,17 @@ class _Binder:
         self._operands.setdefault(operand_name(node.name, parameter), []).append(slot)
         return slot
 
-    def _bound(self, binding: Any, names: ChainMap[str, int], node: Node) -> int:
+    def _bound(self, binding: proto.Binding, names: ChainMap[str, int], node: Node) -> int:
         if binding.WhichOneof("choice") == "name":
             return self._find(binding.name, names)
         return self._slot(self._constant(binding.value, node))
 
-    def _caster(self, item: Any) -> Caster | None:
+    def _caster(self, item: proto.NamedValueType) -> Caster | None:
         kind = values.type_of(item.type)
         return None if kind is None else caster(kind.dtype, rounds=self._rounds)
 
 
-def _opset_of(function: Any, place: str) -> Opset:
+def _opset_of(function: proto.Function, place: str) -> Opset:
     found = opset.by_name(function.opset)
     if function.opset not in function.block_specializations:
         msg = f"{place}: the function has no block for its opset {function.opset}"
@@ -451,11 +455,11 @@ def _opset_of(function: Any, place: str) -> Opset:
     return found
 
 
-def _bindings(op: Any) -> Iterator[tuple[str, Sequence[Any]]]:
+def _bindings(op: proto.Operation) -> Iterator[tuple[str, Sequence[proto.Binding]]]:
     """Yield each parameter of an op and what it is bound to."""
     for name, argument in sorted(op.inputs.items()):
         if argument.arguments:
             yield name, argument.arguments
     for name, value in sorted(op.attributes.items()):
         if name != "name":  # the op's own
-            yield name, [messages().Binding(value=value)]
+            yield name, [proto.Binding(value=value)]

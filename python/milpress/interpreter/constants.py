@@ -1,4 +1,4 @@
-"""What a program stores, as the interpreter computes with it: torch tensors, text, lists."""
+"""Constants and weights as the interpreter computes with them: tensors, text, lists."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from milpress.errors import PackageError
-from milpress.mil import values
+from milpress.mil import proto, values
 from milpress.mil.constexpr import Decoder
 from milpress.mil.dtypes import DType
 from milpress.mil.graph import Node
@@ -68,7 +68,7 @@ def tensor_of(dtype: DType, array: NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array)).reshape(array.shape).to(held_as(dtype))
 
 
-def constant(value: Any, source: WeightSource) -> Any:
+def constant(value: proto.Value, source: WeightSource) -> Any:
     """Return a stored value: a tensor, a text, or a list of texts or numbers.
 
     One that is a dictionary, or nothing, is returned as the model has it: no op takes any.
@@ -85,7 +85,7 @@ def constant(value: Any, source: WeightSource) -> Any:
         items = [constant(item, source) for item in value.immediateValue.list.values]
         return [item.item() if isinstance(item, Tensor) else item for item in items]
     if kind != "tensorType":
-        msg = f"a constant must be a tensor or a list, got {kind or 'nothing'}"
+        msg = f"a constant must be a tensor or a list, got {kind}"
         raise PackageError(msg)
     if values.type_of(value.type) is None:
         texts = list(value.immediateValue.tensor.strings.values)

@@ -1,4 +1,4 @@
-"""Which ops of a package the interpreter covers."""
+"""Coverage of a package by the interpreter, op by op."""
 
 from __future__ import annotations
 

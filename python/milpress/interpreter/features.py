@@ -1,4 +1,4 @@
-"""What a model takes and gives: descriptions, and the way from a user's arrays and back."""
+"""Conversion of inputs from arrays and of outputs back to arrays."""
 
 from __future__ import annotations
 

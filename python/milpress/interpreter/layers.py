@@ -1,4 +1,4 @@
-"""Layers with stored weights, and what goes into them, summed for each element of the weight."""
+"""Layers with stored weights, and sums of their inputs for each element of the weight."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Layer:
     weight, shape
         Name of the weight, without the prefix, and its shape.
     input
-        What it is multiplied by, with the prefix, as a tap names it.
+        What it is multiplied by, with the prefix, as names of intermediate values have.
     kind
         Type of the op.
     parameter

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from milpress.errors import ConfigError, ModelKindError, PackageError, UnsupportedError
 from milpress.interpreter.binding import bind
 from milpress.interpreter.constants import Budget
 from milpress.interpreter.parts import Model, Part, Passed, Pipeline
 from milpress.interpreter.suppression import suppression_of
-from milpress.mil import features
+from milpress.mil import features, proto
 from milpress.mil.features import Feature
-from milpress.mil.package import Package, pipeline_models
+from milpress.mil.package import Package, description_of, pipeline_models
 from milpress.mil.stages import kind_of
 
 
@@ -27,7 +26,7 @@ class Loader:
         self._rounds = rounds
         self._budget = budget
 
-    def part(self, model: Any, place: tuple[str, ...] = ()) -> Model | Pipeline:
+    def part(self, model: proto.Model, place: tuple[str, ...] = ()) -> Model | Pipeline:
         """Return a model of the package, which is an ML program or a pipeline.
 
         Raises
@@ -52,7 +51,7 @@ class Loader:
         ]
         return _Joined(self._package, model, stages).pipeline()
 
-    def _stage(self, i: int, model: Any, place: tuple[str, ...]) -> Part | Passed:
+    def _stage(self, i: int, model: proto.Model, place: tuple[str, ...]) -> Part | Passed:
         if model.WhichOneof("choice") is not None:
             return self.part(model, place)
         if model.HasField("nonMaximumSuppression"):
@@ -70,7 +69,7 @@ class Loader:
             outputs=tuple(item.name for item in model.description.output),
         )
 
-    def _model(self, model: Any, place: tuple[str, ...]) -> Model:
+    def _model(self, model: proto.Model, place: tuple[str, ...]) -> Model:
         name = self._function_name(model, place)
         shown = "/".join((*place, name))
         function = bind(
@@ -80,10 +79,7 @@ class Loader:
             rounds=self._rounds,
             budget=self._budget,
         )
-        description = model.description
-        for each in model.description.functions:
-            if each.name == name:
-                description = each
+        description = description_of(model, name)
         outputs = dict(zip(function.outputs, function.output_types, strict=True))
         taken = {key for key, value in function.inputs.items() if not value.is_state}
         if {item.name for item in description.input} != taken:
@@ -105,7 +101,7 @@ class Loader:
             ),
         )
 
-    def _function_name(self, model: Any, place: tuple[str, ...]) -> str:
+    def _function_name(self, model: proto.Model, place: tuple[str, ...]) -> str:
         functions = model.mlProgram.functions
         name = self._function
         if name is None:
@@ -117,13 +113,13 @@ class Loader:
             known = ", ".join(sorted(functions))
             msg = f"{where}: function must be one of {known}, got {name!r}"
             raise ConfigError(msg)
-        return str(name)
+        return name
 
 
 class _Joined:
     """Puts the stages of a pipeline together: each takes what is given or made before it."""
 
-    def __init__(self, package: Package, model: Any, stages: list[Part | Passed]) -> None:
+    def __init__(self, package: Package, model: proto.Model, stages: list[Part | Passed]) -> None:
         self._package = package
         self._inputs = [item.name for item in model.description.input]
         self._outputs = [item.name for item in model.description.output]

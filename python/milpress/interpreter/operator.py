@@ -1,4 +1,4 @@
-"""The seam between programs and ops: how an op of MIL becomes a function on torch tensors."""
+"""Operators: functions on torch tensors that compute the ops of MIL."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a package is made of when it runs: models of one function, and pipelines of them."""
+"""Parts of a package as it runs: models of one function, and pipelines of them."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Part: TypeAlias = "Model | Pipeline | Suppression"
 
 
 class Run(NamedTuple):
-    """What all parts of a run share."""
+    """What all parts of a run share: ``names`` are those of the values to observe."""
 
     generator: torch.Generator
     state: State
-    taps: frozenset[str]
+    names: frozenset[str]
     observe: Observe | None
     replace: Replace | None
 
@@ -64,10 +64,10 @@ class Model:
         """Return the outputs in the forms of features."""
         function = self.function
         watched = {
-            slot: tap
-            for tap in run.taps
-            if tap.startswith(self.prefix)
-            for slot in function.slots_named(tap.removeprefix(self.prefix))
+            slot: name
+            for name in run.names
+            if name.startswith(self.prefix)
+            for slot in function.slots_named(name.removeprefix(self.prefix))
         }
         frame = Frame(list(function.stored), run.generator, watched, run.observe, run.replace)
         self._fill(frame, given, run.state)

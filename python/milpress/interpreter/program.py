@@ -1,4 +1,4 @@
-"""Programs that run: `load` makes one of a package."""
+"""Programs that run, made of packages by `load`."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ _DEFAULT_WEIGHT_MEMORY = 2 << 30
 
 
 class Result(NamedTuple):
-    """What a run gives.
+    """Outputs and intermediate values of a run.
 
     Parameters
     ----------
     outputs
         The model's outputs by name.
     taps
-        The tapped values by name, as tensors that the ops computed. A value that was computed
-        several times, in a loop, is there as it was last; one in a branch not taken is missing.
+        The intermediate values that were chosen, by name, as the ops computed them. One that was
+        computed several times, in a loop, is there as it was last; one in a branch not taken is
+        missing.
     """
 
     outputs: dict[str, Any]
@@ -71,7 +72,7 @@ def load(
     Returns
     -------
     Program
-        A function on arrays, that can also tell values inside.
+        A function on arrays, which also gives intermediate values.
 
     Raises
     ------
@@ -142,8 +143,8 @@ class Program:
 
     @property
     def kept_boxes(self) -> tuple[str, ...]:
-        """Names of taps that show which boxes each non-maximum suppression of a pipeline keeps."""
-        return tuple(each.tap for each in self._part.suppressions)
+        """Names of values that say which boxes each suppression of a pipeline keeps."""
+        return tuple(each.kept_name for each in self._part.suppressions)
 
     def before_suppression(self) -> Program:
         """Return the program up to where a non-maximum suppression chooses boxes.
@@ -171,7 +172,7 @@ class Program:
 
     @property
     def values(self) -> dict[str, TensorType | None]:
-        """Type of each value that can be tapped, in the order in which they are computed.
+        """Type of each intermediate value, in the order in which they are computed.
 
         Inputs are among them, constants are not. ``None`` stands for a value that is no tensor, and
         in a shape for a size that varies. In a pipeline a name begins with its model's and a slash.
@@ -231,17 +232,17 @@ class Program:
         state: State | None = None,
         seed: int | None = None,
     ) -> Result:
-        """Run the program, and look at values inside.
+        """Run the program, and observe intermediate values.
 
         Parameters
         ----------
         inputs
             By name. An optional one may be missing.
         taps
-            Names of `values` that are wanted.
+            Names of the `values` to observe.
         observe
-            Called with name and tensor of each tapped value as soon as it is computed, each time it
-            is. The values are then not kept, so that one pass shows all of them in bounded memory.
+            Called with name and tensor of each of them as soon as it is computed, each time it is.
+            The values are then not kept, so that one pass shows all of them in bounded memory.
         replace
             Called likewise, and returns what takes the value's place in all that is computed from
             it: a tensor of the same type and shape.
@@ -253,12 +254,12 @@ class Program:
         Returns
         -------
         Result
-            The outputs, and the taps as arrays in the shape and the layout that the ops computed.
+            The outputs, and the intermediate values in the shape and the layout of the ops.
 
         Raises
         ------
         InputError
-            If an input, a state or the name of a tap is missing, unknown or unsuitable.
+            If an input, a state or a name in ``taps`` is missing, unknown or unsuitable.
         ExecutionError
             If an op can't compute what it is given.
         """
@@ -319,10 +320,10 @@ class Program:
 
     def _check(self, inputs: Mapping[str, Any], taps: frozenset[str], state: State | None) -> None:
         io.check_names(self.inputs, inputs)
-        known_taps = {*self.values, *self._operands, *self.kept_boxes} if taps else set()
-        unknown = sorted(taps - known_taps)
+        names = {*self.values, *self._operands, *self.kept_boxes} if taps else set()
+        unknown = sorted(taps - names)
         if unknown:
-            msg = f"a tap must name a value that the program computes, got {', '.join(unknown)}"
+            msg = f"taps must name values that the program computes, got {', '.join(unknown)}"
             raise InputError(msg)
         if state is None and self.is_stateful:
             msg = "the model is stateful: give it a state, from make_state()"

@@ -1,4 +1,4 @@
-"""How far the outputs of a program move when its weights do."""
+"""Sensitivity of a program's outputs to changes of its weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stateful model keeps between runs."""
+"""States of a stateful model, which last from one run to the next."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from milpress.errors import InputError, PackageError
 from milpress.interpreter import features as io
-from milpress.mil import features
+from milpress.mil import features, proto
 from milpress.mil.features import Feature
 
 
@@ -100,7 +100,7 @@ class Suppression:
     n_boxes: tuple[int, int | None]
 
     @property
-    def models(self) -> Iterator[Any]:
+    def models(self) -> Iterator[NoReturn]:
         """The ML programs in it: none."""
         yield from ()
 
@@ -110,8 +110,8 @@ class Suppression:
         yield self
 
     @property
-    def tap(self) -> str:
-        """What is watched, or replaced, to see which boxes are kept."""
+    def kept_name(self) -> str:
+        """Name of the value that tells which boxes are kept."""
         return f"{self.place}: kept"
 
     def without_suppression(self) -> None:
@@ -128,9 +128,9 @@ class Suppression:
             )
             raise InputError(msg)
         kept = kept_boxes(confidence, coordinates, self._settings(given))[: self.n_boxes[1]]
-        if self.tap in run.taps:
-            run.observe(self.tap, kept)
-            kept = kept if run.replace is None else run.replace(self.tap, kept)
+        if self.kept_name in run.names:
+            run.observe(self.kept_name, kept)
+            kept = kept if run.replace is None else run.replace(self.kept_name, kept)
             if len(kept) and int(kept.max()) >= len(confidence):
                 msg = (
                     f"{self.place}: the boxes to keep must be among {len(confidence)}, got number "
@@ -166,7 +166,7 @@ def _number(name: str, value: Any) -> float:
     return float(array.reshape(()))
 
 
-def suppression_of(model: Any, place: str) -> Suppression:
+def suppression_of(model: proto.Model, place: str) -> Suppression:
     """Return the stage that a model of a pipeline describes.
 
     Raises
@@ -192,7 +192,7 @@ def suppression_of(model: Any, place: str) -> Suppression:
     labels = stage.stringClassLabels.vector or stage.int64ClassLabels.vector
     n_classes = len(labels) or None
     overrides = {
-        threshold: str(name)
+        threshold: name
         for threshold, name in (
             ("iou", stage.iouThresholdInputFeatureName),
             ("confidence", stage.confidenceThresholdInputFeatureName),
@@ -241,7 +241,7 @@ def _features(
     )
 
 
-def _n_boxes(place: str, outputs: list[Any]) -> tuple[int, int | None]:
+def _n_boxes(place: str, outputs: list[proto.ArrayType]) -> tuple[int, int | None]:
     """Return how many boxes come out at least and at most, as either output may say."""
     low, high = 0, None
     for array in outputs:

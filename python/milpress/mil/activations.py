@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from milpress.errors import PackageError, VerificationError
-from milpress.mil import dtypes, values
+from milpress.mil import dtypes, proto, values
 from milpress.mil.graph import Graph, Node, Scope, new_const, new_op
 from milpress.mil.joins import Value, home, type_of
 from milpress.mil.program import ProgramGraph
-from milpress.mil.schema import messages
 from milpress.mil.values import TensorType
 from milpress.plain import json
 
@@ -52,7 +52,7 @@ class Parameters(NamedTuple):
 class _Use(NamedTuple):
     node: Node
     parameter: str
-    binding: Any
+    binding: proto.Binding
 
     @property
     def place(self) -> tuple[int, str]:
@@ -163,7 +163,7 @@ def _float_type(value: Value) -> TensorType:
 
 def _maker(value: Value) -> str:
     node = value.scope.names[value.name][0]
-    return "" if node is None else str(node.op.type)
+    return "" if node is None else node.op.type
 
 
 def _last_of_step(
@@ -333,8 +333,8 @@ def _sees(scope: Scope, outer: Scope) -> bool:
     return place is outer
 
 
-def _number(number: Any) -> Any:
-    stored = messages().Value()
+def _number(number: ArrayLike) -> proto.Value:
+    stored = proto.Value()
     values.write_numbers(stored, np.asarray(number).dtype.name, np.asarray(number))
     return stored
 
@@ -350,7 +350,7 @@ class Record:
     settings: list[dict[str, Any]] = field(default_factory=list)
 
 
-def read(model: Any) -> Record:
+def read(model: proto.Model) -> Record:
     """Return the record of a model; an empty one where there is none.
 
     Raises
@@ -373,13 +373,13 @@ def read(model: Any) -> Record:
         raise PackageError(msg) from error
 
 
-def record(model: Any, made: Record) -> None:
+def record(model: proto.Model, made: Record) -> None:
     """Write a record into the model."""
     data = {"version": 1, "settings": made.settings, "pairs": made.pairs}
     model.description.metadata.userDefined[KEY] = json.text(data, separators=(",", ":"))
 
 
-def forget(model: Any) -> None:
+def forget(model: proto.Model) -> None:
     """Remove the record."""
     model.description.metadata.userDefined.pop(KEY, None)
 
@@ -444,7 +444,7 @@ def _origin(node: Node, graph: Graph, removed: Mapping[Node, None]) -> str:
 
 
 def _source(node: Node) -> str:
-    return str(node.op.inputs["input"].arguments[0].name)
+    return node.op.inputs["input"].arguments[0].name
 
 
 def _type_of_source(node: Node) -> TensorType | None:

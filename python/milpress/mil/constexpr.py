@@ -17,7 +17,7 @@ from milpress.formats import (
     Quantized,
     Sparse,
 )
-from milpress.mil import decoding, dtypes, values
+from milpress.mil import decoding, dtypes, proto, values
 from milpress.mil.graph import CONSTEXPR, Graph, Node
 from milpress.mil.values import Tensor, WeightSource
 
@@ -39,7 +39,7 @@ _CAST = f"{CONSTEXPR}cast"
 
 def is_constexpr(node: Node) -> bool:
     """Whether an op makes a weight from a compressed one."""
-    return bool(node.op.type.startswith(CONSTEXPR))
+    return node.op.type.startswith(CONSTEXPR)
 
 
 def is_compressed(node: Node, graph: Graph) -> bool:
@@ -85,9 +85,9 @@ class Decoder:
         self._graph = graph
         self._source = source
 
-    def stored_values(self, node: Node) -> list[Any]:
+    def stored_values(self, node: Node) -> list[proto.Value]:
         """Return all that is stored for an op and those it builds on, what they share once."""
-        found: dict[Any, Any] = {}
+        found: dict[object, proto.Value] = {}
         for value in self._stored_values(node):
             where = value.blobFileValue
             key = (where.fileName, where.offset) if values.is_blob(value) else id(value)
@@ -104,18 +104,18 @@ class Decoder:
                 found.update(dict.fromkeys(self.parts(producer[0])))
         return list(found)
 
-    def _stored_values(self, node: Node) -> list[Any]:
+    def _stored_values(self, node: Node) -> list[proto.Value]:
         """Return the numbers that are stored for an op; a text, such as a type, is none."""
         return [value for value in self._all_values(node) if self._is_numeric(node, value)]
 
-    def _is_numeric(self, node: Node, value: Any) -> bool:
+    def _is_numeric(self, node: Node, value: proto.Value) -> bool:
         try:
             return values.type_of(value.type) is not None
         except PackageError as error:
             msg = f"{node.name}: {error}"
             raise PackageError(msg) from error
 
-    def _all_values(self, node: Node) -> list[Any]:
+    def _all_values(self, node: Node) -> list[proto.Value]:
         found = [node.op.attributes["val"]] if node.op.type == "const" else []
         if is_constexpr(node):
             for key in sorted(set(node.op.attributes) - {"name"}):
@@ -160,7 +160,7 @@ class Decoder:
             _check_declared(node, tensor.dtype.name, tensor.values.shape)
         return tensor
 
-    def _read(self, node: Node, parameter: str, value: Any) -> Tensor:
+    def _read(self, node: Node, parameter: str, value: proto.Value) -> Tensor:
         try:
             return values.read(value, self._source)
         except PackageError as error:

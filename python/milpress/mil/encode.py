@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from milpress.formats import (
     Compressed,
@@ -13,10 +13,9 @@ from milpress.formats import (
     Sparse,
     Treatment,
 )
-from milpress.mil import values
+from milpress.mil import proto, values
 from milpress.mil.chains import stages
 from milpress.mil.graph import Node, new_const
-from milpress.mil.schema import messages
 from milpress.mil.values import Tensor, WeightSink
 
 Namer: TypeAlias = Callable[[str], str]
@@ -32,18 +31,18 @@ def emit(
     early: bool,
     file_name: str | None,
     sink: WeightSink,
-) -> list[Any]:
+) -> list[proto.Operation]:
     """Turn an op into the last ``constexpr_*`` op of a compressed value, in place.
 
     Returns the ops that have to stand before it, if the value takes a chain of them. Below CoreML8
     (``early``) the parameters are attributes, from there on inputs.
     """
-    made: dict[str, Any] = {}
-    written: dict[int, Any] = {}
+    made: dict[str, proto.Operation] = {}
+    written: dict[int, proto.Value] = {}
     *inner, last = stages(value, early=early)
     for stage in (*inner, last):
         stage_name = name if stage is last else names(f"{name}_{stage.role}")
-        op = messages().Operation(type=stage.kind)
+        op = proto.Operation(type=stage.kind)
         op.attributes["name"].CopyFrom(values.string(stage_name))
         for parameter, given in stage.parameters.items():
             if not isinstance(given, Tensor):
@@ -69,9 +68,11 @@ def emit(
     return [made[stage.role] for stage in inner]
 
 
-def const_of(tensor: Tensor, name: str, *, file_name: str | None, sink: WeightSink) -> Any:
+def const_of(
+    tensor: Tensor, name: str, *, file_name: str | None, sink: WeightSink
+) -> proto.Operation:
     """Return the ``const`` op of a tensor."""
-    value = messages().Value()
+    value = proto.Value()
     values.write(value, tensor, file_name=file_name, early=False, sink=sink)
     return new_const(name, value)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from milpress.errors import UnsupportedError
-from milpress.mil import dtypes, values
+from milpress.mil import dtypes, proto, values
 from milpress.mil.graph import Graph, new_const, new_op
-from milpress.mil.package import Package, pipeline_models
+from milpress.mil.package import Package, description_of, pipeline_models
 
 _FLOAT32 = dtypes.by_name("float32")
 # Of ArrayFeatureType: FLOAT32.
@@ -48,15 +48,14 @@ def expose(
         name = functions[program.place]
         outputs = _outputs(program.functions[name], own, first=len(found))
         for container in _around(copy.model, program.place):
-            described = next((f for f in container.description.functions if f.name == name), None)
             for output, (_, shape) in outputs.items():
-                _describe(described or container.description, output, shape)
+                _describe(description_of(container, name), output, shape)
         found |= {output: tap for output, (tap, _) in outputs.items()}
     return copy, found
 
 
 def _outputs(
-    function: Any, wanted: Mapping[str, str], *, first: int
+    function: proto.Function, wanted: Mapping[str, str], *, first: int
 ) -> dict[str, tuple[str, tuple[int | None, ...]]]:
     """Add outputs to a function; return the tap that each shows, and its shape."""
     block = function.block_specializations[function.opset]
@@ -64,16 +63,16 @@ def _outputs(
     outer = graph.scopes[0]
     found: dict[str, tuple[str, tuple[int | None, ...]]] = {}
     for tap, name in wanted.items():
-        _, declared = outer.find(name) or (None, None)
-        kind = None if declared is None else values.type_of(declared)
-        if kind is None:
+        definition = outer.find(name)
+        kind = None if definition is None else values.type_of(definition[1])
+        if definition is None or kind is None:
             _refuse(tap, "be outside of nested blocks")
         if not 1 <= len(kind.shape) <= _MAX_RANK:
             _refuse(tap, f"have 1 to {_MAX_RANK} dimensions")
         output = graph.unique_name(f"milpress_tap_{first + len(found)}")
         op = new_op("identity" if kind.dtype == _FLOAT32 else "cast", output)
         op.inputs["x"].arguments.add().name = name
-        op.outputs[0].type.CopyFrom(declared)
+        op.outputs[0].type.CopyFrom(definition[1])
         op.outputs[0].type.tensorType.dataType = _FLOAT32.mil
         if op.type == "cast":
             const = new_const(graph.unique_name(f"{output}_dtype_0"), values.string("fp32"))
@@ -90,15 +89,19 @@ def _refuse(tap: str, what: str) -> NoReturn:
     raise UnsupportedError(msg)
 
 
-def _around(model: Any, place: tuple[str, ...]) -> Iterator[Any]:
+def _around(model: proto.Model, place: tuple[str, ...]) -> Iterator[proto.Model]:
     """Yield the model, and those in it on the way to a program."""
     yield model
     if place:
         yield from _around(dict(pipeline_models(model))[place[0]], place[1:])
 
 
-def _describe(description: Any, name: str, shape: tuple[int | None, ...]) -> None:
+def _describe(
+    description: proto.ModelDescription | proto.FunctionDescription,
+    name: str,
+    shape: tuple[int | None, ...],
+) -> None:
     item = description.output.add(name=name)
     item.type.multiArrayType.dataType = _ARRAY_OF_FLOAT32
     if None not in shape:
-        item.type.multiArrayType.shape.extend(shape)
+        item.type.multiArrayType.shape.extend(size for size in shape if size is not None)

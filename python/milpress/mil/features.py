@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from milpress.errors import PackageError
+from milpress.mil import proto
 from milpress.mil.values import TensorType
 
 Kind = Literal["array", "image", "text", "number", "dictionary"]
@@ -103,7 +104,7 @@ class Feature:
         )
 
 
-def described(item: Any, declared: TensorType | None) -> Feature:
+def described(item: proto.FeatureDescription, declared: TensorType | None) -> Feature:
     """Return a feature by its description in a package and the type that the program declares.
 
     Raises
@@ -136,7 +137,7 @@ def described(item: Any, declared: TensorType | None) -> Feature:
     )
 
 
-def _image(item: Any, declared: TensorType) -> Feature:
+def _image(item: proto.FeatureDescription, declared: TensorType) -> Feature:
     image = item.type.imageType
     if image.colorSpace not in _LAYOUTS or len(declared.shape) != 4:
         msg = (
@@ -162,7 +163,7 @@ def _image(item: Any, declared: TensorType) -> Feature:
     )
 
 
-def size_range(size: Any) -> tuple[int, int | None]:
+def size_range(size: proto.SizeRange) -> tuple[int, int | None]:
     """Return the least and the greatest size that a description allows; ``None`` is no limit."""
     return size.lowerBound, size.upperBound if size.upperBound >= 0 else None
 

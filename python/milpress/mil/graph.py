@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from milpress.errors import PackageError
-from milpress.mil import values
-from milpress.mil.schema import messages
+from milpress.mil import proto, values
 from milpress.mil.values import TensorType
 
 CONSTEXPR = "constexpr_"
@@ -22,7 +21,7 @@ class Use(NamedTuple):
 
     node: Node
     parameter: str
-    binding: Any
+    binding: proto.Binding
 
 
 @dataclass(eq=False, slots=True)
@@ -34,7 +33,7 @@ class Node:
     is reached in two ways twice.
     """
 
-    op: Any
+    op: proto.Operation
     scope: Scope
     uses: list[Use] = field(default_factory=list)
     is_block_output: bool = False
@@ -43,7 +42,7 @@ class Node:
     @property
     def name(self) -> str:
         """Name of the first output, or the op's type where there is none."""
-        return str(self.op.outputs[0].name if self.op.outputs else self.op.type)
+        return self.op.outputs[0].name if self.op.outputs else self.op.type
 
     @property
     def op_name(self) -> str:
@@ -55,7 +54,7 @@ class Node:
     @property
     def is_stored(self) -> bool:
         """Whether the op holds a value known before the model runs."""
-        return bool(self.op.type == "const" or self.op.type.startswith(CONSTEXPR))
+        return self.op.type == "const" or self.op.type.startswith(CONSTEXPR)
 
     @property
     def type(self) -> TensorType | None:
@@ -67,11 +66,11 @@ class Node:
 class Scope:
     """The names that a block defines; those of the blocks around it are seen too."""
 
-    block: Any
+    block: proto.Block
     parent: Scope | None
-    names: dict[str, tuple[Node | None, Any]] = field(default_factory=dict)
+    names: dict[str, tuple[Node | None, proto.ValueType]] = field(default_factory=dict)
 
-    def find(self, name: str) -> tuple[Node | None, Any] | None:
+    def find(self, name: str) -> tuple[Node | None, proto.ValueType] | None:
         """Return who makes a value (``None`` for an input) and its type, if it is known."""
         scope: Scope | None = self
         while scope is not None:
@@ -90,19 +89,19 @@ class Graph:
         If an op names a value that nothing defines, or a name is defined twice.
     """
 
-    def __init__(self, function: Any, block: Any) -> None:
+    def __init__(self, function: proto.Function, block: proto.Block) -> None:
         self.nodes: list[Node] = []
         self.scopes: list[Scope] = []
         self._names: set[str] = set()
-        self._before: dict[Node, list[Any]] = {}
+        self._before: dict[Node, list[proto.Operation]] = {}
         self._removed: set[Node] = set()
         self.is_applied = False
-        inputs = Scope(None, None)
+        inputs = Scope(block, None)
         for item in function.inputs:
             self._define(inputs, item, None)
         self._add_block(block, inputs)
 
-    def _define(self, scope: Scope, item: Any, node: Node | None) -> None:
+    def _define(self, scope: Scope, item: proto.NamedValueType, node: Node | None) -> None:
         # What decodes a weight is found by name: an op must not come to stand for another.
         hidden = scope.find(item.name) if node is not None and node.is_stored else None
         if hidden is not None or (node is not None and item.name in scope.names):
@@ -111,7 +110,7 @@ class Graph:
         scope.names[item.name] = (node, item.type)
         self._names.add(item.name)
 
-    def _add_block(self, block: Any, parent: Scope) -> None:
+    def _add_block(self, block: proto.Block, parent: Scope) -> None:
         scope = Scope(block, parent)
         self.scopes.append(scope)
         for item in block.inputs:
@@ -145,7 +144,7 @@ class Graph:
                     )
                     raise PackageError(msg)
 
-    def _find(self, scope: Scope, name: str) -> tuple[Node | None, Any]:
+    def _find(self, scope: Scope, name: str) -> tuple[Node | None, proto.ValueType]:
         found = scope.find(name)
         if found is None:
             msg = f"an op must use values that exist, got the name {name!r} that nothing defines"
@@ -160,7 +159,7 @@ class Graph:
         self._names.add(unique)
         return unique
 
-    def value_type(self, node: Node, parameter: str) -> Any:
+    def value_type(self, node: Node, parameter: str) -> proto.ValueType | None:
         """Return the ``ValueType`` of what a parameter is bound to, or ``None``."""
         if parameter not in node.op.inputs or not node.op.inputs[parameter].arguments:
             return None
@@ -169,7 +168,7 @@ class Graph:
             return binding.value.type
         return self._find(node.scope, binding.name)[1]
 
-    def constant(self, node: Node, parameter: str) -> Any:
+    def constant(self, node: Node, parameter: str) -> proto.Value | None:
         """Return the ``Value`` that a parameter is bound to, if it is a constant."""
         if parameter not in node.op.inputs or not node.op.inputs[parameter].arguments:
             return None
@@ -181,7 +180,7 @@ class Graph:
             return None
         return producer.op.attributes["val"]
 
-    def scalar(self, node: Node, parameter: str) -> Any:
+    def scalar(self, node: Node, parameter: str) -> float | None:
         """Return the one number that a parameter is bound to; ``None`` if it is not known."""
         stored = self.constant(node, parameter)
         return None if stored is None else values.read_scalar(stored)
@@ -196,7 +195,7 @@ class Graph:
         found, _ = self._find(node.scope, binding.name)
         return None if found is None else (found, binding.name)
 
-    def insert_before(self, node: Node, ops: Iterable[Any]) -> None:
+    def insert_before(self, node: Node, ops: Iterable[proto.Operation]) -> None:
         """Note ops to be put before another one by `apply`."""
         self._before.setdefault(node, []).extend(ops)
 
@@ -210,7 +209,7 @@ class Graph:
         if not candidates:
             return set()
         inserted = [op for ops in self._before.values() for op in ops]
-        names = {name for scope in self.scopes if scope.block for name in scope.block.outputs}
+        names = {name for scope in self.scopes for name in scope.block.outputs}
         for op in (*inserted, *(node.op for node in self.nodes if node not in candidates)):
             names.update(_names_in(op))
         # An op that takes the place of another may have its name.
@@ -230,7 +229,7 @@ class Graph:
         changed = {id(node.scope) for node in (*self._before, *self._removed)}
         # Innermost blocks first: rebuilding a list copies its ops with the blocks in them.
         for scope in reversed([scope for scope in self.scopes if id(scope) in changed]):
-            ops: list[Any] = []
+            ops: list[proto.Operation] = []
             for node in self.nodes:
                 if node.scope is scope:
                     ops.extend(self._before.get(node, []))
@@ -239,7 +238,7 @@ class Graph:
             scope.block.operations.extend(ops)
 
 
-def _names_in(op: Any) -> Iterator[str]:
+def _names_in(op: proto.Operation) -> Iterator[str]:
     """Yield the names of what an op uses; those in blocks of its own aside."""
     for argument in op.inputs.values():
         for binding in argument.arguments:
@@ -247,15 +246,15 @@ def _names_in(op: Any) -> Iterator[str]:
                 yield binding.name
 
 
-def new_op(kind: str, name: str) -> Any:
+def new_op(kind: str, name: str) -> proto.Operation:
     """Return an op with one output of its name, whose type is still to be said."""
-    op = messages().Operation(type=kind)
+    op = proto.Operation(type=kind)
     op.attributes["name"].CopyFrom(values.string(name))
     op.outputs.add().name = name
     return op
 
 
-def new_const(name: str, value: Any) -> Any:
+def new_const(name: str, value: proto.Value) -> proto.Operation:
     """Return the ``const`` op of a ``Value``."""
     op = new_op("const", name)
     op.attributes["val"].CopyFrom(value)
@@ -263,7 +262,7 @@ def new_const(name: str, value: Any) -> Any:
     return op
 
 
-def all_ops(block: Any) -> Iterator[Any]:
+def all_ops(block: proto.Block) -> Iterator[proto.Operation]:
     """Yield the ops of a block and of those inside it."""
     for op in block.operations:
         yield op
@@ -271,7 +270,7 @@ def all_ops(block: Any) -> Iterator[Any]:
             yield from all_ops(inner)
 
 
-def blocks(function: Any) -> Iterator[Any]:
+def blocks(function: proto.Function) -> Iterator[proto.Block]:
     """Yield the block specializations of a function, in the order of their opsets."""
     for _, block in sorted(function.block_specializations.items()):
         yield block

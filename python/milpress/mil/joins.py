@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from milpress.mil import values
+from milpress.mil import proto, values
 from milpress.mil.graph import Graph, Node, Scope
 from milpress.mil.values import TensorType
 
@@ -135,7 +135,7 @@ def find(graph: Graph) -> Joins:
     return Joins(tuple(joins), pieces)
 
 
-def _source(scope: Scope, binding: Any) -> Value | Node | None:
+def _source(scope: Scope, binding: proto.Binding) -> Value | Node | None:
     """Return the value or the stored op that is taken; ``None`` for a number in place."""
     if binding.WhichOneof("choice") != "name":
         return None

@@ -8,7 +8,6 @@ import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from google.protobuf.message import DecodeError
 
@@ -18,10 +17,11 @@ from milpress.errors import (
     PackageError,
     PackageNotFoundError,
 )
+from milpress.mil import proto
 from milpress.mil.dtypes import DType
 from milpress.mil.graph import all_ops
 from milpress.mil.program import Program, ProgramGraph, Weight
-from milpress.mil.schema import count_messages, memory_of, messages
+from milpress.mil.schema import count_messages, memory_of
 from milpress.mil.values import blob_values
 from milpress.plain.files import system_errors
 
@@ -224,7 +224,7 @@ def _read_bounded(path: Path, limit: int) -> bytes:
     return data
 
 
-def _parse(data: bytes, path: Path) -> Any:
+def _parse(data: bytes, path: Path) -> proto.Model:
     msg = f"{path}: damaged, or not a Core ML model: its protobuf message can't be read"
     try:
         counts = count_messages(data)
@@ -232,7 +232,7 @@ def _parse(data: bytes, path: Path) -> Any:
         raise PackageError(msg) from error
     _check_memory(counts, len(data), path)
     try:
-        return messages().Model.FromString(data)
+        return proto.Model.FromString(data)
     except (DecodeError, RecursionError) as error:
         raise PackageError(msg) from error
 
@@ -253,15 +253,25 @@ def _check_memory(counts: dict[str, int], n_bytes: int, path: Path) -> None:
         mmap.mmap(-1, needed + 3 * n_bytes).close()
 
 
-def pipeline_models(model: Any) -> Iterator[tuple[str, Any]]:
+def pipeline_models(model: proto.Model) -> Iterator[tuple[str, proto.Model]]:
     """Yield the name and the model of each part of a pipeline, in order."""
     kind = model.WhichOneof("choice")
-    pipeline = model.pipeline if kind == "pipeline" else getattr(model, kind).pipeline
+    holder = model.pipelineClassifier if kind == "pipelineClassifier" else model.pipelineRegressor
+    pipeline = model.pipeline if kind == "pipeline" else holder.pipeline
     for i, part in enumerate(pipeline.models):
         yield pipeline.names[i] if i < len(pipeline.names) else f"model{i}", part
 
 
-def _programs(model: Any, path: Path, place: tuple[str, ...] = ()) -> Iterator[Program]:
+def description_of(
+    model: proto.Model, function: str | None = None
+) -> proto.ModelDescription | proto.FunctionDescription:
+    """Return the description of the inputs, outputs and states of a function, or of the model."""
+    whole = model.description
+    name = function or whole.defaultFunctionName
+    return next((each for each in whole.functions if each.name == name), whole)
+
+
+def _programs(model: proto.Model, path: Path, place: tuple[str, ...] = ()) -> Iterator[Program]:
     kind = model.WhichOneof("choice")
     if kind == "mlProgram":
         yield Program(place, model)

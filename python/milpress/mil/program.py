@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from milpress.errors import PackageError
 from milpress.formats import Compressed
+from milpress.mil import proto
 from milpress.mil.constexpr import Decoder, is_compressed, is_constexpr
 from milpress.mil.dtypes import DType
 from milpress.mil.graph import Graph, Node
@@ -72,7 +73,7 @@ class Weight:
         return tuple(_chain(self.node, self.graph))
 
     @property
-    def stored(self) -> list[Any]:
+    def stored(self) -> list[proto.Value]:
         """All that is stored for it, what its parts share once."""
         return self.graph.decoder.stored_values(self.node)
 
@@ -140,10 +141,10 @@ class Program(NamedTuple):
     """
 
     place: tuple[str, ...]
-    model: Any
+    model: proto.Model
 
     @property
-    def functions(self) -> dict[str, Any]:
+    def functions(self) -> dict[str, proto.Function]:
         """The functions, in the order of their names."""
         return dict(sorted(self.model.mlProgram.functions.items()))
 
@@ -167,8 +168,8 @@ class ProgramGraph(Graph):
 
     def __init__(
         self,
-        function: Any,
-        block: Any,
+        function: proto.Function,
+        block: proto.Block,
         source: WeightSource,
         *,
         place: tuple[str, ...] = (),

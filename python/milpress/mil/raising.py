@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from milpress.errors import PackageError, UnsupportedError
-from milpress.mil import dtypes, opset, values
+from milpress.mil import dtypes, opset, proto, values
 from milpress.mil.graph import Graph, Node, blocks, new_const, new_op
 from milpress.mil.opset import Opset, by_name
 from milpress.mil.package import Package
-from milpress.mil.schema import messages
 
 # Ops of coremltools 9.0 that keep their meaning from iOS15 to iOS26, or gain optional inputs only,
 # by the names that files have: write_state and read_state are its coreml_update_state.
@@ -58,7 +58,7 @@ _EARLY_TABLES: dict[tuple[int | None, ...], int] = {(2**bits,): bits for bits in
 _REWRITTEN = ("constexpr_lut_to_dense", "constexpr_sparse_to_dense", "constexpr_cast")
 
 
-def raise_to(model: Any, function: Any, target: Opset, package: Package) -> None:
+def raise_to(model: proto.Model, function: proto.Function, target: Opset, package: Package) -> None:
     """Raise one function of a model to a later opset, in place; an earlier one changes nothing.
 
     Ops whose meaning changed are rewritten where that is exact: negative indices become
@@ -131,7 +131,8 @@ def _guard_indices(
     node: Node, graph: Graph, current: Opset, target: Opset, package: Package
 ) -> None:
     data_name, index_name = _INDEXED[node.op.type]
-    if graph.value_type(node, index_name) is None:
+    index_type = graph.value_type(node, index_name)
+    if index_type is None:
         _refuse(node, current, target, f"it has no {index_name}")
     stored = graph.constant(node, index_name)
     if stored is not None:
@@ -141,10 +142,10 @@ def _guard_indices(
     sizes = _indexed_sizes(node, data_name, graph)
     if sizes is None:
         _refuse(node, current, target, "an index may be negative on an axis of unknown size")
-    graph.insert_before(node, _nonnegative(node, index_name, sizes, graph))
+    graph.insert_before(node, _nonnegative(node, index_name, index_type, sizes, graph))
 
 
-def _indexed_sizes(node: Node, data_name: str, graph: Graph) -> Any:
+def _indexed_sizes(node: Node, data_name: str, graph: Graph) -> NDArray[np.int32] | None:
     """Return the sizes that indices refer to, as an array that broadcasts against them."""
     data_type = _tensor_type(graph.value_type(node, data_name))
     if data_type is None:
@@ -168,7 +169,7 @@ def _is_int32(size: int | None) -> bool:
     return size is not None and size < 2**31
 
 
-def _tensor_type(value_type: Any) -> values.TensorType | None:
+def _tensor_type(value_type: proto.ValueType | None) -> values.TensorType | None:
     return None if value_type is None else values.type_of(value_type)
 
 
@@ -180,22 +181,23 @@ def _scalar(graph: Graph, node: Node, parameter: str) -> int | None:
     return number if isinstance(number, int) else None
 
 
-def _nonnegative(node: Node, index_name: str, sizes: Any, graph: Graph) -> Iterator[Any]:
+def _nonnegative(
+    node: Node, index_name: str, index_type: proto.ValueType, sizes: ArrayLike, graph: Graph
+) -> Iterator[proto.Operation]:
     """Yield ops that add the size to negative indices, and make ``op`` use their result."""
     binding = node.op.inputs[index_name].arguments[0]
-    index_type = graph.value_type(node, index_name)
     base = graph.unique_name(f"{node.name}_{index_name}_nonnegative")
     names = {
         part: graph.unique_name(f"{base}_{part}")
         for part in ("zero", "size", "is_valid", "wrapped")
     }
 
-    def const(name: str, number: Any) -> Any:
-        stored = messages().Value()
+    def const(name: str, number: ArrayLike) -> proto.Operation:
+        stored = proto.Value()
         values.write_numbers(stored, "int32", np.asarray(number, np.int32))
         return new_const(name, stored)
 
-    def combine(kind: str, name: str, dtype: int, **inputs: str) -> Any:
+    def combine(kind: str, name: str, dtype: int, **inputs: str) -> proto.Operation:
         made = new_op(kind, name)
         for parameter, source in inputs.items():
             made.inputs[parameter].arguments.add().name = source
@@ -213,7 +215,7 @@ def _nonnegative(node: Node, index_name: str, sizes: Any, graph: Graph) -> Itera
     binding.name = base
 
 
-def _modernize(op: Any, package: Package) -> None:
+def _modernize(op: proto.Operation, package: Package) -> None:
     """Give an iOS16 compression op its iOS18 form: the bits stay, only their type is said anew."""
     shape = values.stored_type(op.outputs[0]).fixed_shape
     if op.type == "constexpr_lut_to_dense":
@@ -234,7 +236,7 @@ def _modernize(op: Any, package: Package) -> None:
         del op.attributes["shape"]
 
 
-def _retype(value: Any, dtype_name: str, shape: tuple[int, ...], package: Package) -> None:
+def _retype(value: proto.Value, dtype_name: str, shape: tuple[int, ...], package: Package) -> None:
     if values.is_blob(value):
         where = value.blobFileValue
         package.retyped[where.fileName, where.offset] = values.stored_type(value).dtype

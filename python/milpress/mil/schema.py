@@ -9,10 +9,10 @@ with coremltools' generated modules.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
 
 import numpy as np
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 import milpress._core as _core
@@ -183,15 +183,6 @@ _CHOICES = {
 }
 
 
-class Messages(NamedTuple):
-    """The message classes that code constructs itself."""
-
-    Model: Any
-    Operation: Any
-    Value: Any
-    Binding: Any
-
-
 def _add_field(
     message: descriptor_pb2.DescriptorProto, name: str, number: int, kind: str
 ) -> descriptor_pb2.FieldDescriptorProto:
@@ -216,8 +207,7 @@ def _add_map(message: descriptor_pb2.DescriptorProto, name: str, number: int, ki
 
 
 @functools.cache
-def messages() -> Messages:
-    """Return the message classes, built on first use."""
+def _pool() -> descriptor_pool.DescriptorPool:
     file = descriptor_pb2.FileDescriptorProto(
         name="milpress/mil.proto", package=_PACKAGE, syntax="proto3"
     )
@@ -234,12 +224,19 @@ def messages() -> Messages:
             message.oneof_decl.add(name="choice")
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    return Messages(
-        *(
-            message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{_PACKAGE}.{name}"))
-            for name in Messages._fields
-        )
-    )
+    return pool
+
+
+@functools.cache
+def message_class(name: str) -> type[Message]:
+    """Return the class of a message; `proto` hands it on with its type.
+
+    Raises
+    ------
+    KeyError
+        If there is no such message.
+    """
+    return message_factory.GetMessageClass(_pool().FindMessageTypeByName(f"{_PACKAGE}.{name}"))
 
 
 # Bytes of memory for each message, rounded up: what protobuf and the graph of a program take.

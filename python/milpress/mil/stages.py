@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from google.protobuf.unknown_fields import UnknownFieldSet
 
-from google.protobuf import unknown_fields
-
-# Their stub lacks that they can be iterated.
-_fields: Any = unknown_fields.UnknownFieldSet
+from milpress.mil import proto
 
 # Fields of a model that hold what it is.
 _KINDS = {
@@ -46,11 +43,12 @@ _KINDS = {
 }
 
 
-def kind_of(model: Any) -> str:
+def kind_of(model: proto.Model) -> str:
     """Return what kind of model one is, in words; empty if it is none that milpress knows."""
     if model.WhichOneof("choice") is not None:
         return "ML program" if model.HasField("mlProgram") else "pipeline"
     if model.HasField("nonMaximumSuppression"):
         return "non-maximum suppression"
-    numbers = [field.field_number for field in _fields(model)]
+    unknown = UnknownFieldSet(model)
+    numbers = [unknown[i].field_number for i in range(len(unknown))]
     return next((_KINDS[number] for number in numbers if number in _KINDS), "")

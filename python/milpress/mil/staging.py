@@ -7,7 +7,7 @@ import fcntl
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from milpress.errors import (
     PackageError,
     StorageError,
 )
+from milpress.mil import proto
 from milpress.mil.package import Package, n_package_bytes
 from milpress.plain import files
 from milpress.plain.files import system_errors
@@ -38,7 +39,7 @@ class Sink(Protocol):
     def n_bytes(self) -> int:
         """Its size."""
 
-    def finish(self, model: Any) -> None:
+    def finish(self, model: proto.Model) -> None:
         """Write the model and close the weight files."""
 
     def commit(self) -> None:
@@ -73,7 +74,7 @@ class Counter:
         """Size of the package."""
         return self._rest + sum(self._ends.values())
 
-    def finish(self, model: Any) -> None:
+    def finish(self, model: proto.Model) -> None:
         """Count the model."""
         self._rest += model.ByteSize()
 
@@ -179,7 +180,7 @@ class Staged:
             except _core.BlobError as error:
                 raise PackageError(str(error)) from error
 
-    def finish(self, model: Any) -> None:
+    def finish(self, model: proto.Model) -> None:
         """Write the model and close the weight files."""
         with system_errors(self._destination):
             for writer in self._writers.values():

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from milpress.errors import PackageError
 from milpress.formats import PruneConfig
+from milpress.mil import proto
 from milpress.plain import json
 
 KEY = "com.milpress.treatments"
@@ -105,7 +106,7 @@ def bias_digest(bias: NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(bias).tobytes()).hexdigest()[:32]
 
 
-def read(model: Any) -> Records:
+def read(model: proto.Model) -> Records:
     """Return the records of a model; none where there is no record.
 
     Raises
@@ -158,7 +159,7 @@ def _check_pruning(settings: dict[str, Any]) -> None:
         PruneConfig(**known)
 
 
-def record(model: Any, records: Records) -> None:
+def record(model: proto.Model, records: Records) -> None:
     """Write the records into the model."""
     groups: dict[str, dict[str, str]] = {}
     for source, entry in records.by_source.items():
@@ -174,6 +175,6 @@ def record(model: Any, records: Records) -> None:
     model.description.metadata.userDefined[KEY] = json.text(data, separators=(",", ":"))
 
 
-def forget(model: Any) -> None:
+def forget(model: proto.Model) -> None:
     """Remove the record."""
     model.description.metadata.userDefined.pop(KEY, None)

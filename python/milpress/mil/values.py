@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 
 import milpress._core as _core
 from milpress.errors import PackageError
-from milpress.mil import dtypes, values
+from milpress.mil import dtypes, proto, values
 from milpress.mil.dtypes import DType
-from milpress.mil.schema import messages
 
 # coremltools stores arrays of fewer elements in the model itself, and so do we.
 _MIN_BLOB_ELEMENTS = 10
@@ -75,7 +74,7 @@ class WeightSink(Protocol):
     ) -> int: ...
 
 
-def type_of(value_type: Any) -> TensorType | None:
+def type_of(value_type: proto.ValueType) -> TensorType | None:
     """Return element type and shape of a ``ValueType``, or ``None`` if it is no numeric tensor."""
     tensor = value_type.tensorType
     if not value_type.HasField("tensorType") or tensor.dataType == _STRING:
@@ -84,7 +83,7 @@ def type_of(value_type: Any) -> TensorType | None:
     return TensorType(dtypes.by_mil(tensor.dataType), shape)
 
 
-def set_type(value_type: Any, dtype: DType, shape: tuple[int, ...]) -> None:
+def set_type(value_type: proto.ValueType, dtype: DType, shape: tuple[int, ...]) -> None:
     """Make a ``ValueType`` a tensor of that type and shape."""
     tensor = value_type.tensorType
     tensor.dataType = dtype.mil
@@ -94,7 +93,7 @@ def set_type(value_type: Any, dtype: DType, shape: tuple[int, ...]) -> None:
         tensor.dimensions.add().constant.size = size
 
 
-def stored_type(value: Any) -> TensorType:
+def stored_type(value: proto.Value | proto.NamedValueType) -> TensorType:
     """Return element type and fixed shape of a stored tensor.
 
     Raises
@@ -109,18 +108,20 @@ def stored_type(value: Any) -> TensorType:
     return TensorType(tensor_type.dtype, tensor_type.fixed_shape)
 
 
-def is_blob(value: Any) -> bool:
+def is_blob(value: proto.Value) -> bool:
     """Whether a value is stored in a weight file."""
-    return bool(value.HasField("blobFileValue"))
+    return value.HasField("blobFileValue")
 
 
-def n_stored_bytes(value: Any) -> int:
+def n_stored_bytes(value: proto.Value) -> int:
     """Bytes that the payload of a value takes, wherever it is stored."""
     dtype, shape = stored_type(value)
     return dtype.n_bytes(math.prod(size or 0 for size in shape))
 
 
-def locate_blob(value: Any, source: WeightSource) -> tuple[_core.BlobReader, _core.BlobInfo]:
+def locate_blob(
+    value: proto.Value, source: WeightSource
+) -> tuple[_core.BlobReader, _core.BlobInfo]:
     """Find the blob of a value and check that it is of the type and size that the model declares.
 
     Raises
@@ -146,7 +147,7 @@ def locate_blob(value: Any, source: WeightSource) -> tuple[_core.BlobReader, _co
     return reader, info
 
 
-def read_payload(value: Any, source: WeightSource) -> NDArray[np.uint8]:
+def read_payload(value: proto.Value, source: WeightSource) -> NDArray[np.uint8]:
     """Return the bytes of a blob, as stored.
 
     Raises
@@ -161,7 +162,7 @@ def read_payload(value: Any, source: WeightSource) -> NDArray[np.uint8]:
         raise PackageError(str(error)) from error
 
 
-def read(value: Any, source: WeightSource) -> Tensor:
+def read(value: proto.Value, source: WeightSource) -> Tensor:
     """Return a stored tensor, sub-byte elements unpacked.
 
     Raises
@@ -212,7 +213,7 @@ def _unpacked(data: NDArray[np.uint8], dtype: DType, shape: tuple[int, ...]) -> 
 
 
 def write(
-    value: Any, tensor: Tensor, *, file_name: str | None, early: bool, sink: WeightSink
+    value: proto.Value, tensor: Tensor, *, file_name: str | None, early: bool, sink: WeightSink
 ) -> None:
     """Make ``value`` hold a tensor, in the weight file or in the model as coremltools decides.
 
@@ -237,7 +238,7 @@ def write(
         getattr(value.immediateValue.tensor, dtype.immediate).values.extend(flat.tolist())
 
 
-def write_numbers(value: Any, dtype_name: str, numbers: NDArray[Any]) -> None:
+def write_numbers(value: proto.Value, dtype_name: str, numbers: NDArray[Any]) -> None:
     """Make ``value`` hold a small tensor in the model itself."""
     dtype = dtypes.by_name(dtype_name)
     value.Clear()
@@ -249,21 +250,21 @@ def write_numbers(value: Any, dtype_name: str, numbers: NDArray[Any]) -> None:
         getattr(tensor, dtype.immediate).values.extend(numbers.reshape(-1).tolist())
 
 
-def string(text: str) -> Any:
+def string(text: str) -> proto.Value:
     """Return a value that is a string, such as an op's name."""
-    value = messages().Value()
+    value = proto.Value()
     value.type.tensorType.dataType = _STRING
     value.immediateValue.tensor.strings.values.append(text)
     return value
 
 
-def read_string(value: Any) -> str:
+def read_string(value: proto.Value) -> str:
     """Return the text of a value that is a string; empty if it is none."""
     strings = value.immediateValue.tensor.strings.values
-    return str(strings[0]) if len(strings) == 1 else ""
+    return strings[0] if len(strings) == 1 else ""
 
 
-def read_scalar(value: Any) -> Any:
+def read_scalar(value: proto.Value) -> float | bool | None:
     """Return the one number of a small immediate value, or ``None`` if it has not just one."""
     tensor = value.immediateValue.tensor
     field = tensor.WhichOneof("choice")
@@ -280,7 +281,7 @@ def read_scalar(value: Any) -> Any:
     return numbers[0] if len(numbers) == 1 else None
 
 
-def blob_values(op: Any) -> Iterator[Any]:
+def blob_values(op: proto.Operation) -> Iterator[proto.Value]:
     """Yield every value of an op that is stored in a weight file."""
     for _, value in sorted(op.attributes.items()):
         if values.is_blob(value):
@@ -291,7 +292,7 @@ def blob_values(op: Any) -> Iterator[Any]:
                 yield binding.value
 
 
-def blob_places(stored: Sequence[Any]) -> tuple[tuple[str, int], ...]:
+def blob_places(stored: Sequence[proto.Value]) -> tuple[tuple[str, int], ...]:
     """Return where in which weight files some values are stored."""
     return tuple(
         (value.blobFileValue.fileName, value.blobFileValue.offset)

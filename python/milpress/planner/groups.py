@@ -10,6 +10,7 @@ from milpress.compression.decisions import decide
 from milpress.compression.requests import RecipeRequests
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.formats import PalettizeConfig, PruneConfig, QuantizeConfig, Treatment
+from milpress.mil import proto
 from milpress.mil.graph import Node
 from milpress.mil.package import Package
 from milpress.mil.program import Weight
@@ -203,7 +204,7 @@ def _means(pattern: str, weight: Weight) -> bool:
     return patterns.matches(pattern, weight.name)
 
 
-def _stored_key(value: Any) -> Any:
+def _stored_key(value: proto.Value) -> object:
     return next(iter(blob_places([value])), id(value))
 
 

@@ -1,4 +1,4 @@
-"""Pictures out of files, in the size and the colors that an input of a model has."""
+"""Pictures in files, in the size and the colors that an input of a model has."""
 
 from __future__ import annotations
 

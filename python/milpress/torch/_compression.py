@@ -17,7 +17,7 @@ import milpress._core as _core
 from milpress.compression.report import WeightReport
 from milpress.errors import UnsupportedError
 from milpress.formats import Masked, Palette, Quantized, Sparse, Treatment
-from milpress.formats.rows import Floats, as_weight
+from milpress.formats.rows import Floats, as_float
 from milpress.recipe import describe
 from milpress.show import decibels
 from milpress.torch import _metadata
@@ -173,10 +173,10 @@ def _compress(
         msg = "compressed already"
         raise UnsupportedError(msg)
     # A view of the parameter's own memory, or a copy of what is no float32 or float16 on the CPU.
-    array = as_weight(whole(tensor))
+    array = as_float(whole(tensor))
     outcome = treat(weight, array, asked.config)
     dense = torch.from_numpy(outcome.stored.dense()).to(tensor.dtype)
-    decoded = as_weight(dense)
+    decoded = as_float(dense)
     signal, noise, _ = _core.compare(array.reshape(-1), decoded.reshape(-1))
     row = {"error": math.sqrt(noise / array.size), "#params": array.size, **_columns(outcome)}
     tensor.copy_(_spread_like(dense, tensor) if is_spread(tensor) else dense)

@@ -19,6 +19,7 @@ from milpress.mil.encode import payload_bytes
 from milpress.mil.program import Weight
 from milpress.show import decibels
 from milpress.torch import _metadata, _relayout
+from milpress.torch._compression import left
 from milpress.torch._metadata import Stored
 from milpress.torch._module_weights import RECURRENT, ModuleWeight, whole
 
@@ -48,19 +49,9 @@ class ConvertedWeight:
         except UnsupportedError as error:
             msg = f"{weight.name}: {error}"
             raise UnsupportedError(msg) from error
-        tensor = weight.tensor
-        shape = () if tensor is None else tuple(tensor.shape)
-        report = WeightReport(
-            name=weight.name,
-            op_types=(type(weight.module).__name__,),
-            shape=shape,
-            status="left",
-            treatment="",
-            note=_UNFOUND,
-            bytes_before=4 * math.prod(shape),
-            bytes_after=4 * math.prod(shape),
-        )
-        return cls(weight, stored, report)
+        _, report = left(weight, _UNFOUND)
+        n_bytes = 4 * weight.size  # coremltools is given float32
+        return cls(weight, stored, replace(report, bytes_before=n_bytes, bytes_after=n_bytes))
 
     def add(
         self,

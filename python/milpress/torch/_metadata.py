@@ -30,7 +30,7 @@ from milpress.formats import (
 from milpress.formats.joint import masked
 from milpress.formats.order import ascending
 from milpress.formats.palette import Bits, fold, split_vectors
-from milpress.formats.rows import Floats, as_weight, block_grid, from_rows, normalized_axis, to_rows
+from milpress.formats.rows import Floats, as_float, block_grid, from_rows, normalized_axis, to_rows
 from milpress.torch._module_weights import RECURRENT, ModuleWeight, representable, whole
 
 PREFIX = "_COREML_"
@@ -169,7 +169,7 @@ def read(weight: ModuleWeight) -> Stored:
     if weight.tensor is None:
         msg = "the module computes its weight, a parameter is expected"
         raise UnsupportedError(msg)
-    array = as_weight(whole(weight.tensor))
+    array = as_float(whole(weight.tensor))
     buffers = _buffers(weight)
     types = _types(weight)
     value: Compressed

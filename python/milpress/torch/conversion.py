@@ -91,7 +91,7 @@ def convert(
         raise ConfigTypeError(msg)
     compressed = compressed_weights(module)
     if not compressed:
-        msg = "some weight of the module must be compressed, got none"
+        msg = "no weight of the module is compressed"
         raise UnsupportedError(msg)
     if "minimum_deployment_target" in settings:
         _check_target(settings["minimum_deployment_target"], compressed)
@@ -112,7 +112,7 @@ def _check_target(target: Any, compressed: list[ConvertedWeight]) -> None:
         reason = needs_ios18(item.value())
         if reason:
             msg = (
-                f"{item.weight.name}: {reason} must be stored in an iOS18 model, got an earlier "
+                f"{item.weight.name}: {reason} must be stored in an iOS18 model; raise "
                 "minimum_deployment_target"
             )
             raise ConfigError(msg)

@@ -1,4 +1,4 @@
-"""A driver that measures Core ML on the Mac it runs on.
+"""Driver for Core ML on this Mac.
 
 Pitfalls that are handled here:
 
@@ -19,9 +19,8 @@ from typing import Any
 
 from milpress.device.drivers import Driver
 from milpress.engines.calls import CoreML, check_is_mac, image, plain
-from milpress.engines.features import description_of
 from milpress.engines.mac import Mac
-from milpress.mil.package import Package
+from milpress.mil.package import Package, description_of
 from milpress.plain.arrays import Arrays
 
 _DEVICES = {
@@ -150,7 +149,7 @@ class CoreMLDriver(Driver):
 
     def _look_at(self, package: str) -> None:
         """Find out which inputs are images, and whether there are states."""
-        description = description_of(Package(package), self._function)
+        description = description_of(Package(package).model, self._function)
         self._images = {
             each.name: each.type.imageType.colorSpace == _GRAY_FLOAT16
             for each in description.input

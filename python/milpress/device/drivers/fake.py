@@ -1,4 +1,4 @@
-"""A driver that plays a script, for tests: nothing it says was measured."""
+"""Driver that plays a script, for tests: nothing it says was measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A driver that runs models by the interpreter: on any machine, as a reference, not for speed."""
+"""Driver for the interpreter: on any machine, as a reference, not for speed."""
 
 from __future__ import annotations
 

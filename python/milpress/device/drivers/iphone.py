@@ -1,4 +1,4 @@
-"""A driver that measures Core ML on an iPhone or iPad at this Mac's cable.
+"""Driver for Core ML on an iPhone or iPad that is connected by cable.
 
 coremltools builds an app, puts it on the device and talks to it by copying files, which takes
 seconds and is not part of the times: the app takes those itself. Pitfalls that are handled here:
@@ -24,10 +24,9 @@ from typing import Any
 from milpress.device.drivers import Driver
 from milpress.device.drivers.coreml import placed
 from milpress.engines.calls import check_is_mac, plain
-from milpress.engines.features import description_of
 from milpress.engines.mac import Mac
 from milpress.errors import DriverError
-from milpress.mil.package import Package
+from milpress.mil.package import Package, description_of
 from milpress.plain.arrays import Arrays
 
 
@@ -140,7 +139,7 @@ class IPhoneDriver(Driver):
     def compile(self, package: str, units: str, folder: str) -> dict[str, Any]:
         """Set up the app; coremltools compiles the package itself when it loads it."""
         del units, folder
-        if description_of(Package(package), self._function).state:
+        if description_of(Package(package).model, self._function).state:
             msg = "a model with states can't be measured on a device connected by cable"
             raise DriverError(msg)
         if self._prepared is None:

@@ -1,4 +1,4 @@
-"""A driver that plays the samples of a recorded result."""
+"""Driver that plays the samples of a recorded result."""
 
 from __future__ import annotations
 

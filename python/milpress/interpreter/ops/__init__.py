@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
-from typing import Any
 
 from milpress.interpreter.operator import Operator
 from milpress.interpreter.ops import (
@@ -26,6 +25,7 @@ from milpress.interpreter.ops import (
     sorting,
     states,
 )
+from milpress.mil import proto
 from milpress.mil.constexpr import DECODED
 
 _FAMILIES = (
@@ -70,13 +70,13 @@ def find(name: str, opset: int) -> Operator | None:
     return next((op for op in OPERATORS.get(name, ()) if op.since <= opset), None)
 
 
-def uncovered(op: Any, opset: int) -> str:
+def uncovered(op: proto.Operation, opset: int) -> str:
     """Return what of an op in an opset's version is not covered: its type, or parameters; or ""."""
     if op.type == "const" or op.type in DECODED:
         return ""
     operator = find(op.type, opset)
     if operator is None:
-        return str(op.type)
+        return op.type
     given = {*op.inputs, *op.attributes} - {"name"}
     unknown = sorted(given - operator.forms.keys())
     return f"{op.type} with {', '.join(unknown)}" if unknown else ""

@@ -1,4 +1,4 @@
-"""Activations of a network."""
+"""Activation functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ops that choose and repeat blocks, and the last one of a classifier."""
+"""Control flow, and the last op of a classifier."""
 
 from __future__ import annotations
 

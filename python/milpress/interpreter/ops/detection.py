@@ -1,4 +1,4 @@
-"""Ops that choose among boxes."""
+"""Non-maximum suppression within an ML program."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ops that compute each element by itself, with broadcasting."""
+"""Elementwise ops, with broadcasting."""
 
 from __future__ import annotations
 

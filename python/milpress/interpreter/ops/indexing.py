@@ -1,4 +1,4 @@
-"""Ops that take or replace the values at some places."""
+"""Slicing, gathering and scattering."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ops that put the same values into another shape or order."""
+"""Reshaping, transposing, tiling and other ops that move values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ops on lists: tensors in places that are numbered, of one type and shape."""
+"""Lists of tensors of one type and shape."""
 
 from __future__ import annotations
 

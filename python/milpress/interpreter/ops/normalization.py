@@ -1,4 +1,4 @@
-"""Ops that bring values to a common scale."""
+"""Normalization."""
 
 from __future__ import annotations
 

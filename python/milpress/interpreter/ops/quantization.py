@@ -1,4 +1,4 @@
-"""Ops between floats and the integers that stand for them."""
+"""Quantizing and dequantizing."""
 
 from __future__ import annotations
 

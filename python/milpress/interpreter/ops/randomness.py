@@ -1,4 +1,4 @@
-"""Ops that draw random numbers: ours are others than Core ML's, from the same distribution."""
+"""Random numbers: from Core ML's distributions, but not the same draws."""
 
 from __future__ import annotations
 

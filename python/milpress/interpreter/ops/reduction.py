@@ -1,4 +1,4 @@
-"""Ops that make one value of many along axes."""
+"""Reductions along axes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ops that sample images at other places: resizing, cropping and warping."""
+"""Resizing, cropping and warping of images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ops that order values along an axis, or add them up in order."""
+"""Sorting and cumulative sums along an axis."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ops on what a model keeps between runs."""
+"""Ops that read and write states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the types of MIL are held in torch tensors."""
+"""Types of MIL as torch tensors hold them."""
 
 from __future__ import annotations
 

@@ -40,33 +40,33 @@ class LayerMoments:
         return self._products.n_rows
 
     @torch.no_grad()
-    def add(self, given: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-        """Add what the layer is given.
+    def add(self, inputs: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        """Add what goes into the layer.
 
         Parameters
         ----------
-        given
-            Its input.
+        inputs
+            Its inputs.
         mask
             Of the first dimensions of the input of a linear layer: what is zero there does not
             count. It has no effect on inputs of other shapes.
         """
-        for rows in self._rows(given.detach(), mask):
+        for rows in self._rows(inputs.detach(), mask):
             self._products.add(rows)
 
-    def _rows(self, given: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
+    def _rows(self, inputs: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
         if not isinstance(self._layer, CONVOLUTIONS):
-            if mask is not None and given.shape[: mask.ndim] == mask.shape:
-                given = given[mask.to(given.device, torch.bool)]
-            yield given.reshape(1, -1, given.shape[-1])
+            if mask is not None and inputs.shape[: mask.ndim] == mask.shape:
+                inputs = inputs[mask.to(inputs.device, torch.bool)]
+            yield inputs.reshape(1, -1, inputs.shape[-1])
             return
         layer: Any = self._layer
-        given = given if given.ndim == len(layer.kernel_size) + 2 else given[None]
+        inputs = inputs if inputs.ndim == len(layer.kernel_size) + 2 else inputs[None]
         padding = layer._reversed_padding_repeated_twice
         if any(padding):
             mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-            given = F.pad(given, padding, mode=mode)
-        yield from windows(given, layer.kernel_size, layer.stride, layer.dilation, layer.groups)
+            inputs = F.pad(inputs, padding, mode=mode)
+        yield from windows(inputs, layer.kernel_size, layer.stride, layer.dilation, layer.groups)
 
     def sums(self) -> NDArray[np.float32]:
         """Return the sums, of the shape ``(n_groups, n_columns, n_columns)``."""

@@ -12,7 +12,7 @@ import torch
 
 import milpress._core as _core
 from milpress.compression.report import WeightReport
-from milpress.formats.rows import as_weight
+from milpress.formats.rows import as_float
 from milpress.show import decibels
 from milpress.torch import _metadata
 from milpress.torch._compression import Task, asking, compress_together, left
@@ -94,7 +94,7 @@ class CalibratedLayer:
         algorithm.compress()
         algorithm.cleanup()
         signal, noise, _ = _core.compare(
-            as_weight(before).reshape(-1), as_weight(whole(tensor)).reshape(-1)
+            as_float(before).reshape(-1), as_float(whole(tensor)).reshape(-1)
         )
         row = {"error": math.sqrt(noise / report.size), "#params": report.size}
         treatment = self.asked.config.algorithm

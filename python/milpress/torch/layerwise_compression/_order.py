@@ -41,8 +41,8 @@ class _InputTrace:
     value: weakref.ref[torch.Tensor]
     version: int
 
-    def is_of(self, given: _LayerInput) -> bool:
-        return self.value() is given.value and self.version == given.value._version
+    def is_of(self, layer_input: _LayerInput) -> bool:
+        return self.value() is layer_input.value and self.version == layer_input.value._version
 
 
 def in_order(
@@ -61,32 +61,32 @@ def in_order(
         number = runs.current()
         if layer.is_done or number is None:
             return
-        given = _LayerInput(module, value, masks[number])
+        layer_input = _LayerInput(module, value, masks[number])
         seen = layer.seen[number] = layer.seen.get(number, 0) + 1
         if seen < layer.n_calls:
-            given.add_to(layer.begin())
+            layer_input.add_to(layer.begin())
         else:
-            runs.wait(layer.number, given)
+            runs.wait(layer.number, layer_input)
 
     last: Any = None
     traces: dict[int, _InputTrace] = {}
     with _arriving(layers, arrive):
-        for place, brought in runs.stops():
+        for place, inputs in runs.stops():
             layer = layers[place]
             if layer.is_done:
                 continue
-            new_traces = {number: given.trace() for number, given in brought.items()}
+            new_traces = {number: layer_input.trace() for number, layer_input in inputs.items()}
             algorithm = layer.begin()
             is_same = traces.keys() == new_traces.keys() and all(
-                traces[number].is_of(given) for number, given in brought.items()
+                traces[number].is_of(layer_input) for number, layer_input in inputs.items()
             )
             if is_same and layer.n_calls == 1 and _can_share(algorithm, last):
                 algorithm.share(last)
             else:
                 last = None
-                for given in brought.values():
-                    given.add_to(algorithm)
-            brought.clear()
+                for layer_input in inputs.values():
+                    layer_input.add_to(algorithm)
+            inputs.clear()
             yield layer
             last, traces, layer.algorithm = algorithm, new_traces, None
 

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 import milpress._core as _core
@@ -16,7 +15,7 @@ from milpress.formats import Palette, PalettizeConfig
 from milpress.formats.joint import masked
 from milpress.formats.order import ascending
 from milpress.formats.palette import Bits
-from milpress.formats.rows import Floats, as_weight
+from milpress.formats.rows import Floats, as_float
 from milpress.torch import _metadata
 from milpress.torch._metadata import Stored
 from milpress.torch._module_weights import ModuleWeight, representable, whole
@@ -179,7 +178,7 @@ class FakePalettize(nn.Module):
     def _begin(self, weights: torch.Tensor, kept: torch.Tensor | None) -> None:
         """Make the first tables, and scales."""
         wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
-        array = as_weight(whole(weights))
+        array = as_float(whole(weights))
         if _core.first_nonfinite(np.ascontiguousarray(array).reshape(-1)) < array.size:
             msg = "a weight that is not finite (NaN or infinity) can't be palettized"
             raise UnsupportedError(msg)
@@ -216,7 +215,7 @@ class FakePalettize(nn.Module):
 
     def stored(self, weights: torch.Tensor, kept: torch.Tensor | None = None) -> Stored:
         """Return the palette that holds weights, each by its nearest entry."""
-        array = as_weight(whole(weights))
+        array = as_float(whole(weights))
         scale = None
         if self.per_channel_scaling_factor is not None:
             scale = self.per_channel_scaling_factor.cpu().numpy().astype(array.dtype)
@@ -260,7 +259,8 @@ class FakePalettize(nn.Module):
             least = np.take_along_axis(lut, distance.argmin(axis=-2)[..., None, :], axis=-2)
             others = ascending(np.where(lut == 0, least, lut), axis=-2)
         codes = _metadata.nearest(array, others, None)
-        entries = replace_codes(others, codes, self.n_bits)
+        others = np.ascontiguousarray(others)
+        entries = Palette(codes=codes, lut=others, bits=self.n_bits).dense()
         if bonus == 0:
             return np.where(array == 0, array, entries)
         is_zero = np.square(array) - bonus <= np.square(array - entries)
@@ -307,11 +307,6 @@ class _Centroids(nn.Module):
         super().__init__()
         blank = torch.full((n_groups, n_clusters, cluster_dim), torch.nan)
         self.register_buffer("centroids", blank)
-
-
-def replace_codes(lut: Floats, codes: NDArray[np.uint8], bits: int) -> Floats:
-    """Return what codes stand for in a table of single values."""
-    return Palette(codes=codes, lut=np.ascontiguousarray(lut), bits=bits).dense()
 
 
 def _treatment(

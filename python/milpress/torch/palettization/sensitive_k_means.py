@@ -174,18 +174,13 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
             As of `compute_sensitivity`; unused if ``sensitivity_path`` is given.
         sensitivity_path
             Where `compute_sensitivity` saved its result.
-        num_kmeans_workers
-            Accepted and without effect: k-means runs in the threads that MILPRESS_NUM_THREADS says.
-        inplace
-            Whether to change the model itself, which copies nothing of it.
-        progress
-            Called with elements done, elements in all and the name of the weight at hand.
+        num_kmeans_workers, inplace, progress
+            As of `PostTrainingPalettizer.compress`.
 
         Returns
         -------
         torch.nn.Module
-            The model, or a copy of it, with its weights replaced by entries of tables; the tables
-            are in buffers of the modules.
+            As of `PostTrainingPalettizer.compress`.
 
         Raises
         ------

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 import milpress._core as _core
-from milpress.formats.rows import Floats, as_weight
+from milpress.formats.rows import Floats, as_float
 from milpress.formats.sparse import n_pruned
 from milpress.torch._module_weights import ModuleWeight, whole
 
@@ -35,7 +35,7 @@ def mask_of(
     sparsity
         Fraction of elements, kernels, channels or blocks of them that become zero, rounded down.
     """
-    array = as_weight(whole(tensor))
+    array = as_float(whole(tensor))
     scores = np.maximum(np.abs(array.astype(np.float32)), _LEAST)
     if config.n_m_ratio is not None and array.ndim > 1:
         n_zeros = math.floor(sparsity * config.n_m_ratio[1] + 1e-6)
