@@ -19,8 +19,8 @@ from milpress.mil import constexpr, encode, proto, values
 from milpress.mil.graph import Node
 from milpress.mil.package import Package
 from milpress.mil.program import Weight
+from milpress.mil.records import bias_digest
 from milpress.mil.staging import Counter, Sink, Staged
-from milpress.mil.treatments import bias_digest
 from milpress.mil.values import blob_values
 
 _T = TypeVar("_T")

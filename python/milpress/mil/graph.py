@@ -23,6 +23,11 @@ class Use(NamedTuple):
     parameter: str
     binding: proto.Binding
 
+    @property
+    def place(self) -> tuple[Node, str]:
+        """The op, and its parameter."""
+        return self.node, self.parameter
+
 
 @dataclass(eq=False, slots=True)
 class Node:

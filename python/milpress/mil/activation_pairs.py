@@ -1,41 +1,21 @@
-"""Quantized activations in a program: pairs of ops, put where coremltools puts them.
-
-What was inserted is recorded in the package's user metadata, so that `strip` can take it out
-again and a verification can compare what is left with the source.
-"""
+"""Pairs of ``quantize`` and ``dequantize``: their insertion, and the removal of recorded ones."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from milpress.errors import PackageError, VerificationError
+from milpress.errors import VerificationError
 from milpress.mil import dtypes, proto, values
-from milpress.mil.graph import Graph, Node, Scope, new_const, new_op
+from milpress.mil.activation_sites import Consumers, QuantizationPoints, Setting
+from milpress.mil.graph import Graph, Node, Scope, Use, new_const, new_op
 from milpress.mil.joins import Value, home, type_of
 from milpress.mil.program import ProgramGraph
 from milpress.mil.values import TensorType
-from milpress.plain import json
-
-KEY = "com.milpress.activations"
-
-Setting = TypeVar("Setting")
-
-# What coremltools quantizes, by the parameters that must all be computed.
-_INPUTS = {
-    "conv": ("x",),
-    "avg_pool": ("x",),
-    "max_pool": ("x",),
-    "linear": ("x",),
-    "add": ("x", "y"),
-}
-# An op of the above and one of these behind it are one step of the hardware.
-_FUSED = frozenset({"leaky_relu", "tanh", "scaled_tanh", "sigmoid", "relu", "relu6"})
 
 
 class Parameters(NamedTuple):
@@ -49,155 +29,9 @@ class Parameters(NamedTuple):
     dtype: str
 
 
-class _Use(NamedTuple):
-    node: Node
-    parameter: str
-    binding: proto.Binding
-
-    @property
-    def place(self) -> tuple[int, str]:
-        return id(self.node), self.parameter
-
-
-@dataclass(slots=True)
-class Placement(Generic[Setting]):
-    """Where activations of a graph are to be quantized, and as what settings say.
-
-    ``before`` are inputs of ops that take quantized values; ``after`` are values that are quantized
-    as soon as they are computed, with the op that makes them.
-    """
-
-    before: list[tuple[_Use, Value, Setting]] = field(default_factory=list)
-    after: dict[Value, tuple[Node, Setting]] = field(default_factory=dict)
-    types: dict[Value, TensorType] = field(default_factory=dict)
-
-    @property
-    def wanted(self) -> dict[Value, list[Setting]]:
-        """The values to quantize, in order, and the settings for each."""
-        found: dict[Value, list[Setting]] = {}
-        for value, (_, setting) in self.after.items():
-            found.setdefault(value, []).append(setting)
-        for _, value, setting in self.before:
-            if setting not in found.setdefault(value, []):
-                found[value].append(setting)
-        return found
-
-
-class _Consumers:
-    """Who uses each value of a graph."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self._uses: dict[Value, list[_Use]] = {}
-        for node in graph.nodes:
-            for parameter, argument in node.op.inputs.items():
-                for binding in argument.arguments:
-                    if binding.WhichOneof("choice") == "name":
-                        value = home(node.scope, binding.name)
-                        self._uses.setdefault(value, []).append(_Use(node, parameter, binding))
-
-    def of(self, value: Value) -> list[_Use]:
-        return self._uses.get(value, [])
-
-    def computed(self, node: Node, parameter: str) -> Value | None:
-        """Return the float value that a parameter takes, if it is not known beforehand."""
-        if parameter not in node.op.inputs or len(node.op.inputs[parameter].arguments) != 1:
-            return None
-        binding = node.op.inputs[parameter].arguments[0]
-        if binding.WhichOneof("choice") != "name":
-            return None
-        producer = self.graph.producer(node, parameter)
-        if producer is not None and producer[0].is_stored:
-            return None
-        value = home(node.scope, binding.name)
-        kind = type_of(value)
-        return value if kind is not None and kind.dtype.is_float else None
-
-
-def place(graph: Graph, setting_of: Callable[[Node], Setting | None]) -> Placement[Setting]:
-    """Find where coremltools would quantize activations.
-
-    Inputs of convolutions, linear layers and pools are quantized, and those of additions of two
-    computed values; then what such an op makes, after a relu or the like behind it, unless all that
-    takes it quantizes it anyway. What a block returns stays as it is. Values that are quantized in
-    the model already stay so.
-
-    Parameters
-    ----------
-    graph
-        The graph; nothing is changed in it.
-    setting_of
-        Gives the setting of an op, ``None`` to leave it.
-    """
-    consumers = _Consumers(graph)
-    placement: Placement[Setting] = Placement()
-    cores: list[tuple[Node, Setting]] = []
-    for node in graph.nodes:
-        parameters = _INPUTS.get(node.op.type, ())
-        taken = [consumers.computed(node, parameter) for parameter in parameters]
-        setting = setting_of(node) if taken and None not in taken else None
-        if setting is None:
-            continue
-        cores.append((node, setting))
-        for parameter, value in zip(parameters, taken, strict=True):
-            if value is not None and _maker(value) != "dequantize":
-                binding = node.op.inputs[parameter].arguments[0]
-                use = _Use(node, parameter, binding)
-                placement.before.append((use, value, setting))
-                placement.types[value] = _float_type(value)
-    quantizing = {use.place for use, _, _ in placement.before}
-    for node, setting in cores:
-        last = _last_of_step(node, consumers, quantizing)
-        if last is not None:
-            value = home(last.scope, last.name)
-            placement.after[value] = (last, setting)
-            placement.types[value] = _float_type(value)
-    return placement
-
-
-def _float_type(value: Value) -> TensorType:
-    kind = type_of(value)
-    assert kind is not None  # noqa: S101 - `computed` looked at it
-    return kind
-
-
-def _maker(value: Value) -> str:
-    node = value.scope.names[value.name][0]
-    return "" if node is None else node.op.type
-
-
-def _last_of_step(
-    core: Node, consumers: _Consumers, quantizing: set[tuple[int, str]]
-) -> Node | None:
-    """Return the op whose result is to be quantized after a core op; ``None`` for none."""
-
-    def takers(node: Node) -> tuple[list[Node], int]:
-        """Return the ops that take a result as it is, and how often it is quantized."""
-        uses = consumers.of(home(node.scope, node.name))
-        plain = [use.node for use in uses if use.place not in quantizing]
-        return plain, len(uses) - len(plain)
-
-    def is_quantized(plain: list[Node], n_quantized: int) -> bool:
-        kinds = [node.op.type for node in plain] + ["quantize"] * n_quantized
-        return kinds == ["quantize"]
-
-    kind = core.type
-    if kind is None or not kind.dtype.is_float:
-        return None
-    plain, n_quantized = takers(core)
-    if (not plain and not n_quantized) or is_quantized(plain, n_quantized):
-        return None
-    if not plain or plain[0].op.type not in _FUSED or plain[0].scope is not core.scope:
-        return core
-    after = takers(plain[0])
-    if not after[0] and not after[1]:
-        return core
-    return None if is_quantized(*after) else plain[0]
-
-
 def insert(
     graph: Graph,
-    placement: Placement[Setting],
+    points: QuantizationPoints[Setting],
     parameters: Callable[[Value, Setting], Parameters | None],
 ) -> dict[str, str]:
     """Put the pairs into a graph, in place.
@@ -206,7 +40,7 @@ def insert(
     ----------
     graph
         The graph that was looked at; it is of no use afterwards.
-    placement
+    points
         Where.
     parameters
         Gives those of a value under a setting, ``None`` to leave the value.
@@ -216,7 +50,7 @@ def insert(
     dict
         Name of each ``dequantize`` and of the ``quantize`` before it.
     """
-    return _Inserter(graph, parameters).run(placement)
+    return _Inserter(graph, parameters).run(points)
 
 
 class _Inserter(Generic[Setting]):
@@ -232,20 +66,20 @@ class _Inserter(Generic[Setting]):
         self._dequantized: list[tuple[str, Scope, str]] = []
         self._n = {"quantize": 0, "dequantize": 0}
 
-    def run(self, placement: Placement[Setting]) -> dict[str, str]:
-        before: dict[Node, list[tuple[_Use, Value, Parameters]]] = {}
-        own: dict[tuple[int, str], Parameters] = {}
-        for use, value, setting in placement.before:
+    def run(self, points: QuantizationPoints[Setting]) -> dict[str, str]:
+        before: dict[Node, list[tuple[Use, Value, Parameters]]] = {}
+        own: dict[tuple[Node, str], Parameters] = {}
+        for use, value, setting in points.before:
             found = self._parameters(value, setting)
             if found is not None:
                 own[use.place] = found
                 before.setdefault(use.node, []).append((use, value, found))
         behind: dict[Node, tuple[Value, Parameters]] = {}
-        for value, (node, setting) in placement.after.items():
+        for value, (node, setting) in points.after.items():
             found = self._parameters(value, setting)
             if found is not None:
                 behind[self._next(node)] = value, found
-        consumers = _Consumers(self._graph)
+        consumers = Consumers(self._graph)
         for node in self._graph.nodes:
             if node in behind:
                 value, found = behind[node]
@@ -259,7 +93,7 @@ class _Inserter(Generic[Setting]):
         return self._made
 
     def _quantize_at_once(
-        self, value: Value, wanted: Parameters, node: Node, plain: list[_Use]
+        self, value: Value, wanted: Parameters, node: Node, plain: list[Use]
     ) -> None:
         """Quantize a value as soon as it is there, for all that takes it; ``plain`` as it is."""
         codes = self._quantize(value.name, value, wanted, node)
@@ -268,7 +102,7 @@ class _Inserter(Generic[Setting]):
             use.binding.name = dense
         self._after[value] = codes, wanted, dense
 
-    def _quantize_before(self, use: _Use, value: Value, wanted: Parameters) -> None:
+    def _quantize_before(self, use: Use, value: Value, wanted: Parameters) -> None:
         source = value.name
         if value in self._after:
             codes, known, source = self._after[value]
@@ -337,51 +171,6 @@ def _number(number: ArrayLike) -> proto.Value:
     stored = proto.Value()
     values.write_numbers(stored, np.asarray(number).dtype.name, np.asarray(number))
     return stored
-
-
-@dataclass(slots=True)
-class Record:
-    """What was inserted: each ``dequantize`` and the ``quantize`` before it, by their names.
-
-    Names begin with the functions or models that they are in, like those of weights.
-    """
-
-    pairs: dict[str, str] = field(default_factory=dict)
-    settings: list[dict[str, Any]] = field(default_factory=list)
-
-
-def read(model: proto.Model) -> Record:
-    """Return the record of a model; an empty one where there is none.
-
-    Raises
-    ------
-    PackageError
-        If the record is not of the form that `record` writes.
-    """
-    metadata = model.description.metadata.userDefined
-    if KEY not in metadata:
-        return Record()
-    try:
-        data = json.read(metadata[KEY])
-        if data["version"] != 1:
-            msg = f"version {data['version']!r}"
-            raise ValueError(msg)
-        pairs = {str(name): str(codes) for name, codes in data["pairs"].items()}
-        return Record(pairs, [dict(setting) for setting in data["settings"]])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        msg = f"the user metadata {KEY} is not a record of version 1: {error}"
-        raise PackageError(msg) from error
-
-
-def record(model: proto.Model, made: Record) -> None:
-    """Write a record into the model."""
-    data = {"version": 1, "settings": made.settings, "pairs": made.pairs}
-    model.description.metadata.userDefined[KEY] = json.text(data, separators=(",", ":"))
-
-
-def forget(model: proto.Model) -> None:
-    """Remove the record."""
-    model.description.metadata.userDefined.pop(KEY, None)
 
 
 def strip(graph: ProgramGraph, pairs: Mapping[str, str]) -> list[tuple[str, Parameters]]:
