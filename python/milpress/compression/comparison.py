@@ -16,7 +16,7 @@ from milpress.formats import Sparse
 from milpress.formats.fidelity import fidelity
 from milpress.kernels.threads import in_order
 from milpress.mil import proto, values
-from milpress.mil.constexpr import is_compressed, is_constexpr
+from milpress.mil.decode import is_compressed, is_constexpr
 from milpress.mil.graph import Graph, Node, Scope
 from milpress.mil.program import ProgramGraph
 from milpress.mil.records import Promise, Step, WeightRecords, bias_digest, promise_of

@@ -18,7 +18,7 @@ from milpress.compression.writer import WeightWriter, Written, bias_of, is_own
 from milpress.errors import UnsupportedError, weight_errors
 from milpress.formats import Custom, PalettizeConfig
 from milpress.kernels.threads import in_order
-from milpress.mil.constexpr import is_constexpr
+from milpress.mil.decode import is_constexpr
 from milpress.mil.graph import Node
 from milpress.mil.package import Package
 from milpress.mil.program import ProgramGraph, Weight
@@ -96,8 +96,8 @@ class Loop:
                 continue
             weight = decision.weight
             kind = (node.op.type, weight.shape, weight.channel_axes)
-            early = not weight.graph.opset.has_blocks
-            key = (weight.places, kind, decision.treatments, early) if weight.places else None
+            alike = (kind, decision.treatments, weight.graph.opset.has_blocks)
+            key = (weight.places, *alike) if weight.places else None
             jobs[node] = Job(
                 weight,
                 decision.treatments,

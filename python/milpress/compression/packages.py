@@ -24,7 +24,7 @@ from milpress.compression.verification import Verification, compare_packages
 from milpress.compression.writer import WeightWriter, rewriting
 from milpress.errors import ConfigError, UnsupportedError, weight_errors
 from milpress.kernels.device import DeviceName, Kernels
-from milpress.mil.constexpr import is_constexpr, is_part
+from milpress.mil.decode import is_constexpr, is_part
 from milpress.mil.digest import content_digest
 from milpress.mil.package import Package, n_package_bytes
 from milpress.mil.raising import raise_opsets

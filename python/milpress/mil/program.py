@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from milpress.errors import PackageError
 from milpress.formats import Compressed
 from milpress.mil import proto
-from milpress.mil.constexpr import Decoder, is_compressed, is_constexpr
+from milpress.mil.decode import Decoder, is_compressed, is_constexpr
 from milpress.mil.dtypes import DType
 from milpress.mil.graph import Graph, Node
 from milpress.mil.opset import Opset, by_name
