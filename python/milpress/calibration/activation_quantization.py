@@ -20,8 +20,7 @@ from milpress.formats.ranges import CalibrationConfig, Observer, Range
 from milpress.mil import opset, raising
 from milpress.mil.activation_pairs import Parameters, insert
 from milpress.mil.activation_sites import quantization_points
-from milpress.mil.graph import Node
-from milpress.mil.joins import Value
+from milpress.mil.graph import Node, Value
 from milpress.mil.package import Package
 from milpress.mil.program import ProgramGraph
 from milpress.mil.records import ActivationRecord

@@ -12,8 +12,7 @@ from numpy.typing import ArrayLike
 from milpress.errors import VerificationError
 from milpress.mil import dtypes, proto, values
 from milpress.mil.activation_sites import Consumers, QuantizationPoints, Setting
-from milpress.mil.graph import Graph, Node, Scope, Use, new_const, new_op
-from milpress.mil.joins import Value, home, type_of
+from milpress.mil.graph import Graph, Node, Scope, Use, Value, new_const, new_op
 from milpress.mil.program import ProgramGraph
 from milpress.mil.values import TensorType
 
@@ -144,7 +143,7 @@ class _Inserter(Generic[Setting]):
         self._n[kind] += 1
         op = new_op(kind, name)
         op.inputs["input"].arguments.add().name = source
-        op.outputs[0].type.CopyFrom(value.scope.names[value.name][1])
+        op.outputs[0].type.CopyFrom(value.declared)
         settings = {"scale": _number(wanted.scale)}
         if wanted.zero_point is not None:
             settings["zero_point"] = _number(np.dtype(wanted.dtype).type(wanted.zero_point))
@@ -237,7 +236,7 @@ def _source(node: Node) -> str:
 
 
 def _type_of_source(node: Node) -> TensorType | None:
-    return type_of(home(node.scope, _source(node)))
+    return node.scope.value(_source(node)).type
 
 
 def _checked(

@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from milpress.mil.graph import Graph, Node, Use
-from milpress.mil.joins import Value, home, type_of
+from milpress.mil.graph import Graph, Node, Use, Value
 from milpress.mil.values import TensorType
 
 Setting = TypeVar("Setting")
@@ -58,7 +57,7 @@ class Consumers:
             for parameter, argument in node.op.inputs.items():
                 for binding in argument.arguments:
                     if binding.WhichOneof("choice") == "name":
-                        value = home(node.scope, binding.name)
+                        value = node.scope.value(binding.name)
                         self._uses.setdefault(value, []).append(Use(node, parameter, binding))
 
     def of(self, value: Value) -> list[Use]:
@@ -75,8 +74,8 @@ class Consumers:
         producer = self.graph.producer(node, parameter)
         if producer is not None and producer[0].is_stored:
             return None
-        value = home(node.scope, binding.name)
-        kind = type_of(value)
+        value = node.scope.value(binding.name)
+        kind = value.type
         return value if kind is not None and kind.dtype.is_float else None
 
 
@@ -117,20 +116,20 @@ def quantization_points(
     for node, setting in cores:
         last = _last_of_step(node, consumers, quantizing)
         if last is not None:
-            value = home(last.scope, last.name)
+            value = last.scope.value(last.name)
             points.after[value] = (last, setting)
             points.types[value] = _float_type(value)
     return points
 
 
 def _float_type(value: Value) -> TensorType:
-    kind = type_of(value)
+    kind = value.type
     assert kind is not None  # noqa: S101 - `computed` looked at it
     return kind
 
 
 def _maker(value: Value) -> str:
-    node = value.scope.names[value.name][0]
+    node = value.producer
     return "" if node is None else node.op.type
 
 
@@ -141,7 +140,7 @@ def _last_of_step(
 
     def takers(node: Node) -> tuple[list[Node], int]:
         """Return the ops that take a result as it is, and how often it is quantized."""
-        uses = consumers.of(home(node.scope, node.name))
+        uses = consumers.of(node.scope.value(node.name))
         plain = [use.node for use in uses if use.place not in quantizing]
         return plain, len(uses) - len(plain)
 

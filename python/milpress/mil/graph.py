@@ -75,14 +75,38 @@ class Scope:
     parent: Scope | None
     names: dict[str, tuple[Node | None, proto.ValueType]] = field(default_factory=dict)
 
+    def value(self, name: str) -> Value:
+        """Return the value that a name stands for here."""
+        scope: Scope | None = self
+        while scope is not None and name not in scope.names:
+            scope = scope.parent
+        return Value(scope or self, name)
+
     def find(self, name: str) -> tuple[Node | None, proto.ValueType] | None:
         """Return who makes a value (``None`` for an input) and its type, if it is known."""
-        scope: Scope | None = self
-        while scope is not None:
-            if name in scope.names:
-                return scope.names[name]
-            scope = scope.parent
-        return None
+        return self.value(name).scope.names.get(name)
+
+
+class Value(NamedTuple):
+    """A computed value: the scope that defines it, and its name there."""
+
+    scope: Scope
+    name: str
+
+    @property
+    def producer(self) -> Node | None:
+        """The op that makes it; ``None`` for an input."""
+        return self.scope.names[self.name][0]
+
+    @property
+    def declared(self) -> proto.ValueType:
+        """Its type, as the program declares it."""
+        return self.scope.names[self.name][1]
+
+    @property
+    def type(self) -> TensorType | None:
+        """Its type, if it is a tensor."""
+        return values.type_of(self.declared)
 
 
 class Graph:
