@@ -58,7 +58,7 @@ class _Inserter(Generic[Setting]):
     ) -> None:
         self._graph = graph
         self._parameters = parameters
-        self._made: dict[str, str] = {}
+        self._pairs: dict[str, str] = {}
         # Value quantized at once -> its codes, their parameters, and the name for other uses.
         self._after: dict[Value, tuple[str, Parameters, str]] = {}
         self._quantized: list[tuple[str, Parameters, Scope, str]] = []
@@ -69,27 +69,30 @@ class _Inserter(Generic[Setting]):
         before: dict[Node, list[tuple[Use, Value, Parameters]]] = {}
         own: dict[tuple[Node, str], Parameters] = {}
         for use, value, setting in points.before:
-            found = self._parameters(value, setting)
-            if found is not None:
-                own[use.place] = found
-                before.setdefault(use.node, []).append((use, value, found))
+            parameters = self._parameters(value, setting)
+            if parameters is not None:
+                own[use.place] = parameters
+                before.setdefault(use.node, []).append((use, value, parameters))
         behind: dict[Node, tuple[Value, Parameters]] = {}
         for value, (node, setting) in points.after.items():
-            found = self._parameters(value, setting)
-            if found is not None:
-                behind[self._next(node)] = value, found
+            parameters = self._parameters(value, setting)
+            if parameters is not None:
+                behind[self._next(node)] = value, parameters
         consumers = Consumers(self._graph)
         for node in self._graph.nodes:
             if node in behind:
-                value, found = behind[node]
+                value, parameters = behind[node]
                 uses = consumers.of(value)
                 self._quantize_at_once(
-                    value, found, node, [use for use in uses if own.get(use.place) != found]
+                    value,
+                    parameters,
+                    node,
+                    [use for use in uses if own.get(use.place) != parameters],
                 )
-            for use, value, found in before.get(node, []):
-                self._quantize_before(use, value, found)
+            for use, value, parameters in before.get(node, []):
+                self._quantize_before(use, value, parameters)
         self._graph.apply()
-        return self._made
+        return self._pairs
 
     def _quantize_at_once(
         self, value: Value, wanted: Parameters, node: Node, plain: list[Use]
@@ -104,8 +107,8 @@ class _Inserter(Generic[Setting]):
     def _quantize_before(self, use: Use, value: Value, wanted: Parameters) -> None:
         source = value.name
         if value in self._after:
-            codes, known, source = self._after[value]
-            if known == wanted:
+            codes, parameters, source = self._after[value]
+            if parameters == wanted:
                 use.binding.name = self._dequantize(codes, value, wanted, use.node)
                 return
         codes = self._quantize(source, value, wanted, use.node)
@@ -120,20 +123,20 @@ class _Inserter(Generic[Setting]):
 
     def _quantize(self, source: str, value: Value, wanted: Parameters, before: Node) -> str:
         """Return the name of the value's codes, which are made before an op if they aren't yet."""
-        for name, parameters, scope, made in self._quantized:
+        for name, parameters, scope, inserted in self._quantized:
             if (name, parameters) == (source, wanted) and _sees(before.scope, scope):
-                return made
+                return inserted
         name = self._insert("quantize", source, wanted, value, before)
         self._quantized.append((source, wanted, before.scope, name))
         return name
 
     def _dequantize(self, codes: str, value: Value, wanted: Parameters, before: Node) -> str:
-        for name, scope, made in self._dequantized:
+        for name, scope, inserted in self._dequantized:
             if name == codes and _sees(before.scope, scope):
-                return made
+                return inserted
         name = self._insert("dequantize", codes, wanted, value, before)
         self._dequantized.append((codes, before.scope, name))
-        self._made[name] = codes
+        self._pairs[name] = codes
         return name
 
     def _insert(
@@ -188,21 +191,21 @@ def strip(graph: ProgramGraph, pairs: Mapping[str, str]) -> list[tuple[str, Para
     named = {f"{graph.prefix}{node.name}": node for node in graph.nodes}
     mine = {name: codes for name, codes in pairs.items() if name in named or codes in named}
     quantizes = {codes: _checked(codes, "quantize", named, graph) for codes in mine.values()}
-    found: list[tuple[str, Parameters]] = []
+    stripped: list[tuple[str, Parameters]] = []
     removed: dict[Node, None] = {}
     for name, codes in mine.items():
-        dense, (quantize, given) = (
+        dense, (quantize, parameters) = (
             _checked(name, "dequantize", named, graph),
             quantizes[codes],
         )
-        if dense[1]._replace(dtype="") != given._replace(dtype=""):
+        if dense[1]._replace(dtype="") != parameters._replace(dtype=""):
             _fail(f"{name}: its scale or zero point differs from that of {codes}")
         if f"{graph.prefix}{_source(dense[0])}" != codes:
             _fail(f"{name}: it must take {codes}, got {_source(dense[0])}")
         if dense[0].type != _type_of_source(quantize):
             _fail(f"{name}: its type differs from that of what is quantized")
         removed.update(dict.fromkeys((quantize, dense[0])))
-        found.append((name, given))
+        stripped.append((name, parameters))
     for node in removed:
         for use in node.uses if node.op.type == "quantize" else ():
             if use.node not in removed:
@@ -214,21 +217,21 @@ def strip(graph: ProgramGraph, pairs: Mapping[str, str]) -> list[tuple[str, Para
             use.binding.name = _origin(node, graph, removed)
     for node in list(removed):
         for parameter in ("scale", "zero_point", "output_dtype"):
-            made = graph.producer(node, parameter)
-            if made is not None and all(use.node in removed for use in made[0].uses):
-                removed[made[0]] = None
+            producer = graph.producer(node, parameter)
+            if producer is not None and all(use.node in removed for use in producer[0].uses):
+                removed[producer[0]] = None
     graph.remove(removed)
     graph.apply()
-    return found
+    return stripped
 
 
 def _origin(node: Node, graph: Graph, removed: Mapping[Node, None]) -> str:
     """Return the name of the value that a chain of removed pairs begins with."""
     while True:
-        found = graph.producer(node, "input")
-        if found is None or found[0] not in removed:
+        producer = graph.producer(node, "input")
+        if producer is None or producer[0] not in removed:
             return _source(node)
-        node = found[0]
+        node = producer[0]
 
 
 def _source(node: Node) -> str:
@@ -263,8 +266,8 @@ def _checked(
         point is not None and (point.size != 1 or point.dtype.name != dtype)
     ):
         _fail(f"{name}: codes and zero point must be int8 or uint8, one and the same")
-    known = None if point is None else int(point)
-    return node, Parameters(stored.reshape(-1)[0], known, dtype)
+    offset = None if point is None else int(point)
+    return node, Parameters(stored.reshape(-1)[0], offset, dtype)
 
 
 def _fail(message: str) -> NoReturn:

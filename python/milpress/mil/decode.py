@@ -52,8 +52,8 @@ def is_compressed(node: Node, graph: Graph) -> bool:
         return False
     if node.op.type != _CAST:
         return True
-    found = graph.producer(node, "source_val")
-    return found is not None and is_constexpr(found[0])
+    producer = graph.producer(node, "source_val")
+    return producer is not None and is_constexpr(producer[0])
 
 
 def is_part(node: Node) -> bool:
@@ -88,22 +88,22 @@ class Decoder:
 
     def stored_values(self, node: Node) -> list[proto.Value]:
         """Return all that is stored for an op and those it builds on, what they share once."""
-        found: dict[object, proto.Value] = {}
+        stored: dict[object, proto.Value] = {}
         for value in self._stored_values(node):
             where = value.blobFileValue
             key = (where.fileName, where.offset) if values.is_blob(value) else id(value)
-            found.setdefault(key, value)
-        return list(found.values())
+            stored.setdefault(key, value)
+        return list(stored.values())
 
     def parts(self, node: Node) -> list[Node]:
         """Return the stored ops that an op decodes from, each once; others may use them too."""
-        found: dict[Node, None] = {}
+        parts: dict[Node, None] = {}
         for key in sorted(node.op.inputs):
             producer = self._graph.producer(node, key)
             if producer is not None and producer[0].is_stored:
-                found[producer[0]] = None
-                found.update(dict.fromkeys(self.parts(producer[0])))
-        return list(found)
+                parts[producer[0]] = None
+                parts.update(dict.fromkeys(self.parts(producer[0])))
+        return list(parts)
 
     def _stored_values(self, node: Node) -> list[proto.Value]:
         """Return the numbers that are stored for an op; a text, such as a type, is none."""
@@ -139,10 +139,10 @@ class Decoder:
             If its parameters don't fit each other.
         """
         with _fitting(node):
-            made = self._value(node)
-        if made is not None:
-            _check_declared(node, "", made.shape)
-        return made
+            value = self._value(node)
+        if value is not None:
+            _check_declared(node, "", value.shape)
+        return value
 
     def dense(self, node: Node) -> Tensor:
         """Return the weight that an op stands for.
@@ -154,9 +154,9 @@ class Decoder:
         """
         if node.op.type == "const":
             return self._read(node, "val", node.op.attributes["val"])
-        made = self.value(node)
+        value = self.value(node)
         with _fitting(node):
-            tensor = self._outputs(node)[-1] if made is None else values.of_array(made.dense())
+            tensor = self._outputs(node)[-1] if value is None else values.of_array(value.dense())
         if len(node.op.outputs) == 1:
             _check_declared(node, tensor.dtype.name, tensor.values.shape)
         return tensor
@@ -174,10 +174,10 @@ class Decoder:
         stored = self._graph.constant(node, parameter)
         if stored is not None:
             return self._read(node, parameter, stored)
-        found = self._graph.producer(node, parameter)
-        if found is None:
+        source = self._graph.producer(node, parameter)
+        if source is None:
             return None
-        producer, name = found
+        producer, name = source
         if not is_constexpr(producer):
             msg = f"{node.name}: {parameter} must be known beforehand, got {producer.op.type}"
             raise PackageError(msg)
@@ -204,9 +204,9 @@ class Decoder:
         if kind == "constexpr_lut_to_dense":
             return self._palette(node)
         if kind == "constexpr_sparse_to_dense":
-            found = self._graph.producer(node, "nonzero_data")
-            if found is not None and is_constexpr(found[0]):
-                return self._masked(node, found[0])
+            source = self._graph.producer(node, "nonzero_data")
+            if source is not None and is_constexpr(source[0]):
+                return self._masked(node, source[0])
             return self._sparse(node)
         return None
 
@@ -264,11 +264,11 @@ class Decoder:
         )
 
     def _lut(self, node: Node) -> NDArray[Any] | Quantized | None:
-        found = self._graph.producer(node, "lut")
-        if found is not None and found[0].op.type == "constexpr_blockwise_shift_scale":
-            made = self.value(found[0])
-            if isinstance(made, Quantized):
-                return made
+        source = self._graph.producer(node, "lut")
+        if source is not None and source[0].op.type == "constexpr_blockwise_shift_scale":
+            table = self.value(source[0])
+            if isinstance(table, Quantized):
+                return table
         lut = self._need(node, "lut")
         return lut.values if lut.dtype.is_float else None
 
@@ -288,9 +288,9 @@ class Decoder:
         if value is None:
             return None
         bitmask = arithmetic.bitmask_of(mask.values)
-        made = Masked(bitmask=bitmask, value=value)
-        same = np.array_equal(made.mask(), self._need(node, "mask").values != 0)
-        return made if same else None
+        masked = Masked(bitmask=bitmask, value=value)
+        same = np.array_equal(masked.mask(), self._need(node, "mask").values != 0)
+        return masked if same else None
 
     def _sparse(self, node: Node) -> Sparse | None:
         mask, nonzeros = self._kept(node), self._need(node, "nonzero_data")
@@ -353,10 +353,12 @@ class Decoder:
         codes = arithmetic.scattered(mask, self._need(node, "indices_nonzero_data")).values
         axis = self._tensor(node, "vector_axis")
         dense = arithmetic.look_up(codes, lut, axis)
-        kept = mask.values
+        is_nonzero = mask.values
         if axis is not None:
-            kept = np.repeat(kept, lut.values.shape[-1], arithmetic.axis_of(axis, kept.ndim))
-        return [Tensor(mask.dtype, kept), Tensor(lut.dtype, dense[kept != 0])]
+            is_nonzero = np.repeat(
+                is_nonzero, lut.values.shape[-1], arithmetic.axis_of(axis, is_nonzero.ndim)
+            )
+        return [Tensor(mask.dtype, is_nonzero), Tensor(lut.dtype, dense[is_nonzero != 0])]
 
     def _sparse_blockwise_shift_scale(self, node: Node) -> list[Tensor]:
         mask, scale = self._need(node, "data_mask"), self._need(node, "scale")

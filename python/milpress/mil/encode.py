@@ -69,17 +69,17 @@ def emit(
     Returns the ops that have to stand before it, if the value takes a chain of them. In an
     opset without blocks the parameters are attributes, from there on inputs.
     """
-    made: dict[str, proto.Operation] = {}
+    ops: dict[str, proto.Operation] = {}
     written: dict[int, proto.Value] = {}
     *inner, last = constexpr_ops(value, opset)
     for each in (*inner, last):
         op_name = name if each is last else names(f"{name}_{each.role}")
         op = proto.Operation(type=each.kind)
         op.attributes["name"].CopyFrom(values.string(op_name))
-        for parameter, given in each.parameters.items():
-            if not isinstance(given, Tensor):
-                role, output = given
-                source = made[role].outputs[output.index].name
+        for parameter, operand in each.parameters.items():
+            if not isinstance(operand, Tensor):
+                role, output = operand
+                source = ops[role].outputs[output.index].name
                 op.inputs[parameter].arguments.add().name = source
                 continue
             stored = (
@@ -87,19 +87,19 @@ def emit(
                 if opset.has_blocks
                 else op.attributes[parameter]
             )
-            if id(given) in written:
-                stored.CopyFrom(written[id(given)])
+            if id(operand) in written:
+                stored.CopyFrom(written[id(operand)])
             else:
-                values.write(stored, given, file_name=file_name, opset=opset, sink=sink)
-                written[id(given)] = stored
+                values.write(stored, operand, file_name=file_name, opset=opset, sink=sink)
+                written[id(operand)] = stored
         for output in each.outputs:
             ending = f"_{output.index}" if len(each.outputs) > 1 else ""
             item = op.outputs.add(name=f"{op_name}{ending}")
             values.set_type(item.type, output.dtype, output.shape)
-        made[each.role] = op
-    made[last.role].outputs.add(name=name).type.CopyFrom(node.op.outputs[0].type)
-    node.op.CopyFrom(made[last.role])
-    return [made[each.role] for each in inner]
+        ops[each.role] = op
+    ops[last.role].outputs.add(name=name).type.CopyFrom(node.op.outputs[0].type)
+    node.op.CopyFrom(ops[last.role])
+    return [ops[each.role] for each in inner]
 
 
 def const_of(
@@ -114,10 +114,10 @@ def const_of(
 def payload_bytes(value: Compressed, opset: Opset) -> int:
     """Return how many bytes `emit` stores for a value."""
     stored = {
-        id(given): given
+        id(operand): operand
         for each in constexpr_ops(value, opset)
-        for given in each.parameters.values()
-        if isinstance(given, Tensor)
+        for operand in each.parameters.values()
+        if isinstance(operand, Tensor)
     }
     return sum(dtype.n_bytes(array.size) for dtype, array in stored.values())
 
@@ -157,7 +157,7 @@ def _masked_ops(value: Masked) -> list[ConstexprOp]:
     codes = _codes(inner, value.nonzero_codes())
     scale = inner.scale if isinstance(inner, Quantized) else inner.entries
     size = inner.vector_size if isinstance(inner, Palette) else 1
-    kept = Output(0, uint1, inner.shape)
+    out_mask = Output(0, uint1, inner.shape)
     nonzeros = Output(1, dtypes.of_array(scale), (codes.values.size * size,))
     if isinstance(inner, Palette):
         role = "nonzero_data_0_palettized"
@@ -168,9 +168,9 @@ def _masked_ops(value: Masked) -> list[ConstexprOp]:
             "lut": lut,
             **_vector_axis(inner),
         }
-        op = ConstexprOp("constexpr_lut_to_sparse", role, parameters, (kept, nonzeros))
+        op = ConstexprOp("constexpr_lut_to_sparse", role, parameters, (out_mask, nonzeros))
         last: dict[str, Tensor | Reference] = {
-            "mask": (role, kept),
+            "mask": (role, out_mask),
             "nonzero_data": (role, nonzeros),
         }
         return [*before, op, ConstexprOp("constexpr_sparse_to_dense", "", last)]
@@ -178,7 +178,9 @@ def _masked_ops(value: Masked) -> list[ConstexprOp]:
     quantized = _quantized_parameters(inner)
     del quantized["data"]
     parameters = {"data_mask": mask, "nonzero_data": codes, **quantized}
-    op = ConstexprOp("constexpr_sparse_blockwise_shift_scale", role, parameters, (kept, nonzeros))
+    op = ConstexprOp(
+        "constexpr_sparse_blockwise_shift_scale", role, parameters, (out_mask, nonzeros)
+    )
     last = {"mask": mask, "nonzero_data": (role, nonzeros)}
     return [op, ConstexprOp("constexpr_sparse_to_dense", "", last)]
 

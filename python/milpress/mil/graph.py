@@ -174,11 +174,11 @@ class Graph:
                     raise PackageError(msg)
 
     def _find(self, scope: Scope, name: str) -> tuple[Node | None, proto.ValueType]:
-        found = scope.find(name)
-        if found is None:
+        definition = scope.find(name)
+        if definition is None:
             msg = f"an op must use values that exist, got the name {name!r} that nothing defines"
             raise PackageError(msg)
-        return found
+        return definition
 
     def unique_name(self, name: str) -> str:
         """Return the name, with a number behind it if it is taken, and take it."""
@@ -221,8 +221,8 @@ class Graph:
         binding = node.op.inputs[parameter].arguments[0]
         if binding.WhichOneof("choice") != "name":
             return None
-        found, _ = self._find(node.scope, binding.name)
-        return None if found is None else (found, binding.name)
+        producer, _ = self._find(node.scope, binding.name)
+        return None if producer is None else (producer, binding.name)
 
     def insert_before(self, node: Node, ops: Iterable[proto.Operation]) -> None:
         """Note ops to be put before another one by `apply`."""
@@ -243,13 +243,13 @@ class Graph:
             names.update(_names_in(op))
         # An op that takes the place of another may have its name.
         names.difference_update(item.name for op in inserted for item in op.outputs)
-        found = set()
+        needed = set()
         # An op comes after those that it uses.
         for node in reversed(self.nodes):
             if node in candidates and any(item.name in names for item in node.op.outputs):
-                found.add(node)
+                needed.add(node)
                 names.update(_names_in(node.op))
-        return found
+        return needed
 
     def apply(self) -> None:
         """Carry out the noted insertions and removals. The graph is of no use afterwards."""

@@ -91,18 +91,18 @@ def find(graph: Graph) -> Joins:
         kind = node.op.type
         if node.type is None or not node.type.dtype.is_float:
             continue
-        made = Value(node.scope, node.name)
+        joined = Value(node.scope, node.name)
         if kind in _JOINING and "values" in node.op.inputs:
             sources = [_source(node.scope, each) for each in node.op.inputs["values"].arguments]
-            pieces[made] = _unique(
+            pieces[joined] = _unique(
                 piece for source in sources if source is not None for piece in _of(source, pieces)
             )
             if kind == _SHARING:
-                joins.append(Join(made, tuple(s for s in sources if isinstance(s, Value))))
+                joins.append(Join(joined, tuple(s for s in sources if isinstance(s, Value))))
         elif kind in _CARRYING and len(node.op.inputs["x"].arguments) == 1:
             source = _source(node.scope, node.op.inputs["x"].arguments[0])
             if isinstance(source, Value) and source in pieces:
-                pieces[made] = _unique(each.within(*_CARRYING[kind]) for each in pieces[source])
+                pieces[joined] = _unique(each.within(*_CARRYING[kind]) for each in pieces[source])
     return Joins(tuple(joins), pieces)
 
 

@@ -123,11 +123,11 @@ class WeightRecords:
                 return source, record
         return None
 
-    def add(self, name: str, result: str, done: Sequence[Step]) -> None:
-        """Note what was done to a weight, after what had been done to it before."""
-        found = self.find(name)
-        source, before = (name, ()) if found is None else (found[0], found[1].steps)
-        self.by_source[source] = WeightRecord((*before, *done), result)
+    def add(self, name: str, result: str, steps: Sequence[Step]) -> None:
+        """Note the steps that a weight took, after those that it took before."""
+        earlier = self.find(name)
+        source, before = (name, ()) if earlier is None else (earlier[0], earlier[1].steps)
+        self.by_source[source] = WeightRecord((*before, *steps), result)
 
 
 @dataclass(slots=True)
@@ -183,14 +183,14 @@ def _step(data: Any) -> Step:
 
 
 def _check_pruning(settings: dict[str, Any]) -> None:
-    known = {key: settings[key] for key in _PRUNING if key in settings}
-    for key, value in known.items():
+    numbers = {key: settings[key] for key in _PRUNING if key in settings}
+    for key, value in numbers.items():
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, bool) or not isinstance(number, _PRUNING[key]):
                 msg = f"{number!r} as {key}"
                 raise TypeError(msg)
-    if known:
-        PruneConfig(**known)
+    if numbers:
+        PruneConfig(**numbers)
 
 
 @contextlib.contextmanager

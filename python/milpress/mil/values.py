@@ -277,8 +277,8 @@ def read_scalar(value: proto.Value) -> float | bool | None:
     tensor = value.immediateValue.tensor
     field = tensor.WhichOneof("choice")
     if field == "bytes":
-        data, made = tensor.bytes.values, type_of(value.type)
-        dtype = None if made is None else made.dtype
+        data, declared = tensor.bytes.values, type_of(value.type)
+        dtype = None if declared is None else declared.dtype
         # Other types of floats are held as their bits.
         if dtype is None or not (dtype.is_float or dtype.name.startswith(("int", "uint"))):
             return None
