@@ -55,7 +55,7 @@ def test_what_a_broken_kernel_pruned_does_not_verify(
     milpress.compress(source, tmp_path / "right.mlpackage", recipe)
     (check,) = milpress.verify(source, tmp_path / "right.mlpackage").weights
     assert check.promise == "pruned"
-    monkeypatch.setattr(sparse, "kept", kernel)
+    monkeypatch.setattr(sparse, "bitmask_of", kernel)
     with pytest.raises(VerificationError, match=r"linear_weight_0: .*(zero|pruned)"):
         milpress.compress(source, tmp_path / "out.mlpackage", recipe)
     assert not (tmp_path / "out.mlpackage").exists()
