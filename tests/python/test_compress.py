@@ -24,8 +24,8 @@ from oracles import (
 import milpress
 from milpress import formats as f
 from milpress.errors import UnsupportedError, VerificationError
-from milpress.mil import treatments
 from milpress.mil.package import Package
+from milpress.mil.records import TREATMENTS, forget
 
 EARLY = {
     "int8": f.QuantizeConfig(),
@@ -429,9 +429,9 @@ def _rewire(package: Package) -> None:
 
 def _forget_weight(package: Package) -> None:
     metadata = package.model.description.metadata.userDefined
-    record = json.loads(metadata[treatments.KEY])
+    record = json.loads(metadata[TREATMENTS])
     record["treatments"][0]["weights"].popitem()
-    metadata[treatments.KEY] = json.dumps(record)
+    metadata[TREATMENTS] = json.dumps(record)
 
 
 def _describe_otherwise(package: Package) -> None:
@@ -491,7 +491,7 @@ def test_verify_finds_vectors_at_other_than_a_nearest_entry(build, tmp_path, set
 def test_verify_reports_the_error_of_packages_without_a_record(crepe_tiny, tmp_path):
     out = tmp_path / "out.mlpackage"
     milpress.compress(crepe_tiny, out, milpress.Recipe.of(f.PalettizeConfig(bits=6)))
-    bare = tampered(out, tmp_path / "bare.mlpackage", lambda p: treatments.forget(p.model))
+    bare = tampered(out, tmp_path / "bare.mlpackage", lambda p: forget(p.model, TREATMENTS))
     checks = milpress.verify(crepe_tiny, bare).weights
     assert {check.promise for check in checks} == {"none"}
     dense, after = decoded(crepe_tiny), decoded(bare)

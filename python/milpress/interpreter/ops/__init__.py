@@ -26,7 +26,7 @@ from milpress.interpreter.ops import (
     states,
 )
 from milpress.mil import proto
-from milpress.mil.constexpr import DECODED
+from milpress.mil.decode import DECODED
 
 _FAMILIES = (
     activation,
