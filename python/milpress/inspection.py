@@ -185,9 +185,9 @@ class Inspection:
 
     def __rich__(self) -> Table:
         """Return the weights as a table."""
-        table = named_table("weight", "used by", "shape", "type", "stored as")
-        for heading in ("bytes", "bits"):
-            table.add_column(heading, justify="right")
+        table = named_table(
+            "weight", "used by", "shape", "type", "stored as", right=("bytes", "bits")
+        )
         for weight in self.weights:
             table.add_row(
                 escaped(weight.name),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, overload
 
 from milpress.errors import printable
@@ -11,14 +12,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def named_table(*headings: str) -> Table:
-    """Return an empty table whose left columns have these headings."""
+def named_table(*headings: str, right: Iterable[str] = ()) -> Table:
+    """Return an empty table of columns with these headings, numbers at the right."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for heading in headings:
         table.add_column(heading, overflow="fold")
+    for heading in right:
+        table.add_column(heading, justify="right")
     return table
 
 

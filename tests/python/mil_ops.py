@@ -36,8 +36,6 @@ def definition(name: str, opset: int) -> type | None:
 class Call:
     """What an op learns of the program that calls it."""
 
-    opset: int
-    n_outputs: int = 1
     dtype: torch.dtype | None = torch.float32
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
 
@@ -78,7 +76,7 @@ def computed(
     op = operator(name, opset)
     bound = op.bound({key: held(value) for key, value in arguments.items()})
     if "call" in inspect.signature(op.function).parameters:
-        call = Call(opset, dtype=held_in)
+        call = Call(held_in)
         bound["call"] = replace(call, generator=generator) if generator else call
     result = op.function(**bound)
     if isinstance(result, tuple):

@@ -89,9 +89,9 @@ class ActivationReport:
 
     def __rich__(self) -> Table:
         """Return the activations as a table."""
-        table = named_table("activation", "shape", "codes")
-        for heading in ("least", "greatest", "scale", "zero point"):
-            table.add_column(heading, justify="right")
+        table = named_table(
+            "activation", "shape", "codes", right=("least", "greatest", "scale", "zero point")
+        )
         for each in self.activations:
             table.add_row(
                 escaped(each.name),

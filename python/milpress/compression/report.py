@@ -162,9 +162,9 @@ class Report:
 
     def __rich__(self) -> Table:
         """Return the selected weights as a table."""
-        table = named_table("weight", "used by", "shape", "treatment")
-        for heading in ("before", "after", "bits", "SNR dB"):
-            table.add_column(heading, justify="right")
+        table = named_table(
+            "weight", "used by", "shape", "treatment", right=("before", "after", "bits", "SNR dB")
+        )
         for weight in self.asked:
             what = weight.treatment or "left"
             table.add_row(

@@ -75,8 +75,7 @@ class Verification:
 
     def __rich__(self) -> Table:
         """Return the weights as a table."""
-        table = named_table("weight", "checked")
-        table.add_column("SNR dB", justify="right")
+        table = named_table("weight", "checked", right=["SNR dB"])
         for check in self.weights:
             table.add_row(escaped(check.name), check.promise, human_snr(check.snr_db))
         return table

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from milpress.device.evidence import ratio_of
+from milpress.device.evidence import latencies_of, ratio_of
 from milpress.device.schema import Distribution, Entry, Result
 from milpress.device.stats import Ratio
 from milpress.errors import ConfigError
@@ -62,19 +62,9 @@ def run_names(results: Sequence[Result]) -> dict[int, str]:
 class Row:
     """A configuration beside its baseline.
 
-    Parameters
-    ----------
-    entry
-        The configuration.
-    units, where
-        What it ran in, and on what machine, in words.
-    run, run_id
-        Which of the results it is of, in words, and the identifier of that.
-    ratio
-        How many times the baseline's latency its own is, and whether the two took turns; ``None``
-        if there is no baseline, or it is the baseline.
-    is_paired
-        Whether the ratio is of rounds that took turns; otherwise it is one of medians.
+    ``units``, ``where`` and ``run`` are in words. ``ratio`` is how many times the baseline's
+    latency its own is, of rounds that took turns if ``is_paired``, otherwise of medians; ``None``
+    if there is no baseline, or it is the baseline.
     """
 
     entry: Entry
@@ -133,9 +123,8 @@ class Comparison:
         several = len({row.where for row in self.rows}) > 1
         runs = len({row.run for row in self.rows}) > 1
         headings = ["configuration", "units"] + ["machine"] * several + ["run"] * runs
-        table = named_table(*headings)
-        for heading in ("size", "SNR dB", "median ms", "95 %", "p90", "p99", "ratio"):
-            table.add_column(heading, justify="right")
+        numbers = ("size", "SNR dB", "median ms", "95 %", "p90", "p99", "ratio")
+        table = named_table(*headings, right=numbers)
         for row in self.rows:
             entry, latency = row.entry, row.latency
             cells = [escaped(entry.model.name), escaped(row.units)]
@@ -228,10 +217,5 @@ def _row(
         if ratio is not None:
             return replace(row, ratio=ratio, is_paired=True)
     other = within or next((each for each in entries if is_reference(each)), None)
-    if other is None or other.timing is None or entry.timing is None:
-        return row
-    for name in ("core", "e2e"):
-        one, two = getattr(other.timing, name), getattr(entry.timing, name)
-        if one is not None and two is not None:
-            return replace(row, ratio=two.median / one.median)
-    return row
+    both = None if other is None else latencies_of(other, entry)
+    return row if both is None else replace(row, ratio=both[1].median / both[0].median)

@@ -84,10 +84,16 @@ def decompression(entry: Entry, baseline: Entry | None) -> schema.Decompression 
 
 def ratio_of(baseline: Entry, entry: Entry) -> stats.Ratio | None:
     """Return how many times as long one entry takes as another that it took turns with."""
-    if baseline.timing is None or entry.timing is None:
-        return None
+    both = latencies_of(baseline, entry)
+    return both and stats.paired_ratio(both[0].by_round, both[1].by_round)
+
+
+def latencies_of(
+    baseline: Entry, entry: Entry
+) -> tuple[schema.Distribution, schema.Distribution] | None:
+    """Return latencies of two entries that can be compared: Core ML's own if both have them."""
     for name in ("core", "e2e"):
-        one, two = getattr(baseline.timing, name), getattr(entry.timing, name)
+        one, two = (getattr(each.timing, name, None) for each in (baseline, entry))
         if one is not None and two is not None:
-            return stats.paired_ratio(one.by_round, two.by_round)
+            return one, two
     return None

@@ -133,18 +133,8 @@ class Clock(Protocol):
 class Runner:
     """Runs configurations, so that none can take another down with it.
 
-    Parameters
-    ----------
-    open_session
-        Makes a session, in a process of its own.
-    samples
-        The file with the inputs.
-    plan
-        How much is measured.
-    clock
-        What waits.
-    progress
-        Called with steps done, steps in all and what is at hand.
+    Each session is a process of its own; ``samples`` is the file with the inputs. ``progress`` is
+    called with steps done, steps in all and what is at hand.
     """
 
     open_session: Callable[[], Session]

@@ -25,18 +25,10 @@ PROCESSORS = ("neural_engine", "gpu", "cpu", "none")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distribution:
-    """Latencies in milliseconds: every sample, and what follows from them.
+    """Latencies in milliseconds: every sample in the order taken, and what follows from them.
 
-    Parameters
-    ----------
-    samples
-        In the order in which they were taken.
-    rounds, round_sizes
-        Index of each round that was kept, and how many of the samples are its.
-    median, p90, p99, minimum, maximum
-        Of the samples.
-    ci95
-        A 95 % interval of the median.
+    ``rounds`` are the indices of the rounds that were kept, ``round_sizes`` how many samples each
+    has. ``ci95`` is a 95 % interval of the median.
     """
 
     samples: tuple[float, ...]
@@ -58,12 +50,8 @@ class Distribution:
             samples=tuple(flat),
             rounds=tuple(samples),
             round_sizes=tuple(len(each) for each in samples.values()),
-            median=stats.median(flat),
-            p90=stats.percentile(flat, 90),
-            p99=stats.percentile(flat, 99),
-            minimum=min(flat),
-            maximum=max(flat),
             ci95=(interval.low, interval.high),
+            **stats.order_statistics(flat),
         )
 
     @property
@@ -87,17 +75,10 @@ class Origin:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
-    """Where the numbers of a run come from.
+    """Where the numbers of a run come from, and what ran the models.
 
-    Parameters
-    ----------
-    kind
-        ``"measured"`` on an Apple device by Core ML; ``"cpu_reference"`` on any machine by other
-        means; ``"estimate"``; ``"replay"`` of a file; ``"fake"``, in tests.
-    driver
-        What ran the models.
-    origin
-        Of a replay.
+    They are ``"measured"`` on an Apple device by Core ML, a ``"cpu_reference"`` on any machine by
+    other means, an ``"estimate"``, a ``"replay"`` of a file, its origin, or ``"fake"``, in tests.
     """
 
     kind: Kind
@@ -112,20 +93,11 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """The Apple device that models ran on.
+    """The Apple device that models ran on; ``None`` where Core ML or the system does not say.
 
-    Parameters
-    ----------
-    model, chip
-        Such as ``"Mac14,2"`` and ``"Apple M2"``.
-    os, os_build
-        Such as ``"macOS 15.1"`` and ``"24B83"``.
-    neural_engine_cores
-        As Core ML says; ``None`` if it does not.
-    compute_devices
-        What Core ML says it may use: of ``"cpu"``, ``"gpu"`` and ``"neural_engine"``.
-    is_virtual, low_power, on_battery
-        What spoils figures, if the system says so.
+    ``model`` and ``chip`` are such as ``"Mac14,2"`` and ``"Apple M2"``, ``os`` and ``os_build``
+    such as ``"macOS 15.1"`` and ``"24B83"``. ``compute_devices`` are what Core ML says it may use:
+    of ``"cpu"``, ``"gpu"`` and ``"neural_engine"``. The last three fields spoil figures.
     """
 
     model: str
@@ -167,20 +139,9 @@ class Tool:
 class Model:
     """A package, as its bytes say.
 
-    Parameters
-    ----------
-    name, path
-        What it is called, and where it was.
-    sha256
-        Of its files.
-    package_bytes, weight_bytes, dense_weight_bytes
-        Size of all files, of the weights as stored, and of the weights if all were dense.
-    specification_version
-        Of the model.
-    stored_as
-        How many weights are stored in each way.
-    treatment
-        What was done to it, in words; empty if that is not known.
+    ``sha256`` is that of its files. Weights take ``weight_bytes`` as stored and
+    ``dense_weight_bytes`` if all were dense; ``stored_as`` says how many are stored in each way,
+    ``treatment`` what was done to them, in words: empty if that is not known.
     """
 
     name: str
@@ -196,20 +157,11 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How a configuration was run.
+    """How a configuration was run: in Core ML's units, ``"INTERPRETER"`` or ``"FAKE:..."``.
 
-    Parameters
-    ----------
-    compute_units
-        Core ML's name of what it may use; ``"INTERPRETER"``; or ``"FAKE:..."``.
-    warmup, samples_per_round
-        Predictions that were discarded first, and taken in a turn.
-    input_seed, input_sha256
-        Where random inputs started from, ``None`` if they were given; and their hash.
-    interleaved_with
-        The entries that took turns with this one.
-    function
-        Which function of a package with several.
+    ``warmup`` predictions were discarded first, ``samples_per_round`` taken in a turn.
+    ``input_seed`` is where random inputs started from, ``None`` if they were given, ``function``
+    which one of a package with several.
     """
 
     compute_units: str
@@ -225,20 +177,10 @@ class Settings:
 class Timing:
     """Times in milliseconds; ``None`` where there is none.
 
-    Parameters
-    ----------
-    kind
-        Where they come from.
-    package_compile
-        ``.mlpackage`` to ``.mlmodelc``.
-    load_first, load_cached
-        First load at a new path, and later ones of new processes.
-    predict_first
-        The first prediction, which is none of the others.
-    core
-        Core ML's own time of a prediction, without conversion from and to Python.
-    e2e
-        The whole call from Python.
+    ``package_compile`` is from ``.mlpackage`` to ``.mlmodelc``, ``load_first`` at a new path,
+    ``load_cached`` by new processes later. ``predict_first`` is none of the other predictions;
+    of those, ``core`` is Core ML's own time, without conversion from and to Python, ``e2e`` that of
+    the whole call.
     """
 
     kind: Kind

@@ -39,6 +39,17 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return float(np.percentile(np.asarray(values, np.float64), percent))
 
 
+def order_statistics(values: Sequence[float]) -> dict[str, float]:
+    """Return the statistics of a `milpress.device.schema.Distribution` that have no interval."""
+    return {
+        "median": median(values),
+        "p90": percentile(values, 90),
+        "p99": percentile(values, 99),
+        "minimum": min(values),
+        "maximum": max(values),
+    }
+
+
 def median_interval(rounds: Sequence[Sequence[float]]) -> Interval:
     """Return a bootstrap interval of the median of all samples.
 

@@ -32,15 +32,7 @@ RESULTS = "results.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """One treatment of the grid.
-
-    Parameters
-    ----------
-    name
-        Of its package and report.
-    recipe
-        What is done to it; ``None`` for nothing.
-    """
+    """One treatment of the grid, by the name of its package and report; none without a recipe."""
 
     name: str
     recipe: Recipe | None = None

@@ -103,9 +103,7 @@ class RunReport:
 
     def __rich__(self) -> Table:
         """Return the outputs as a table."""
-        table = named_table("output", "shape", "type")
-        for heading in ("min", "max", "mean"):
-            table.add_column(heading, justify="right")
+        table = named_table("output", "shape", "type", right=("min", "max", "mean"))
         for output in self.outputs:
             numbers = ["", "", ""]
             if output.statistics is not None:

@@ -156,18 +156,14 @@ class Evaluation:
             for metric in METRICS
             if any(_value(output, metric) is not None for output in self.outputs)
         ]
-        table = named_table("output")
-        for metric in shown:
-            table.add_column(_HEADINGS[metric], justify="right")
+        table = named_table("output", right=[_HEADINGS[metric] for metric in shown])
         for output in self.outputs:
             table.add_row(escaped(output.name), *(_shown(output, metric) for metric in shown))
         return table
 
     def ops_table(self, *, most: int | None = None) -> Table:
         """Return the intermediate values as a table, of which ``most`` are shown at most."""
-        table = named_table("value", "op")
-        for heading in ("own SNR dB", "with errors before it"):
-            table.add_column(heading, justify="right")
+        table = named_table("value", "op", right=("own SNR dB", "with errors before it"))
         for op in self.ops[:most]:
             table.add_row(
                 escaped(op.name),

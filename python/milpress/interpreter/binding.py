@@ -15,7 +15,7 @@ from torch import Tensor
 from milpress.errors import PackageError, UnsupportedOpError
 from milpress.interpreter import ops
 from milpress.interpreter.constants import Budget, Caster, Weight, caster, constant, held_as
-from milpress.interpreter.operator import Operator
+from milpress.interpreter.operator import Call, Operator
 from milpress.mil import opset, proto, values
 from milpress.mil.decode import is_constexpr
 from milpress.mil.graph import Node
@@ -66,22 +66,6 @@ class Frame:
             self.slots[slot] = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """What an op may ask of the program: see `milpress.interpreter.operator.Call`."""
-
-    opset: int
-    n_outputs: int
-    dtype: torch.dtype | None
-    generator: torch.Generator
-    blocks: Sequence[Callable[..., tuple[Any, ...]]]
-    frame: Frame
-    operands: Mapping[str, int]
-
-    def show(self, parameter: str, operand: Callable[[], Tensor]) -> None:
-        self.frame.show(self.operands[parameter], operand)
-
-
 @dataclass(slots=True, kw_only=True)
 class Step:
     """An op, bound: its settings are known, what else it takes is in slots.
@@ -113,11 +97,11 @@ class Step:
         }
         arguments = self.settings | self.operator.bound(arguments)
         if self.operator.takes_call:
-            blocks = [functools.partial(block.run, frame) for block in self.blocks]
-            n_outputs = len(self.writes)
-            version = self.opset.version
-            arguments["call"] = _Call(
-                version, n_outputs, self.dtype, frame.generator, blocks, frame, self.operands
+            arguments["call"] = Call(
+                dtype=self.dtype,
+                generator=frame.generator,
+                blocks=[functools.partial(block.run, frame) for block in self.blocks],
+                show=lambda parameter, operand: frame.show(self.operands[parameter], operand),
             )
         made = self.operator.function(**arguments)
         if self.writes:
@@ -232,10 +216,8 @@ def operand_name(value: str, parameter: str) -> str:
     return f"{value}: {parameter}"
 
 
-def bind(
-    function: proto.Function, place: str, source: WeightSource, *, rounds: bool, budget: Budget
-) -> Function:
-    """Make a function of a package ready to run.
+class Binder:
+    """Makes a function of a package ready to run: each value gets a slot, ops are bound to them.
 
     Parameters
     ----------
@@ -247,25 +229,14 @@ def bind(
         Whether values that are declared as float16 are rounded to it.
     budget
         What decoded weights may take.
-
-    Raises
-    ------
-    UnsupportedOpError
-        If an op is not covered.
-    PackageError
-        If the function breaks the format.
     """
-    return _Binder(function, place, source, rounds, budget).function()
-
-
-class _Binder:
-    """Gives every value a slot and binds the ops to them, block by block."""
 
     def __init__(
         self,
         function: proto.Function,
         place: str,
         source: WeightSource,
+        *,
         rounds: bool,
         budget: Budget,
     ) -> None:
@@ -275,9 +246,8 @@ class _Binder:
         self._rounds = rounds
         self._budget = budget
         self._opset = _opset_of(function, place)
-        body = function.block_specializations[function.opset]
-        self._body = body
-        graph = ProgramGraph(function, body, source)
+        self._body = function.block_specializations[function.opset]
+        graph = ProgramGraph(function, self._body, source)
         # The graph lists its nodes in the order in which this class walks the blocks.
         self._nodes = iter(graph.nodes)
         self._decoder = graph.decoder
@@ -288,6 +258,15 @@ class _Binder:
         self._operands: dict[str, list[int]] = {}
 
     def function(self) -> Function:
+        """Return the function.
+
+        Raises
+        ------
+        UnsupportedOpError
+            If an op is not covered.
+        PackageError
+            If the function breaks the format.
+        """
         names: ChainMap[str, int] = ChainMap()
         inputs = {item.name: self._input(item, names) for item in self._function.inputs}
         block = self._block(self._body, names, first=0)

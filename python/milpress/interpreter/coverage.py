@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from milpress.interpreter import ops
 from milpress.mil.package import Package
+from milpress.plain import json
 from milpress.show import escaped, named_table
 
 if TYPE_CHECKING:
@@ -17,20 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpCoverage:
-    """How often an op occurs in a function, and whether the interpreter covers it.
+    """How often an op occurs in a function, and what of it the interpreter does not cover.
 
-    Parameters
-    ----------
-    function
-        The function; in a pipeline behind its model's name and a slash.
-    target
-        Deployment target of the function's opset.
-    op
-        Type of the op.
-    count
-        How often it occurs.
-    uncovered
-        What is not covered: empty, the op's type, or parameters that it is used with.
+    ``function`` stands in a pipeline behind its model's name and a slash; ``target`` is that of its
+    opset. ``uncovered`` is empty, the op's type, or parameters that it is used with.
     """
 
     function: str
@@ -64,21 +55,15 @@ class Coverage:
         return {
             "covered": all(each.is_covered for each in self.ops),
             "ops": [
-                {
-                    "function": each.function,
-                    "target": each.target,
-                    "op": each.op,
-                    "count": each.count,
-                    "covered": each.is_covered,
-                }
+                json.record(each, "function", "target", "op", "count")
+                | {"covered": each.is_covered}
                 for each in self.ops
             ],
         }
 
     def __rich__(self) -> Table:
         """Return the ops as a table."""
-        table = named_table("function", "opset", "op")
-        table.add_column("count", justify="right")
+        table = named_table("function", "opset", "op", right=["count"])
         table.add_column("interpreter")
         for each in self.ops:
             table.add_row(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from milpress.errors import ConfigError, ModelKindError, PackageError, UnsupportedError
-from milpress.interpreter.binding import bind
+from milpress.interpreter.binding import Binder
 from milpress.interpreter.constants import Budget
 from milpress.interpreter.parts import Model, Part, Passed, Pipeline
 from milpress.interpreter.suppression import suppression_of
@@ -15,16 +15,14 @@ from milpress.mil.model_kinds import kind_of
 from milpress.mil.package import Package, description_of, pipeline_models
 
 
+@dataclass(frozen=True, slots=True)
 class Loader:
     """Makes the models of a package ready to run."""
 
-    def __init__(
-        self, package: Package, function: str | None, rounds: bool, budget: Budget
-    ) -> None:
-        self._package = package
-        self._function = function
-        self._rounds = rounds
-        self._budget = budget
+    package: Package
+    function: str | None
+    rounds: bool
+    budget: Budget
 
     def part(self, model: proto.Model, place: tuple[str, ...] = ()) -> Model | Pipeline:
         """Return a model of the package, which is an ML program or a pipeline.
@@ -42,14 +40,14 @@ class Loader:
         """
         if model.WhichOneof("choice") == "mlProgram":
             return self._model(model, place)
-        if self._function is not None:
-            msg = f"function must not be given for a pipeline, got {self._function!r}"
+        if self.function is not None:
+            msg = f"function must not be given for a pipeline, got {self.function!r}"
             raise ConfigError(msg)
         stages = [
             self._stage(i, inner, (*place, name))
             for i, (name, inner) in enumerate(pipeline_models(model))
         ]
-        return _Joined(self._package, model, stages).pipeline()
+        return _Joined(self.package, model, stages).pipeline()
 
     def _stage(self, i: int, model: proto.Model, place: tuple[str, ...]) -> Part | Passed:
         if model.WhichOneof("choice") is not None:
@@ -59,7 +57,7 @@ class Loader:
         kind = kind_of(model)
         if not kind:
             msg = (
-                f"{self._package.path}: stage {'/'.join(place)!r} of the pipeline is of a kind "
+                f"{self.package.path}: stage {'/'.join(place)!r} of the pipeline is of a kind "
                 "that Core ML does not have"
             )
             raise ModelKindError(msg)
@@ -72,13 +70,13 @@ class Loader:
     def _model(self, model: proto.Model, place: tuple[str, ...]) -> Model:
         name = self._function_name(model, place)
         shown = "/".join((*place, name))
-        function = bind(
+        function = Binder(
             model.mlProgram.functions[name],
             shown,
-            self._package,
-            rounds=self._rounds,
-            budget=self._budget,
-        )
+            self.package,
+            rounds=self.rounds,
+            budget=self.budget,
+        ).function()
         description = description_of(model, name)
         outputs = dict(zip(function.outputs, function.output_types, strict=True))
         taken = {key for key, value in function.inputs.items() if not value.is_state}
@@ -103,13 +101,13 @@ class Loader:
 
     def _function_name(self, model: proto.Model, place: tuple[str, ...]) -> str:
         functions = model.mlProgram.functions
-        name = self._function
+        name = self.function
         if name is None:
             name = model.description.defaultFunctionName or (
                 "main" if "main" in functions or len(functions) != 1 else next(iter(functions))
             )
         if name not in functions:
-            where = "/".join((str(self._package.path), *place))
+            where = "/".join((str(self.package.path), *place))
             known = ", ".join(sorted(functions))
             msg = f"{where}: function must be one of {known}, got {name!r}"
             raise ConfigError(msg)

@@ -8,41 +8,34 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Call(Protocol):
-    """What an op may ask of the program that calls it; a parameter named ``call`` receives it."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """What an op may ask of the program that calls it; a parameter named ``call`` receives it.
 
-    @property
-    def opset(self) -> int:
-        """Version of the function's opset: 5 for iOS15 to 9 for iOS26."""
+    Parameters
+    ----------
+    dtype
+        Type that holds the first output here, if it is a tensor.
+    generator
+        Source of random numbers, seeded with the program's run.
+    blocks
+        The op's nested blocks, which take and return values as ops do.
+    show
+        Shows what a weight is multiplied by, if somebody looks at it: it is made only then. It is
+        one of the operator's ``operands``, of the shape ``(blocks, *positions, n)``: equal parts of
+        the weight's rows, one after the other, are multiplied by a block each.
+    """
 
-    @property
-    def n_outputs(self) -> int:
-        """How many values the op returns."""
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """Type that holds the first output here, if it is a tensor."""
-
-    @property
-    def generator(self) -> torch.Generator:
-        """Source of random numbers, seeded with the program's run."""
-
-    @property
-    def blocks(self) -> Sequence[Callable[..., tuple[Any, ...]]]:
-        """The op's nested blocks, which take and return values as ops do."""
-
-    def show(self, parameter: str, operand: Callable[[], Tensor]) -> None:
-        """Show what a weight is multiplied by, if somebody looks at it: it is made only then.
-
-        It is one of the operator's ``operands``, of the shape ``(blocks, *positions, n)``: equal
-        parts of the weight's rows, one after the other, are multiplied by a block each.
-        """
+    dtype: torch.dtype | None
+    generator: torch.Generator
+    blocks: Sequence[Callable[..., tuple[Any, ...]]]
+    show: Callable[[str, Callable[[], Tensor]], None]
 
 
 # Hints of a function that are of no parameter of the op.
@@ -135,6 +128,16 @@ def operator(
         return dataclasses.replace(versions[-1], earlier=tuple(versions[:-1]))
 
     return wrap
+
+
+def of_one(name: str, function: Callable[[Tensor], Tensor]) -> Operator:
+    """Return the operator of an op that takes ``x`` and nothing else."""
+
+    @operator(name)
+    def apply(x: Tensor) -> Tensor:
+        return function(x)
+
+    return apply
 
 
 def _form_of(hint: Any) -> tuple[str, bool]:

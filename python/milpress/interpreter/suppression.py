@@ -77,8 +77,6 @@ class Suppression:
         Its name, behind those of the pipelines it is in.
     settings
         How boxes are chosen if no input says otherwise.
-    n_classes
-        How many labels it has; ``None`` if it has none.
     confidence, coordinates
         Names of what it takes.
     overrides
@@ -91,7 +89,6 @@ class Suppression:
 
     place: str
     settings: Settings
-    n_classes: int | None
     confidence: str
     coordinates: str
     overrides: dict[str, str]
@@ -209,7 +206,6 @@ def suppression_of(model: proto.Model, place: str) -> Suppression:
     return Suppression(
         place=place,
         settings=settings,
-        n_classes=n_classes,
         confidence=names["confidenceInput"],
         coordinates=names["coordinatesInput"],
         overrides=overrides,

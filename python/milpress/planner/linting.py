@@ -80,14 +80,10 @@ class Lint:
     @property
     def summary(self) -> str:
         """One line: how many weights are at risk of what."""
-        n = len({finding.weight for finding in self.findings})
-        if not n:
-            return f"{_counted(self.n_weights)}: no risk is known"
-        kinds = {
-            f"{_UNITS[finding.fact.unit]}: {_SHOWN[finding.fact.effect]}"
-            for finding in self.findings
-        }
-        return f"{_counted(self.n_weights)}: {n} at risk ({'; '.join(sorted(kinds))})"
+        n, kinds = _risks(self.findings)
+        return f"{_counted(self.n_weights)}: " + (
+            f"{n} at risk ({kinds})" if n else "no risk is known"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the findings as JSON can hold them."""
@@ -179,11 +175,14 @@ def warning(source: str | os.PathLike[str]) -> str:
         for one in found.findings
         if one.traits.form != "dense" and one.fact.effect in ("crash", "wrong", "leaves")
     ]
-    if not risky:
-        return ""
-    n = len({one.weight for one in risky})
-    kinds = sorted({f"{_UNITS[one.fact.unit]}: {_SHOWN[one.fact.effect]}" for one in risky})
-    return f"{_counted(n)} at risk ({'; '.join(kinds)}): see milpress lint"
+    n, kinds = _risks(risky)
+    return f"{_counted(n)} at risk ({kinds}): see milpress lint" if n else ""
+
+
+def _risks(findings: Sequence[Finding]) -> tuple[int, str]:
+    """Return how many weights are at risk, and of what."""
+    kinds = {f"{_UNITS[one.fact.unit]}: {_SHOWN[one.fact.effect]}" for one in findings}
+    return len({one.weight for one in findings}), "; ".join(sorted(kinds))
 
 
 def _counted(n: int) -> str:

@@ -92,25 +92,11 @@ class PlannedWeight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CurvePoint:
-    """A size and the score that can be had at it.
-
-    Parameters
-    ----------
-    package_bytes
-        Size of the package.
-    bits_per_weight
-        Effective bits of the weights that are planned.
-    snr_db
-        The score.
-    """
+    """A size of the package, effective bits of the planned weights, and the score to be had."""
 
     package_bytes: int
     bits_per_weight: float
     snr_db: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the point as JSON can hold it."""
-        return json.record(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,9 +188,8 @@ class Plan:
 
     def __rich__(self) -> Table:
         """Return the weights as a table."""
-        table = named_table("weight", "used by", "shape", "treatment")
-        for heading in ("bytes", "bits", "SNR dB"):
-            table.add_column(heading, justify="right")
+        left = ("weight", "used by", "shape", "treatment")
+        table = named_table(*left, right=("bytes", "bits", "SNR dB"))
         for weight in self.weights:
             what = "keep" if weight.treatment is None else describe(weight.treatment)
             why = weight.reason or (weight.shares_with and f"as {weight.shares_with}")
@@ -221,9 +206,7 @@ class Plan:
 
     def curve_table(self) -> Table:
         """Return the curve of size against score as a table, with the knee and this plan marked."""
-        table = named_table("size")
-        for heading in ("bits", "SNR dB"):
-            table.add_column(heading, justify="right")
+        table = named_table("size", right=("bits", "SNR dB"))
         table.add_column("")
         here = CurvePoint(
             package_bytes=self.package_bytes,

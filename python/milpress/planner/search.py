@@ -23,18 +23,10 @@ _AS_GOOD_AS = 1.05
 
 
 class Choice(NamedTuple):
-    """What may be done to a group of weights.
+    """What may be done to a group of weights, and how many bytes they take then.
 
-    Parameters
-    ----------
-    format
-        Its short name.
-    n_bytes
-        Bytes that the weights take then.
-    error
-        What it adds to the error that a plan keeps small.
-    treatments
-        The treatment of each of the weights; none if they stay.
+    ``error`` is what it adds to the error that a plan keeps small; there are ``treatments`` of each
+    of the weights, or none if they stay.
     """
 
     format: str

@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 import types
 from collections.abc import Mapping
 
 from milpress.interpreter.operator import Operator
-from milpress.interpreter.ops import (
-    activation,
-    control,
-    convolution,
-    detection,
-    elementwise,
-    indexing,
-    layout,
-    linear,
-    lists,
-    normalization,
-    quantization,
-    randomness,
-    recurrent,
-    reduction,
-    resizing,
-    sorting,
-    states,
-)
 from milpress.mil import proto
 from milpress.mil.decode import DECODED
 
-_FAMILIES = (
-    activation,
-    control,
-    convolution,
-    detection,
-    elementwise,
-    indexing,
-    layout,
-    linear,
-    lists,
-    normalization,
-    quantization,
-    randomness,
-    recurrent,
-    reduction,
-    resizing,
-    sorting,
-    states,
-)
+# Each module of this folder is a family.
+_FAMILIES = [
+    importlib.import_module(f"{__name__}.{module.name}")
+    for module in pkgutil.iter_modules(__path__)
+]
 
 
 def _collected() -> Mapping[str, tuple[Operator, ...]]:

@@ -6,41 +6,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from milpress.interpreter.operator import operator
+from milpress.interpreter.operator import of_one, operator
+from milpress.interpreter.ops.torch_types import check_choice
 
 
 def _per_channel(parameter: Tensor, x: Tensor) -> Tensor:
     return parameter.reshape([1, -1] + [1] * (x.dim() - 2))
 
 
-@operator("relu")
-def relu(x: Tensor) -> Tensor:
-    return torch.relu(x)
-
-
-@operator("relu6")
-def relu6(x: Tensor) -> Tensor:
-    return torch.clamp(x, 0, 6)
-
-
-@operator("sigmoid")
-def sigmoid(x: Tensor) -> Tensor:
-    return torch.sigmoid(x)
-
-
-@operator("silu")
-def silu(x: Tensor) -> Tensor:
-    return functional.silu(x)
-
-
-@operator("softplus")
-def softplus(x: Tensor) -> Tensor:
-    return torch.logaddexp(x, torch.zeros_like(x))
-
-
-@operator("softsign")
-def softsign(x: Tensor) -> Tensor:
-    return functional.softsign(x)
+relu = of_one("relu", torch.relu)
+relu6 = of_one("relu6", lambda x: torch.clamp(x, 0, 6))
+sigmoid = of_one("sigmoid", torch.sigmoid)
+silu = of_one("silu", functional.silu)
+softplus = of_one("softplus", lambda x: torch.logaddexp(x, torch.zeros_like(x)))
+softsign = of_one("softsign", functional.softsign)
 
 
 @operator("softmax")
@@ -50,14 +29,12 @@ def softmax(x: Tensor, axis: int = -1) -> Tensor:
 
 @operator("gelu")
 def gelu(x: Tensor, mode: str = "EXACT") -> Tensor:
+    check_choice("mode", mode, "EXACT", "TANH_APPROXIMATION", "SIGMOID_APPROXIMATION")
     if mode == "EXACT":
         return functional.gelu(x)
     if mode == "TANH_APPROXIMATION":
         return functional.gelu(x, approximate="tanh")
-    if mode == "SIGMOID_APPROXIMATION":
-        return x * torch.sigmoid(1.702 * x)
-    msg = f"mode must be EXACT, TANH_APPROXIMATION or SIGMOID_APPROXIMATION, got {mode}"
-    raise ValueError(msg)
+    return x * torch.sigmoid(1.702 * x)
 
 
 @operator("clamped_relu")

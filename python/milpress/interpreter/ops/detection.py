@@ -43,29 +43,6 @@ def _kept(
     return torch.tensor(kept) if kept else order[:1]
 
 
-def _suppressed(
-    boxes: Tensor,
-    scores: Tensor,
-    iou_threshold: float,
-    score_threshold: float,
-    max_boxes: int,
-    per_class: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n, _, n_classes = scores.shape
-    kept_boxes = torch.zeros(n, max_boxes, 4)
-    kept_scores = torch.zeros(n, max_boxes, n_classes)
-    indices = torch.full((n, max_boxes), -1, dtype=torch.int32)
-    counts = torch.zeros(n, dtype=torch.int32)
-    for i in range(n):
-        kept = _kept(boxes[i], scores[i], iou_threshold, score_threshold, max_boxes, per_class)
-        count = len(kept)
-        kept_boxes[i, :count] = boxes[i, kept]
-        kept_scores[i, :count] = scores[i, kept]
-        indices[i, :count] = kept
-        counts[i] = count
-    return kept_boxes, kept_scores, indices, counts
-
-
 @operator("non_maximum_suppression")
 def non_maximum_suppression(
     boxes: Tensor,
@@ -75,9 +52,21 @@ def non_maximum_suppression(
     max_boxes: int,
     per_class_suppression: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _suppressed(
-        boxes, scores, iou_threshold, score_threshold, max_boxes, per_class_suppression
-    )
+    n, _, n_classes = scores.shape
+    kept_boxes = torch.zeros(n, max_boxes, 4)
+    kept_scores = torch.zeros(n, max_boxes, n_classes)
+    indices = torch.full((n, max_boxes), -1, dtype=torch.int32)
+    counts = torch.zeros(n, dtype=torch.int32)
+    for i in range(n):
+        kept = _kept(
+            boxes[i], scores[i], iou_threshold, score_threshold, max_boxes, per_class_suppression
+        )
+        count = len(kept)
+        kept_boxes[i, :count] = boxes[i, kept]
+        kept_scores[i, :count] = scores[i, kept]
+        indices[i, :count] = kept
+        counts[i] = count
+    return kept_boxes, kept_scores, indices, counts
 
 
 @operator("non_maximum_suppression", since=7)
@@ -88,7 +77,7 @@ def non_maximum_suppression_of_columns(
     max_boxes: int,
     per_class_suppression: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kept_boxes, kept_scores, indices, _ = _suppressed(
+    kept_boxes, kept_scores, indices, _ = non_maximum_suppression.function(
         boxes.mT, scores.mT, iou_threshold, -math.inf, max_boxes, per_class_suppression
     )
     return kept_boxes.mT, kept_scores.mT, indices

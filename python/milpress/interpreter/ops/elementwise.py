@@ -7,16 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from milpress.interpreter.operator import Operator, operator
+from milpress.interpreter.operator import Operator, of_one, operator
 from milpress.interpreter.ops.torch_types import converted, real
-
-
-def _of_one(name: str, function: Callable[[Tensor], Tensor]) -> Operator:
-    @operator(name)
-    def apply(x: Tensor) -> Tensor:
-        return function(x)
-
-    return apply
 
 
 def _of_two(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> Operator:
@@ -27,27 +19,27 @@ def _of_two(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> Operator
     return apply
 
 
-absolute = _of_one("abs", torch.abs)
-arccosine = _of_one("acos", torch.acos)
-arcsine = _of_one("asin", torch.asin)
-arctangent = _of_one("atan", torch.atan)
-area_tangent = _of_one("atanh", torch.atanh)
-ceiling = _of_one("ceil", torch.ceil)
-cosine = _of_one("cos", torch.cos)
-hyperbolic_cosine = _of_one("cosh", torch.cosh)
-error_function = _of_one("erf", torch.erf)
-exponential = _of_one("exp", torch.exp)
-exponential_of_two = _of_one("exp2", torch.exp2)
-floor = _of_one("floor", torch.floor)
-logical_not = _of_one("logical_not", torch.logical_not)
-rounded = _of_one("round", torch.round)  # half to even
-sign = _of_one("sign", torch.sign)
-sine = _of_one("sin", torch.sin)
-hyperbolic_sine = _of_one("sinh", torch.sinh)
-square_root = _of_one("sqrt", torch.sqrt)
-square = _of_one("square", torch.square)
-tangent = _of_one("tan", torch.tan)
-hyperbolic_tangent = _of_one("tanh", torch.tanh)
+absolute = of_one("abs", torch.abs)
+arccosine = of_one("acos", torch.acos)
+arcsine = of_one("asin", torch.asin)
+arctangent = of_one("atan", torch.atan)
+area_tangent = of_one("atanh", torch.atanh)
+ceiling = of_one("ceil", torch.ceil)
+cosine = of_one("cos", torch.cos)
+hyperbolic_cosine = of_one("cosh", torch.cosh)
+error_function = of_one("erf", torch.erf)
+exponential = of_one("exp", torch.exp)
+exponential_of_two = of_one("exp2", torch.exp2)
+floor = of_one("floor", torch.floor)
+logical_not = of_one("logical_not", torch.logical_not)
+rounded = of_one("round", torch.round)  # half to even
+sign = of_one("sign", torch.sign)
+sine = of_one("sin", torch.sin)
+hyperbolic_sine = of_one("sinh", torch.sinh)
+square_root = of_one("sqrt", torch.sqrt)
+square = of_one("square", torch.square)
+tangent = of_one("tan", torch.tan)
+hyperbolic_tangent = of_one("tanh", torch.tanh)
 
 add = _of_two("add", torch.add)
 equal = _of_two("equal", torch.eq)

@@ -117,11 +117,16 @@ def _checked(indices: Tensor, size: int, validate: bool | None) -> Tensor:
     return places if validate is None else places.clamp(0, size - 1)
 
 
-def _gather(
-    x: Tensor, indices: Tensor, axis: int, batch_dims: int, validate: bool | None
+@operator("gather", added={6: ("batch_dims",), _IOS17: ("validate_indices",)}, before=_UNVALIDATED)
+def gather(
+    x: Tensor,
+    indices: Tensor,
+    axis: int = 0,
+    batch_dims: int = 0,
+    validate_indices: bool | None = False,
 ) -> Tensor:
     axis = positive(axis, x.dim())
-    places = _checked(indices, x.shape[axis], validate)
+    places = _checked(indices, x.shape[axis], validate_indices)
     shape = [*x.shape[:axis], *places.shape[batch_dims:], *x.shape[axis + 1 :]]
     if batch_dims == 0:
         return x.index_select(axis, places.reshape(-1)).reshape(shape)
@@ -131,17 +136,6 @@ def _gather(
     places = places.reshape([*places.shape[:batch_dims], *between, -1, *after])
     places = places.expand([*x.shape[:axis], places.shape[axis], *x.shape[axis + 1 :]])
     return torch.gather(x, axis, places).reshape(shape)
-
-
-@operator("gather", added={6: ("batch_dims",), _IOS17: ("validate_indices",)}, before=_UNVALIDATED)
-def gather(
-    x: Tensor,
-    indices: Tensor,
-    axis: int = 0,
-    batch_dims: int = 0,
-    validate_indices: bool | None = False,
-) -> Tensor:
-    return _gather(x, indices, axis, batch_dims, validate_indices)
 
 
 @operator("gather_along_axis", added={_IOS17: ("validate_indices",)}, before=_UNVALIDATED)
@@ -171,7 +165,8 @@ def gather_nd(
     flat = _flat(indices, sizes, validate_indices)
     shape = [*indices.shape[:-1], *rest]
     x = x.reshape([*x.shape[:batch_dims], math.prod(sizes), *rest])
-    return _gather(x, flat, batch_dims, batch_dims, None).reshape(shape)
+    gathered: Tensor = gather.function(x, flat, batch_dims, batch_dims, None)
+    return gathered.reshape(shape)
 
 
 _REDUCTIONS = {"add": "sum", "sub": "sum", "mul": "prod", "max": "amax", "min": "amin"}
@@ -192,16 +187,6 @@ def _scattered(data: Tensor, axis: int, places: Tensor, updates: Tensor, mode: s
     return data.scatter_reduce(axis, places, values, _REDUCTIONS[mode])
 
 
-def _scatter(
-    data: Tensor, indices: Tensor, updates: Tensor, axis: int, mode: str, validate: bool | None
-) -> Tensor:
-    axis = positive(axis, data.dim())
-    places = _checked(indices, data.shape[axis], validate).reshape(-1)
-    values = updates.reshape([*data.shape[:axis], len(places), *data.shape[axis + 1 :]])
-    places = places.reshape([-1] + [1] * (data.dim() - axis - 1)).expand(values.shape)
-    return _scattered(data, axis, places, values, mode)
-
-
 @operator("scatter", added={_IOS17: ("validate_indices",)}, before=_UNVALIDATED)
 def scatter(
     data: Tensor,
@@ -211,7 +196,11 @@ def scatter(
     mode: str = "add",
     validate_indices: bool | None = False,
 ) -> Tensor:
-    return _scatter(data, indices, updates, axis, mode, validate_indices)
+    axis = positive(axis, data.dim())
+    places = _checked(indices, data.shape[axis], validate_indices).reshape(-1)
+    values = updates.reshape([*data.shape[:axis], len(places), *data.shape[axis + 1 :]])
+    places = places.reshape([-1] + [1] * (data.dim() - axis - 1)).expand(values.shape)
+    return _scattered(data, axis, places, values, mode)
 
 
 @operator("scatter_along_axis", added={_IOS17: ("validate_indices",)}, before=_UNVALIDATED)
@@ -238,7 +227,8 @@ def scatter_nd(
     depth = indices.shape[-1]
     flat = data.reshape([math.prod(data.shape[:depth]), *data.shape[depth:]])
     places = _flat(indices, data.shape[:depth], validate_indices)
-    return _scatter(flat, places, updates, 0, mode, None).reshape(data.shape)
+    scattered: Tensor = scatter.function(flat, places, updates, 0, mode, None)
+    return scattered.reshape(data.shape)
 
 
 @operator("non_zero")

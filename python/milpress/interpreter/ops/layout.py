@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from milpress.interpreter.operator import Call, operator
-from milpress.interpreter.ops.torch_types import positive
+from milpress.interpreter.ops.torch_types import check_choice, positive
 
 
 def _filled(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -187,13 +187,11 @@ def sliding_windows(x: Tensor, axis: int, size: int, stride: int = 1) -> Tensor:
 
 @operator("pad")
 def pad(x: Tensor, pad: list[int], mode: str = "constant", constant_val: float = 0.0) -> Tensor:
+    check_choice("mode", mode, "constant", "reflect", "replicate")
     if mode == "constant":
         pairs = [pad[i : i + 2] for i in range(0, len(pad), 2)]
         last_first = [amount for pair in reversed(pairs) for amount in pair]
         return functional.pad(x, last_first, value=constant_val)
-    if mode not in ("reflect", "replicate"):
-        msg = f"mode must be constant, reflect or replicate, got {mode}"
-        raise ValueError(msg)
     first = x.dim() - len(pad) // 2
     for axis in range(first, x.dim()):
         before, after = pad[2 * (axis - first) : 2 * (axis - first) + 2]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from milpress.interpreter.operator import Call, operator
+from milpress.interpreter.ops.torch_types import check_choice
 
 
 def _source(call: Call, seed: int) -> torch.Generator:
@@ -36,9 +37,7 @@ def uniform(
 def categorical(
     x: Tensor, mode: str = "logits", size: int = 1, seed: int = -1, *, call: Call
 ) -> Tensor:
-    if mode not in ("logits", "probs"):
-        msg = f"mode must be logits or probs, got {mode}"
-        raise ValueError(msg)
+    check_choice("mode", mode, "logits", "probs")
     odds = torch.softmax(x, -1) if mode == "logits" else x
     rows = odds.reshape(-1, odds.shape[-1])
     drawn = torch.multinomial(rows, size, replacement=True, generator=_source(call, seed))

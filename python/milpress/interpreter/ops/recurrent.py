@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from milpress.interpreter.operator import Call, operator
+from milpress.interpreter.ops.torch_types import check_choice
 
 # Those that have parameters are used with their usual ones.
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = types.MappingProxyType(
@@ -35,9 +36,7 @@ def _activation(name: str) -> Callable[[Tensor], Tensor]:
 
 def _in_direction(x: Tensor, direction: str) -> Tensor:
     """Return the sequence in the order in which it is read; the output stays in that order."""
-    if direction not in ("forward", "reverse"):
-        msg = f"direction must be forward or reverse, got {direction}"
-        raise ValueError(msg)
+    check_choice("direction", direction, "forward", "reverse")
     return x.flip(0) if direction == "reverse" else x
 
 

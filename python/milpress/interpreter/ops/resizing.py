@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from milpress.interpreter.operator import operator
-from milpress.interpreter.ops.torch_types import real
+from milpress.interpreter.ops.torch_types import check_choice, real
 
 _SAMPLING_MODES = (
     "DEFAULT",
@@ -100,9 +100,7 @@ def resize(
     interpolation_mode: str = "LINEAR",
     sampling_mode: str = "DEFAULT",
 ) -> Tensor:
-    if interpolation_mode not in ("LINEAR", "NEAREST_NEIGHBOR"):
-        msg = f"interpolation_mode must be LINEAR or NEAREST_NEIGHBOR, got {interpolation_mode}"
-        raise ValueError(msg)
+    check_choice("interpolation_mode", interpolation_mode, "LINEAR", "NEAREST_NEIGHBOR")
     first = x.dim() - resized_dims
     wanted = shape[len(shape) - resized_dims :]
     sizes = [size or x.shape[first + i] for i, size in enumerate(wanted)]
@@ -174,15 +172,20 @@ def _reflected(places: Tensor, least: float, greatest: float) -> Tensor:
 
 def _resample(
     x: Tensor,
-    y_places: Tensor,
-    x_places: Tensor,
+    coordinates: Tensor,
     sampling_mode: str,
     padding_mode: str,
     padding_value: float,
+    coordinates_mode: str,
+    align_corners: bool,
 ) -> Tensor:
+    sampling_mode, padding_mode = sampling_mode.lower(), padding_mode.lower()
+    check_choice("padding_mode", padding_mode, "constant", "border", "reflection", "symmetric")
+    check_choice("sampling_mode", sampling_mode, "bilinear", "nearest")
     outside = None
     sides = []
-    for places, size in ((y_places, x.shape[-2]), (x_places, x.shape[-1])):
+    for places, size in zip(coordinates.flip(-1).unbind(-1), x.shape[-2:], strict=True):
+        places = _in_pixels(places, size, coordinates_mode.lower(), align_corners)
         if padding_mode == "constant":
             outside = padding_value
             sides.append(places)
@@ -190,33 +193,20 @@ def _resample(
             sides.append(places.clamp(0, size - 1))
         elif padding_mode == "reflection":
             sides.append(_reflected(places, 0, size - 1))
-        elif padding_mode == "symmetric":
-            sides.append(_reflected(places, -0.5, size - 0.5).clamp(0, size - 1))
         else:
-            msg = (
-                "padding_mode must be constant, border, reflection or symmetric, "
-                f"got {padding_mode}"
-            )
-            raise ValueError(msg)
+            sides.append(_reflected(places, -0.5, size - 0.5).clamp(0, size - 1))
     if sampling_mode == "bilinear":
         return _bilinear(x, sides[0], sides[1], outside)
-    if sampling_mode != "nearest":
-        msg = f"sampling_mode must be bilinear or nearest, got {sampling_mode}"
-        raise ValueError(msg)
     return _pixels(x, sides[0].round(), sides[1].round(), outside, x.shape[-2], x.shape[-1])
 
 
 def _in_pixels(places: Tensor, size: int, mode: str, align_corners: bool) -> Tensor:
+    modes = ("unnormalized", "normalized_minus_one_to_one", "normalized_zero_to_one")
+    check_choice("coordinates_mode", mode, *modes)
     if mode == "unnormalized":
         return places
     if mode == "normalized_minus_one_to_one":
         places = (places + 1) / 2
-    elif mode != "normalized_zero_to_one":
-        msg = (
-            "coordinates_mode must be unnormalized, normalized_minus_one_to_one or "
-            f"normalized_zero_to_one, got {mode}"
-        )
-        raise ValueError(msg)
     return places * (size - 1) if align_corners else places * size - 0.5
 
 
@@ -230,15 +220,9 @@ def resample(
     coordinates_mode: str,
     align_corners: bool,
 ) -> Tensor:
-    height, width = x.shape[-2:]
-    x_places, y_places = coordinates.double().unbind(-1)
+    places = coordinates.double()
     return _resample(
-        x,
-        _in_pixels(y_places, height, coordinates_mode.lower(), align_corners),
-        _in_pixels(x_places, width, coordinates_mode.lower(), align_corners),
-        sampling_mode.lower(),
-        padding_mode.lower(),
-        padding_value,
+        x, places, sampling_mode, padding_mode, padding_value, coordinates_mode, align_corners
     )
 
 
@@ -254,17 +238,12 @@ def affine(
     coordinates_mode: str,
     align_corners: bool,
 ) -> Tensor:
-    n, c, height, width = x.shape
+    n, c = x.shape[:2]
     matrices = transform_matrix.reshape(-1, 2, 3).expand(n, 2, 3)
     shape = [n, c, output_height, output_width]
-    x_places, y_places = functional.affine_grid(matrices, shape, align_corners).unbind(-1)
+    grid = functional.affine_grid(matrices, shape, align_corners)
     return _resample(
-        x,
-        _in_pixels(y_places, height, coordinates_mode.lower(), align_corners),
-        _in_pixels(x_places, width, coordinates_mode.lower(), align_corners),
-        sampling_mode.lower(),
-        padding_mode.lower(),
-        padding_value,
+        x, grid, sampling_mode, padding_mode, padding_value, coordinates_mode, align_corners
     )
 
 

@@ -33,6 +33,13 @@ def limits(dtype: str) -> tuple[int, int]:
     return info.min, info.max
 
 
+def check_choice(name: str, value: str, *choices: str) -> None:
+    """Raise `ValueError` if a parameter is none of what it may be."""
+    if value not in choices:
+        msg = f"{name} must be {', '.join(choices[:-1])} or {choices[-1]}, got {value}"
+        raise ValueError(msg)
+
+
 def converted(x: Tensor, dtype: str) -> Tensor:
     """Return values as a type of MIL: towards zero, floats saturate, integers wrap around.
 
