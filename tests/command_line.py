@@ -8,9 +8,9 @@ import subprocess
 import sys
 from unittest import mock
 
-from milpress.cli.app import main
+from milpress.cli import root
 
-MILPRESS = [sys.executable, "-c", "from milpress.cli.app import main; main()"]
+MILPRESS = [sys.executable, "-c", "from milpress.cli import root; raise SystemExit(root.run())"]
 
 
 def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -22,11 +22,7 @@ def run(*arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
         contextlib.redirect_stdout(streams[0]),
         contextlib.redirect_stderr(streams[1]),
     ):
-        try:
-            main()
-            ended = 0
-        except SystemExit as end:
-            ended = end.code or 0
+        ended = root.run()
     stdout, stderr = (stream.buffer.getvalue().decode() for stream in streams)
     assert ended == code, stdout + stderr
     return subprocess.CompletedProcess(command, ended, stdout, stderr)

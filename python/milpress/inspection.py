@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from milpress.errors import weight_errors
 from milpress.mil import values
-from milpress.mil.constexpr import is_constexpr
+from milpress.mil.decode import is_constexpr
 from milpress.mil.graph import Graph, Node
 from milpress.mil.package import Package, n_package_bytes
 from milpress.plain import json

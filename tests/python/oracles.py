@@ -13,7 +13,7 @@ from coremltools.converters.mil.frontend.milproto.load import load as load_mil
 
 from milpress.formats import Compressed
 from milpress.mil import values
-from milpress.mil.constexpr import is_constexpr, is_part
+from milpress.mil.decode import is_constexpr, is_part
 from milpress.mil.graph import Graph, Node
 from milpress.mil.package import Package
 

@@ -11,8 +11,8 @@ import pytest
 
 from milpress.compression.verification import compare_packages
 from milpress.errors import VerificationError
-from milpress.mil import treatments
 from milpress.mil.package import Package
+from milpress.mil.records import TREATMENTS
 
 
 class Edited:
@@ -38,7 +38,7 @@ class Edited:
         """Return the op that makes a value of this name."""
         return next(op for op in self.ops() if name in [output.name for output in op.outputs])
 
-    def record(self, change: Callable[[Any], Any], key: str = treatments.KEY) -> None:
+    def record(self, change: Callable[[Any], Any], key: str = TREATMENTS) -> None:
         """Change the record that is kept in the package."""
         metadata = self.model.description.metadata.userDefined
         data = json.loads(metadata[key])

@@ -356,7 +356,7 @@ def test_a_cache_is_read_only_for_the_same_package_and_samples(build, tmp_path):
     with pytest.raises(ConfigError, match="the calibration is of another package than"):
         calibrate(build("layers"), again)
     cache.write_bytes(b"PK other")
-    with pytest.raises(InputError, match=r"cache\.npz: not a calibration that this version"):
+    with pytest.raises(InputError, match=r"cache\.npz: not a calibration that milpress saved"):
         calibrate(path, RandomSamples(2), cache=cache)
 
 

@@ -124,7 +124,7 @@ def test_a_table_of_ones_own_is_made_anew(build, tmp_path):
 def test_a_folder_that_is_no_checkpoint_is_refused_and_kept(build, tmp_path):
     source, out = build("shared"), tmp_path / "out.mlpackage"
     recipe = recipe_of("palettes")
-    with pytest.raises(DestinationError, match="must be apart from"):
+    with pytest.raises(DestinationError, match="give a folder outside it for the checkpoint"):
         milpress.compress(source, out, recipe, checkpoint=source / "kept")
     taken = tmp_path / "file"
     taken.write_text("own")

@@ -37,8 +37,8 @@ from milpress.errors import (
     UnsupportedError,
     VerificationError,
 )
-from milpress.mil import activations as record_of
 from milpress.mil.package import Package
+from milpress.mil.records import ActivationRecord
 
 
 def program(target: str, dtype: type, **shapes: tuple[int, ...]) -> Any:
@@ -373,7 +373,7 @@ def test_weights_and_activations_of_8_bits_load_in_coremltools_and_verify(net, t
     config = OptimizationConfig(OpLinearQuantizerConfig(weight_threshold=16))
     linear_quantize_activations(source, config, samples_of(source), destination=a8)
     linear_quantize_weights(a8, config, destination=w8a8)
-    assert ours.verify(source, a8).n_quantized == len(record_of.read(Package(a8).model).pairs)
+    assert ours.verify(source, a8).n_quantized == len(ActivationRecord.of(Package(a8).model).pairs)
     assert ours.verify(a8, w8a8).n_quantized == 0
     both = ours.verify(source, w8a8)
     assert both.n_quantized > 0
@@ -382,7 +382,7 @@ def test_weights_and_activations_of_8_bits_load_in_coremltools_and_verify(net, t
     back = tmp_path / "back.mlpackage"
     ours.decompress(w8a8, back)
     assert ours.verify(w8a8, back).n_quantized == 0
-    assert record_of.read(Package(back).model) == record_of.read(Package(a8).model)
+    assert ActivationRecord.of(Package(back).model) == ActivationRecord.of(Package(a8).model)
 
 
 def test_compressing_weights_first_gives_the_same_placement(net, tmp_path):
@@ -447,15 +447,15 @@ def bypass(package: Package, graph: Any) -> None:
 
 
 def lose_a_pair(package: Package, graph: Any) -> None:
-    found = record_of.read(package.model)
+    found = ActivationRecord.of(package.model)
     found.pairs["nowhere"] = "quantize_0"
-    record_of.record(package.model, found)
+    found.write(package.model)
 
 
 def forget_a_pair(package: Package, graph: Any) -> None:
-    found = record_of.read(package.model)
+    found = ActivationRecord.of(package.model)
     found.pairs.pop(next(iter(found.pairs)))
-    record_of.record(package.model, found)
+    found.write(package.model)
 
 
 @pytest.mark.parametrize(

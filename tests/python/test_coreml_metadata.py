@@ -34,7 +34,7 @@ from milpress.errors import (
     UnsupportedError,
 )
 from milpress.mil import dtypes, values
-from milpress.mil.constexpr import Decoder
+from milpress.mil.decode import Decoder
 from milpress.mil.package import Package
 
 
@@ -156,9 +156,7 @@ def test_constants_stored_in_the_model_itself_count(build, tmp_path):
         for node in graph.nodes:
             if node.op.type == "const" and values.is_blob(node.op.attributes["val"]):
                 tensor = decoder.dense(node)
-                values.write(
-                    node.op.attributes["val"], tensor, file_name=None, early=False, sink=None
-                )
+                values.write(node.op.attributes["val"], tensor, file_name=None, sink=None)
     package.model_path.write_bytes(package.model.SerializeToString())
     mlmodel = ct.models.MLModel(str(copied), skip_model_load=True)
     found = get_weights_metadata(mlmodel)

@@ -311,4 +311,4 @@ def test_models_that_take_or_give_something_else_are_refused(build, crepe_tiny):
         milpress.evaluate(crepe_tiny, build("layers"), RandomSamples(1))
     with pytest.raises(ConfigError, match=r"a metric must be one of snr, .* got psnr"):
         milpress.evaluate(crepe_tiny, crepe_tiny, RandomSamples(1), metrics=["psnr"])
-    assert "--data and --random" in failed("evaluate", crepe_tiny, crepe_tiny)
+    assert "give --data FILE or FOLDER, or --random N" in failed("evaluate", crepe_tiny, crepe_tiny)

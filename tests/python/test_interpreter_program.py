@@ -428,7 +428,7 @@ def heavy(x):
 def test_weights_are_kept_within_the_memory_that_they_may_take(
     make, memory, n_decoded, monkeypatch
 ):
-    from milpress.mil.constexpr import Decoder
+    from milpress.mil.decode import Decoder
 
     decoded = []
     dense = Decoder.dense

@@ -20,8 +20,8 @@ from small_models import TARGETS, save, weight
 import milpress
 from milpress import formats as f
 from milpress.errors import UnsupportedError, VerificationError
-from milpress.mil import treatments
 from milpress.mil.package import Package
+from milpress.mil.records import TREATMENTS
 from milpress.recipe import Recipe, Select, Step
 
 PRUNE = f.PruneConfig(sparsity=0.5)
@@ -251,11 +251,11 @@ def test_verify_finds_a_chain_that_did_not_prune_the_least_magnitudes(build, tmp
     milpress.compress(source, out, in_one(f.PruneConfig(n_m=(2, 4)), coding))
     package = Package(out)
     metadata = package.model.description.metadata.userDefined
-    record = json.loads(metadata[treatments.KEY])
+    record = json.loads(metadata[TREATMENTS])
     for item in record["treatments"]:
         assert item["steps"][0] == {"prune": {"n_m": [2, 4]}}
         item["steps"][0] = {"prune": {"sparsity": 0.5}}  # just as many, but others
-    metadata[treatments.KEY] = json.dumps(record)
+    metadata[TREATMENTS] = json.dumps(record)
     package.model_path.write_bytes(package.model.SerializeToString())
     with pytest.raises(VerificationError, match=r"both: .* was pruned, .* was not"):
         milpress.verify(source, out)

@@ -24,8 +24,8 @@ from milpress.errors import ConfigError
 from milpress.formats import PalettizeConfig, PerBlock, PruneConfig, QuantizeConfig
 from milpress.formats.error_feedback import factor_bytes
 from milpress.interpreter import load
-from milpress.mil import treatments
 from milpress.mil.package import Package
+from milpress.mil.records import WeightRecords
 from milpress.recipe import Recipe, Step
 
 
@@ -105,7 +105,7 @@ def test_feedback_lessens_the_error_of_layers_and_verifies(kind, samples, build,
         found[feedback] = {op.name: op.own_snr_db for op in ops}
     for layer in ("conv", "linear"):
         assert found[True][layer] > found[False][layer]
-    records = treatments.read(Package(tmp_path / "True.mlpackage").model).by_source
+    records = WeightRecords.of(Package(tmp_path / "True.mlpackage").model).by_source
     promises = {record.promise for record in records.values()}
     assert "none" in promises
     assert any("feedback" in json.dumps(record.steps) for record in records.values())
@@ -281,7 +281,7 @@ def test_a_layer_that_memory_does_not_hold_is_fed_back_in_blocks_or_not_and_it_i
         (row,) = (each for each in report.weights if each.shape == array.shape)
         notes[memory] = row.note
         snr[memory] = milpress.evaluate(path, out, x).outputs[0].snr_db
-        (record,) = treatments.read(Package(out).model).by_source.values()
+        (record,) = WeightRecords.of(Package(out).model).by_source.values()
         assert (record.promise == "none") == (memory in (None, 4_000_000))
     assert snr[0] == snr[10_000] < snr[4_000_000] < snr[None]
     assert notes[None] == notes[0] == ""

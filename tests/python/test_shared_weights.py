@@ -16,8 +16,8 @@ import milpress
 from milpress.calibration.calibrating import calibrate
 from milpress.calibration.weight_statistics import WeightStatistics
 from milpress.formats import PalettizeConfig, PruneConfig, QuantizeConfig
-from milpress.mil import treatments
 from milpress.mil.package import Package
+from milpress.mil.records import WeightRecords
 from milpress.recipe import Recipe
 
 N = 64
@@ -88,7 +88,7 @@ def test_feedback_lessens_the_error_of_lookups_and_layers_together(treatment, ti
         (row,) = (each for each in report.weights if each.name == "table")
         assert "count alike for gather 'found'" in row.note
         assert ("may lose a little by feedback" in row.note) == feedback
-        (record,) = treatments.read(Package(out).model).by_source.values()
+        (record,) = WeightRecords.of(Package(out).model).by_source.values()
         assert ("feedback" in next(iter(record.steps[0].values()))) == feedback
     # A lookup counts four times: what it loses is made up for by four times that of the layer.
     lost = found[True]["found"] - found[False]["found"]
@@ -150,7 +150,7 @@ def test_a_weight_with_another_use_is_treated_as_without_samples(kind, feedback,
     (row,) = (each for each in report.weights if each.name == "both")
     assert f"not calibrated: used by {kind} 'other' too" in row.note
     assert ("errors not fed back" in row.note) == feedback
-    (record,) = treatments.read(Package(out).model).by_source.values()
+    (record,) = WeightRecords.of(Package(out).model).by_source.values()
     assert record.promise == "nearest"
 
 

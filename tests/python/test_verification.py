@@ -18,8 +18,9 @@ from milpress import formats as f
 from milpress.compression.verification import compare_packages
 from milpress.errors import PackageError, VerificationError
 from milpress.formats import sparse
-from milpress.mil import dtypes, treatments, values
+from milpress.mil import dtypes, values
 from milpress.mil.package import Package
+from milpress.mil.records import TREATMENTS, forget
 from milpress.mil.values import blob_values
 from milpress.recipe import Recipe, Step
 
@@ -54,7 +55,7 @@ def test_what_a_broken_kernel_pruned_does_not_verify(
     milpress.compress(source, tmp_path / "right.mlpackage", recipe)
     (check,) = milpress.verify(source, tmp_path / "right.mlpackage").weights
     assert check.promise == "pruned"
-    monkeypatch.setattr(sparse, "kept", kernel)
+    monkeypatch.setattr(sparse, "bitmask_of", kernel)
     with pytest.raises(VerificationError, match=r"linear_weight_0: .*(zero|pruned)"):
         milpress.compress(source, tmp_path / "out.mlpackage", recipe)
     assert not (tmp_path / "out.mlpackage").exists()
@@ -73,7 +74,7 @@ def test_without_a_record_is_known_that_the_rest_of_a_pruned_weight_is_as_it_was
 ):
     source, out = build("shared"), tmp_path / "out.mlpackage"
     milpress.compress(source, out, Recipe.of(STRUCTURES[structure]))
-    bare = edited(out, lambda package: treatments.forget(package.model))
+    bare = edited(out, lambda package: forget(package.model, TREATMENTS))
     checks = compare_packages(Package(source), bare).weights
     assert {check.promise for check in checks} == {"pruned"}
 
@@ -454,7 +455,7 @@ def test_a_weight_that_decodes_to_another_type_than_its_source_is_refused(is_rec
     tampered = Edited(out)
     scales_of_another_type(tampered)
     if not is_recorded:
-        treatments.forget(tampered.model)
+        forget(tampered.model, TREATMENTS)
     message = "^both: it must be decoded as float16.*, got float32"
     refused(source, tampered.reopened(), message)
 

@@ -18,8 +18,11 @@ from milpress.compression.packages import save_package
 from milpress.compression.verification import compare_packages
 from milpress.compression.writer import WeightWriter
 from milpress.errors import PackageError, VerificationError, WeightError
-from milpress.mil import activations, dtypes, values
+from milpress.mil import dtypes, values
+from milpress.mil.activation_pairs import Parameters, insert
+from milpress.mil.activation_sites import quantization_points
 from milpress.mil.package import Package
+from milpress.mil.records import ACTIVATIONS, ActivationRecord
 from milpress.mil.staging import Counter
 from milpress.recipe import Recipe
 
@@ -180,10 +183,10 @@ def paired(build: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     source, out = build("shared"), tmp_path_factory.mktemp("paired") / "out.mlpackage"
     package = Package(source)
     (graph,) = package.graphs
-    placement = activations.place(graph, lambda node: "all" if node.op.type == "linear" else None)
-    parameters = activations.Parameters(np.float16(0.125), 3, "uint8")
-    pairs = activations.insert(graph, placement, lambda *_: parameters)
-    activations.record(package.model, activations.Record(pairs))
+    points = quantization_points(graph, lambda node: "all" if node.op.type == "linear" else None)
+    parameters = Parameters(np.float16(0.125), 3, "uint8")
+    pairs = insert(graph, points, lambda *_: parameters)
+    ActivationRecord(pairs).write(package.model)
     save_package(package, out)
     assert milpress.verify(source, out).n_quantized == len(pairs) >= 3
     return source, out
@@ -195,7 +198,7 @@ def pair_of(e: Edited) -> tuple[Any, Any]:
 
 
 def a_pair_in_the_record_alone(e: Edited) -> None:
-    e.record(lambda data: data["pairs"].update(nowhere="never"), activations.KEY)
+    e.record(lambda data: data["pairs"].update(nowhere="never"), ACTIVATIONS)
 
 
 def a_dequantize_less(e: Edited) -> None:
@@ -299,7 +302,7 @@ def test_a_record_of_pairs_is_of_the_form_that_is_written(paired):
         lambda data: data.update(settings=[1]),
     ):
         tampered = Edited(out)
-        tampered.record(change, activations.KEY)
+        tampered.record(change, ACTIVATIONS)
         with pytest.raises(PackageError, match=r"activations is not a record of version 1"):
             compare_packages(Package(source), tampered.reopened())
 

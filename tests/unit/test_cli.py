@@ -236,11 +236,8 @@ def test_import_and_inspect_load_nothing_heavy(crepe_tiny):
 import sys, milpress
 assert not set({HEAVY}) & set(sys.modules), "import milpress"
 sys.argv = ["milpress", "inspect", {str(crepe_tiny)!r}]
-from milpress.cli.app import main
-try:
-    main()
-except SystemExit as end:
-    assert not end.code, end.code
+from milpress.cli import root
+assert root.run() == 0
 assert not set({HEAVY}) & set(sys.modules), "milpress inspect"
 """
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

@@ -15,7 +15,8 @@ from packages import RECIPES, SEEDS, run_case, seeds
 
 import milpress
 from milpress.errors import CompressionError, PackageError, UnsupportedError, VerificationError
-from milpress.mil import proto, treatments, values
+from milpress.mil import proto, values
+from milpress.mil.records import TREATMENTS
 
 
 @pytest.mark.parametrize("first", range(0, 200, 20))
@@ -144,7 +145,7 @@ def chain_that_doubles_with_each_op(d: Damaged) -> None:
 def record_of_a_sparsity_in_words(d: Damaged) -> None:
     record = {"steps": [{"prune": {"sparsity": "half"}}], "weights": {"a": "b"}}
     text = json.dumps({"version": 1, "treatments": [record]})
-    d.model.description.metadata.userDefined[treatments.KEY] = text
+    d.model.description.metadata.userDefined[TREATMENTS] = text
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ from milpress import formats as f
 from milpress.compression import pruned
 from milpress.compression.judging import is_pruned, judge
 from milpress.errors import ConfigError, PackageError
-from milpress.mil import proto, treatments
+from milpress.mil import proto
+from milpress.mil.records import TREATMENTS, WeightRecords, promise_of
 
 
 def wrong(source: np.ndarray, kept: np.ndarray, **settings: Any) -> str:
@@ -235,7 +236,7 @@ VECTORS = f.PalettizeConfig(bits=3, vector_size=2)
 )
 def test_codes_that_are_not_the_best_are_refused(config, change, message):
     value, steps = f.compress(NORMAL, config), steps_of(config)
-    promise = treatments.promise_of(steps)
+    promise = promise_of(steps)
     assert judge(NORMAL, value, promise, steps).wrong == ""
     found = judge(NORMAL, change(value), promise, steps).wrong
     assert re.search(message, found), found
@@ -259,14 +260,14 @@ def test_codes_that_are_not_the_best_are_refused(config, change, message):
     ],
 )
 def test_a_weight_of_another_kind_than_recorded_is_refused(value, steps, got):
-    found = judge(NORMAL, value, treatments.promise_of(steps), steps).wrong
+    found = judge(NORMAL, value, promise_of(steps), steps).wrong
     assert found == f"the weight must be compressed as recorded, got {got}"
 
 
 @pytest.mark.parametrize("config", [PALETTE, INT8, PRUNINGS["sparsity"]])
 def test_a_weight_that_decodes_to_another_type_is_refused(config):
     value, steps = f.compress(NORMAL.astype(np.float32), config), steps_of(config)
-    promise = treatments.promise_of(steps)
+    promise = promise_of(steps)
     found = judge(NORMAL, value, promise, steps).wrong
     assert found == "it must be decoded as float16, got float32"
 
@@ -309,9 +310,9 @@ def test_of_an_unrecorded_weight_is_known_whether_it_is_its_source_but_for_zeros
 def test_a_record_that_pruning_can_not_be_judged_by_is_refused(settings):
     model = proto.Model()
     record = {"version": 1, "treatments": [{"steps": [{"prune": settings}], "weights": {}}]}
-    model.description.metadata.userDefined[treatments.KEY] = json.dumps(record)
+    model.description.metadata.userDefined[TREATMENTS] = json.dumps(record)
     with pytest.raises(PackageError, match="is not a record of version 1"):
-        treatments.read(model)
+        WeightRecords.of(model)
 
 
 def test_a_record_from_before_structures_were_judged_is_read():
@@ -324,8 +325,8 @@ def test_a_record_from_before_structures_were_judged_is_read():
             for i, step in enumerate(old)
         ],
     }
-    model.description.metadata.userDefined[treatments.KEY] = json.dumps(record)
-    found = treatments.read(model)
+    model.description.metadata.userDefined[TREATMENTS] = json.dumps(record)
+    found = WeightRecords.of(model)
     assert [found.by_source[f"w{i}"].steps for i in range(2)] == [(step,) for step in old]
 
 

@@ -22,7 +22,7 @@ from judged_weights import (
 from milpress import formats as f
 from milpress.compression.judging import judge
 from milpress.formats import error_feedback
-from milpress.mil import treatments
+from milpress.mil.records import promise_of
 from milpress.recipe import treatment_dict
 
 
@@ -31,7 +31,7 @@ from milpress.recipe import treatment_dict
 def test_a_mask_under_codes_is_judged_as_one_of_weights(pruning, codings):
     configs = (PRUNINGS[pruning], *codings)
     value, steps = chained(NORMAL, *configs), steps_of(*configs)
-    promise = treatments.promise_of(steps)
+    promise = promise_of(steps)
     assert judge(NORMAL, value, promise, steps).wrong == ""
     none = np.zeros_like(value.mask())
     assert "zero" in judge(NORMAL, with_mask(value, none), promise, steps).wrong
@@ -216,7 +216,7 @@ def test_what_is_pruned_with_feedback_has_the_zeros_that_are_promised(pruning, n
 def test_codes_of_a_pruned_weight_leave_out_zeros_only(first, second):
     before = f.sparsify(NORMAL, first)
     value, source, steps = f.compress(before, second), before.dense(), steps_of(second)
-    promise = treatments.promise_of(steps)
+    promise = promise_of(steps)
     assert judge(source, value, promise, steps).wrong == ""
     mask = value.mask()
     mask[tuple(np.argwhere(mask)[0])] = False

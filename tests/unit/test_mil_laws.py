@@ -40,7 +40,7 @@ def stored(array: Any, dtype: str | None = None) -> Any:
     array = np.asarray(array)
     value = proto.Value()
     kind = dtypes.of_array(array) if dtype is None else dtypes.by_name(dtype)
-    values.write(value, Tensor(kind, array), file_name=None, early=False, sink=Sink())
+    values.write(value, Tensor(kind, array), file_name=None, sink=Sink())
     return value
 
 
@@ -83,7 +83,7 @@ def decoded(*ops: Any) -> np.ndarray:
 def test_ten_elements_go_to_the_weight_file(n, is_blob):
     value, sink = proto.Value(), Sink()
     tensor = Tensor(dtypes.by_name("float32"), np.arange(n, dtype=np.float32))
-    values.write(value, tensor, file_name="@model_path/w", early=False, sink=sink)
+    values.write(value, tensor, file_name="@model_path/w", sink=sink)
     assert values.is_blob(value) == is_blob == bool(sink.n_written)
 
 

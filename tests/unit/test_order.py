@@ -167,7 +167,7 @@ def test_a_fault_while_a_weight_is_written_or_decoded_names_it(tmp_path):
     ):
         milpress.decompress(small, out)
     with (
-        mock.patch("milpress.mil.constexpr.Decoder.stored_values", side_effect=ValueError("odd")),
+        mock.patch("milpress.mil.decode.Decoder.stored_values", side_effect=ValueError("odd")),
         pytest.raises(WeightError, match=r"^both[a-z_]*: .*ValueError: odd"),
     ):
         milpress.inspect(small)

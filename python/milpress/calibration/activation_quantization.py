@@ -17,13 +17,13 @@ from milpress.engines.interpreter import InterpreterEngine
 from milpress.errors import ConfigError, InputError
 from milpress.formats import QuantizeConfig, quantize
 from milpress.formats.ranges import CalibrationConfig, Observer, Range
-from milpress.mil import activations as mil
 from milpress.mil import opset, raising
-from milpress.mil.activations import Parameters, Placement
-from milpress.mil.graph import Node
-from milpress.mil.joins import Value
+from milpress.mil.activation_pairs import Parameters, insert
+from milpress.mil.activation_sites import quantization_points
+from milpress.mil.graph import Node, Value
 from milpress.mil.package import Package
 from milpress.mil.program import ProgramGraph
+from milpress.mil.records import ActivationRecord
 from milpress.progress import Progress
 from milpress.samples.data import Data, RandomSamples, Samples, opened
 
@@ -98,21 +98,21 @@ def quantize_activations(
     observers = {name: observer for job in jobs for name, observer in job.observers.items()}
     with _engine(package, chosen, calibration.engine) as engine:
         n_samples = _observe(engine, samples, observers, values_at_once, progress, notes)
-    made = mil.read(package.model)
-    before = len(made.pairs)
+    record = ActivationRecord.of(package.model)
+    before = len(record.pairs)
     for job in jobs:
         pairs = job.insert()
         prefix = job.graph.prefix
-        made.pairs.update({f"{prefix}{k}": f"{prefix}{v}" for k, v in pairs.items()})
-    n_pairs = len(made.pairs) - before
+        record.pairs.update({f"{prefix}{k}": f"{prefix}{v}" for k, v in pairs.items()})
+    n_pairs = len(record.pairs) - before
     if n_pairs:
         settings: dict[str, Any] = {"calibration": calibration.calibration, "samples": n_samples}
         if calibration.engine != "interpreter":
             settings["engine"] = calibration.engine
         if calibration.calibration == "percentile":
             settings["percentile"] = calibration.percentile
-        made.settings.append(settings)
-        mil.record(package.model, made)
+        record.settings.append(settings)
+        record.write(package.model)
     return ActivationReport(
         activations=tuple(each for job in jobs for each in job.activations),
         n_samples=n_samples,
@@ -172,9 +172,9 @@ class _Job:
         self.graph = graph
         self.activations: list[Activation] = []
         self._calibration = calibration
-        self._placement: Placement[QuantizeConfig] = mil.place(graph, setting_of)
+        self._points = quantization_points(graph, setting_of)
         self._prefix = "".join(f"{part}/" for part in graph.place)
-        self._wanted = self._placement.wanted
+        self._wanted = self._points.wanted
         self._joining = Joining(graph, self._wanted)
         self._observers = {value: calibration.observer() for value in self._joining.observed}
         self._unions: dict[tuple[Value, ...], Observer] = {}
@@ -218,7 +218,7 @@ class _Job:
         codes = next((setting for settings in self._wanted.values() for setting in settings), None)
         if codes is not None:
             self._joining.settle(lambda group: self._range(group, codes), codes)
-        return mil.insert(self.graph, self._placement, self._parameters)
+        return insert(self.graph, self._points, self._parameters)
 
     def _named(self, value: Value | str) -> str:
         return f"{self.graph.prefix}{value if isinstance(value, str) else value.name}"
@@ -238,7 +238,7 @@ class _Job:
         return self._known[key]
 
     def _found(self, value: Value, codes: QuantizeConfig) -> Parameters | None:
-        kind = self._placement.types[value]
+        kind = self._points.types[value]
         limit = _GREATEST[kind.dtype.name]
         found = self._range(self._joining.group(value), codes)
         if found is not None:

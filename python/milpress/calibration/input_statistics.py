@@ -161,7 +161,7 @@ class Calibration:
         except PackageNotFoundError:
             raise
         except (ValueError, KeyError, TypeError) as error:
-            msg = f"{path}: not a calibration that this version of milpress saved: {error}"
+            msg = f"{path}: not a calibration that milpress saved: {error}"
             raise InputError(msg) from error
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from milpress.formats import QuantizeConfig
 from milpress.formats.ranges import Range
 from milpress.mil import joins
-from milpress.mil.graph import Node
-from milpress.mil.joins import Join, Piece, Value
+from milpress.mil.graph import Node, Value
+from milpress.mil.joins import Join, Piece
 from milpress.mil.program import ProgramGraph
 
 # A part so many times smaller than the range that it shares has 7 codes for each sign, or fewer.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
 from milpress._version import __version__
-from milpress.cli import measuring, packages, planning, root, running
+from milpress.cli import measuring, packages, planning, running
 
 
 class Command(typer.core.TyperCommand):
@@ -92,8 +92,3 @@ def call() -> int:
     """
     code = typer.main.get_command(app).main(standalone_mode=False)
     return code if isinstance(code, int) else 0
-
-
-def main() -> NoReturn:
-    """Run the command line and exit with its code; signals are then handled as before."""
-    raise SystemExit(root.run())

@@ -160,7 +160,8 @@ class Checkpoint:
         return self._folder / f"weight-{name}.npz"
 
     def _identity_of(self, job: Job) -> str:
-        text = repr((__version__, *self._identity, job.weight.name, job.treatments, job.early))
+        early = not job.weight.graph.opset.has_blocks
+        text = repr((__version__, *self._identity, job.weight.name, job.treatments, early))
         return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
 
 

@@ -16,10 +16,10 @@ from milpress.formats import Sparse
 from milpress.formats.fidelity import fidelity
 from milpress.kernels.threads import in_order
 from milpress.mil import proto, values
-from milpress.mil.constexpr import is_compressed, is_constexpr
+from milpress.mil.decode import is_compressed, is_constexpr
 from milpress.mil.graph import Graph, Node, Scope
 from milpress.mil.program import ProgramGraph
-from milpress.mil.treatments import Promise, Records, Step, bias_digest, promise_of
+from milpress.mil.records import Promise, Step, WeightRecords, bias_digest, promise_of
 from milpress.show import decibels
 
 _T = TypeVar("_T")
@@ -79,8 +79,8 @@ class Comparison:
         self,
         left: ProgramGraph,
         right: ProgramGraph,
-        records: Records,
-        before: Records,
+        records: WeightRecords,
+        before: WeightRecords,
     ) -> None:
         self._prefix = left.prefix
         self._graphs = (left, right)

@@ -22,7 +22,7 @@ from milpress.formats import (
 )
 from milpress.formats.palette import folded_bytes
 from milpress.formats.rows import OnIndivisible, divisor_of, largest_divisor
-from milpress.mil import constexpr
+from milpress.mil import decode
 from milpress.mil.graph import Node
 from milpress.mil.package import Package
 from milpress.mil.program import Weight
@@ -155,13 +155,13 @@ def decide(weight: Weight, requests: Requests, request: Request | None = None) -
 def _unsuitable(weight: Weight, requests: Requests) -> str:
     if weight.is_compressed and not requests.joint:
         return "compressed already"
-    if constexpr.is_constexpr(weight.node) and not requests.joint:
+    if decode.is_constexpr(weight.node) and not requests.joint:
         return "stored as float16 and cast, which coremltools leaves"
     if not weight.dtype.is_float:
         return f"{weight.dtype.name} is neither float16 nor float32"
     if weight.node.is_block_output:
         return "a block returns it"
-    if any(constexpr.is_constexpr(use.node) for use in weight.node.uses):
+    if any(decode.is_constexpr(use.node) for use in weight.node.uses):
         return "part of a compressed weight"
     return ""
 

@@ -16,7 +16,7 @@ from milpress.formats.fidelity import fidelity
 from milpress.formats.palette import reassigned
 from milpress.formats.rows import Floats, from_rows
 from milpress.formats.sparse import n_pruned
-from milpress.mil.treatments import Promise, Step, promise_of
+from milpress.mil.records import Promise, Step, promise_of
 
 
 class Judgement(NamedTuple):

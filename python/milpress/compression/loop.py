@@ -18,11 +18,11 @@ from milpress.compression.writer import WeightWriter, Written, bias_of, is_own
 from milpress.errors import UnsupportedError, weight_errors
 from milpress.formats import Custom, PalettizeConfig
 from milpress.kernels.threads import in_order
-from milpress.mil import treatments
-from milpress.mil.constexpr import is_constexpr
+from milpress.mil.decode import is_constexpr
 from milpress.mil.graph import Node
 from milpress.mil.package import Package
 from milpress.mil.program import ProgramGraph, Weight
+from milpress.mil.records import WeightRecords
 from milpress.progress import Progress
 from milpress.recipe import describe, treatment_dict
 
@@ -64,7 +64,7 @@ class Loop:
         """Write all weights, and record in the model what was done and is promised of it."""
         progress = self.progress or (lambda *_: None)
         jobs = self._jobs()
-        records = treatments.read(self.package.model)
+        records = WeightRecords.of(self.package.model)
         reports: list[WeightReport] = []
         sizes = {node: decision.weight.n_bytes for node, decision in self.decisions.items()}
         n_done, n_bytes = 0, sum(sizes.values())
@@ -83,7 +83,7 @@ class Loop:
                     n_done += sizes[node]
                 graph_pass.end()
         if any(report.status == "compressed" for report in reports):
-            treatments.record(self.package.model, records)
+            records.write(self.package.model)
         progress(n_bytes, n_bytes, "")
         return reports
 
@@ -96,8 +96,8 @@ class Loop:
                 continue
             weight = decision.weight
             kind = (node.op.type, weight.shape, weight.channel_axes)
-            early = not weight.graph.opset.has_blocks
-            key = (weight.places, kind, decision.treatments, early) if weight.places else None
+            alike = (kind, decision.treatments, weight.graph.opset.has_blocks)
+            key = (weight.places, *alike) if weight.places else None
             jobs[node] = Job(
                 weight,
                 decision.treatments,
@@ -140,7 +140,7 @@ class _GraphPass:
     loop: Loop
     graph: ProgramGraph
     writer: WeightWriter
-    records: treatments.Records
+    records: WeightRecords
     jobs: Mapping[Node, Job]
     outcomes: _Outcomes
     # The ops from which compressed weights that are treated are decoded.

@@ -24,11 +24,11 @@ from milpress.compression.verification import Verification, compare_packages
 from milpress.compression.writer import WeightWriter, rewriting
 from milpress.errors import ConfigError, UnsupportedError, weight_errors
 from milpress.kernels.device import DeviceName, Kernels
-from milpress.mil import treatments
-from milpress.mil.constexpr import is_constexpr, is_part
+from milpress.mil.decode import is_constexpr, is_part
 from milpress.mil.digest import content_digest
 from milpress.mil.package import Package, n_package_bytes
 from milpress.mil.raising import raise_opsets
+from milpress.mil.records import TREATMENTS, forget
 from milpress.mil.staging import check_destination
 from milpress.progress import Progress
 from milpress.recipe import Recipe
@@ -340,7 +340,7 @@ def decompress_package(
         if not may_be_idle and not weights:
             msg = f"{package.path}: no weight is compressed, so there is nothing to decompress"
             raise UnsupportedError(msg)
-        treatments.forget(package.model)
+        forget(package.model, TREATMENTS)
         verification, size = writer.commit(compare_packages if run.verify else None)
     return _report(package, destination, weights, [], size, verification, started)
 

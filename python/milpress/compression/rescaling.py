@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from milpress.compression.run import Run
 from milpress.compression.writer import WeightWriter, is_own, rewriting
 from milpress.errors import ConfigError, UnsupportedError, VerificationError
-from milpress.mil import constexpr, proto, values
+from milpress.mil import decode, proto, values
 from milpress.mil.graph import Node
 from milpress.mil.package import Package
 from milpress.mil.program import ProgramGraph, Weight
@@ -204,7 +204,7 @@ def _change(weight: Weight, largest: int) -> tuple[_Change | None, RescaledLayer
     layer = None if use is None else use.node
     kind = "" if layer is None else layer.op.type
     bias, reason = None, ""
-    if constexpr.is_constexpr(weight.node) or not weight.dtype.is_float:
+    if decode.is_constexpr(weight.node) or not weight.dtype.is_float:
         reason = "not a dense float"
     elif layer is None or len(weight.node.uses) != 1 or weight.node.is_block_output:
         reason = "not used by one op"

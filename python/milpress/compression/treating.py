@@ -62,11 +62,6 @@ class Job:
     layers: tuple[str, ...] = ()
     note: str = ""
 
-    @property
-    def early(self) -> bool:
-        """Whether the weight's program has an opset below CoreML8."""
-        return not self.weight.graph.opset.has_blocks
-
 
 Make: TypeAlias = Callable[[Job], Outcome]
 

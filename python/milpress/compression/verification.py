@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from milpress.compression.comparison import Comparison, WeightCheck, fail, paired
-from milpress.mil import activations, opset, proto, raising, treatments
+from milpress.mil import opset, proto, raising
+from milpress.mil.activation_pairs import strip
 from milpress.mil.package import Package
+from milpress.mil.records import ACTIVATIONS, TREATMENTS, ActivationRecord, WeightRecords, forget
 from milpress.plain import json
 from milpress.plain.files import system_errors
 from milpress.show import decibels, escaped, human_snr, named_table
@@ -106,8 +108,8 @@ def verify(original: str | os.PathLike[str], compressed: str | os.PathLike[str])
 def compare_packages(original: Package, compressed: Package) -> Verification:
     """Do what `verify` does. The original's programs are raised to the other's opset in memory."""
     _compare_files(original, compressed)
-    records = treatments.read(compressed.model)
-    before = treatments.read(original.model)
+    records = WeightRecords.of(compressed.model)
+    before = WeightRecords.of(original.model)
     _raise_like(original, compressed)
     n_pairs = _without_pairs(original, compressed)
     _compare_rest(original, compressed)
@@ -141,14 +143,12 @@ def _without_pairs(original: Package, compressed: Package) -> int:
 
     Returns how many quantized activations these were.
     """
-    records = [activations.read(package.model).pairs for package in (original, compressed)]
+    records = [ActivationRecord.of(package.model).pairs for package in (original, compressed)]
     n_pairs = 0
     for package, mine, other in zip((original, compressed), records, records[::-1], strict=True):
         pairs = {name: codes for name, codes in mine.items() if name not in other}
         found = (
-            [name for graph in package.graphs for name, _ in activations.strip(graph, pairs)]
-            if pairs
-            else []
+            [name for graph in package.graphs for name, _ in strip(graph, pairs)] if pairs else []
         )
         missing = sorted(pairs.keys() - set(found))
         if missing:
@@ -209,8 +209,8 @@ def _compare_rest(original: Package, compressed: Package) -> None:
     for package in (original, compressed):
         model = type(package.model)()
         model.CopyFrom(package.model)
-        treatments.forget(model)
-        activations.forget(model)
+        forget(model, TREATMENTS)
+        forget(model, ACTIVATIONS)
         _strip(model)
         stripped.append(model.SerializeToString(deterministic=True))
     if stripped[0] != stripped[1]:

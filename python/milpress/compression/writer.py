@@ -15,12 +15,12 @@ from milpress.compression.run import Run
 from milpress.compression.treating import Job, Outcome
 from milpress.errors import UnsupportedError
 from milpress.formats import Compressed
-from milpress.mil import constexpr, encode, proto, values
+from milpress.mil import decode, encode, proto, values
 from milpress.mil.graph import Node
 from milpress.mil.package import Package
 from milpress.mil.program import Weight
+from milpress.mil.records import bias_digest
 from milpress.mil.staging import Counter, Sink, Staged
-from milpress.mil.treatments import bias_digest
 from milpress.mil.values import blob_values
 
 _T = TypeVar("_T")
@@ -44,7 +44,7 @@ def bias_of(weight: Weight, layer: Node) -> Node | None:
     producer = weight.graph.producer(layer, "bias")
     if producer is None or not producer[0].is_stored:
         return None
-    return None if constexpr.is_compressed(producer[0], weight.graph) else producer[0]
+    return None if decode.is_compressed(producer[0], weight.graph) else producer[0]
 
 
 class WeightWriter:
@@ -112,7 +112,7 @@ class WeightWriter:
         UnsupportedError
             If the weight would get larger and may not; nothing has changed.
         """
-        n_bytes = encode.payload_bytes(outcome.value, early=job.early)
+        n_bytes = encode.payload_bytes(outcome.value, job.weight.graph.opset)
         if n_bytes >= job.n_bytes and not may_grow:
             msg = (
                 f"left as it is: compressed it would be larger ({n_bytes:,} bytes instead of "
@@ -152,7 +152,7 @@ class WeightWriter:
             node,
             names=weight.graph.unique_name,
             name=name,
-            early=not weight.graph.opset.has_blocks,
+            opset=weight.graph.opset,
             file_name=file_name,
             sink=self._sink,
         )

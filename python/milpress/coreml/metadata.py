@@ -17,7 +17,7 @@ from milpress.engines.mlmodel import opened
 from milpress.errors import ConfigTypeError, UnsupportedError
 from milpress.formats.order import distinct
 from milpress.mil import values
-from milpress.mil.constexpr import Decoder, is_constexpr, is_part
+from milpress.mil.decode import Decoder, is_constexpr, is_part
 from milpress.mil.graph import Node, Scope
 from milpress.mil.package import Package
 from milpress.mil.program import ProgramGraph

@@ -17,7 +17,7 @@ from milpress.interpreter import ops
 from milpress.interpreter.constants import Budget, Caster, Weight, caster, constant, held_as
 from milpress.interpreter.operator import Call, Operator
 from milpress.mil import opset, proto, values
-from milpress.mil.constexpr import is_constexpr
+from milpress.mil.decode import is_constexpr
 from milpress.mil.graph import Node
 from milpress.mil.opset import Opset
 from milpress.mil.program import ProgramGraph

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from milpress.errors import PackageError
 from milpress.mil import proto, values
-from milpress.mil.constexpr import Decoder
+from milpress.mil.decode import Decoder
 from milpress.mil.dtypes import DType
 from milpress.mil.graph import Node
 from milpress.mil.values import WeightSource

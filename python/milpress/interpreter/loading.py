@@ -11,8 +11,8 @@ from milpress.interpreter.parts import Model, Part, Passed, Pipeline
 from milpress.interpreter.suppression import suppression_of
 from milpress.mil import features, proto
 from milpress.mil.features import Feature
+from milpress.mil.model_kinds import kind_of
 from milpress.mil.package import Package, description_of, pipeline_models
-from milpress.mil.stages import kind_of
 
 
 @dataclass(frozen=True, slots=True)

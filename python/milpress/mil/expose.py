@@ -39,19 +39,19 @@ def expose(
     """
     copy = Package(package.path, model_bytes=package.model.SerializeToString())
     copy.retyped = dict(package.retyped)
-    found: dict[str, str] = {}
+    shown: dict[str, str] = {}
     for program in copy.programs:
         prefix = "".join(f"{part}/" for part in program.place)
         own = {tap: tap.removeprefix(prefix) for tap in taps if tap.startswith(prefix)}
         if not own:
             continue
         name = functions[program.place]
-        outputs = _outputs(program.functions[name], own, first=len(found))
+        outputs = _outputs(program.functions[name], own, first=len(shown))
         for container in _around(copy.model, program.place):
             for output, (_, shape) in outputs.items():
                 _describe(description_of(container, name), output, shape)
-        found |= {output: tap for output, (tap, _) in outputs.items()}
-    return copy, found
+        shown |= {output: tap for output, (tap, _) in outputs.items()}
+    return copy, shown
 
 
 def _outputs(
@@ -61,7 +61,7 @@ def _outputs(
     block = function.block_specializations[function.opset]
     graph = Graph(function, block)
     outer = graph.scopes[0]
-    found: dict[str, tuple[str, tuple[int | None, ...]]] = {}
+    outputs: dict[str, tuple[str, tuple[int | None, ...]]] = {}
     for tap, name in wanted.items():
         definition = outer.find(name)
         kind = None if definition is None else values.type_of(definition[1])
@@ -69,7 +69,7 @@ def _outputs(
             _refuse(tap, "be outside of nested blocks")
         if not 1 <= len(kind.shape) <= _MAX_RANK:
             _refuse(tap, f"have 1 to {_MAX_RANK} dimensions")
-        output = graph.unique_name(f"milpress_tap_{first + len(found)}")
+        output = graph.unique_name(f"milpress_tap_{first + len(outputs)}")
         op = new_op("identity" if kind.dtype == _FLOAT32 else "cast", output)
         op.inputs["x"].arguments.add().name = name
         op.outputs[0].type.CopyFrom(definition[1])
@@ -80,8 +80,8 @@ def _outputs(
             block.operations.append(const)
         block.operations.append(op)
         block.outputs.append(output)
-        found[output] = tap, kind.shape
-    return found
+        outputs[output] = tap, kind.shape
+    return outputs
 
 
 def _refuse(tap: str, what: str) -> NoReturn:

@@ -23,6 +23,11 @@ class Use(NamedTuple):
     parameter: str
     binding: proto.Binding
 
+    @property
+    def place(self) -> tuple[Node, str]:
+        """The op, and its parameter."""
+        return self.node, self.parameter
+
 
 @dataclass(eq=False, slots=True)
 class Node:
@@ -70,14 +75,38 @@ class Scope:
     parent: Scope | None
     names: dict[str, tuple[Node | None, proto.ValueType]] = field(default_factory=dict)
 
+    def value(self, name: str) -> Value:
+        """Return the value that a name stands for here."""
+        scope: Scope | None = self
+        while scope is not None and name not in scope.names:
+            scope = scope.parent
+        return Value(scope or self, name)
+
     def find(self, name: str) -> tuple[Node | None, proto.ValueType] | None:
         """Return who makes a value (``None`` for an input) and its type, if it is known."""
-        scope: Scope | None = self
-        while scope is not None:
-            if name in scope.names:
-                return scope.names[name]
-            scope = scope.parent
-        return None
+        return self.value(name).scope.names.get(name)
+
+
+class Value(NamedTuple):
+    """A computed value: the scope that defines it, and its name there."""
+
+    scope: Scope
+    name: str
+
+    @property
+    def producer(self) -> Node | None:
+        """The op that makes it; ``None`` for an input."""
+        return self.scope.names[self.name][0]
+
+    @property
+    def declared(self) -> proto.ValueType:
+        """Its type, as the program declares it."""
+        return self.scope.names[self.name][1]
+
+    @property
+    def type(self) -> TensorType | None:
+        """Its type, if it is a tensor."""
+        return values.type_of(self.declared)
 
 
 class Graph:
@@ -145,11 +174,11 @@ class Graph:
                     raise PackageError(msg)
 
     def _find(self, scope: Scope, name: str) -> tuple[Node | None, proto.ValueType]:
-        found = scope.find(name)
-        if found is None:
+        definition = scope.find(name)
+        if definition is None:
             msg = f"an op must use values that exist, got the name {name!r} that nothing defines"
             raise PackageError(msg)
-        return found
+        return definition
 
     def unique_name(self, name: str) -> str:
         """Return the name, with a number behind it if it is taken, and take it."""
@@ -192,8 +221,8 @@ class Graph:
         binding = node.op.inputs[parameter].arguments[0]
         if binding.WhichOneof("choice") != "name":
             return None
-        found, _ = self._find(node.scope, binding.name)
-        return None if found is None else (found, binding.name)
+        producer, _ = self._find(node.scope, binding.name)
+        return None if producer is None else (producer, binding.name)
 
     def insert_before(self, node: Node, ops: Iterable[proto.Operation]) -> None:
         """Note ops to be put before another one by `apply`."""
@@ -214,13 +243,13 @@ class Graph:
             names.update(_names_in(op))
         # An op that takes the place of another may have its name.
         names.difference_update(item.name for op in inserted for item in op.outputs)
-        found = set()
+        needed = set()
         # An op comes after those that it uses.
         for node in reversed(self.nodes):
             if node in candidates and any(item.name in names for item in node.op.outputs):
-                found.add(node)
+                needed.add(node)
                 names.update(_names_in(node.op))
-        return found
+        return needed
 
     def apply(self) -> None:
         """Carry out the noted insertions and removals. The graph is of no use afterwards."""

@@ -1,15 +1,13 @@
-"""Values that are put together of others: what joins them, and what they are of."""
+"""Concatenations of a program, and the pieces that values are put together of."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from milpress.mil import proto, values
-from milpress.mil.graph import Graph, Node, Scope
-from milpress.mil.values import TensorType
+from milpress.mil import proto
+from milpress.mil.graph import Graph, Node, Scope, Value
 
 # Ops that put values beside each other. Those of the first share a range, as in coremltools.
 _SHARING = "concat"
@@ -45,33 +43,6 @@ _CARRYING = dict.fromkeys(
     ),
     _EVERYTHING,
 ) | {"relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
-
-
-class Value(NamedTuple):
-    """A computed value: the scope that defines it, and its name there."""
-
-    scope: Scope
-    name: str
-
-    def __hash__(self) -> int:
-        return hash((id(self.scope), self.name))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Value) and self.scope is other.scope and self.name == other.name
-
-
-def home(scope: Scope, name: str) -> Value:
-    """Return the value that a name stands for in a scope."""
-    place: Scope | None = scope
-    while place is not None and name not in place.names:
-        place = place.parent
-    return Value(scope if place is None else place, name)
-
-
-def type_of(value: Value) -> TensorType | None:
-    """Return the type of a value, if it is a tensor."""
-    declared = value.scope.names[value.name][1]
-    return None if declared is None else values.type_of(declared)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -120,18 +91,18 @@ def find(graph: Graph) -> Joins:
         kind = node.op.type
         if node.type is None or not node.type.dtype.is_float:
             continue
-        made = Value(node.scope, node.name)
+        joined = Value(node.scope, node.name)
         if kind in _JOINING and "values" in node.op.inputs:
             sources = [_source(node.scope, each) for each in node.op.inputs["values"].arguments]
-            pieces[made] = _unique(
+            pieces[joined] = _unique(
                 piece for source in sources if source is not None for piece in _of(source, pieces)
             )
             if kind == _SHARING:
-                joins.append(Join(made, tuple(s for s in sources if isinstance(s, Value))))
+                joins.append(Join(joined, tuple(s for s in sources if isinstance(s, Value))))
         elif kind in _CARRYING and len(node.op.inputs["x"].arguments) == 1:
             source = _source(node.scope, node.op.inputs["x"].arguments[0])
             if isinstance(source, Value) and source in pieces:
-                pieces[made] = _unique(each.within(*_CARRYING[kind]) for each in pieces[source])
+                pieces[joined] = _unique(each.within(*_CARRYING[kind]) for each in pieces[source])
     return Joins(tuple(joins), pieces)
 
 
@@ -139,8 +110,8 @@ def _source(scope: Scope, binding: proto.Binding) -> Value | Node | None:
     """Return the value or the stored op that is taken; ``None`` for a number in place."""
     if binding.WhichOneof("choice") != "name":
         return None
-    value = home(scope, binding.name)
-    producer = value.scope.names[value.name][0]
+    value = scope.value(binding.name)
+    producer = value.producer
     return producer if producer is not None and producer.is_stored else value
 
 

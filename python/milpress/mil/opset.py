@@ -1,4 +1,4 @@
-"""Opsets: what each can express, and raising a program to a later one in place."""
+"""Opsets: versions of MIL, their names, and what each can express."""
 
 from __future__ import annotations
 

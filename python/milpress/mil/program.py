@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from milpress.errors import PackageError
 from milpress.formats import Compressed
 from milpress.mil import proto
-from milpress.mil.constexpr import Decoder, is_compressed, is_constexpr
+from milpress.mil.decode import Decoder, is_compressed, is_constexpr
 from milpress.mil.dtypes import DType
 from milpress.mil.graph import Graph, Node
 from milpress.mil.opset import Opset, by_name
@@ -109,11 +109,11 @@ class Weight:
     @property
     def channel_axes(self) -> tuple[int, int] | None:
         """Axes of output and input channels; ``None`` if the ops that use it disagree."""
-        found = {self._axes_for(use.node, use.parameter) for use in self.node.uses}
-        if len(found) != 1:
+        axes = {self._axes_for(use.node, use.parameter) for use in self.node.uses}
+        if len(axes) != 1:
             return None
         rank = len(self.shape)
-        output, inputs = found.pop()
+        output, inputs = axes.pop()
         return output % rank, inputs % rank
 
     def _axes_for(self, node: Node, parameter: str) -> tuple[int, int]:
@@ -129,9 +129,9 @@ def _chain(node: Node, graph: Graph) -> Iterator[str]:
     if is_constexpr(node):
         yield node.op.type
         for parameter in sorted(node.op.inputs):
-            found = graph.producer(node, parameter)
-            if found is not None:
-                yield from _chain(found[0], graph)
+            producer = graph.producer(node, parameter)
+            if producer is not None:
+                yield from _chain(producer[0], graph)
 
 
 class Program(NamedTuple):

@@ -157,8 +157,8 @@ def _indexed_sizes(node: Node, data_name: str, graph: Graph) -> NDArray[np.int32
         if depth is None or start is None:
             return None
         sizes = data_type.shape[start : start + depth] if start >= 0 else ()
-        known = len(sizes) == depth and all(_is_int32(size) for size in sizes)
-        return np.array(sizes, np.int32) if known else None
+        is_known = len(sizes) == depth and all(_is_int32(size) for size in sizes)
+        return np.array(sizes, np.int32) if is_known else None
     axis = _scalar(graph, node, "axis")
     rank = len(data_type.shape)
     size = data_type.shape[axis] if axis is not None and -rank <= axis < rank else None
@@ -198,12 +198,12 @@ def _nonnegative(
         return new_const(name, stored)
 
     def combine(kind: str, name: str, dtype: int, **inputs: str) -> proto.Operation:
-        made = new_op(kind, name)
+        op = new_op(kind, name)
         for parameter, source in inputs.items():
-            made.inputs[parameter].arguments.add().name = source
-        made.outputs[0].type.CopyFrom(index_type)
-        made.outputs[0].type.tensorType.dataType = dtype
-        return made
+            op.inputs[parameter].arguments.add().name = source
+        op.outputs[0].type.CopyFrom(index_type)
+        op.outputs[0].type.tensorType.dataType = dtype
+        return op
 
     boolean, int32 = 1, 23
     indices = binding.name

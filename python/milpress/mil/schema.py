@@ -260,20 +260,20 @@ def _counted_fields() -> tuple[NDArray[np.uint8], tuple[str, ...]]:
     An entry of a map is a message of its own, named after its field.
     """
     names = list(_MESSAGES)
-    found: list[tuple[str, int, str]] = []  # message, field number, what the field holds
+    counted: list[tuple[str, int, str]] = []  # message, field number, what the field holds
     for message, fields in _MESSAGES.items():
         for field, (number, kind) in fields.items():
-            held = kind.strip("[]{}")
+            content = kind.strip("[]{}")
             if kind.startswith("{"):
                 entry = f"{message}.{field}"
                 names.append(entry)
-                found += [(message, number, entry), (entry, 2, held)]
-            elif held in _MESSAGES or kind == "[string]":
-                found.append((message, number, held))
+                counted += [(message, number, entry), (entry, 2, content)]
+            elif content in _MESSAGES or kind == "[string]":
+                counted.append((message, number, content))
     rows = {name: i for i, name in enumerate(names)}
-    kinds = np.zeros((len(names), 1 + max(number for _, number, _ in found)), np.uint8)
-    for message, number, held in found:
-        kinds[rows[message], number] = 1 + rows.get(held, len(names))
+    kinds = np.zeros((len(names), 1 + max(number for _, number, _ in counted)), np.uint8)
+    for message, number, content in counted:
+        kinds[rows[message], number] = 1 + rows.get(content, len(names))
     return kinds, tuple(names)
 
 

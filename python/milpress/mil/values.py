@@ -13,11 +13,12 @@ import milpress._core as _core
 from milpress.errors import PackageError
 from milpress.mil import dtypes, proto, values
 from milpress.mil.dtypes import DType
+from milpress.mil.opset import Opset
 
 # coremltools stores arrays of fewer elements in the model itself, and so do we.
 _MIN_BLOB_ELEMENTS = 10
 _STRING = 2
-# Below CoreML8 a weight file holds these types only.
+# Below CoreML8, which has blocks, a weight file holds these types only.
 _EARLY_BLOB_TYPES = frozenset({"float16", "float32", "int8", "uint8"})
 
 
@@ -213,12 +214,17 @@ def _unpacked(data: NDArray[np.uint8], dtype: DType, shape: tuple[int, ...]) -> 
 
 
 def write(
-    value: proto.Value, tensor: Tensor, *, file_name: str | None, early: bool, sink: WeightSink
+    value: proto.Value,
+    tensor: Tensor,
+    *,
+    file_name: str | None,
+    sink: WeightSink,
+    opset: Opset | None = None,
 ) -> None:
     """Make ``value`` hold a tensor, in the weight file or in the model as coremltools decides.
 
-    ``early`` says that the program's opset is below CoreML8; without a ``file_name``, all is stored
-    in the model.
+    Without a ``file_name``, all is stored in the model; so are types that weight files of the opset
+    don't hold.
     """
     dtype, array = tensor
     flat = np.ascontiguousarray(array).reshape(-1)
@@ -227,7 +233,9 @@ def write(
     )
     value.Clear()
     set_type(value.type, dtype, array.shape)
-    suits = dtype.blob is not None and (not early or dtype.name in _EARLY_BLOB_TYPES)
+    suits = dtype.blob is not None and (
+        opset is None or opset.has_blocks or dtype.name in _EARLY_BLOB_TYPES
+    )
     if suits and file_name is not None and flat.size >= _MIN_BLOB_ELEMENTS:
         padding = payload.size * 8 - flat.size * dtype.bits
         value.blobFileValue.fileName = file_name
@@ -269,8 +277,8 @@ def read_scalar(value: proto.Value) -> float | bool | None:
     tensor = value.immediateValue.tensor
     field = tensor.WhichOneof("choice")
     if field == "bytes":
-        data, made = tensor.bytes.values, type_of(value.type)
-        dtype = None if made is None else made.dtype
+        data, declared = tensor.bytes.values, type_of(value.type)
+        dtype = None if declared is None else declared.dtype
         # Other types of floats are held as their bits.
         if dtype is None or not (dtype.is_float or dtype.name.startswith(("int", "uint"))):
             return None

@@ -8,6 +8,7 @@ by their hashes, and no request.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import math
 import re
@@ -43,11 +44,11 @@ def html(page: Page) -> str:
 
 def markdown(page: Page) -> str:
     """Return the page as Markdown: the same tables."""
-    # What is escaped for Markdown must not be escaped for HTML too.
-    environment = _environment(lambda text: Markup(_escaped(text)))  # noqa: S704
-    return environment.get_template("page.md.j2").render(view(page)).strip() + "\n"
+    template = _environment(_escaped).get_template("page.md.j2")
+    return template.render(view(page)).strip() + "\n"
 
 
+@functools.cache
 def _environment(fill: Callable[[str], str]) -> Environment:
     """Return the templates, in which each value but markup is filled in by a function."""
     environment = Environment(
@@ -86,5 +87,6 @@ def _shown(value: Any, form: str | Callable[[Any], str]) -> str:
     return form.format(value) if isinstance(form, str) else form(value)
 
 
-def _escaped(text: str) -> str:
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~$&-])", r"\\\1", printable(text))
+def _escaped(text: str) -> Markup:
+    # What is escaped for Markdown must not be escaped for HTML too.
+    return Markup(re.sub(r"([\\`*_{}\[\]<>()#+!|~$&-])", r"\\\1", printable(text)))  # noqa: S704

@@ -30,8 +30,7 @@ from milpress.recipe import Recipe
 
 def treated_bytes(weight: Weight, treatment: Treatment) -> int:
     """Return how many bytes a weight takes once a treatment, which suits its shape, is applied."""
-    early = not weight.graph.opset.has_blocks
-    return encode.payload_bytes(_blank(weight, treatment), early=early)
+    return encode.payload_bytes(_blank(weight, treatment), weight.graph.opset)
 
 
 def package_bytes(package: Package, recipe: Recipe) -> int:

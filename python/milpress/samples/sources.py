@@ -172,7 +172,7 @@ def _by_name(path: Path, files: Sequence[Path], inputs: Inputs) -> Source:
     values: dict[str, Any] = {}
     for file in files:
         if file.stem in values:
-            msg = f"{path}: several files for the input {file.stem!r}; keep one"
+            msg = f"{path}: several files for input {file.stem!r}, such as {file.name}; keep one"
             raise InputError(msg)
         values[file.stem] = _file(file, file.stem, inputs) if file.stem in inputs else file
     return Source(str(path), values)
@@ -188,7 +188,7 @@ def _picture_or_array(value: Any, feature: Feature) -> Any:
         return value
     picture = Picture(Path(value), feature)
     if not picture.path.is_file():
-        msg = f"{picture.path}: no such file"
+        msg = f"{picture.path}: no such picture"
         raise PackageNotFoundError(msg)
     return picture
 

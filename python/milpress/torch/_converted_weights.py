@@ -16,6 +16,7 @@ from milpress.errors import UnsupportedError
 from milpress.formats import Compressed, Masked, Palette, Quantized
 from milpress.formats.palette import fold
 from milpress.mil.encode import payload_bytes
+from milpress.mil.opset import Opset
 from milpress.mil.program import Weight
 from milpress.show import decibels
 from milpress.torch import _metadata, _relayout
@@ -129,13 +130,12 @@ def replacement(constant: Weight, compressed: list[ConvertedWeight]) -> Compress
     if not candidates:
         return None
     array, n_before = constant.dense(), constant.n_bytes
-    early = not constant.graph.opset.has_blocks
     for item in candidates:
         try:
             arranged = item.arranged_as(array)
             if arranged is None:
                 continue
-            value, n_after, powers = _storable(arranged, array, early=early)
+            value, n_after, powers = _storable(arranged, array, constant.graph.opset)
         except UnsupportedError as error:
             item.add(n_before, n_before, note=str(error))
             return None
@@ -145,7 +145,7 @@ def replacement(constant: Weight, compressed: list[ConvertedWeight]) -> Compress
 
 
 def _storable(
-    value: Compressed, array: NDArray[Any], *, early: bool
+    value: Compressed, array: NDArray[Any], opset: Opset
 ) -> tuple[Compressed, int, tuple[float, float]]:
     """Return the value in the constant's type, its size, and squares of weight and error, summed.
 
@@ -155,7 +155,7 @@ def _storable(
         If it is beyond that type, above or below, or would be larger than the constant.
     """
     stored = _relayout.cast(value, array.dtype)
-    n_bytes = payload_bytes(stored, early=early)
+    n_bytes = payload_bytes(stored, opset)
     if n_bytes >= array.nbytes:
         msg = (
             f"left as it is: compressed it would be larger ({n_bytes:,} bytes instead of "

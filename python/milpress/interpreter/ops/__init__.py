@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from milpress.interpreter.operator import Operator
 from milpress.mil import proto
-from milpress.mil.constexpr import DECODED
+from milpress.mil.decode import DECODED
 
 # Each module of this folder is a family.
 _FAMILIES = [

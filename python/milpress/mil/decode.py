@@ -1,4 +1,4 @@
-"""Compressed weights in a program: reading and writing its ``constexpr_*`` ops."""
+"""Weights decoded from the ``constexpr_*`` ops and constants that a program stores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from milpress.formats import (
     Quantized,
     Sparse,
 )
-from milpress.mil import decoding, dtypes, proto, values
+from milpress.mil import decode_arithmetic as arithmetic
+from milpress.mil import dtypes, proto, values
 from milpress.mil.graph import CONSTEXPR, Graph, Node
 from milpress.mil.values import Tensor, WeightSource
 
@@ -51,8 +52,8 @@ def is_compressed(node: Node, graph: Graph) -> bool:
         return False
     if node.op.type != _CAST:
         return True
-    found = graph.producer(node, "source_val")
-    return found is not None and is_constexpr(found[0])
+    producer = graph.producer(node, "source_val")
+    return producer is not None and is_constexpr(producer[0])
 
 
 def is_part(node: Node) -> bool:
@@ -87,22 +88,22 @@ class Decoder:
 
     def stored_values(self, node: Node) -> list[proto.Value]:
         """Return all that is stored for an op and those it builds on, what they share once."""
-        found: dict[object, proto.Value] = {}
+        stored: dict[object, proto.Value] = {}
         for value in self._stored_values(node):
             where = value.blobFileValue
             key = (where.fileName, where.offset) if values.is_blob(value) else id(value)
-            found.setdefault(key, value)
-        return list(found.values())
+            stored.setdefault(key, value)
+        return list(stored.values())
 
     def parts(self, node: Node) -> list[Node]:
         """Return the stored ops that an op decodes from, each once; others may use them too."""
-        found: dict[Node, None] = {}
+        parts: dict[Node, None] = {}
         for key in sorted(node.op.inputs):
             producer = self._graph.producer(node, key)
             if producer is not None and producer[0].is_stored:
-                found[producer[0]] = None
-                found.update(dict.fromkeys(self.parts(producer[0])))
-        return list(found)
+                parts[producer[0]] = None
+                parts.update(dict.fromkeys(self.parts(producer[0])))
+        return list(parts)
 
     def _stored_values(self, node: Node) -> list[proto.Value]:
         """Return the numbers that are stored for an op; a text, such as a type, is none."""
@@ -138,10 +139,10 @@ class Decoder:
             If its parameters don't fit each other.
         """
         with _fitting(node):
-            made = self._value(node)
-        if made is not None:
-            _check_declared(node, "", made.shape)
-        return made
+            value = self._value(node)
+        if value is not None:
+            _check_declared(node, "", value.shape)
+        return value
 
     def dense(self, node: Node) -> Tensor:
         """Return the weight that an op stands for.
@@ -153,9 +154,9 @@ class Decoder:
         """
         if node.op.type == "const":
             return self._read(node, "val", node.op.attributes["val"])
-        made = self.value(node)
+        value = self.value(node)
         with _fitting(node):
-            tensor = self._outputs(node)[-1] if made is None else values.of_array(made.dense())
+            tensor = self._outputs(node)[-1] if value is None else values.of_array(value.dense())
         if len(node.op.outputs) == 1:
             _check_declared(node, tensor.dtype.name, tensor.values.shape)
         return tensor
@@ -173,10 +174,10 @@ class Decoder:
         stored = self._graph.constant(node, parameter)
         if stored is not None:
             return self._read(node, parameter, stored)
-        found = self._graph.producer(node, parameter)
-        if found is None:
+        source = self._graph.producer(node, parameter)
+        if source is None:
             return None
-        producer, name = found
+        producer, name = source
         if not is_constexpr(producer):
             msg = f"{node.name}: {parameter} must be known beforehand, got {producer.op.type}"
             raise PackageError(msg)
@@ -197,28 +198,28 @@ class Decoder:
         if kind == "constexpr_affine_dequantize":
             return self._affine(node)
         if kind == "constexpr_blockwise_shift_scale":
-            return decoding.quantized_of(
+            return arithmetic.quantized_of(
                 self._need(node, "data"), self._need(node, "scale"), self._tensor(node, "offset")
             )
         if kind == "constexpr_lut_to_dense":
             return self._palette(node)
         if kind == "constexpr_sparse_to_dense":
-            found = self._graph.producer(node, "nonzero_data")
-            if found is not None and is_constexpr(found[0]):
-                return self._masked(node, found[0])
+            source = self._graph.producer(node, "nonzero_data")
+            if source is not None and is_constexpr(source[0]):
+                return self._masked(node, source[0])
             return self._sparse(node)
         return None
 
     def _affine(self, node: Node) -> Quantized | None:
         """Return the value, or ``None`` where the codes' type can't hold the zero point."""
         data, scale, zero_point = self._affine_parameters(node)
-        offset = decoding.offset_as(zero_point, data)
-        return None if offset is None else decoding.quantized_of(data, scale, offset)
+        offset = arithmetic.offset_as(zero_point, data)
+        return None if offset is None else arithmetic.quantized_of(data, scale, offset)
 
     def _affine_parameters(self, node: Node) -> tuple[Tensor, Tensor, Tensor]:
         data = self._need(node, "quantized_data")
-        axis = decoding.axis_of(self._need(node, "axis"), data.values.ndim)
-        return decoding.affine_of(
+        axis = arithmetic.axis_of(self._need(node, "axis"), data.values.ndim)
+        return arithmetic.affine_of(
             data, self._need(node, "scale"), self._need(node, "zero_point"), axis
         )
 
@@ -232,12 +233,12 @@ class Decoder:
 
     def _early_table(self, node: Node) -> tuple[Tensor, Tensor]:
         """Return indices and table of an op of iOS16 as one of iOS18 has them."""
-        lut, shape = self._need(node, "lut"), decoding.shape_of(self._need(node, "shape"))
+        lut, shape = self._need(node, "lut"), arithmetic.shape_of(self._need(node, "shape"))
         bits = max(lut.values.size - 1, 1).bit_length()
         if bits not in (1, 2, 4, 6, 8) or lut.values.shape != (2**bits,):
             msg = f"lut must be a vector of 2, 4, 16, 64 or 256, got the shape {lut.values.shape}"
             raise ValueError(msg)
-        codes = decoding.unpacked(self._need(node, "indices"), bits, shape)
+        codes = arithmetic.unpacked(self._need(node, "indices"), bits, shape)
         table = lut.values.reshape((1,) * len(shape) + (-1, 1))
         return Tensor(dtypes.by_name(f"uint{bits}"), codes), Tensor(lut.dtype, table)
 
@@ -254,20 +255,20 @@ class Decoder:
                 f"shape {lut.shape}"
             )
             raise ValueError(msg)
-        decoding.check_blocks(indices.values.shape, lut.shape[:rank])
+        arithmetic.check_blocks(indices.values.shape, lut.shape[:rank])
         return Palette(
             codes=indices.values,
             lut=lut,
             bits=indices.dtype.bits,
-            vector_axis=None if axis is None else decoding.axis_of(axis, rank),
+            vector_axis=None if axis is None else arithmetic.axis_of(axis, rank),
         )
 
     def _lut(self, node: Node) -> NDArray[Any] | Quantized | None:
-        found = self._graph.producer(node, "lut")
-        if found is not None and found[0].op.type == "constexpr_blockwise_shift_scale":
-            made = self.value(found[0])
-            if isinstance(made, Quantized):
-                return made
+        source = self._graph.producer(node, "lut")
+        if source is not None and source[0].op.type == "constexpr_blockwise_shift_scale":
+            table = self.value(source[0])
+            if isinstance(table, Quantized):
+                return table
         lut = self._need(node, "lut")
         return lut.values if lut.dtype.is_float else None
 
@@ -276,29 +277,29 @@ class Decoder:
         value: Palette | Quantized | None = None
         if inner.op.type == "constexpr_lut_to_sparse":
             mask = self._need(inner, "indices_mask")
-            codes = decoding.scattered(mask, self._need(inner, "indices_nonzero_data"))
+            codes = arithmetic.scattered(mask, self._need(inner, "indices_nonzero_data"))
             value = self._palette_of(inner, codes)
         elif inner.op.type == "constexpr_sparse_blockwise_shift_scale":
             mask = self._need(inner, "data_mask")
-            codes = decoding.scattered(mask, self._need(inner, "nonzero_data"))
-            value = decoding.quantized_of(
+            codes = arithmetic.scattered(mask, self._need(inner, "nonzero_data"))
+            value = arithmetic.quantized_of(
                 codes, self._need(inner, "scale"), self._tensor(inner, "offset")
             )
         if value is None:
             return None
-        bitmask = decoding.bitmask_of(mask.values)
-        made = Masked(bitmask=bitmask, value=value)
-        same = np.array_equal(made.mask(), self._need(node, "mask").values != 0)
-        return made if same else None
+        bitmask = arithmetic.bitmask_of(mask.values)
+        masked = Masked(bitmask=bitmask, value=value)
+        same = np.array_equal(masked.mask(), self._need(node, "mask").values != 0)
+        return masked if same else None
 
     def _sparse(self, node: Node) -> Sparse | None:
         mask, nonzeros = self._kept(node), self._need(node, "nonzero_data")
         if not nonzeros.dtype.is_float:
             return None
-        decoding.check_kept(mask.values, nonzeros)
+        arithmetic.check_kept(mask.values, nonzeros)
         return Sparse(
             shape=mask.values.shape,
-            bitmask=decoding.bitmask_of(mask.values),
+            bitmask=arithmetic.bitmask_of(mask.values),
             nonzeros=nonzeros.values,
         )
 
@@ -307,8 +308,8 @@ class Decoder:
         mask = self._need(node, "mask")
         if not _is_early(node):
             return mask
-        shape = decoding.shape_of(self._need(node, "shape"))
-        return Tensor(dtypes.by_name("uint1"), decoding.unpacked(mask, 1, shape))
+        shape = arithmetic.shape_of(self._need(node, "shape"))
+        return Tensor(dtypes.by_name("uint1"), arithmetic.unpacked(mask, 1, shape))
 
     def _outputs(self, node: Node) -> list[Tensor]:
         """Return all outputs of an op that is no palette, quantized or sparse weight by itself."""
@@ -328,10 +329,10 @@ class Decoder:
 
     def _affine_dequantize(self, node: Node) -> list[Tensor]:
         data, scale, zero_point = self._affine_parameters(node)
-        return [Tensor(scale.dtype, decoding.affine(data, scale, zero_point))]
+        return [Tensor(scale.dtype, arithmetic.affine(data, scale, zero_point))]
 
     def _sparse_to_dense(self, node: Node) -> list[Tensor]:
-        return [decoding.scattered(self._kept(node), self._need(node, "nonzero_data"))]
+        return [arithmetic.scattered(self._kept(node), self._need(node, "nonzero_data"))]
 
     def _lut_to_dense(self, node: Node) -> list[Tensor]:
         if _is_early(node):
@@ -339,28 +340,30 @@ class Decoder:
         else:
             codes, lut = self._need(node, "indices"), self._need(node, "lut")
         axis = self._tensor(node, "vector_axis")
-        return [Tensor(lut.dtype, decoding.look_up(codes.values, lut, axis))]
+        return [Tensor(lut.dtype, arithmetic.look_up(codes.values, lut, axis))]
 
     def _blockwise_shift_scale(self, node: Node) -> list[Tensor]:
         data, scale = self._need(node, "data"), self._need(node, "scale")
         return [
-            Tensor(scale.dtype, decoding.shift_scale(data, scale, self._tensor(node, "offset")))
+            Tensor(scale.dtype, arithmetic.shift_scale(data, scale, self._tensor(node, "offset")))
         ]
 
     def _lut_to_sparse(self, node: Node) -> list[Tensor]:
         mask, lut = self._need(node, "indices_mask"), self._need(node, "lut")
-        codes = decoding.scattered(mask, self._need(node, "indices_nonzero_data")).values
+        codes = arithmetic.scattered(mask, self._need(node, "indices_nonzero_data")).values
         axis = self._tensor(node, "vector_axis")
-        dense = decoding.look_up(codes, lut, axis)
-        kept = mask.values
+        dense = arithmetic.look_up(codes, lut, axis)
+        is_nonzero = mask.values
         if axis is not None:
-            kept = np.repeat(kept, lut.values.shape[-1], decoding.axis_of(axis, kept.ndim))
-        return [Tensor(mask.dtype, kept), Tensor(lut.dtype, dense[kept != 0])]
+            is_nonzero = np.repeat(
+                is_nonzero, lut.values.shape[-1], arithmetic.axis_of(axis, is_nonzero.ndim)
+            )
+        return [Tensor(mask.dtype, is_nonzero), Tensor(lut.dtype, dense[is_nonzero != 0])]
 
     def _sparse_blockwise_shift_scale(self, node: Node) -> list[Tensor]:
         mask, scale = self._need(node, "data_mask"), self._need(node, "scale")
-        data = decoding.scattered(mask, self._need(node, "nonzero_data"))
-        dense = decoding.shift_scale(data, scale, self._tensor(node, "offset"))
+        data = arithmetic.scattered(mask, self._need(node, "nonzero_data"))
+        dense = arithmetic.shift_scale(data, scale, self._tensor(node, "offset"))
         return [mask, Tensor(scale.dtype, dense[mask.values != 0])]
 
     def _cast(self, node: Node) -> list[Tensor]:

@@ -15,7 +15,7 @@ import milpress
 from milpress import formats as f
 from milpress.errors import InputError, UnsupportedError
 from milpress.interpreter import load
-from milpress.mil.stages import _KINDS
+from milpress.mil.model_kinds import _KINDS
 
 
 def scaler(**features: dict[str, int]) -> Any:

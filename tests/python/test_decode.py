@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from milpress.errors import PackageError
 from milpress.mil import dtypes, proto, values
-from milpress.mil.constexpr import Decoder
+from milpress.mil.decode import Decoder
 from milpress.mil.graph import Node
 from milpress.mil.program import ProgramGraph
 from milpress.mil.values import Tensor
@@ -41,7 +41,7 @@ def op_of(
             op.inputs[parameter].arguments.add().name = given_value
             continue
         place = op.attributes[parameter] if early else op.inputs[parameter].arguments.add().value
-        values.write(place, given_value, file_name=None, early=early, sink=None)
+        values.write(place, given_value, file_name=None, sink=None)
     for i, output in enumerate(outputs):
         item = op.outputs.add(name=f"{name}_{i}" if len(outputs) > 1 else name)
         values.set_type(item.type, output.dtype, output.values.shape)
