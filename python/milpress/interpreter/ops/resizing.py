@@ -180,12 +180,16 @@ def _resample(
     align_corners: bool,
 ) -> Tensor:
     sampling_mode, padding_mode = sampling_mode.lower(), padding_mode.lower()
+    sizes = x.shape[-2:]
+    in_pixels = [
+        _in_pixels(places, size, coordinates_mode.lower(), align_corners)
+        for places, size in zip(coordinates.flip(-1).unbind(-1), sizes, strict=True)
+    ]
     check_choice("padding_mode", padding_mode, "constant", "border", "reflection", "symmetric")
     check_choice("sampling_mode", sampling_mode, "bilinear", "nearest")
     outside = None
     sides = []
-    for places, size in zip(coordinates.flip(-1).unbind(-1), x.shape[-2:], strict=True):
-        places = _in_pixels(places, size, coordinates_mode.lower(), align_corners)
+    for places, size in zip(in_pixels, sizes, strict=True):
         if padding_mode == "constant":
             outside = padding_value
             sides.append(places)
