@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
 from torch import nn
 
 from milpress.compression.report import Report
@@ -17,7 +19,6 @@ from milpress.compression.verification import compare_packages
 from milpress.compression.writer import rewriting
 from milpress.engines.mlmodel import opened, written
 from milpress.errors import ConfigError, ConfigTypeError, UnsupportedError, VerificationError
-from milpress.formats import Compressed
 from milpress.mil.package import Package, n_package_bytes
 from milpress.torch._converted_weights import (
     ConvertedWeight,
@@ -120,13 +121,7 @@ def _check_target(target: Any, compressed: list[ConvertedWeight]) -> None:
 
 def _write(package: Package, compressed: list[ConvertedWeight], destination: Path) -> Report:
     """Write a dense package with compressed weights in the place of their constants."""
-    replaced = {
-        constant.node: (constant, value)
-        for graph in package.graphs
-        for constant in graph.weights
-        if (value := replacement(constant, compressed)) is not None
-    }
-    expected = {constant.name: value for constant, value in replaced.values()}
+    expected: dict[str, bytes] = {}
 
     def check(source: Package, result: Package) -> None:
         compare_packages(source, result)
@@ -134,11 +129,15 @@ def _write(package: Package, compressed: list[ConvertedWeight], destination: Pat
 
     with rewriting(package, destination, Run()) as writer:
         for graph in package.graphs:
+            constants = {constant.node: constant for constant in graph.weights}
             for node in graph.nodes:
-                if node in replaced:
-                    writer.store(*replaced[node])
-                else:
+                constant = constants.get(node)
+                value = None if constant is None else replacement(constant, compressed)
+                if constant is None or value is None:
                     writer.copy(node)
+                    continue
+                expected[constant.name] = _digest(value.dense())
+                writer.store(constant, value)
             graph.apply()
         _, size = writer.commit(check)
     return Report(
@@ -153,12 +152,16 @@ def _write(package: Package, compressed: list[ConvertedWeight], destination: Pat
     )
 
 
-def _check(package: Package, expected: dict[str, Compressed]) -> None:
+def _digest(array: NDArray[Any]) -> bytes:
+    return hashlib.sha256(array.tobytes()).digest()
+
+
+def _check(package: Package, expected: dict[str, bytes]) -> None:
     """Decode every compressed weight of a package and compare it with what was meant."""
     missing = dict(expected)
     for weight in package.weights:
-        value = missing.pop(weight.name, None)
-        if value is not None and weight.dense().tobytes() != value.dense().tobytes():
+        digest = missing.pop(weight.name, None)
+        if digest is not None and _digest(weight.dense()) != digest:
             msg = f"{weight.name}: the stored weight decodes to another value than the module's"
             raise VerificationError(msg)
     if missing:
