@@ -112,14 +112,15 @@ class Process:
 _CHILD = """
 import re, sys, time
 from pathlib import Path
-from milpress.cli.app import main
+from milpress.cli import root
 started = time.perf_counter()
 try:
-    main()
+    code = root.run()
 finally:
     status = Path("/proc/self/status").read_text()
     peak = re.search(r"VmHWM:\\s+(\\d+)", status)[1]
     print(peak, time.process_time(), time.perf_counter() - started, file=sys.stderr)
+raise SystemExit(code)
 """
 
 

@@ -55,8 +55,8 @@ def main() -> None:
         np.savez(samples / f"{i:02}.npz", frames=frame)
     command = [
         sys.executable,
-        "-c",
-        "from milpress.cli.app import main; main()",
+        "-m",
+        "milpress",
         "bench",
         "suite",
     ]

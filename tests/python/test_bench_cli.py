@@ -331,14 +331,11 @@ def test_bench_loads_neither_torch_nor_coremltools_to_look_at_results(tmp_path):
     files.save(result("measured"), path)
     code = f"""
 import sys
-from milpress.cli.app import main
+from milpress.cli import root
 for arguments in (["bench", "validate", {str(path)!r}], ["bench", "compare", {str(path)!r}],
                   ["report", {str(path)!r}, "-o", {str(tmp_path / "r.html")!r}]):
     sys.argv = ["milpress", *arguments]
-    try:
-        main()
-    except SystemExit as end:
-        assert not end.code, end.code
+    assert root.run() == 0
 assert not {{"torch", "coremltools", "sklearn"}} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

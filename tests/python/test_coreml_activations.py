@@ -524,7 +524,7 @@ def test_an_iOS16_model_is_raised_to_iOS17(net, tmp_path):  # noqa: N802
 def test_bad_settings_have_a_clear_error(net, change, error):
     source = net("cnn")
     settings = {"config": OpLinearQuantizerConfig(), "sample_data": samples_of(source)} | change
-    with pytest.raises(error, match=r"(?i)must|only accept"):
+    with pytest.raises(error, match=r"(?i)must|only accept|give at least one"):
         linear_quantize_activations(source, **settings)
 
 

@@ -528,9 +528,15 @@ def test_an_unknown_field_is_the_error_that_cattrs_raises(kind):
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "bad.yaml").write_text("{")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    for path in ("none.yaml", "bad.yaml", "binary.yaml", "."):
-        with pytest.raises(ConfigError, match="an optimization config must be"):
-            ours.OptimizationConfig.from_yaml(tmp_path / path)
+    unreadable = "can't be read as an optimization config"
+    for name, sentence in {
+        "none.yaml": "none.yaml: no such file",
+        "bad.yaml": rf"bad.yaml, line 1: {unreadable}",
+        "binary.yaml": f"binary.yaml: {unreadable}",
+        ".": unreadable,
+    }.items():
+        with pytest.raises(ConfigError, match=sentence):
+            ours.OptimizationConfig.from_yaml(tmp_path / name)
     with pytest.raises(ConfigTypeError):
         ours.OptimizationConfig.from_yaml(3)
 

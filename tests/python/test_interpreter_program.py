@@ -872,8 +872,8 @@ WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None
 sys.argv[1:] = {arguments}
-from milpress.cli.app import main
-main()
+from milpress.cli import root
+raise SystemExit(root.run())
 """
 
 

@@ -182,7 +182,7 @@ def test_paths_may_be_among_arrays(tmp_path):
     for given_as in (path, str(path)):
         (sample,) = Samples([{"image": given_as}], [image()])
         np.testing.assert_array_equal(sample["image"], pixels(6, 8, 3))
-    with pytest.raises(PackageNotFoundError, match=r"b\.png: no such file"):
+    with pytest.raises(PackageNotFoundError, match=r"b\.png: no such picture"):
         Samples([{"image": str(tmp_path / "b.png")}], [image()])
 
 
@@ -306,7 +306,7 @@ def test_the_command_line_says_what_it_did_to_pictures(model, tmp_path):
     assert note in quantized.stdout
     for given_as, message in (
         (f"image={tmp_path / 'c.webp'}", "a picture must be a .png, .jpg or .jpeg file"),
-        (f"image={tmp_path / 'c.png'}", "c.png: no such file"),
+        (f"image={tmp_path / 'c.png'}", "c.png: no such picture"),
         (path, "--input must be NAME=FILE.npy, NAME=PICTURE or FILE.npz"),
     ):
         assert message in failed("run", model, "--input", given_as)

@@ -12,7 +12,7 @@ import pytest
 import milpress
 import milpress._core as _core
 from milpress import formats as f
-from milpress.cli.app import main
+from milpress.cli import root
 from milpress.errors import ConfigError
 from milpress.kernels.device import Kernels, devices, kernels_for, using
 
@@ -109,7 +109,5 @@ def test_another_thread_may_be_given_the_kernels(broken_gpu):
 def test_the_command_line_takes_a_device(build, tmp_path, monkeypatch, capsys):
     arguments = ["compress", str(build("layers")), str(tmp_path / "out"), "--quantize", "int8"]
     monkeypatch.setattr(sys, "argv", ["milpress", *arguments, "--device", "gpu"])
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 2
+    assert root.run() == 2
     assert "error: device must be one of" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from milpress.calibration.calibrating import calibrate
 from milpress.calibration.weight_statistics import WeightStatistics
 from milpress.formats import PalettizeConfig, PruneConfig, QuantizeConfig
 from milpress.mil.package import Package
-from milpress.mil.records import WeightRecords
+from milpress.mil.records import WeightRecords, promise_of
 from milpress.recipe import Recipe
 
 N = 64
@@ -151,7 +151,7 @@ def test_a_weight_with_another_use_is_treated_as_without_samples(kind, feedback,
     assert f"not calibrated: used by {kind} 'other' too" in row.note
     assert ("errors not fed back" in row.note) == feedback
     (record,) = WeightRecords.of(Package(out).model).by_source.values()
-    assert record.promise == "nearest"
+    assert promise_of(record.steps) == "nearest"
 
 
 def test_layers_along_other_axes_count_in_importance_and_are_not_fed_back(tmp_path):

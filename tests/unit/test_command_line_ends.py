@@ -256,7 +256,7 @@ def test_whatever_is_raised_is_one_line_and_never_exit_code_1(error, line, monke
 
 
 def test_a_fault_says_where_and_how_to_report_it(monkeypatch):
-    with mock.patch.object(inspection, "sites", side_effect=KeyError("weight")):
+    with mock.patch.object(inspection, "n_package_bytes", side_effect=KeyError("weight")):
         said = failed("inspect", SEED)
         assert "KeyError in inspection.py, line " in said
         assert said.endswith("please report it, with what MILPRESS_TRACEBACK=1 shows")

@@ -168,8 +168,10 @@ def with_model(data: bytes, folder: Path) -> Path:
 def test_a_bomb_is_refused_before_it_is_parsed(what, tmp_path):
     data, kind = BOMBS[what]
     path = with_model(data, tmp_path)
+    parses_nothing = mock.Mock()
+    parses_nothing.Model.FromString.side_effect = AssertionError("parsed")
     with (
-        mock.patch.object(package_module, "messages", side_effect=AssertionError("parsed")),
+        mock.patch.object(package_module, "proto", parses_nothing),
         pytest.raises(PackageError, match=rf"at most 64 bytes of memory.*of the kind {kind}$"),
     ):
         Package(path)

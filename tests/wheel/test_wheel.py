@@ -39,7 +39,7 @@ def test_pruning_keeps_the_largest():
 
 
 def test_the_command_line_starts():
-    command = [sys.executable, "-c", "from milpress.cli.app import main; main()", "--version"]
+    command = [sys.executable, "-m", "milpress", "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout == f"milpress {milpress.__version__}\n"
 

@@ -77,6 +77,7 @@ class OptimizationConfig:
 
     Examples
     --------
+    >>> from milpress.coreml import OpPalettizerConfig, OptimizationConfig
     >>> config = OptimizationConfig(
     ...     global_config=OpPalettizerConfig(nbits=8),
     ...     op_type_configs={"linear": None},
