@@ -202,7 +202,7 @@ def stubborn(*_, **__):
     finally:  # as a kernel that takes its time
         os.kill(os.getpid(), signal.SIGINT)
         print("not reached", flush=True)
-packages._complete = stubborn
+packages.compare_packages = stubborn
 sys.argv[0] = "milpress"
 main()
 """
