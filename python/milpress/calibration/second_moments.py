@@ -21,7 +21,6 @@ from milpress.formats.error_feedback import Factor, FeedbackConfig
 from milpress.formats.rows import Floats
 from milpress.kernels.threads import Room
 from milpress.mil.package import Package
-from milpress.progress import Progress
 from milpress.samples.data import Data
 from milpress.show import human_bytes
 
@@ -123,7 +122,7 @@ class SecondMoments:
     ----------
     package
         The package, as it is before its weights change.
-    data, mask, progress
+    data, mask
         As of `milpress.calibrate`.
     wanted
         For each weight, the layers that use it, in the order in which they will be asked for.
@@ -144,7 +143,6 @@ class SecondMoments:
         data: Data,
         *,
         mask: str | None = None,
-        progress: Progress | None = None,
         wanted: Iterable[Sequence[str]] = (),
         memory: int = DEFAULT_MEMORY,
     ) -> None:
@@ -153,7 +151,6 @@ class SecondMoments:
         self._programs = list(suited_programs(package, data))
         names = {feature.name for program, _, _ in self._programs for feature in program.inputs}
         self._mask = DEFAULT_MASK if mask is None and DEFAULT_MASK in names else mask
-        self._progress = progress or (lambda *_: None)
         self._lock = threading.Lock()
         self._room = Room(2 * self._memory // 3)
         self._layers: dict[str, Layer | None] = {}

@@ -89,10 +89,6 @@ class WeightStatistics:
         """Return the layers by whose inputs errors of a weight's blob count."""
         return [each.layer for each in self._uses[weight.name].count]
 
-    def knows(self, weight: Weight) -> bool:
-        """Whether it is known what errors of a weight do."""
-        return bool(self._uses[weight.name].count)
-
     def note(self, weight: Weight, *, feedback: bool = False) -> str:
         """Return what the report is to say of how errors of a weight count; mostly nothing."""
         uses = self._uses[weight.name]

@@ -63,10 +63,10 @@ class Loop:
     def run(self, writer: WeightWriter) -> list[WeightReport]:
         """Write all weights, and record in the model what was done and is promised of it."""
         progress = self.progress or (lambda *_: None)
-        jobs = self._jobs()
+        sizes = {node: decision.weight.n_bytes for node, decision in self.decisions.items()}
+        jobs = self._jobs(sizes)
         records = WeightRecords.of(self.package.model)
         reports: list[WeightReport] = []
-        sizes = {node: decision.weight.n_bytes for node, decision in self.decisions.items()}
         n_done, n_bytes = 0, sum(sizes.values())
         results = in_order(self._result, jobs.items(), _n_threads(jobs.values()))
         with contextlib.closing(results):
@@ -87,22 +87,22 @@ class Loop:
         progress(n_bytes, n_bytes, "")
         return reports
 
-    def _jobs(self) -> dict[Node, Job]:
+    def _jobs(self, sizes: Mapping[Node, int]) -> dict[Node, Job]:
         """Return what is to be done to each weight that is treated, in the order of writing."""
         jobs: dict[Node, Job] = {}
         keys = set()
         for node, decision in self.decisions.items():
             if not decision.treatments:
                 continue
-            weight = decision.weight
+            weight, places = decision.weight, decision.weight.places
             kind = (node.op.type, weight.shape, weight.channel_axes)
             alike = (kind, decision.treatments, weight.graph.opset.has_blocks)
-            key = (weight.places, *alike) if weight.places else None
+            key = (places, *alike) if places else None
             jobs[node] = Job(
                 weight,
                 decision.treatments,
                 key,
-                weight.n_bytes,
+                sizes[node],
                 is_repeated=key is not None and key in keys,
                 **({} if self.advice is None else self.advice.of_weight(weight)),
             )

@@ -21,11 +21,6 @@ class Opset:
         return f"CoreML{self.version}"
 
     @property
-    def has_compression(self) -> bool:
-        """Whether weights can be compressed at all."""
-        return self.version >= 6
-
-    @property
     def has_blocks(self) -> bool:
         """Whether groups, blocks and codes of 3 or 4 bits can be stored."""
         return self.version >= 8
