@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from milpress._version import __version__
 from milpress.compression.treating import Job, Make, Outcome
-from milpress.errors import CompressionError, ConfigError, DestinationError
+from milpress.errors import CompressionError, ConfigError, DestinationError, StorageError
 from milpress.formats import Custom, Masked, Palette, PalettizeConfig, Quantized, Sparse
 from milpress.plain import json
-from milpress.plain.files import system_errors, write_whole
+from milpress.plain.arrays import Arrays, read_arrays, write_arrays
+from milpress.plain.files import system_errors
 
-_DAMAGES = (
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    IndexError,
-    EOFError,
-    zipfile.BadZipFile,
-)
+_DAMAGES = (CompressionError, ValueError, KeyError, TypeError, AttributeError, IndexError)
 _KINDS: dict[str, type[Any]] = {
     kind.__name__: kind for kind in (Masked, Palette, Quantized, Sparse)
 }
@@ -89,18 +79,13 @@ class Checkpoint:
         if path is None or not path.exists():
             return None
         try:
-            # What numpy opens by itself it leaves open if it can't read it.
-            with (
-                system_errors(path),
-                path.open("rb") as raw,
-                np.load(raw, allow_pickle=False) as file,
-            ):
-                head = json.read(str(file["head"]))
-                matches = head["identity"] == self._identity_of(job)
-                outcome = _outcome(head, file, job) if matches else None
+            arrays = read_arrays(path)
+            head = json.read(str(arrays["head"]))
+            matches = head["identity"] == self._identity_of(job)
+            outcome = _outcome(head, arrays, job) if matches else None
+        except StorageError:
+            raise
         except _DAMAGES as error:
-            if isinstance(error, CompressionError):
-                raise
             msg = f"{path}: not a weight of an interrupted run: {error}"
             raise ConfigError(msg) from error
         if outcome is None:
@@ -123,7 +108,7 @@ class Checkpoint:
         path = self._path(job)
         if path is None:
             return
-        arrays: list[NDArray[Any]] = []
+        arrays: Arrays = {}
         head = {
             "identity": self._identity_of(job),
             "value": _described(outcome.value, arrays),
@@ -133,12 +118,9 @@ class Checkpoint:
             "corrections": _described(dict(outcome.corrections), arrays),
             "fed_back": list(outcome.fed_back),
         }
-        data = io.BytesIO()
-        named: dict[str, Any] = {f"array_{i}": array for i, array in enumerate(arrays)}
-        np.savez(data, head=np.array(json.text(head)), **named)
         with system_errors(path):
             self._folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, data.getvalue())
+        write_arrays(path, arrays | {"head": np.array(json.text(head))})
         self._kept.add(path)
 
     def clear(self) -> None:
@@ -165,11 +147,12 @@ class Checkpoint:
         return hashlib.blake2b(text.encode(), digest_size=32).hexdigest()
 
 
-def _described(value: Any, arrays: list[NDArray[Any]]) -> Any:
+def _described(value: Any, arrays: Arrays) -> Any:
     """Return a value as JSON holds it, with its arrays put beside."""
     if isinstance(value, np.ndarray):
-        arrays.append(value)
-        return {"array": len(arrays) - 1}
+        name = f"array_{len(arrays)}"
+        arrays[name] = value
+        return {"array": name}
     if isinstance(value, dict):
         return {"items": [[key, _described(each, arrays)] for key, each in value.items()]}
     if isinstance(value, tuple):
@@ -180,28 +163,28 @@ def _described(value: Any, arrays: list[NDArray[Any]]) -> Any:
     return value
 
 
-def _restored(value: Any, file: Any) -> Any:
+def _restored(value: Any, arrays: Arrays) -> Any:
     """Return what `_described` was given."""
     if not isinstance(value, dict):
         return value
     if "array" in value:
-        array = file[f"array_{value['array']}"]
+        array = arrays[value["array"]]
         array.setflags(write=False)
         return array
     if "items" in value:
-        return {key: _restored(each, file) for key, each in value["items"]}
+        return {key: _restored(each, arrays) for key, each in value["items"]}
     if "tuple" in value:
-        return tuple(_restored(each, file) for each in value["tuple"])
-    held = {name: _restored(each, file) for name, each in value["fields"].items()}
+        return tuple(_restored(each, arrays) for each in value["tuple"])
+    held = {name: _restored(each, arrays) for name, each in value["fields"].items()}
     return _KINDS[value["kind"]](**held)
 
 
-def _outcome(head: dict[str, Any], file: Any, job: Job) -> Outcome:
+def _outcome(head: dict[str, Any], arrays: Arrays, job: Job) -> Outcome:
     return Outcome(
-        value=_restored(head["value"], file),
+        value=_restored(head["value"], arrays),
         suffix=str(head["suffix"]),
         treatments=tuple(job.treatments[i] for i in head["treatments"]),
         notes=tuple(head["notes"]),
-        corrections=_restored(head["corrections"], file),
+        corrections=_restored(head["corrections"], arrays),
         fed_back=tuple(head["fed_back"]),
     )

@@ -6,7 +6,7 @@ import contextlib
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,19 +52,18 @@ def read_arrays(path: Path) -> Arrays:
     StorageError
         If the system can't read it.
     """
-    with _readable(path):
-        content = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            return {"": content}
-        with content:
+    # What np.load opens by itself it leaves open if it can't read it.
+    with _readable(path), path.open("rb") as file:
+        if not _starts_as_zip(file):
+            return {"": _formats.open_memmap(path, mode="r")}
+        with np.load(file, allow_pickle=False) as content:
             return dict(content)
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of what `read_arrays` returns, without reading it."""
     with _readable(path), path.open("rb") as file:
-        if not zipfile.is_zipfile(file):
-            file.seek(0)
+        if not _starts_as_zip(file):
             return {"": _read_shape(file)}
         with zipfile.ZipFile(file) as members:
             shapes = {}
@@ -72,6 +71,12 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
                 with members.open(name) as member:
                     shapes[name.removesuffix(".npy")] = _read_shape(member)
             return shapes
+
+
+def _starts_as_zip(file: BinaryIO) -> bool:
+    start = file.read(2)
+    file.seek(0)
+    return start == b"PK"
 
 
 def _read_shape(file: Any) -> tuple[int, ...]:
