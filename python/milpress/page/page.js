@@ -19,6 +19,11 @@
     fill(document.createElement(tag), attributes, children);
   const s = (tag, attributes, ...children) =>
     fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+  const button = (attributes, act, ...children) =>
+    h("button", { type: "button", on: { click: act }, ...attributes }, ...children);
+  const line = (kind, x1, x2, y1, y2) => s("line", { class: kind, x1, x2, y1, y2 });
+  const words = (x, y, anchor, text, attributes) =>
+    s("text", { x, y, "text-anchor": anchor, ...attributes }, text);
 
   const FAMILIES = {
     original: "Original",
@@ -173,63 +178,32 @@
     for (const t of yt.found) {
       const text =
         metric.name === "top1" ? `${tickText(100 * t, 100 * yt.step)} %` : tickText(t, yt.step);
-      svg.append(
-        s("line", { class: "grid", x1: LEFT, x2: W - RIGHT, y1: Y(t), y2: Y(t) }),
-        s("text", { x: LEFT - 9, y: Y(t) + 4, "text-anchor": "end" }, text),
-      );
+      svg.append(line("grid", LEFT, W - RIGHT, Y(t), Y(t)), words(LEFT - 9, Y(t) + 4, "end", text));
     }
     if (hasExact)
       svg.append(
-        s("line", { class: "grid", x1: LEFT, x2: W - RIGHT, y1: TOP + 4, y2: TOP + 4 }),
-        s("text", { x: LEFT - 9, y: TOP + 8, "text-anchor": "end" }, "exact"),
+        line("grid", LEFT, W - RIGHT, TOP + 4, TOP + 4),
+        words(LEFT - 9, TOP + 8, "end", "exact"),
       );
     const scale = options.scale(xHigh),
       xt = ticks(xLow / scale.by, xHigh / scale.by, options.wide ? 10 : 6);
-    for (const t of xt.found)
+    for (const t of xt.found) {
+      const x = X(t * scale.by);
       svg.append(
-        s("line", {
-          class: "axis",
-          x1: X(t * scale.by),
-          x2: X(t * scale.by),
-          y1: H - BOTTOM,
-          y2: H - BOTTOM + 5,
-        }),
-        s(
-          "text",
-          { x: X(t * scale.by), y: H - BOTTOM + 19, "text-anchor": "middle" },
-          tickText(t, xt.step),
-        ),
+        line("axis", x, x, H - BOTTOM, H - BOTTOM + 5),
+        words(x, H - BOTTOM + 19, "middle", tickText(t, xt.step)),
       );
+    }
+    const turned = `translate(13 ${(top + H - BOTTOM) / 2}) rotate(-90)`;
     svg.append(
-      s("line", { class: "axis", x1: LEFT, x2: W - RIGHT, y1: H - BOTTOM, y2: H - BOTTOM }),
-      s(
-        "text",
-        { x: (LEFT + W - RIGHT) / 2, y: H - 8, "text-anchor": "middle" },
-        `${options.axis}, ${scale.unit}`,
-      ),
-      s(
-        "text",
-        {
-          transform: `translate(13 ${(top + H - BOTTOM) / 2}) rotate(-90)`,
-          "text-anchor": "middle",
-        },
-        metric.short,
-      ),
+      line("axis", LEFT, W - RIGHT, H - BOTTOM, H - BOTTOM),
+      words((LEFT + W - RIGHT) / 2, H - 8, "middle", `${options.axis}, ${scale.unit}`),
+      words(null, null, "middle", metric.short, { transform: turned }),
     );
-    if (options.stamp)
-      svg.append(
-        s(
-          "text",
-          {
-            class: "stamp",
-            x: W / 2,
-            y: H / 2 + 20,
-            "text-anchor": "middle",
-            "aria-hidden": "true",
-          },
-          options.stamp,
-        ),
-      );
+    if (options.stamp) {
+      const stamp = { class: "stamp", "aria-hidden": "true" };
+      svg.append(words(W / 2, H / 2 + 20, "middle", options.stamp, stamp));
+    }
     const front = pareto(drawn, metric.more);
     if (front.length > 1) {
       const path = front
@@ -243,13 +217,7 @@
     for (const p of [...drawn].reverse()) {
       if (p.interval)
         svg.append(
-          s("line", {
-            class: `whisker ${p.item.family}`,
-            x1: X(p.interval[0]),
-            x2: X(p.interval[1]),
-            y1: p.cy,
-            y2: p.cy,
-          }),
+          line(`whisker ${p.item.family}`, X(p.interval[0]), X(p.interval[1]), p.cy, p.cy),
         );
       const show = (event) =>
         showTip(event, p.item.name, [
@@ -294,26 +262,12 @@
         const left = anchor === "start" ? x : anchor === "end" ? x - width : x - width / 2,
           box = [left - 2, y - 11, left + width + 2, y + 3];
         if (box[0] < LEFT || box[2] > W - 2 || box[1] < 0 || box[3] > H - BOTTOM) continue;
-        if (
-          boxes.some(
-            (b) => b !== own && b[0] < box[2] && b[2] > box[0] && b[1] < box[3] && b[3] > box[1],
-          )
-        )
-          continue;
+        const hides = (b) =>
+          b !== own && b[0] < box[2] && b[2] > box[0] && b[1] < box[3] && b[3] > box[1];
+        if (boxes.some(hides)) continue;
         boxes.push(box);
-        found.push(
-          s(
-            "text",
-            {
-              class: "name",
-              x: x.toFixed(1),
-              y: y.toFixed(1),
-              "text-anchor": anchor,
-              "aria-hidden": "true",
-            },
-            text,
-          ),
-        );
+        const name = { class: "name", "aria-hidden": "true" };
+        found.push(words(x.toFixed(1), y.toFixed(1), anchor, text, name));
         break;
       }
     }
@@ -380,37 +334,25 @@
   };
 
   // ---- tables: sorting, and the filter ---------------------------------------------------------
+  // What has no value stands last, whichever way.
+  const order = (a, b, sign) => {
+    if (a === "" || b === "") return (a === "") - (b === "");
+    const numbers = !isNaN(a) && !isNaN(b);
+    return sign * (numbers ? a - b : a.localeCompare(b, undefined, { numeric: true }));
+  };
   const sortable = (table) => {
     const body = $("tbody", table);
     $$("thead th", table).forEach((cell, column) => {
-      const text = cell.textContent;
-      cell.replaceChildren(
-        h(
-          "button",
-          {
-            type: "button",
-            on: {
-              click: () => {
-                const down = cell.getAttribute("aria-sort") === "ascending";
-                $$("th", table).forEach((other) => other.removeAttribute("aria-sort"));
-                cell.setAttribute("aria-sort", down ? "descending" : "ascending");
-                const key = (row) => row.cells[column].dataset.v ?? row.cells[column].textContent;
-                const rows = $$("tr", body).map((row) => [row, key(row)]);
-                // What has no value stands last, whichever way.
-                rows.sort(([, a], [, b]) =>
-                  a === "" || b === ""
-                    ? (a === "") - (b === "")
-                    : (isNaN(a) || isNaN(b)
-                        ? a.localeCompare(b, undefined, { numeric: true })
-                        : a - b) * (down ? -1 : 1),
-                );
-                body.append(...rows.map(([row]) => row));
-              },
-            },
-          },
-          text,
-        ),
-      );
+      const sort = () => {
+        const down = cell.getAttribute("aria-sort") === "ascending";
+        $$("th", table).forEach((other) => other.removeAttribute("aria-sort"));
+        cell.setAttribute("aria-sort", down ? "descending" : "ascending");
+        const key = (row) => row.cells[column].dataset.v ?? row.cells[column].textContent;
+        const rows = $$("tr", body).map((row) => [row, key(row)]);
+        rows.sort(([, a], [, b]) => order(a, b, down ? -1 : 1));
+        body.append(...rows.map(([row]) => row));
+      };
+      cell.replaceChildren(button({}, sort, cell.textContent));
     });
   };
   const filterTable = () => {
@@ -418,11 +360,8 @@
     if (!table) return;
     let n = 0;
     for (const row of $$("tbody tr", table)) {
-      row.hidden = !isShown({
-        family: row.dataset.family,
-        name: row.dataset.search,
-        treatment: "",
-      });
+      const { family, search } = row.dataset;
+      row.hidden = !isShown({ family, name: search, treatment: "" });
       n += !row.hidden;
     }
     $("#shown").textContent = `${n} of ${$$("tbody tr", table).length} shown`;
@@ -432,38 +371,26 @@
   const layers = $("#layers");
   const layerState = { report: 0, by: "graph", query: "", all: false };
   const MOST = 60;
+  const snrOf = (w) => (w.snr === "inf" ? Infinity : typeof w.snr === "number" ? w.snr : -Infinity);
+  const MEASURES = {
+    bits: { what: "bits per weight", measure: (w) => w.bits, sign: -1 },
+    snr: { what: "SNR", measure: snrOf, sign: 1 },
+    bytes: { what: "stored bytes", measure: (w) => w.after, sign: -1 },
+  };
   const drawLayers = () => {
     if (!layers) return;
     const report = data.compressions[layerState.report];
-    const value = {
-      bits: (w) => w.bits,
-      snr: (w) => (w.snr === "inf" ? Infinity : w.snr === null ? -Infinity : +w.snr),
-      bytes: (w) => w.after,
-      graph: null,
-    }[layerState.by];
+    const { what, measure, sign } = MEASURES[layerState.by] ?? MEASURES.bits;
     const shown = report.weights.filter((w) =>
       `${w.name} ${w.treatment} ${w.ops}`.toLowerCase().includes(layerState.query),
     );
-    if (value)
-      shown.sort((a, b) => (layerState.by === "snr" ? value(a) - value(b) : value(b) - value(a)));
-    const measure =
-      layerState.by === "snr"
-        ? (w) => (typeof w.snr === "number" ? w.snr : w.snr === "inf" ? Infinity : 0)
-        : layerState.by === "bytes"
-          ? (w) => w.after
-          : (w) => w.bits;
-    const finite = report.weights.map(measure).filter(Number.isFinite),
-      most = Math.max(1e-9, ...finite);
-    const what =
-      layerState.by === "snr"
-        ? "SNR"
-        : layerState.by === "bytes"
-          ? "stored bytes"
-          : "bits per weight";
+    if (layerState.by !== "graph") shown.sort((a, b) => sign * (measure(a) - measure(b)));
+    const most = Math.max(1e-9, ...report.weights.map(measure).filter(Number.isFinite));
     const rows = (layerState.all ? shown : shown.slice(0, MOST)).map((w) => {
       const bar = h("i", {});
       bar.style.width = `${100 * Math.max(0, Math.min(1, measure(w) / most))}%`;
       const detail = [w.treatment || "left", w.shape, w.ops].filter(Boolean).join(" \u00b7 ");
+      const snr = w.snr === null ? "\u2013" : w.snr === "inf" ? "exact" : (+w.snr).toFixed(1);
       return h(
         "div",
         { class: `layer ${w.status === "compressed" ? "" : "left"}`, "data-name": w.name },
@@ -475,13 +402,7 @@
           w.note ? h("small", {}, w.note) : null,
         ),
         h("div", { class: `bar ${report.family}` }, bar),
-        h("div", { class: "n" }, w.bits.toFixed(2)),
-        h(
-          "div",
-          { class: "n" },
-          w.snr === null ? "\u2013" : w.snr === "inf" ? "exact" : (+w.snr).toFixed(1),
-        ),
-        h("div", { class: "n" }, bytes(w.after)),
+        ...[w.bits.toFixed(2), snr, bytes(w.after)].map((text) => h("div", { class: "n" }, text)),
       );
     });
     const head = h(
@@ -489,35 +410,16 @@
       { class: "layer head" },
       h("div", {}, `Weight (${shown.length})`),
       h("div", { class: "what" }, what),
-      h("div", { class: "n" }, "bits"),
-      h("div", { class: "n" }, "SNR dB"),
-      h("div", { class: "n" }, "stored"),
+      ...["bits", "SNR dB", "stored"].map((text) => h("div", { class: "n" }, text)),
     );
-    const more =
-      shown.length > MOST && !layerState.all
-        ? h(
-            "div",
-            { class: "more" },
-            h(
-              "button",
-              {
-                type: "button",
-                on: {
-                  click: () => {
-                    layerState.all = true;
-                    drawLayers();
-                  },
-                },
-              },
-              `Show all ${shown.length}`,
-            ),
-          )
-        : null;
-    layers.replaceChildren(
-      head,
-      ...(rows.length ? rows : [h("p", { class: "empty" }, "No weight matches.")]),
-      ...(more ? [more] : []),
-    );
+    const showAll = () => {
+      layerState.all = true;
+      drawLayers();
+    };
+    layers.replaceChildren(head, ...rows);
+    if (!rows.length) layers.append(h("p", { class: "empty" }, "No weight matches."));
+    if (shown.length > rows.length)
+      layers.append(h("div", { class: "more" }, button({}, showAll, `Show all ${shown.length}`)));
   };
 
   // ---- controls --------------------------------------------------------------------------------
@@ -546,31 +448,16 @@
   });
   const legend = $("#legend");
   if (legend) {
-    for (const family of Object.keys(FAMILIES).filter((name) =>
-      data.packages.some((p) => p.family === name),
-    )) {
-      legend.append(
-        h(
-          "button",
-          {
-            type: "button",
-            "aria-pressed": "true",
-            "data-family": family,
-            on: {
-              click: (event) => {
-                const button = event.currentTarget,
-                  on = button.getAttribute("aria-pressed") === "false";
-                button.setAttribute("aria-pressed", String(on));
-                if (on) state.hidden.delete(family);
-                else state.hidden.add(family);
-                redraw();
-              },
-            },
-          },
-          h("i", { class: family }),
-          FAMILIES[family],
-        ),
-      );
+    const inUse = new Set(data.packages.map((p) => p.family));
+    for (const family of Object.keys(FAMILIES).filter((name) => inUse.has(name))) {
+      const toggle = (event) => {
+        const on = state.hidden.delete(family);
+        if (!on) state.hidden.add(family);
+        event.currentTarget.setAttribute("aria-pressed", String(on));
+        redraw();
+      };
+      const attributes = { "aria-pressed": "true", "data-family": family };
+      legend.append(button(attributes, toggle, h("i", { class: family }), FAMILIES[family]));
     }
   }
   const onInput = (selector, act) => {
