@@ -17,12 +17,8 @@ class RoundedWeight(Substitution):
     """Lets a layer compute with its rounded weight.
 
     Where batch normalization follows, it is the weight multiplied by the scale of each channel that
-    is rounded, as it will be exported, and then divided by it again.
-
-    Parameters
-    ----------
-    norm
-        The batch normalization; not a module of this layer, which must not own it.
+    is rounded, as it will be exported, and then divided by it again. The normalization is not a
+    module of this layer, which must not own it.
     """
 
     def __init__(self, norm: nn.Module | None, output: int) -> None:
