@@ -10,8 +10,6 @@ from torch import nn
 from milpress.torch._module_weights import ModuleWeight
 from milpress.torch._substitution import Hooks, Substitution, plain
 
-WEIGHT = "weight"
-
 
 class RoundedWeight(Substitution):
     """Lets a layer compute with its rounded weight.
@@ -22,7 +20,7 @@ class RoundedWeight(Substitution):
     """
 
     def __init__(self, norm: nn.Module | None, output: int) -> None:
-        super().__init__("", (WEIGHT,))
+        super().__init__("", ("weight",))
         self.norm = norm
         self.output = output
 
@@ -90,8 +88,8 @@ def channel_scale(norm: Any, rank: int, output: int, owner: Any) -> torch.Tensor
 @torch.no_grad()
 def fold(layer: Any, norm: Any) -> None:
     """Fold batch normalization into the layer before it."""
-    weight = ModuleWeight("", layer, WEIGHT)
-    parameter = layer._parameters[WEIGHT]
+    weight = ModuleWeight("", layer, "weight")
+    parameter = layer._parameters["weight"]
     parameter.copy_(parameter * channel_scale(norm, parameter.ndim, weight.axes[0], layer))
     scale = (norm.running_var + norm.eps).rsqrt()
     scale = scale if norm.weight is None else scale * norm.weight

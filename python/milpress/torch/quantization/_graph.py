@@ -89,8 +89,6 @@ _PASSING: set[Any] = {
     "contiguous",
 }
 
-ConfigOf = Callable[[str, Any], Any]
-
 
 @dataclass(frozen=True, slots=True)
 class RoundedLayer:
@@ -156,7 +154,7 @@ class Placing:
     def __init__(
         self,
         model: fx.GraphModule,
-        config_of: ConfigOf,
+        config_of: Callable[[str, Any], Any],
         dimensions: dict[fx.Node, int | None],
     ) -> None:
         self.model = model

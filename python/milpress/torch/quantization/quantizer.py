@@ -27,7 +27,6 @@ from milpress.torch.pruning.magnitude_pruner import check_unpruned, kept_of, mas
 from milpress.torch.quantization import _graph
 from milpress.torch.quantization._fake_quantize import FakeQuantize, QuantizeDequantize
 from milpress.torch.quantization._folding import (
-    WEIGHT,
     RoundedWeight,
     channel_scale,
     fold,
@@ -145,7 +144,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
         module = model.get_submodule(layer.name)
         if hasattr(module, "weight_fake_quant"):
             return
-        weight = ModuleWeight(layer.name, module, WEIGHT)
+        weight = ModuleWeight(layer.name, module, "weight")
         try:
             fake = shared.get(id(weight.tensor)) or _weight_layer(weight, layer.config)
         except UnsupportedError as error:
@@ -223,7 +222,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
                 thaw(module)
                 for rounded in RoundedWeight.of(module):
                     rounded.detach(module)
-                    weights.append(ModuleWeight(name, module, WEIGHT))
+                    weights.append(ModuleWeight(name, module, "weight"))
                     if rounded.norm is not None:
                         norms[named[id(rounded.norm)]] = module
             with masks_lifted(finalized):
@@ -280,8 +279,8 @@ def _columns(fake: FakeQuantize) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _error(module: nn.Module, fake: FakeQuantize) -> dict[str, Any]:
-    weight: torch.Tensor = getattr(module, WEIGHT).detach()
+def _error(module: Any, fake: FakeQuantize) -> dict[str, Any]:
+    weight: torch.Tensor = module.weight.detach()
     scale = torch.ones(())
     for rounded in RoundedWeight.of(module):
         if rounded.norm is not None:
