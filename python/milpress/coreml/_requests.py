@@ -12,12 +12,11 @@ from milpress.coreml.op_config import (
     CompressionGranularity,
     OpCompressorConfig,
     OpLinearQuantizerConfig,
-    OpMagnitudePrunerConfig,
     OpPalettizerConfig,
     OpThresholdPrunerConfig,
 )
 from milpress.coreml.optimization_config import OptimizationConfig, advice
-from milpress.errors import CompressionError, ConfigError, UnsupportedError
+from milpress.errors import CompressionError, UnsupportedError
 from milpress.formats import (
     Blocks,
     Custom,
@@ -52,9 +51,8 @@ _NEEDS = {
     "scales of channels": "Palettization with per-channel-scale",
 }
 
-
 # Like coremltools, whatever the size of a group or block: 0 makes it a whole axis.
-_GRANULARITY_NEEDS = {
+_GRANULARITY_NEEDS: dict[Any, str] = {
     CompressionGranularity.PER_GROUPED_CHANNEL: "groups of channels",
     CompressionGranularity.PER_BLOCK: "blocks",
 }
@@ -107,26 +105,19 @@ class ConfigRequests:
         """Return what one config asks for a weight."""
         if config is None:
             return Request()
-        threshold = 2048 if config.weight_threshold is None else config.weight_threshold
         if isinstance(config, OpPalettizerConfig):
             treatment: Treatment = _palettize(config, self.seed)
         elif isinstance(config, OpLinearQuantizerConfig):
             treatment = _quantize(config)
             self._check_table(weight, treatment)
-        elif isinstance(config, (OpMagnitudePrunerConfig, OpThresholdPrunerConfig)):
-            treatment = _prune(config)
         else:
-            msg = (
-                f"{weight.node.op_name}: a config must be one of milpress.coreml, "
-                f"got {type(config).__name__}"
-            )
-            raise ConfigError(msg)
+            treatment = _prune(config)
         return Request(
             treatments=(treatment,),
-            min_size=threshold + 1,
+            min_size=config.weight_threshold + 1,
             on_indivisible=getattr(config, "on_indivisible", "leave"),
             reason=self._reason(weight, config),
-            needs=self._needs(config),
+            needs=_GRANULARITY_NEEDS.get(getattr(config, "granularity", None), ""),
         )
 
     def too_early(
@@ -144,11 +135,6 @@ class ConfigRequests:
     def advice(self, weights: Sequence[Weight]) -> str:
         """Return the configs that say what holds for weights by their names."""
         return advice(list(dict.fromkeys(weight.node.op_name for weight in weights)))
-
-    def _needs(self, config: Any) -> str:
-        """Return what of a config takes an iOS18 model, whatever the size of a group or block."""
-        granularity = getattr(config, "granularity", None)
-        return "" if granularity is None else _GRANULARITY_NEEDS.get(granularity, "")
 
     def _reason(self, weight: Weight, config: OpCompressorConfig) -> str:
         """Return why blocks or runs of channels can't be pruned here; empty if they can."""
@@ -209,14 +195,14 @@ def _quantize(config: OpLinearQuantizerConfig) -> QuantizeConfig:
     )
 
 
-def _prune(config: OpMagnitudePrunerConfig | OpThresholdPrunerConfig) -> PruneConfig:
+def _prune(config: Any) -> PruneConfig:
     if isinstance(config, OpThresholdPrunerConfig):
         return PruneConfig(
             threshold=config.threshold, min_sparsity=config.minimum_sparsity_percentile
         )
     return PruneConfig(
         sparsity=config.target_sparsity,
-        n_m=None if config.n_m_ratio is None else (config.n_m_ratio[0], config.n_m_ratio[1]),
+        n_m=config.n_m_ratio,
         block_size=config.block_size,
         axis=config.dim,
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any, cast
 
-from milpress.calibration.activation_quantization import CodesOf, quantize_activations
+from milpress.calibration.activation_quantization import quantize_activations
 from milpress.compression.packages import save_package
 from milpress.coreml.op_config import OpLinearQuantizerConfig
-from milpress.coreml.optimization_config import OptimizationConfig, adopted
+from milpress.coreml.optimization_config import adopted
 from milpress.engines.mlmodel import opened, written
 from milpress.formats import PerTensor, QuantizeConfig
 from milpress.formats.ranges import CalibrationConfig, CalibrationKind, Engine
@@ -96,9 +96,16 @@ def linear_quantize_activations(
     ours.check_types(OpLinearQuantizerConfig, function="linear_quantize_activations")
     settings = CalibrationConfig(calibration=calibration, percentile=percentile, engine=engine)
     package = opened(mlmodel)
+    for op_config in ours.op_configs():
+        check_codes(_codes(op_config))
+
+    def codes_of(name: str, op_type: str) -> QuantizeConfig | None:
+        op_config = ours.config_of_op(name, op_type)
+        return None if op_config is None else _codes(op_config)
+
     report = quantize_activations(
         package,
-        codes_by(ours),
+        codes_of,
         sample_data,
         calibration=settings,
         function=function,
@@ -111,24 +118,6 @@ def linear_quantize_activations(
             _logger.warning("%s: %s; it is not quantized", each.name, each.note)
     model.activation_report = report
     return model
-
-
-def codes_by(config: OptimizationConfig) -> CodesOf:
-    """Return what a config asks for the activations of each op.
-
-    Raises
-    ------
-    ConfigError
-        If it asks for codes of 4 bits.
-    """
-    for op_config in config.op_configs():
-        check_codes(_codes(op_config))
-
-    def codes_of(name: str, op_type: str) -> QuantizeConfig | None:
-        op_config = config.config_of_op(name, op_type)
-        return None if op_config is None else _codes(op_config)
-
-    return codes_of
 
 
 def _codes(config: Any) -> QuantizeConfig:

@@ -140,12 +140,25 @@ class CoreMLWeightMetaData:
     @functools.cached_property
     def sparsity(self) -> float:
         """Share of elements whose absolute value is at most 1e-12."""
-        return _sparsity(self._read())
+        array = self._read()
+        if array.dtype.kind in "fc":
+            n_zeros = np.count_nonzero(np.abs(array) <= 1e-12)
+        else:
+            n_zeros = array.size - np.count_nonzero(array)
+        return float(n_zeros / max(array.size, 1))
 
     @functools.cached_property
     def unique_values(self) -> int:
         """Number of distinct values."""
-        return _n_distinct(self._read())
+        array = self._read()
+        n_bytes = array.dtype.itemsize
+        if n_bytes > 2:
+            return len(distinct(array))
+        # So few values are possible that marking those that occur is faster than sorting all.
+        codes = np.arange(1 << 8 * n_bytes, dtype=f"u{n_bytes}")
+        occurs = np.zeros(codes.size, np.bool_)
+        occurs[np.ascontiguousarray(array).reshape(-1).view(codes.dtype)] = True
+        return len(distinct(codes[occurs].view(array.dtype)))
 
     def __setattr__(self, name: str, value: Any) -> NoReturn:
         msg = f"cannot assign to field {name!r}"
@@ -161,7 +174,7 @@ class CoreMLWeightMetaData:
         return (
             (self._shape, self._dtype, self.child_ops)
             == (other._shape, other._dtype, other.child_ops)
-            and _is_equal(self.val, other.val)
+            and np.array_equal(self.val, other.val, equal_nan=self.val.dtype.kind in "fc")
             and (self.sparsity, self.unique_values) == (other.sparsity, other.unique_values)
         )
 
@@ -319,29 +332,6 @@ def _read(node: Node, decoder: Decoder, name: str) -> NDArray[Any]:
         msg = f"{name}: a weight must be of a type that NumPy has to be read, got {dtype.name}"
         raise UnsupportedError(msg)
     return array
-
-
-def _sparsity(array: NDArray[Any]) -> float:
-    if array.dtype.kind in "fc":
-        n_zeros = np.count_nonzero(np.abs(array) <= 1e-12)
-    else:
-        n_zeros = array.size - np.count_nonzero(array)
-    return float(n_zeros / max(array.size, 1))
-
-
-def _n_distinct(array: NDArray[Any]) -> int:
-    n_bytes = array.dtype.itemsize
-    if n_bytes > 2:
-        return len(distinct(array))
-    # So few values are possible that marking those that occur is faster than sorting all.
-    codes = np.arange(1 << 8 * n_bytes, dtype=f"u{n_bytes}")
-    occurs = np.zeros(codes.size, np.bool_)
-    occurs[np.ascontiguousarray(array).reshape(-1).view(codes.dtype)] = True
-    return len(distinct(codes[occurs].view(array.dtype)))
-
-
-def _is_equal(one: NDArray[Any], other: NDArray[Any]) -> bool:
-    return bool(np.array_equal(one, other, equal_nan=one.dtype.kind in "fc"))
 
 
 def _check_type(name: str, value: Any, kind: type[Any]) -> None:

@@ -74,6 +74,15 @@ def _is_granularity(*names: str) -> fields.Validator:
     )
 
 
+def _number(default: float, check: fields.Validator) -> Any:
+    return field(default=default, converter=fields.real, validator=[fields.is_number, check])
+
+
+def _mode(default: str, modes: Sequence[str], message: str) -> Any:
+    valid = [fields.is_text, fields.one_of(modes, message)]
+    return field(default=default, converter=fields.upper, validator=valid)
+
+
 def _to_dtype(value: Any) -> str:
     if isinstance(value, str):
         return value
@@ -158,17 +167,10 @@ class OpPalettizerConfig(OpCompressorConfig):
     'KMEANS'
     """
 
-    mode: str = field(
-        default="kmeans",
-        converter=fields.upper,
-        validator=[
-            fields.is_text,
-            fields.one_of(
-                ("KMEANS", "UNIFORM", "UNIQUE", "CUSTOM"),
-                "Only modes {allowed} are supported for weight palettization. "
-                'Got "mode": "{value}".',
-            ),
-        ],
+    mode: str = _mode(
+        "kmeans",
+        ("KMEANS", "UNIFORM", "UNIQUE", "CUSTOM"),
+        'Only modes {allowed} are supported for weight palettization. Got "mode": "{value}".',
     )
     nbits: int | None = field(default=None, converter=fields.whole)
     lut_function: Callable[..., Any] | None = field(default=None)
@@ -278,17 +280,10 @@ class OpLinearQuantizerConfig(OpCompressorConfig):
     (4, False)
     """
 
-    mode: str = field(
-        default="linear_symmetric",
-        converter=fields.upper,
-        validator=[
-            fields.is_text,
-            fields.one_of(
-                ("LINEAR_SYMMETRIC", "LINEAR"),
-                "Only mode {allowed} supported for weight affine quantization. "
-                'Got mode: "{value}".',
-            ),
-        ],
+    mode: str = _mode(
+        "linear_symmetric",
+        ("LINEAR_SYMMETRIC", "LINEAR"),
+        'Only mode {allowed} supported for weight affine quantization. Got mode: "{value}".',
     )
     dtype: str = field(
         default="int8",
@@ -460,20 +455,14 @@ class OpThresholdPrunerConfig(OpCompressorConfig):
     0.5
     """
 
-    threshold: float = field(
-        default=1e-12,
-        converter=fields.real,
-        validator=[
-            fields.is_number,
-            fields.check(
-                lambda value: 0 <= value < math.inf,
-                'Invalid value of "{name}": {value}. Needs to be in [0, inf)',
-            ),
-        ],
+    threshold: float = _number(
+        1e-12,
+        fields.check(
+            lambda value: 0 <= value < math.inf,
+            'Invalid value of "{name}": {value}. Needs to be in [0, inf)',
+        ),
     )
-    minimum_sparsity_percentile: float = field(
-        default=0.5, converter=fields.real, validator=[fields.is_number, fields.is_fraction]
-    )
+    minimum_sparsity_percentile: float = _number(0.5, fields.is_fraction)
     weight_threshold: int = _weight_threshold()
 
 

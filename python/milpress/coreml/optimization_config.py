@@ -134,22 +134,15 @@ class OptimizationConfig:
             ``"const"``.
         """
         configs = self.configs_for(name, children)
-        if not configs:
-            return None
         for i, config in enumerate(configs):
             if config != configs[0]:
                 raise ConfigError(self.conflict(name, children, 0, i))
-        return configs[0]
+        return configs[0] if configs else None
 
     def configs_for(
         self, name: str, children: Sequence[tuple[str, str]]
     ) -> list[OpCompressorConfig | None]:
         """Return what each of the ops that use a weight has; the weight's own config alone if any.
-
-        Parameters
-        ----------
-        name, children
-            As of `config_for`.
 
         Raises
         ------
@@ -168,15 +161,7 @@ class OptimizationConfig:
         return [self.config_of_op(*child) for child in children]
 
     def conflict(self, name: str, children: Sequence[tuple[str, str]], one: int, other: int) -> str:
-        """Return the error that says that two of the ops that use a weight don't agree.
-
-        Parameters
-        ----------
-        name, children
-            As of `config_for`.
-        one, other
-            Places of the two.
-        """
+        """Return the error that says that two of the ops that use a weight don't agree."""
         names = [children[i][0] for i in (one, other)]
         configs = [self.config_of_op(*children[i]) for i in (one, other)]
         return (
@@ -190,15 +175,7 @@ class OptimizationConfig:
         return self._key_for(name) is not None
 
     def unmatched(self, names: Iterable[str], op_types: Iterable[str]) -> list[str]:
-        """Return the keys that nothing in a model answers to, such as misspelt ones.
-
-        Parameters
-        ----------
-        names
-            Names of all weights and ops of the model.
-        op_types
-            Types of all its ops.
-        """
+        """Return the keys that no name of a weight or op, or type of op, answers to."""
         names, op_types = set(names), set(op_types)
         return [key for key in self.op_type_configs if key not in op_types] + [
             key
@@ -275,12 +252,7 @@ class OptimizationConfig:
 
     @classmethod
     def from_yaml(cls, yml: str | os.PathLike[str] | IO[Any]) -> Self:
-        """Build a config from a YAML file of the form that `from_dict` takes.
-
-        Parameters
-        ----------
-        yml
-            Path of the file, or the file, opened.
+        """Build a config from a YAML file, given by path or opened, as `from_dict` does.
 
         Raises
         ------
@@ -302,13 +274,7 @@ class OptimizationConfig:
         )
 
     def config_of_op(self, name: str, op_type: str) -> OpCompressorConfig | None:
-        """Return what holds for an op, by its name, its type, or as for all; ``None`` for nothing.
-
-        Parameters
-        ----------
-        name, op_type
-            Name and type of the op.
-        """
+        """Return what holds for an op, by its name, its type, or for all; ``None`` for nothing."""
         key = self._key_for(name)
         if key is not None:
             return self.op_name_configs[key]

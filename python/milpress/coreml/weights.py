@@ -28,7 +28,6 @@ from milpress.coreml.optimization_config import adopted
 from milpress.engines.mlmodel import opened, written
 from milpress.errors import ConfigError
 from milpress.kernels.device import DeviceName
-from milpress.mil import opset
 from milpress.mil.package import Package
 from milpress.progress import Progress
 from milpress.samples.data import Data
@@ -96,8 +95,9 @@ def palettize_weights(
     PackageError
         If the model is damaged, or not made of ML programs.
     """
-    kinds = (OpPalettizerConfig,)
-    requests = _requests("palettize_weights", kinds, config, joint_compression, seed)
+    ours = adopted(config)
+    ours.check_types(OpPalettizerConfig, function="palettize_weights")
+    requests = ConfigRequests(ours, joint=joint_compression, seed=seed)
     samples = SampleSettings.of(
         sample_data, cache=calibration_cache, mask=calibration_mask, bias_correction=bias_correction
     )
@@ -145,8 +145,9 @@ def linear_quantize_weights(
     CompressionError
         As `palettize_weights` does.
     """
-    kinds = (OpLinearQuantizerConfig,)
-    requests = _requests("linear_quantize_weights", kinds, config, joint_compression)
+    ours = adopted(config)
+    ours.check_types(OpLinearQuantizerConfig, function="linear_quantize_weights")
+    requests = ConfigRequests(ours, joint=joint_compression)
     samples = SampleSettings.of(
         sample_data, cache=calibration_cache, mask=calibration_mask, bias_correction=bias_correction
     )
@@ -189,8 +190,9 @@ def prune_weights(
     CompressionError
         As `palettize_weights` does.
     """
-    kinds = (OpMagnitudePrunerConfig, OpThresholdPrunerConfig)
-    requests = _requests("prune_weights", kinds, config, joint_compression)
+    ours = adopted(config)
+    ours.check_types(OpMagnitudePrunerConfig, OpThresholdPrunerConfig, function="prune_weights")
+    requests = ConfigRequests(ours, joint=joint_compression)
     run = Run(progress=progress, threads=threads, device=device)
     return _compressed(mlmodel, requests, destination, on_unsupported, None, run)
 
@@ -225,14 +227,6 @@ def decompress_weights(
     )
 
 
-def _requests(
-    function: str, kinds: tuple[type[Any], ...], config: Any, joint: bool, seed: int = 0
-) -> ConfigRequests:
-    ours = adopted(config)
-    ours.check_types(*kinds, function=function)
-    return ConfigRequests(ours, joint=joint, seed=seed)
-
-
 def _compressed(
     mlmodel: Any,
     requests: ConfigRequests,
@@ -245,14 +239,9 @@ def _compressed(
         msg = f"on_unsupported must be 'leave' or 'error', got {on_unsupported!r}"
         raise ConfigError(msg)
     package = opened(mlmodel)
-    if requests.joint and any(
-        not opset.by_name(function.opset).has_blocks
-        for program in package.programs
-        for function in program.functions.values()
-    ):
+    if requests.joint and any(not graph.opset.has_blocks for graph in package.graphs):
         raise joint_needs_ios18()
     _warn_of_typos(package, requests)
-
     strict = on_unsupported == "error"
     return _written(
         mlmodel,

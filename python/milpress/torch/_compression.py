@@ -13,10 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-import milpress._core as _core
 from milpress.compression.report import WeightReport
 from milpress.errors import UnsupportedError
 from milpress.formats import Masked, Palette, Quantized, Sparse, Treatment
+from milpress.formats.fidelity import fidelity
 from milpress.formats.rows import Floats, as_float
 from milpress.recipe import describe
 from milpress.show import decibels
@@ -88,18 +88,18 @@ def compress_weights(
     """
     groups = tied(tasks)
     total = sum(group[0].weight.size for group in groups)
-    done = 0
+    n_done = 0
     rows: dict[str, dict[str, Any]] = {}
     weights: list[WeightReport] = []
     for group in groups:
         if progress is not None:
-            progress(done, total, group[0].weight.name)
+            progress(n_done, total, group[0].weight.name)
         row, weight = compress_together(group, treat)
         rows.update({task.weight.name: dict(row) for task in group})
         weights.append(weight)
         if weight.status == "left":
             _logger.warning("%s: %s. Left as it is.", weight.name, weight.note)
-        done += group[0].weight.size
+        n_done += group[0].weight.size
     if progress is not None:
         progress(total, total, "")
     if any(weight.status == "compressed" for weight in weights):
@@ -176,8 +176,7 @@ def _compress(
     array = as_float(whole(tensor))
     outcome = treat(weight, array, asked.config)
     dense = torch.from_numpy(outcome.stored.dense()).to(tensor.dtype)
-    decoded = as_float(dense)
-    signal, noise, _ = _core.compare(array.reshape(-1), decoded.reshape(-1))
+    signal, noise, _ = fidelity(array, as_float(dense))
     row = {"error": math.sqrt(noise / array.size), "#params": array.size, **_columns(outcome)}
     tensor.copy_(_spread_like(dense, tensor) if is_spread(tensor) else dense)
     for holder in holders:

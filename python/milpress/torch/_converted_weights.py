@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-import milpress._core as _core
 from milpress.compression.report import WeightReport
 from milpress.errors import UnsupportedError
 from milpress.formats import Compressed, Masked, Palette, Quantized
+from milpress.formats.fidelity import fidelity
 from milpress.formats.palette import fold
 from milpress.mil.encode import payload_bytes
 from milpress.mil.opset import Opset
@@ -27,7 +27,6 @@ from milpress.torch._module_weights import RECURRENT, ModuleWeight, whole
 # Rounding tables and scales to float16 leaves an error of some 2^-22 of the power, and more where
 # scales are below its normal numbers.
 _MAX_NOISE = 2.0**-14
-
 
 _UNFOUND = "no constant of the converted model holds it"
 
@@ -86,8 +85,8 @@ class ConvertedWeight:
             return value
         output = next((i for i, n in enumerate(scale.shape) if n > 1), 0)
         if isinstance(value, Masked):
-            return replace(value, value=_folded(value.value, scale, output))
-        return _folded(value, scale, output)
+            return replace(value, value=fold(cast("Palette", value.value), scale, output))
+        return fold(cast("Palette", value), scale, output)
 
     def arranged_as(self, array: NDArray[Any]) -> Compressed | None:
         """Return the value as a constant of a model has it; ``None`` if it holds another weight."""
@@ -162,22 +161,11 @@ def _storable(
             f"{array.nbytes:,})"
         )
         raise UnsupportedError(msg)
-    signal, noise, _ = _core.compare(_flat(array), _flat(stored.dense()))
+    signal, noise, _ = fidelity(array, stored.dense())
     if noise > signal * _MAX_NOISE:
         msg = f"its scales are too small for {array.dtype}, and would be rounded off"
         raise UnsupportedError(msg)
     return stored, n_bytes, (signal, noise)
-
-
-def _flat(array: NDArray[Any]) -> NDArray[Any]:
-    return np.ascontiguousarray(array).reshape(-1)
-
-
-def _folded(value: Any, scale: NDArray[Any], output: int) -> Palette:
-    if not isinstance(value, Palette):
-        msg = f"channel scales belong to a palette, got {type(value).__name__}"
-        raise UnsupportedError(msg)
-    return fold(value, scale, output)
 
 
 def needs_ios18(value: Compressed) -> str:

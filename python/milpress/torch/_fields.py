@@ -67,10 +67,7 @@ def _name(value: Any) -> str:
     return value.lower().removeprefix("torch.") if isinstance(value, str) else ""
 
 
-Widths = Mapping[str, tuple[torch.dtype, int]]
-
-
-def weight_dtype(default: str, known: Widths) -> Any:
+def weight_dtype(default: str, known: Mapping[str, tuple[torch.dtype, int]]) -> Any:
     """Return a field for the type of codes, as torch's or by name; `resolve_width` completes it.
 
     torch has no integers of fewer than 8 bits, so the width stands beside the type, in

@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-import milpress._core as _core
 from milpress.errors import UnsupportedError
 from milpress.formats import (
     Compressed,
@@ -29,8 +28,8 @@ from milpress.formats import (
 )
 from milpress.formats.joint import masked
 from milpress.formats.order import ascending
-from milpress.formats.palette import Bits, fold, split_vectors
-from milpress.formats.rows import Floats, as_float, block_grid, from_rows, normalized_axis, to_rows
+from milpress.formats.palette import Bits, fold, reassigned
+from milpress.formats.rows import Floats, as_float, from_rows, normalized_axis, to_rows
 from milpress.torch._module_weights import RECURRENT, ModuleWeight, representable, whole
 
 PREFIX = "_COREML_"
@@ -78,6 +77,7 @@ class Stored:
 def register(weight: ModuleWeight, stored: Stored) -> None:
     """Put what was done to a weight into buffers of its module, after what they say already."""
     value = stored.value.value if isinstance(stored.value, Masked) else stored.value
+    quantized = value.lut if isinstance(value, Palette) else value
     entries: dict[str, Any] = {}
     types = _types(weight)
     if isinstance(stored.value, (Masked, Sparse)) and PRUNING not in types:
@@ -89,10 +89,7 @@ def register(weight: ModuleWeight, stored: Stored) -> None:
             entries["vector_axis"] = value.vector_axis
         if stored.scale is not None:
             entries["palettization_scale"] = stored.scale
-        quantized = value.lut if isinstance(value.lut, Quantized) else None
-    else:
-        quantized = value if isinstance(value, Quantized) else None
-    if quantized is not None:
+    if isinstance(quantized, Quantized):
         types = [*types, QUANTIZATION]
         entries["quantization_n_bits"] = quantized.bits
         entries["quantization_scale"] = quantized.scale
@@ -225,32 +222,25 @@ def _palette(
         scale = scale.reshape(*scale.shape, *[1] * (array.ndim - scale.ndim)).astype(array.dtype)
         output = next((i for i, n in enumerate(scale.shape) if n > 1), weight.axes[0])
         searched = fold(palette, scale, output)
-    codes = nearest(array, representable(searched.entries, weight.dtype), axis)
+    searched = replace(searched, lut=representable(searched.entries, weight.dtype))
     stored_lut = _quantized(lut, buffers) if "quantization_scale" in buffers else lut
-    return Palette(codes=codes, lut=stored_lut, bits=bits, vector_axis=axis), scale
+    return replace(palette, codes=nearest(searched, array).codes, lut=stored_lut), scale
 
 
-def nearest(array: Floats, lut: Floats, vector_axis: int | None) -> NDArray[np.uint8]:
-    """Return the index of the entry that each weight, or vector of weights, is nearest to."""
-    if vector_axis is None:
-        n_groups = lut.shape[: array.ndim]
-        group_shape = tuple(n // m for n, m in zip(array.shape, n_groups, strict=True))
-        block_grid(array.shape, group_shape)
-        rows = to_rows(array, group_shape)
-        codes = _core.lut_assign(rows, np.ascontiguousarray(lut.reshape(len(rows), -1)))
-        return from_rows(codes, array.shape, group_shape)
-    size = lut.shape[-1]
-    grid = lut.shape[: array.ndim]
-    shape = tuple(n // size if i == vector_axis else n for i, n in enumerate(array.shape))
-    group_shape = tuple(n // m for n, m in zip(shape, grid, strict=True))
-    _, vectors = split_vectors(array, size, vector_axis, group_shape)
-    tables = lut.reshape(len(vectors), -1, size)
+def nearest(palette: Palette, array: Floats) -> Palette:
+    """Return a palette whose indices name the entries that weights, or vectors, are nearest to."""
+    size = palette.vector_size
+    if size == 1:
+        return reassigned(palette, array)
+    vectors = palette.vector_rows(array)
+    vectors = vectors.reshape(len(vectors), -1, size)
+    tables = palette.entries.reshape(len(vectors), -1, size)
     codes = np.empty(vectors.shape[:2], np.uint8)
     for group, (rows, table) in enumerate(zip(vectors, tables, strict=True)):
         for start in range(0, len(rows), _CHUNK):
             part = rows[start : start + _CHUNK, None, :].astype(np.float32) - table
             codes[group, start : start + _CHUNK] = np.square(part).sum(axis=-1).argmin(axis=-1)
-    return from_rows(codes, shape, group_shape)
+    return replace(palette, codes=from_rows(codes, palette.codes.shape, palette.group_shape))
 
 
 def _quantized(array: Floats, buffers: dict[str, NDArray[Any]]) -> Quantized:

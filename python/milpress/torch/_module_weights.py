@@ -14,14 +14,13 @@ from milpress.formats.rows import Floats
 
 Kinds: TypeAlias = tuple[type[nn.Module], ...]
 
+CONVOLUTIONS: Kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED: Kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 RECURRENT: Kinds = (nn.LSTM, nn.GRU)
 KINDS: Kinds = (
     nn.Linear,
     nn.Embedding,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
+    *CONVOLUTIONS,
     *TRANSPOSED,
     nn.MultiheadAttention,
     *RECURRENT,

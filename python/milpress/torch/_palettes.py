@@ -11,7 +11,7 @@ import torch
 from attrs import define
 from numpy.typing import NDArray
 
-from milpress.errors import ConfigError, ConfigTypeError, UnsupportedError
+from milpress.errors import ConfigError, UnsupportedError
 from milpress.formats import Blocks, Palette, PalettizeConfig, QuantizeConfig, Quantized, quantize
 from milpress.formats.joint import masked
 from milpress.formats.palette import Bits, folded_bytes, palettize, palettize_scaled, reassigned
@@ -57,9 +57,6 @@ class ModulePaletteConfig(ModuleOptimizationConfig):
         if grouped and group_size is None:
             msg = "group_size has to be specified along with per_grouped_channel granularity."
             raise ConfigError(msg)
-        if group_size is not None and type(group_size) is not int:
-            msg = f"group_size must be an integer, got {group_size!r}"
-            raise ConfigTypeError(msg)
         if group_size is not None and group_size < 1:
             msg = f"group_size should be greater than zero, got {group_size}"
             raise ConfigError(msg)
@@ -80,18 +77,7 @@ def palettized(
     config: ModulePaletteConfig,
     importance: NDArray[np.float32] | None = None,
 ) -> WeightOutcome:
-    """Palettize a weight.
-
-    Parameters
-    ----------
-    weight
-        Which.
-    array
-        Its values.
-    config
-        How.
-    importance
-        Weight of each element in the squared error; ``None`` for equal weight.
+    """Palettize a weight, with ``importance`` as that of each element in the squared error.
 
     Raises
     ------

@@ -10,11 +10,17 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-import milpress._core as _core
 from milpress.errors import UnsupportedError
-from milpress.formats import Compressed, Masked, Palette, Quantized, Sparse
+from milpress.formats import (
+    Compressed,
+    Masked,
+    Palette,
+    PruneConfig,
+    Quantized,
+    Sparse,
+    sparsify,
+)
 from milpress.formats.joint import masked
-from milpress.formats.rows import Floats
 
 _Relayout: TypeAlias = Callable[[NDArray[Any]], NDArray[Any]]
 
@@ -27,28 +33,18 @@ def cast(value: Compressed, dtype: Any) -> Compressed:
     UnsupportedError
         If one of them is beyond the type's range.
     """
-    if isinstance(value, Masked):
-        return replace(value, value=_cast_codes(value.value, dtype))
+    rounded = functools.partial(_rounded, dtype=dtype)
     if isinstance(value, Sparse):
-        return replace(value, nonzeros=_rounded(value.nonzeros, dtype))
-    return _cast_codes(value, dtype)
+        return replace(value, nonzeros=rounded(value.nonzeros))
+    return _arranged(value, rounded, rounded)
 
 
-def _cast_codes(value: Palette | Quantized, dtype: Any) -> Palette | Quantized:
-    if isinstance(value, Quantized):
-        return _cast_scale(value, dtype)
-    lut = value.lut
-    lut = _cast_scale(lut, dtype) if isinstance(lut, Quantized) else _rounded(lut, dtype)
-    return replace(value, lut=lut)
-
-
-def _cast_scale(value: Quantized, dtype: Any) -> Quantized:
-    return replace(value, scale=_rounded(value.scale, dtype))
-
-
-def _rounded(array: Floats, dtype: Any) -> Floats:
+def _rounded(array: NDArray[Any], dtype: Any) -> NDArray[Any]:
+    """Return floats in a type; integers stay as they are."""
+    if array.dtype.kind != "f":
+        return array
     with np.errstate(over="ignore"):
-        rounded: Floats = array.astype(dtype)
+        rounded = array.astype(dtype)
     if not np.isfinite(rounded).all():
         msg = f"its tables or scales are beyond the range of {np.dtype(dtype)}"
         raise UnsupportedError(msg)
@@ -94,22 +90,10 @@ def _rows_of(array: NDArray[Any], own: NDArray[Any]) -> NDArray[np.intp] | None:
 
 def transposed(value: Compressed) -> Compressed:
     """Return the value of a transposed matrix."""
-    if isinstance(value, Masked):
-        return _masked(transposed(value.value), value.mask().T)
-    if isinstance(value, Sparse):
-        return _sparse(np.ascontiguousarray(value.dense().T))
-    if isinstance(value, Quantized):
-        return _each(value, _swapped, _swapped)
-    axis = None if value.vector_axis is None else 1 - value.vector_axis
-    lut = value.lut
-    lut = _each(lut, _swapped, _swapped) if isinstance(lut, Quantized) else _swapped(lut)
-    return replace(value, codes=_swapped(value.codes), lut=lut, vector_axis=axis)
-
-
-def _each(value: Quantized, of_codes: _Relayout, of_groups: _Relayout) -> Quantized:
-    """Return a value with its codes, and what belongs to groups of them, in another layout."""
-    offset = None if value.offset is None else of_groups(value.offset)
-    return replace(value, codes=of_codes(value.codes), scale=of_groups(value.scale), offset=offset)
+    value = _arranged(value, _swapped, _swapped)
+    if isinstance(value, Palette) and value.vector_axis is not None:
+        return replace(value, vector_axis=1 - value.vector_axis)
+    return value
 
 
 def _swapped(array: NDArray[Any]) -> NDArray[Any]:
@@ -124,11 +108,7 @@ def taken(value: Compressed, rows: NDArray[np.intp]) -> Compressed:
     UnsupportedError
         If this takes a vector of weights apart.
     """
-    if isinstance(value, Masked):
-        return _masked(taken(value.value, rows), value.mask()[rows])
-    if isinstance(value, Sparse):
-        return _sparse(np.ascontiguousarray(value.dense()[rows]))
-    n_rows = value.codes.shape[0]
+    n_rows = value.shape[0]
     if isinstance(value, Palette) and value.vector_axis == 0:
         size = value.vector_size
         starts = rows[::size]
@@ -136,19 +116,9 @@ def taken(value: Compressed, rows: NDArray[np.intp]) -> Compressed:
         if not np.array_equal(whole, rows) or (starts % size).any():
             msg = "its rows stand in another order, which takes its vectors apart"
             raise UnsupportedError(msg)
-        rows = starts // size
-
-    def of_codes(codes: NDArray[Any]) -> NDArray[Any]:
-        return np.ascontiguousarray(codes[rows])
-
-    def of_groups(array: NDArray[Any]) -> NDArray[Any]:
-        return _taken_groups(array, rows, n_rows)
-
-    if isinstance(value, Quantized):
-        return _each(value, of_codes, of_groups)
-    lut = value.lut
-    lut = _each(lut, of_groups, of_groups) if isinstance(lut, Quantized) else of_groups(lut)
-    return replace(value, codes=of_codes(value.codes), lut=lut)
+        rows, n_rows = starts // size, n_rows // size
+    of_groups = functools.partial(_taken_groups, rows=rows, n_rows=n_rows)
+    return _arranged(value, lambda codes: np.ascontiguousarray(codes[rows]), of_groups)
 
 
 def _taken_groups(array: NDArray[Any], rows: NDArray[np.intp], n_rows: int) -> NDArray[Any]:
@@ -163,15 +133,24 @@ def _taken_groups(array: NDArray[Any], rows: NDArray[np.intp], n_rows: int) -> N
     return np.ascontiguousarray(array[groups[::size]])
 
 
-def _masked(value: Compressed, mask: NDArray[np.bool_]) -> Masked:
-    if not isinstance(value, (Palette, Quantized)):
-        msg = f"a mask belongs to codes, got {type(value).__name__}"
-        raise UnsupportedError(msg)
-    return masked(value, np.ascontiguousarray(mask))
+def _arranged(value: Compressed, of_codes: _Relayout, of_groups: _Relayout) -> Compressed:
+    """Return a value with its codes, and what belongs to groups of them, made into others."""
+    if isinstance(value, Masked):
+        codes = _codes_arranged(value.value, of_codes, of_groups)
+        return masked(codes, of_codes(value.mask()))
+    if isinstance(value, Sparse):
+        return sparsify(of_codes(value.dense()), PruneConfig(threshold=0.0))
+    return _codes_arranged(value, of_codes, of_groups)
 
 
-def _sparse(dense: Floats) -> Sparse:
-    bitmask = _core.keep_above(dense.reshape(-1), 0.0)
-    return Sparse(
-        shape=dense.shape, bitmask=bitmask, nonzeros=_core.compact(dense.reshape(-1), bitmask)
-    )
+def _codes_arranged(
+    value: Palette | Quantized, of_codes: _Relayout, of_groups: _Relayout
+) -> Palette | Quantized:
+    if isinstance(value, Quantized):
+        offset = None if value.offset is None else of_groups(value.offset)
+        scale = of_groups(value.scale)
+        return replace(value, codes=of_codes(value.codes), scale=scale, offset=offset)
+    lut: Any = value.lut
+    is_quantized = isinstance(lut, Quantized)
+    lut = _codes_arranged(lut, of_groups, of_groups) if is_quantized else of_groups(lut)
+    return replace(value, codes=of_codes(value.codes), lut=lut)

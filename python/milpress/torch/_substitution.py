@@ -10,7 +10,8 @@ model with them can be copied, saved and compiled.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,17 +87,18 @@ class Substitution(Hooks):
                 object.__delattr__(owner, name)
 
 
-def places(model: nn.Module, kinds: Kinds) -> Iterator[tuple[ModuleWeight, nn.Module, str]]:
-    """Yield the weights of a model; with each the module that computes with it, and the path to it.
+def places(model: nn.Module, kinds: Kinds) -> list[tuple[list[ModuleWeight], nn.Module, str]]:
+    """Return the weights of each module, what computes with them, and the path from there.
 
     Attention computes with the weight of its output projection, whose own ``forward`` never runs.
     """
-    for weight in weights_of(model, kinds):
-        attention = attention_around(model, weight.module_name)
-        if attention is None:
-            yield weight, weight.module, ""
-        else:
-            yield weight, attention[1], weight.module_name.rpartition(".")[2]
+    hosted = []
+    for name, weights in groupby(weights_of(model, kinds), attrgetter("module_name")):
+        owned = list(weights)
+        attention = attention_around(model, name)
+        host, path = (owned[0].module, "") if attention is None else (attention[1], "out_proj")
+        hosted.append((owned, host, path))
+    return hosted
 
 
 def plain(model: nn.Module) -> nn.Module:

@@ -167,13 +167,9 @@ class BaseTrainingTimeModelOptimizer(BaseModelOptimizer):
     ) -> Iterator[torch.nn.Module]:
         """Have the trained model, or a copy, out of its wrappers, to be made what is converted."""
         model = plain(self._model if model is None else model)
-        self._check_finalizable(model)
         finalized = model if inplace else copy.deepcopy(model)
         yield finalized
         _metadata.register_version(finalized)
-
-    def _check_finalizable(self, model: torch.nn.Module) -> None:
-        """Raise `LifecycleError` if another optimizer must finalize a model first."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs beside the state of the model."""

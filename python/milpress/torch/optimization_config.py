@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from enum import Enum
-from typing import IO, TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 import attrs
 import torch
@@ -97,9 +97,6 @@ class ModuleOptimizationConfig(_Dictable):
     __slots__ = ()
 
 
-_ModuleConfigs: TypeAlias = dict[Any, Any]
-
-
 def _check_module_config(config: OptimizationConfig, place: str, value: Any) -> None:
     kind = config.module_config_class
     several = config.takes_lists and isinstance(value, list)
@@ -183,10 +180,10 @@ class OptimizationConfig(_Dictable):
             config, attribute.name, value
         ),
     )
-    module_type_configs: _ModuleConfigs = field(
+    module_type_configs: dict[Any, Any] = field(
         factory=dict, converter=_copied_by_class, validator=_each_config(_check_type_key)
     )
-    module_name_configs: _ModuleConfigs = field(
+    module_name_configs: dict[Any, Any] = field(
         factory=dict, converter=_copied, validator=_each_config(_check_name_key)
     )
 
@@ -224,12 +221,9 @@ class OptimizationConfig(_Dictable):
 
     def get_module_config(self, name: str, module: torch.nn.Module) -> Any:
         """Return what to do to the weights of a module; ``None`` is to leave them."""
-        if self.is_named(name):
-            return next(
-                config
-                for key, config in self.module_name_configs.items()
-                if patterns.matches(f"re:{key}", name)
-            )
+        for key, config in self.module_name_configs.items():
+            if patterns.matches(f"re:{key}", name):
+                return config
         for key in (type(module), type(module).__name__):
             if key in self.module_type_configs:
                 return self.module_type_configs[key]

@@ -83,36 +83,31 @@ class LayerwiseCompressionAlgorithmConfig(Registered, ModuleOptimizationConfig):
         return config
 
 
-@define
-class _IntegerConfig(LayerwiseCompressionAlgorithmConfig):
-    """What configs share that round to integers."""
-
-    def _resolve(self, granularity: QuantizationGranularity) -> None:
-        """Raise `ConfigError` if settings don't go together."""
-        config: Any = self
-        _fields.resolve_width(config, 3, 4)
-        if config.enable_normal_float and config.weight_n_bits not in NORMAL_FLOATS:
-            msg = (
-                "enable_normal_float must go with a weight_dtype of 3 or 4 bits, "
-                f"got {config.weight_n_bits}"
-            )
-            raise ConfigError(msg)
-        if config.block_size is None:
-            return
-        if granularity is QuantizationGranularity.per_tensor:
-            msg = f"block_size can't be specified along with per_tensor, got {config.block_size}"
-            raise ConfigError(msg)
-        if config.enable_normal_float or config.weight_n_bits == 3:
-            msg = (
-                "block_size must be None with normal floats and codes of 3 bits, which are stored "
-                f"as tables with scales of output channels, got {config.block_size}"
-            )
-            raise ConfigError(msg)
+def _resolve(config: Any, granularity: QuantizationGranularity) -> None:
+    """Set type and width of the codes of a new config, and check what must go with them."""
+    _fields.resolve_width(config, 3, 4)
+    if config.enable_normal_float and config.weight_n_bits not in NORMAL_FLOATS:
+        msg = (
+            "enable_normal_float must go with a weight_dtype of 3 or 4 bits, "
+            f"got {config.weight_n_bits}"
+        )
+        raise ConfigError(msg)
+    if config.block_size is None:
+        return
+    if granularity is QuantizationGranularity.per_tensor:
+        msg = f"block_size can't be specified along with per_tensor, got {config.block_size}"
+        raise ConfigError(msg)
+    if config.enable_normal_float or config.weight_n_bits == 3:
+        msg = (
+            "block_size must be None with normal floats and codes of 3 bits, which are stored "
+            f"as tables with scales of output channels, got {config.block_size}"
+        )
+        raise ConfigError(msg)
 
 
 @LayerwiseCompressionAlgorithmConfig.register("gptq")
 @define
-class ModuleGPTQConfig(_IntegerConfig):
+class ModuleGPTQConfig(LayerwiseCompressionAlgorithmConfig):
     """How `GPTQ` quantizes a layer.
 
     Parameters
@@ -173,12 +168,12 @@ class ModuleGPTQConfig(_IntegerConfig):
     on_indivisible: Literal["leave", "divisor"] = fields.choice("leave", "divisor")
 
     def __attrs_post_init__(self) -> None:
-        self._resolve(self.granularity)
+        _resolve(self, self.granularity)
 
 
 @LayerwiseCompressionAlgorithmConfig.register("sparse_gpt")
 @define
-class ModuleSparseGPTConfig(_IntegerConfig):
+class ModuleSparseGPTConfig(LayerwiseCompressionAlgorithmConfig):
     """How `SparseGPT` prunes a layer, and quantizes what is left.
 
     Parameters
@@ -224,7 +219,7 @@ class ModuleSparseGPTConfig(_IntegerConfig):
     on_indivisible: Literal["leave", "divisor"] = fields.choice("leave", "divisor")
 
     def __attrs_post_init__(self) -> None:
-        self._resolve(self.quantization_granularity)
+        _resolve(self, self.quantization_granularity)
 
 
 @LayerwiseCompressionAlgorithmConfig.register("gptq_palette")

@@ -16,13 +16,7 @@ from milpress.torch._module_weights import ModuleWeight, whole
 
 
 class LayerFiles:
-    """Files of compressed layers in a folder.
-
-    Parameters
-    ----------
-    folder
-        Where; ``None`` to keep nothing.
-    """
+    """Files of compressed layers in a folder; ``None`` keeps nothing."""
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         self._folder = None if folder is None else Path(folder)
@@ -36,10 +30,8 @@ class LayerFiles:
         ConfigError
             If it is of another weight or config, or no such file.
         """
-        if self._folder is None:
-            return None
         path = self._path(number)
-        if not path.exists():
+        if path is None or not path.exists():
             return None
         try:
             layer = torch.load(path, weights_only=True, map_location="cpu")
@@ -69,11 +61,11 @@ class LayerFiles:
         StorageError
             If the system refuses to.
         """
-        if self._folder is None:
-            return
         path = self._path(number)
+        if path is None:
+            return
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             with draft_in_place_of(path) as draft:
                 torch.save({"identity": identity, "state": dict(state)}, draft)
         except (OSError, RuntimeError) as error:
@@ -88,8 +80,8 @@ class LayerFiles:
         if self._folder is not None and self._folder.is_dir() and not any(self._folder.iterdir()):
             self._folder.rmdir()
 
-    def _path(self, number: int) -> Path:
-        return (self._folder or Path()) / f"layer-{number:05}.pt"
+    def _path(self, number: int) -> Path | None:
+        return None if self._folder is None else self._folder / f"layer-{number:05}.pt"
 
 
 def _identity(weight: ModuleWeight, config: Any) -> str:

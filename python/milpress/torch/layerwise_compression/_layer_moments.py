@@ -13,20 +13,13 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from milpress.interpreter.products import Products, windows
-from milpress.torch._module_weights import Kinds
+from milpress.torch._module_weights import CONVOLUTIONS, Kinds
 
-CONVOLUTIONS: Kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS: Kinds = (nn.Linear, *CONVOLUTIONS)
 
 
 class LayerMoments:
-    """Sums of products of the values that elements of a weight are multiplied by.
-
-    Parameters
-    ----------
-    layer
-        A linear layer or a convolution.
-    """
+    """Sums of products of the values that a linear layer or a convolution multiplies by."""
 
     def __init__(self, layer: nn.Module) -> None:
         weight: Any = layer.weight
@@ -41,15 +34,10 @@ class LayerMoments:
 
     @torch.no_grad()
     def add(self, inputs: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-        """Add what goes into the layer.
+        """Add what goes into the layer; what is zero in a mask does not count.
 
-        Parameters
-        ----------
-        inputs
-            Its inputs.
-        mask
-            Of the first dimensions of the input of a linear layer: what is zero there does not
-            count. It has no effect on inputs of other shapes.
+        The mask is of the first dimensions of the input of a linear layer. It has no effect on
+        inputs of other shapes.
         """
         for rows in self._rows(inputs.detach(), mask):
             self._products.add(rows)

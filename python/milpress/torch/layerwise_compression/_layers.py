@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-import milpress._core as _core
 from milpress.compression.report import WeightReport
+from milpress.formats.fidelity import fidelity
 from milpress.formats.rows import as_float
 from milpress.show import decibels
 from milpress.torch import _metadata
@@ -89,13 +89,11 @@ class CalibratedLayer:
             return
         # An algorithm of the user's own says nothing of what it did but by the weight.
         tensor: Any = self.weight.tensor
-        row, report = left(self.weight, "")
+        _, report = left(self.weight, "")
         before = whole(tensor).clone()
         algorithm.compress()
         algorithm.cleanup()
-        signal, noise, _ = _core.compare(
-            as_float(before).reshape(-1), as_float(whole(tensor)).reshape(-1)
-        )
+        signal, noise, _ = fidelity(as_float(before), as_float(whole(tensor)))
         row = {"error": math.sqrt(noise / report.size), "#params": report.size}
         treatment = self.asked.config.algorithm
         snr = decibels(signal, noise)

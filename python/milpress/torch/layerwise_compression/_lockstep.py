@@ -34,13 +34,7 @@ class Stop:
 
 
 class Lockstep:
-    """Runs of a program, of which one at a time is at work.
-
-    Parameters
-    ----------
-    calls
-        What each run does. It may call `wait`.
-    """
+    """Runs of a program, of which one at a time is at work; what each does may call `wait`."""
 
     def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
         self._runs = [_PausedCall(call) for call in calls]
@@ -60,13 +54,9 @@ class Lockstep:
         """Yield each place where runs wait, the lowest first, with what each of them brings."""
         try:
             self._resume(self._runs)
-            while waiting := {i: run for i, run in enumerate(self._runs) if run.stop is not None}:
-                place = min(run.stop.place for run in waiting.values() if run.stop is not None)
-                here = {
-                    i: run
-                    for i, run in waiting.items()
-                    if run.stop is not None and run.stop.place == place
-                }
+            while places := {i: run.stop.place for i, run in enumerate(self._runs) if run.stop}:
+                place = min(places.values())
+                here = {i: self._runs[i] for i in places if places[i] == place}
                 yield place, {i: run.stop.content for i, run in here.items() if run.stop}
                 self._resume(list(here.values()))
         finally:

@@ -6,7 +6,8 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -14,6 +15,8 @@ from torch import nn
 from milpress.torch.layerwise_compression._layers import CalibratedLayer
 from milpress.torch.layerwise_compression._lockstep import Lockstep
 from milpress.torch.layerwise_compression.algorithms import OBSCompressionAlgorithm
+
+_Trace: TypeAlias = tuple["weakref.ref[torch.Tensor]", int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +34,14 @@ class _LayerInput:
         else:
             algorithm.add_batch(self.value, self.module.forward(self.value))
 
-    def trace(self) -> _InputTrace:
+    def trace(self) -> _Trace:
         """Return what tells it from others without keeping it alive."""
-        return _InputTrace(weakref.ref(self.value), self.value._version)
+        return weakref.ref(self.value), self.value._version
 
-
-@dataclass(frozen=True, slots=True)
-class _InputTrace:
-    value: weakref.ref[torch.Tensor]
-    version: int
-
-    def is_of(self, layer_input: _LayerInput) -> bool:
-        return self.value() is layer_input.value and self.version == layer_input.value._version
+    def has_left(self, trace: _Trace) -> bool:
+        """Whether a trace is its own."""
+        value, version = trace
+        return value() is self.value and version == self.value._version
 
 
 def in_order(
@@ -69,7 +68,7 @@ def in_order(
             runs.wait(layer.number, layer_input)
 
     last: Any = None
-    traces: dict[int, _InputTrace] = {}
+    traces: dict[int, _Trace] = {}
     with _arriving(layers, arrive):
         for place, inputs in runs.stops():
             layer = layers[place]
@@ -78,7 +77,7 @@ def in_order(
             new_traces = {number: layer_input.trace() for number, layer_input in inputs.items()}
             algorithm = layer.begin()
             is_same = traces.keys() == new_traces.keys() and all(
-                traces[number].is_of(layer_input) for number, layer_input in inputs.items()
+                layer_input.has_left(traces[number]) for number, layer_input in inputs.items()
             )
             if is_same and layer.n_calls == 1 and _can_share(algorithm, last):
                 algorithm.share(last)
@@ -92,11 +91,9 @@ def in_order(
 
 
 def _can_share(algorithm: Any, last: Any) -> bool:
-    return (
-        isinstance(algorithm, OBSCompressionAlgorithm)
-        and isinstance(last, OBSCompressionAlgorithm)
-        and isinstance(algorithm.weight.module, nn.Linear)
-        and isinstance(last.weight.module, nn.Linear)
+    return all(
+        isinstance(each, OBSCompressionAlgorithm) and isinstance(each.weight.module, nn.Linear)
+        for each in (algorithm, last)
     )
 
 
@@ -120,19 +117,14 @@ def _arriving(
 ) -> Iterator[None]:
     """Call a function whenever a layer is about to be run."""
 
-    def hook_for(layer: CalibratedLayer) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            arrive(layer, module, args[0] if args else kwargs["input"])
+    def hook(
+        layer: CalibratedLayer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        arrive(layer, module, args[0] if args else kwargs["input"])
 
-        return hook
-
-    handles = [
-        task.weight.module.register_forward_pre_hook(hook_for(layer), with_kwargs=True)
-        for layer in layers
-        for task in layer.tasks
-    ]
-    try:
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            for task in layer.tasks:
+                register = task.weight.module.register_forward_pre_hook
+                stack.enter_context(register(partial(hook, layer), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from dataclasses import replace
-from typing import Any, cast, overload
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -82,10 +82,8 @@ class OBSCompressionAlgorithm(LayerwiseCompressionAlgorithm):
 
     Parameters
     ----------
-    layer
-        A linear layer or a convolution.
-    config
-        How to compress it.
+    layer, config
+        A linear layer or a convolution, and how to compress it.
 
     Raises
     ------
@@ -102,7 +100,6 @@ class OBSCompressionAlgorithm(LayerwiseCompressionAlgorithm):
         if self.weight.tensor is None or torch.nn.parameter.is_lazy(self.weight.tensor):
             msg = "the layer's weight is computed or has no shape yet"
             raise UnsupportedError(msg)
-        self.check(self.weight.shape, config)
         self.moments: LayerMoments | None = None
         self._factor: tuple[FeedbackConfig, Factor] | None = None
 
@@ -156,10 +153,6 @@ class OBSCompressionAlgorithm(LayerwiseCompressionAlgorithm):
             panel_size=config.processing_group_size,
         )
 
-    @classmethod
-    def check(cls, shape: tuple[int, ...], config: Any) -> None:
-        """Raise `UnsupportedError` if a weight of a shape can't be compressed so."""
-
     @abstractmethod
     def treat(self, weight: ModuleWeight, array: Floats, config: Any) -> WeightOutcome:
         """Return what is to be stored of a weight."""
@@ -168,9 +161,9 @@ class OBSCompressionAlgorithm(LayerwiseCompressionAlgorithm):
 class _IntegerAlgorithm(OBSCompressionAlgorithm):
     """Rounds to integers, or to normal floats."""
 
-    @classmethod
-    def check(cls, shape: tuple[int, ...], config: Any) -> None:
-        _block(shape, config)
+    def __init__(self, layer: torch.nn.Module, config: Any) -> None:
+        super().__init__(layer, config)
+        _block(self.weight.shape, config)  # which raises if blocks don't fit
 
     def _coded(
         self,
@@ -187,9 +180,8 @@ class _IntegerAlgorithm(OBSCompressionAlgorithm):
                 array, tables, factor, settings, scale=scale, pruning=pruning, kept=kept
             )
             treatment = PalettizeConfig(bits=cast("Bits", config.weight_n_bits), channel_scale=True)
-            return WeightOutcome(
-                Stored(palette, scale), treatment, words=", normal floats, feedback"
-            )
+            stored = Stored(palette, scale)
+            return WeightOutcome(stored, treatment, words=", normal floats, feedback")
         block, note = _block(array.shape, config)
         shared: Any = PerChannel() if block is None else PerBlock(block)
         if granularity is QuantizationGranularity.per_tensor:
@@ -215,9 +207,8 @@ class _IntegerAlgorithm(OBSCompressionAlgorithm):
         notes = (note,) if note else ()
         if config.weight_n_bits == 3:
             table = PalettizeConfig(bits=3, group_size=None if shared == PerTensor() else 1)
-            return WeightOutcome(
-                Stored(_as_palette(value)), table, notes, ", evenly spaced, feedback"
-            )
+            stored = Stored(_as_palette(value))
+            return WeightOutcome(stored, table, notes, ", evenly spaced, feedback")
         return WeightOutcome(Stored(value), quantization, notes, ", feedback")
 
 
@@ -229,10 +220,8 @@ class GPTQ(_IntegerAlgorithm):
 
     Parameters
     ----------
-    layer
-        A linear layer or a convolution.
-    config
-        A `ModuleGPTQConfig`.
+    layer, config
+        A linear layer or a convolution, and a `ModuleGPTQConfig`.
 
     Examples
     --------
@@ -257,10 +246,8 @@ class SparseGPT(_IntegerAlgorithm):
 
     Parameters
     ----------
-    layer
-        A linear layer or a convolution.
-    config
-        A `ModuleSparseGPTConfig`.
+    layer, config
+        A linear layer or a convolution, and a `ModuleSparseGPTConfig`.
     """
 
     def treat(self, weight: ModuleWeight, array: Floats, config: Any) -> WeightOutcome:
@@ -293,30 +280,23 @@ class GPTQPalette(OBSCompressionAlgorithm):
 
     Parameters
     ----------
-    layer
-        A linear layer or a convolution.
-    config
-        A `ModuleGPTQPaletteConfig`.
+    layer, config
+        A linear layer or a convolution, and a `ModuleGPTQPaletteConfig`.
     """
 
     def treat(self, weight: ModuleWeight, array: Floats, config: Any) -> WeightOutcome:
         """Return what is to be stored of a weight."""
         factor = self.factor()
-        nearest = palettized(
-            weight, array, config, error_feedback.power_of_inputs(factor, array.shape)
-        )
-        stored = nearest.stored
-        kept = stored.value.mask() if isinstance(stored.value, Masked) else None
-        tables = stored.value.value if isinstance(stored.value, Masked) else stored.value
+        power = error_feedback.power_of_inputs(factor, array.shape)
+        nearest = palettized(weight, array, config, power)
+        tables: Any = nearest.stored.value
+        scale, kept = nearest.stored.scale, None
+        if isinstance(tables, Masked):
+            tables, kept = tables.value, tables.mask()
         value = error_feedback.palettize(
-            array,
-            cast("Palette", tables),
-            factor,
-            self.settings(),
-            scale=stored.scale,
-            kept=kept,
+            array, tables, factor, self.settings(), scale=scale, kept=kept
         )
-        return replace(nearest, stored=Stored(value, stored.scale), words=", feedback")
+        return replace(nearest, stored=Stored(value, scale), words=", feedback")
 
 
 def _block(shape: tuple[int, ...], config: Any) -> tuple[int | None, str]:
@@ -349,14 +329,11 @@ def _normal_floats(
     return tables, representable(scale, weight.dtype).astype(array.dtype)
 
 
-@overload
-def _as_palette(value: Quantized) -> Palette: ...
-@overload
-def _as_palette(value: Quantized | Masked) -> Palette | Masked: ...
 def _as_palette(value: Quantized | Masked) -> Palette | Masked:
     """Return codes of 3 bits as indices into a table for each output channel."""
     if isinstance(value, Masked):
-        return masked(_as_palette(cast("Quantized", value.value)), value.mask())
+        palette: Any = _as_palette(cast("Quantized", value.value))
+        return masked(palette, value.mask())
     least = -4 if value.codes.dtype == np.int8 else 0
     steps = np.arange(8, dtype=np.float32) + least
     offset: Any = 0 if value.offset is None else value.offset[..., None, None].astype(np.float32)

@@ -81,13 +81,10 @@ class GPTFirstLayerInputCacher(FirstLayerInputCacher):
             kwargs.update(given)
             raise _Reached
 
-        handle = first.register_forward_pre_hook(keep, with_kwargs=True)
-        try:
+        with first.register_forward_pre_hook(keep, with_kwargs=True):
             for batch in islice(dataloader, nsamples):
                 with contextlib.suppress(_Reached):
                     call(self._model, moved(batch, device))
-        finally:
-            handle.remove()
         return inputs, kwargs
 
     def _is_first(self, name: str, module: nn.Module) -> bool:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any
 
 import attrs
 import torch
@@ -19,7 +19,7 @@ from milpress.plain import fields
 from milpress.torch import _metadata
 from milpress.torch._compression import Progress, Task, left, tied
 from milpress.torch._modes import evaluating, exact, on_device
-from milpress.torch._module_weights import KINDS, Kinds, weights_of
+from milpress.torch._module_weights import KINDS, weights_of
 from milpress.torch._report import Report
 from milpress.torch.base_model_optimizer import BaseDataCalibratedModelOptimizer
 from milpress.torch.layerwise_compression._configs import (
@@ -37,7 +37,7 @@ from milpress.torch.layerwise_compression.input_cacher import (
     call,
     moved,
 )
-from milpress.torch.optimization_config import ModuleOptimizationConfig, OptimizationConfig
+from milpress.torch.optimization_config import OptimizationConfig
 
 __all__ = ["LayerwiseCompressor", "LayerwiseCompressorConfig"]
 
@@ -83,9 +83,7 @@ class LayerwiseCompressorConfig(OptimizationConfig):
         coremltools.
     """
 
-    module_config_class: ClassVar[type[ModuleOptimizationConfig]] = (
-        LayerwiseCompressionAlgorithmConfig
-    )
+    module_config_class = LayerwiseCompressionAlgorithmConfig
 
     layers: Any = attrs.field(default=None, validator=_check_layers)
     input_cacher: Any = attrs.field(default="default", converter=_to_cacher)
@@ -117,10 +115,8 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
 
     Parameters
     ----------
-    model
-        The model.
-    config
-        What to do to which layer; by default `ModuleGPTQConfig` to all.
+    model, config
+        The model, and what to do to which layer; by default `ModuleGPTQConfig` to all.
 
     Examples
     --------
@@ -134,8 +130,8 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
     ['0.weight', '2.weight']
     """
 
-    _supported_modules: ClassVar[Kinds] = LAYERS
-    _config_class: ClassVar[type[OptimizationConfig]] = LayerwiseCompressorConfig
+    _supported_modules = LAYERS
+    _config_class = LayerwiseCompressorConfig
 
     def compress(  # type: ignore[override]
         self,
@@ -158,10 +154,8 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
             mapping.
         device
             Where to run the model.
-        inplace
-            Whether to change the model itself, which copies nothing of it.
-        progress
-            Called with elements done, elements in all and the name of the weight at hand.
+        inplace, progress
+            As of `PostTrainingPalettizer.compress`.
         checkpoint
             A folder to keep compressed layers in until all are done. If a run was interrupted, it
             goes on from there, provided that the dataloader gives the same batches again.
@@ -194,8 +188,8 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
             calls, masks = self._calls(model, parents, dataloader, device)
             for layer in in_order(layers, calls, masks):
                 if progress is not None:
-                    done = sum(each.weight.size for each in layers if each.is_done)
-                    progress(done, total, layer.weight.name)
+                    n_done = sum(each.weight.size for each in layers if each.is_done)
+                    progress(n_done, total, layer.weight.name)
                 identity = files.identity(layer.weight, layer.asked.config)
                 layer.compress()
                 files.save(layer.number, identity, layer.state())

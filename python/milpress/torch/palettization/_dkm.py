@@ -71,8 +71,6 @@ def attend(
         Of shape ``(n_groups, n, dim)``: the only one of the arguments that has a gradient.
     table
         Of shape ``(n_groups, n_entries, dim)``.
-    settings
-        How.
     kept
         Of shape ``(n_groups, n)``, 1 for weights that count and 0 for those that don't.
     rounding

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -67,16 +68,12 @@ def sum_squared_gradients(
 
     Parameters
     ----------
-    model
-        The model.
-    weights
-        What to differentiate by, also if it is frozen.
-    dataloader
-        Batches. Every process gives the same ones.
+    model, weights
+        The model, and what of it to differentiate by, also if it is frozen.
+    dataloader, n_samples
+        Batches, and where to stop. Every process gives the same ones.
     loss_fn
         Takes the model and a batch, returns the loss.
-    n_samples
-        Where to stop.
     per_sample
         Whether batches are split into samples.
     path
@@ -254,28 +251,21 @@ def _squaring(
     weights: Mapping[str, nn.Parameter], squares: dict[str, torch.Tensor]
 ) -> Iterator[None]:
     """Add the square of each gradient to a sum as soon as it is complete, and drop it."""
-
-    def hook_for(name: str) -> Callable[[torch.Tensor], None]:
-        @torch.no_grad()
-        def add(parameter: torch.Tensor) -> None:
-            gradient = parameter.grad
-            parameter.grad = None
-            if gradient is not None:
-                gradient = gradient.to_dense() if gradient.is_sparse else gradient
-                gradient = gradient.float()
-                squares[name].addcmul_(gradient, gradient)
-
-        return add
-
-    handles = [
-        weight.register_post_accumulate_grad_hook(hook_for(name))  # type: ignore[no-untyped-call]
-        for name, weight in weights.items()
-    ]
-    try:
+    with contextlib.ExitStack() as stack:
+        for name, weight in weights.items():
+            hook = partial(_add_square, squares[name])
+            stack.enter_context(weight.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+@torch.no_grad()
+def _add_square(total: torch.Tensor, parameter: torch.Tensor) -> None:
+    gradient = parameter.grad
+    parameter.grad = None
+    if gradient is not None:
+        gradient = gradient.to_dense() if gradient.is_sparse else gradient
+        gradient = gradient.float()
+        total.addcmul_(gradient, gradient)
 
 
 def _save(sums: GradientSums, path: Path, n_ranks: int) -> None:

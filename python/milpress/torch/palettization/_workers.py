@@ -5,62 +5,38 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable
-from itertools import islice
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import distributed, nn
 from torch.multiprocessing.spawn import spawn
 
-Compute = Callable[[nn.Module, list[Any], Path], None]
+Compute = Callable[[nn.Module], None]
 
 
-def run(
-    n_workers: int,
-    compute: Compute,
-    model: nn.Module,
-    dataloader: Iterable[Any],
-    n_batches: int,
-    policy: Any,
-    path: Path,
-) -> None:
-    """Let processes, joined in a process group, compute together; the first one saves.
+def run(n_workers: int, compute: Compute, model: nn.Module, policy: Any) -> None:
+    """Let processes, joined in a process group, compute together.
 
     Parameters
     ----------
-    n_workers
-        How many.
     compute
-        Takes the model, the batches and where to save; it must be picklable, as must those.
+        Takes the model; it must be picklable.
     model
         The model. Workers read its weights from shared memory.
-    dataloader, n_batches
-        Batches, and where to stop.
     policy
         Says which modules are sharded: torch's ``auto_wrap_policy``, or an object whose
         ``get_policy()`` gives one. ``None`` gives each process the whole model.
-    path
-        Where to save.
     """
-    batches = list(islice(dataloader, n_batches))
     if hasattr(policy, "get_policy"):
         policy = policy.get_policy()
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (n_workers, f"{folder}/meeting", compute, model, batches, policy, path)
+        arguments = (n_workers, f"{folder}/meeting", compute, model, policy)
         spawn(_work, arguments, n_workers)  # type: ignore[no-untyped-call]
 
 
 def _work(
-    rank: int,
-    n_workers: int,
-    meeting: str,
-    compute: Compute,
-    model: nn.Module,
-    batches: list[Any],
-    policy: Any,
-    path: Path,
+    rank: int, n_workers: int, meeting: str, compute: Compute, model: nn.Module, policy: Any
 ) -> None:
     on_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= n_workers
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // n_workers))
@@ -76,7 +52,7 @@ def _work(
     try:
         if policy is not None:
             shard(model, policy)
-        compute(model, batches, path)
+        compute(model)
     finally:
         distributed.destroy_process_group()
 

@@ -19,15 +19,11 @@ from milpress.formats.rows import Floats, as_float
 from milpress.torch import _metadata
 from milpress.torch._metadata import Stored
 from milpress.torch._module_weights import ModuleWeight, representable, whole
-from milpress.torch._palettes import (
-    fitted,
-    folded,
-    with_integer_lut,
-)
+from milpress.torch._palettes import fitted, folded, with_integer_lut
 from milpress.torch.palettization import _dkm
 from milpress.torch.palettization.palettization_config import (
+    DEFAULT_BITS,
     ModuleDKMPalettizerConfig,
-    default_bits,
 )
 
 __all__ = ["FakePalettize"]
@@ -58,7 +54,7 @@ class FakePalettize(nn.Module):
     def __init__(self, weight: ModuleWeight, config: ModuleDKMPalettizerConfig) -> None:
         super().__init__()
         self.config = config
-        bits = default_bits(weight.module) if config.n_bits is None else config.n_bits
+        bits = config.n_bits or DEFAULT_BITS.get(type(weight.module), 4)
         self.n_bits: int = bits
         self.n_clusters: int = 2**bits
         self.cluster_dim: int = config.cluster_dim or 1
@@ -70,11 +66,12 @@ class FakePalettize(nn.Module):
         self.treatment, self.notes = _treatment(weight, config, bits)
         self.axis: int = self.treatment.channel_axis or 0
         self.shape = weight.shape
-        n_groups = 1
-        if self.treatment.group_size is not None:
-            n_groups = self.shape[self.axis] // self.treatment.group_size
-        self.n_groups = n_groups
-        self.palett = _Centroids(n_groups, self.n_clusters, self.cluster_dim)
+        n_channels = self.shape[self.axis]
+        self.n_groups = n_channels // (self.treatment.group_size or n_channels)
+        # Named as in coremltools' state.
+        self.palett = nn.Module()
+        blank = torch.full((self.n_groups, self.n_clusters, self.cluster_dim), torch.nan)
+        self.palett.register_buffer("centroids", blank)
         scale = None
         if self.treatment.channel_scale:
             sizes = [1] * len(self.shape)
@@ -89,7 +86,7 @@ class FakePalettize(nn.Module):
     @property
     def centroids(self) -> torch.Tensor:
         """The tables, of shape ``(n_groups, n_clusters, cluster_dim)``; NaN before they begin."""
-        return self.palett.centroids
+        return self.palett.get_buffer("centroids")
 
     @property
     def is_begun(self) -> bool:
@@ -151,7 +148,7 @@ class FakePalettize(nn.Module):
         scaled = weights.to(wide) if scale is None else weights.to(wide) / scale.to(wide)
         rows = self._rows(scaled)
         kept_rows = None if kept is None else self._rows(kept.to(wide))[..., 0]
-        table = self.palett.centroids.to(wide, copy=True)
+        table = self.centroids.to(wide, copy=True)
         _separate(table, config.palett_cluster_tol, config.enforce_zero)
         n_soft = max(1, int(config.percentage_palett_enable * self.n_groups))
         mixtures, tables = [], []
@@ -171,7 +168,7 @@ class FakePalettize(nn.Module):
             )
             mixtures.append(mixture)
             tables.append(moved)
-        self.palett.centroids.copy_(torch.cat(tables).detach())
+        self.centroids.copy_(torch.cat(tables).detach())
         dense = self._unrows(torch.cat(mixtures))
         return (dense if scale is None else dense * scale.to(wide)).to(weights.dtype)
 
@@ -210,7 +207,7 @@ class FakePalettize(nn.Module):
             table = table.copy()
             table[groups, nearest] = table[:, 0]
             table[:, 0] = 0
-        self.palett.centroids.copy_(torch.from_numpy(np.ascontiguousarray(table)))
+        self.centroids.copy_(torch.from_numpy(np.ascontiguousarray(table)))
         self._begun = True
 
     def stored(self, weights: torch.Tensor, kept: torch.Tensor | None = None) -> Stored:
@@ -220,58 +217,48 @@ class FakePalettize(nn.Module):
         if self.per_channel_scaling_factor is not None:
             scale = self.per_channel_scaling_factor.cpu().numpy().astype(array.dtype)
         scaled = array if scale is None else (array / scale.astype(np.float32)).astype(array.dtype)
-        tables = self.palett.centroids.cpu().float().numpy().astype(array.dtype)
+        tables = self.centroids.cpu().float().numpy().astype(array.dtype)
         if self.cluster_dim == 1:
             tables = ascending(tables, axis=1)
         grid = [1] * array.ndim
         grid[self.axis] = self.n_groups
         lut = np.ascontiguousarray(tables.reshape(*grid, self.n_clusters, self.cluster_dim))
-        vector_axis = self.axis if self.cluster_dim > 1 else None
+        code_shape = list(self.shape)
+        code_shape[self.axis] //= self.cluster_dim
         palette = Palette(
-            codes=np.zeros(self._code_shape, np.uint8),
+            codes=np.zeros(code_shape, np.uint8),
             lut=lut,
             bits=self.n_bits,
-            vector_axis=vector_axis,
+            vector_axis=self.axis if self.cluster_dim > 1 else None,
         )
         if self.config.lut_type in (torch.int8, torch.uint8):
             palette = with_integer_lut(palette, self.config.lut_type)
         elif scale is None:
             palette = replace(palette, lut=representable(palette.entries, weights.dtype))
-        codes = _metadata.nearest(
-            self._pulled_to_zero(scaled, palette.entries), palette.entries, vector_axis
-        )
-        palette = replace(palette, codes=codes)
+        palette = _metadata.nearest(palette, self._pulled_to_zero(scaled, palette))
         if scale is not None and self.config.lut_type in (torch.int8, torch.uint8):
             palette, scale = folded(palette, scale, self.output), None
         if kept is None:
             return Stored(palette, scale)
         return Stored(masked(palette, kept.cpu().numpy() != 0), scale)
 
-    def _pulled_to_zero(self, array: Floats, lut: Floats) -> Floats:
+    def _pulled_to_zero(self, array: Floats, palette: Palette) -> Floats:
         """Return weights for which the nearest entry is the one that attention prefers."""
         bonus = self.config.prune_threshold
         if not self.config.enforce_zero or self.cluster_dim > 1:
             return array
-        others = lut
         if bonus == 0:
             # A weight that is not zero must not become zero: it looks at the other entries.
+            lut = palette.entries
             distance = np.where(lut == 0, np.inf, np.abs(lut))
             least = np.take_along_axis(lut, distance.argmin(axis=-2)[..., None, :], axis=-2)
             others = ascending(np.where(lut == 0, least, lut), axis=-2)
-        codes = _metadata.nearest(array, others, None)
-        others = np.ascontiguousarray(others)
-        entries = Palette(codes=codes, lut=others, bits=self.n_bits).dense()
+            palette = replace(palette, lut=np.ascontiguousarray(others))
+        entries = _metadata.nearest(palette, array).dense()
         if bonus == 0:
             return np.where(array == 0, array, entries)
         is_zero = np.square(array) - bonus <= np.square(array - entries)
         return np.where(is_zero, array.dtype.type(0), array)
-
-    @property
-    def _code_shape(self) -> tuple[int, ...]:
-        return tuple(
-            size // self.cluster_dim if axis == self.axis else size
-            for axis, size in enumerate(self.shape)
-        )
 
     def _rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the elements as groups of vectors."""
@@ -296,17 +283,6 @@ class FakePalettize(nn.Module):
         palette = Palette(codes=codes, lut=array, bits=self.n_bits, vector_axis=0)
         entries = with_integer_lut(palette, cast("torch.dtype", kind)).entries
         return torch.from_numpy(np.ascontiguousarray(entries)).to(tables)
-
-
-class _Centroids(nn.Module):
-    """The tables, under the name that they have in coremltools' state."""
-
-    centroids: torch.Tensor
-
-    def __init__(self, n_groups: int, n_clusters: int, cluster_dim: int) -> None:
-        super().__init__()
-        blank = torch.full((n_groups, n_clusters, cluster_dim), torch.nan)
-        self.register_buffer("centroids", blank)
 
 
 def _treatment(
@@ -342,7 +318,6 @@ def _separate(table: torch.Tensor, tolerance: float, keep_zero: bool) -> None:
                 entries[moved] = (distinct[j] + distinct[(j + 1) % len(distinct)]) / 2
 
 
-def _loaded(module: nn.Module, _keys: Any) -> None:
-    if isinstance(module, FakePalettize):
-        module._enabled = bool(module.fake_palett_enabled.any())
-        module._begun = bool(torch.isfinite(module.palett.centroids).all())
+def _loaded(fake: FakePalettize, _keys: Any) -> None:
+    fake._enabled = bool(fake.fake_palett_enabled.any())
+    fake._begun = bool(torch.isfinite(fake.centroids).all())

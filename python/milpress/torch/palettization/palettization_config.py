@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from attrs import define, field
@@ -13,7 +13,7 @@ from milpress.errors import ConfigError, ConfigTypeError
 from milpress.plain import fields
 from milpress.torch import _fields
 from milpress.torch._palettes import BITS, ModulePaletteConfig
-from milpress.torch.optimization_config import ModuleOptimizationConfig, OptimizationConfig
+from milpress.torch.optimization_config import OptimizationConfig
 from milpress.torch.palettization._dkm import AttentionSettings
 
 __all__ = ["DKMPalettizerConfig", "ModuleDKMPalettizerConfig"]
@@ -107,9 +107,7 @@ kmeans_init, kmeans_opt1d_threshold, kmeans_batch_threshold, kmeans_n_init, kmea
 palett_lambda, add_extra_centroid
         Without effect: memory is bounded, and tables start as the exact k-means tables.
     on_indivisible
-        What to do where ``group_size`` does not divide the channels: ``"leave"`` the weight, or
-        take the greatest ``"divisor"`` up to it, or one table where there is none. Not in
-        coremltools.
+        As of `ModulePostTrainingPalettizerConfig`.
 
     Raises
     ------
@@ -190,7 +188,8 @@ palett_lambda, add_extra_centroid
         )
 
 
-_DEFAULT_TYPES = {
+# Width of an index, by the class of the module, where its config does not say; 4 in others.
+DEFAULT_BITS: dict[type[nn.Module], int] = {
     nn.Linear: 4,
     nn.Conv1d: 2,
     nn.Conv2d: 2,
@@ -199,11 +198,6 @@ _DEFAULT_TYPES = {
     nn.MultiheadAttention: 2,
     nn.Embedding: 2,
 }
-
-
-def default_bits(module: nn.Module) -> int:
-    """Return the width of an index for a module whose config does not say."""
-    return _DEFAULT_TYPES.get(type(module), 4)
 
 
 @define
@@ -221,12 +215,12 @@ class DKMPalettizerConfig(OptimizationConfig):
     4
     """
 
-    module_config_class: ClassVar[type[ModuleOptimizationConfig]] = ModuleDKMPalettizerConfig
-    takes_lists: ClassVar[bool] = True
+    module_config_class = ModuleDKMPalettizerConfig
+    takes_lists = True
 
     def _set_default(self) -> None:
         self.module_type_configs = {
-            kind: ModuleDKMPalettizerConfig(n_bits=bits) for kind, bits in _DEFAULT_TYPES.items()
+            kind: ModuleDKMPalettizerConfig(n_bits=bits) for kind, bits in DEFAULT_BITS.items()
         }
 
     @property

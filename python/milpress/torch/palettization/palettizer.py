@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from milpress.errors import UnsupportedError
 from milpress.torch._compression import WeightOutcome, compress_faked
-from milpress.torch._module_weights import TRAINABLE, Kinds, ModuleWeight, attention_around
+from milpress.torch._module_weights import (
+    TRAINABLE,
+    ModuleWeight,
+    attention_around,
+    weights_of,
+)
 from milpress.torch._report import Report
 from milpress.torch._substitution import Substitution, places
 from milpress.torch.base_model_optimizer import BaseTrainingTimeModelOptimizer
@@ -42,11 +48,9 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
 
     Parameters
     ----------
-    model
-        The model.
-    config
-        What to do to which module; by default 4 bits for linear layers and 2 for convolutions,
-        embeddings and attention, where they have more than 2048 elements.
+    model, config
+        The model, and what to do to which module; by default 4 bits for linear layers and 2 for
+        convolutions, embeddings and attention, where they have more than 2048 elements.
 
     Examples
     --------
@@ -60,12 +64,12 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
     4
     """
 
-    _supported_modules: ClassVar[Kinds] = (*TRAINABLE, nn.LayerNorm)
-    _config_class: ClassVar[type[OptimizationConfig]] = DKMPalettizerConfig
+    _supported_modules = (*TRAINABLE, nn.LayerNorm)
+    _config_class = DKMPalettizerConfig
 
     def __init__(self, model: nn.Module, config: OptimizationConfig | None = None) -> None:
         super().__init__(model, config)
-        self._milestones: dict[str, int] = {}
+        self._milestones: list[tuple[FakePalettize, int]] = []
         self.left: dict[str, str] = {}
 
     def prepare(self, inplace: bool = False) -> nn.Module:  # type: ignore[override]
@@ -95,52 +99,46 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
         if not self._config.is_default:
             self._warn_of_typos()
         fakes: dict[int, FakePalettize] = {}
-        hooks: dict[int, _Palettized] = {}
-        for weight, host, path in list(places(self._model, self._supported_modules)):
-            config = self._chosen(weight)
-            if config is None or weight.tensor is None:
-                continue
-            try:
-                fake = fakes.get(id(weight.tensor)) or FakePalettize(weight, config)
-            except UnsupportedError as error:
-                self.left[weight.name] = str(error)
-                _logger.warning("%s: %s. Left as it is.", weight.name, error)
-                continue
-            fakes[id(weight.tensor)] = fake
-            fake.enable_fake_palett(config.milestone == 0)
-            fake.to(weight.tensor.device)
-            weight.module.register_module(f"{weight.parameter_name}_fake_quant", fake)
-            self._milestones[weight.name] = config.milestone
-            hook = hooks.get(id(weight.module))
-            if hook is None:
-                hook = hooks[id(weight.module)] = _Palettized(path, ())
-                hook.attach(host)
-            hook.names = (*hook.names, weight.parameter_name)
+        for weights, host, path in places(self._model, self._supported_modules):
+            config = self._chosen(weights)
+            names = []
+            for weight in weights:
+                if config is None or weight.tensor is None:
+                    continue
+                try:
+                    fake = fakes.get(id(weight.tensor)) or FakePalettize(weight, config)
+                except UnsupportedError as error:
+                    self.left[weight.name] = str(error)
+                    _logger.warning("%s: %s. Left as it is.", weight.name, error)
+                    continue
+                fakes[id(weight.tensor)] = fake
+                fake.enable_fake_palett(config.milestone == 0)
+                fake.to(weight.tensor.device)
+                weight.module.register_module(f"{weight.parameter_name}_fake_quant", fake)
+                self._milestones.append((fake, config.milestone))
+                names.append(weight.parameter_name)
+            if names:
+                _Palettized(path, tuple(names)).attach(host)
         return self._model.train()
 
-    def _chosen(self, weight: ModuleWeight) -> Any:
-        """Return the config of a weight: of a list, that of the greatest threshold it exceeds."""
-        config = self._config.get_module_config(weight.module_name, weight.module)
-        attention = attention_around(self._model, weight.module_name)
-        if attention and config is None and not self._config.is_named(weight.module_name):
+    def _chosen(self, weights: list[ModuleWeight]) -> Any:
+        """Return the config of a module: of a list, that of the greatest threshold exceeded."""
+        name, module = weights[0].module_name, weights[0].module
+        config = self._config.get_module_config(name, module)
+        attention = attention_around(self._model, name)
+        if attention and config is None and not self._config.is_named(name):
             # Attention as a whole has one config, unless its projection is named by itself.
             config = self._config.get_module_config(*attention)
         configs = config if isinstance(config, list) else [] if config is None else [config]
-        sizes = [
-            other.size
-            for other, _, _ in places(weight.module, self._supported_modules)
-            if other.module is weight.module
-        ]
-        fitting = [config for config in configs if min(sizes) > config.weight_threshold]
+        size = min(weight.size for weight in weights)
+        fitting = [config for config in configs if size > config.weight_threshold]
         return fitting[-1] if fitting else None
 
     def step(self) -> None:
         """Go one step further, and enable the layers whose milestone is reached."""
-        for name, milestone in self._milestones.items():
+        for fake, milestone in self._milestones:
             if milestone == self._step_count:
-                module_name, _, parameter = name.rpartition(".")
-                module = self._model.get_submodule(module_name)
-                getattr(module, f"{parameter}_fake_quant").enable_fake_palett(True)
+                fake.enable_fake_palett()
         self._step_count += 1
 
     def enable_fake_palett(self, flag: bool) -> None:
@@ -165,12 +163,10 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
         """
         with self._finalizing(model, inplace) as finalized:
             finalized.eval()
-            weights = []
-            for weight, host, _ in places(finalized, self._supported_modules):
-                if hasattr(weight.module, f"{weight.parameter_name}_fake_quant"):
-                    weights.append(weight)
-                    for hook in _Palettized.of(host):
-                        hook.detach(host)
+            for _, host, _ in places(finalized, self._supported_modules):
+                for hook in _Palettized.of(host):
+                    hook.detach(host)
+            weights = [weight for weight, _ in self._faked(finalized)]
             with masks_lifted(finalized):
                 compress_faked(finalized, weights, _palettized)
         return finalized
@@ -182,15 +178,17 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
         ``#params`` and ``#dtype``.
         """
         rows: dict[str, dict[str, Any]] = {}
-        for weight, _, _ in places(self._model, self._supported_modules):
-            fake = getattr(weight.module, f"{weight.parameter_name}_fake_quant", None)
-            if isinstance(fake, FakePalettize):
-                rows[_row_name(weight, rows)] = _row(weight, fake)
+        for weight, fake in self._faked(self._model):
+            name = weight.name if weight.module_name in rows else weight.module_name
+            rows[name] = _row(weight, fake)
         return Report(rows)
 
-
-def _row_name(weight: ModuleWeight, rows: dict[str, dict[str, Any]]) -> str:
-    return weight.name if weight.module_name in rows else weight.module_name
+    def _faked(self, model: nn.Module) -> Iterator[tuple[ModuleWeight, FakePalettize]]:
+        """Yield the weights that have a `FakePalettize` layer, and these."""
+        for weight in weights_of(model, self._supported_modules):
+            fake = getattr(weight.module, f"{weight.parameter_name}_fake_quant", None)
+            if isinstance(fake, FakePalettize):
+                yield weight, fake
 
 
 @torch.no_grad()

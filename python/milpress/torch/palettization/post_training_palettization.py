@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from attrs import define, field
 
 from milpress.plain import fields
 from milpress.torch._compression import Progress, compress_weights
-from milpress.torch._module_weights import KINDS, Kinds
+from milpress.torch._module_weights import KINDS
 from milpress.torch._palettes import ModulePaletteConfig, palettized
 from milpress.torch.base_model_optimizer import BasePostTrainingModelOptimizer
-from milpress.torch.optimization_config import ModuleOptimizationConfig, OptimizationConfig
+from milpress.torch.optimization_config import OptimizationConfig
 
 __all__ = [
     "ModulePostTrainingPalettizerConfig",
@@ -82,9 +80,7 @@ class PostTrainingPalettizerConfig(OptimizationConfig):
     8
     """
 
-    module_config_class: ClassVar[type[ModuleOptimizationConfig]] = (
-        ModulePostTrainingPalettizerConfig
-    )
+    module_config_class = ModulePostTrainingPalettizerConfig
 
 
 class PostTrainingPalettizer(BasePostTrainingModelOptimizer):
@@ -92,10 +88,8 @@ class PostTrainingPalettizer(BasePostTrainingModelOptimizer):
 
     Parameters
     ----------
-    model
-        The model.
-    config
-        What to do to which module; by default 4 bits and one table for each weight.
+    model, config
+        The model, and what to do to which module; by default 4 bits and one table for each weight.
 
     Examples
     --------
@@ -104,8 +98,8 @@ class PostTrainingPalettizer(BasePostTrainingModelOptimizer):
     16
     """
 
-    _supported_modules: ClassVar[Kinds] = KINDS
-    _config_class: ClassVar[type[OptimizationConfig]] = PostTrainingPalettizerConfig
+    _supported_modules = KINDS
+    _config_class = PostTrainingPalettizerConfig
 
     def compress(  # type: ignore[override]
         self,

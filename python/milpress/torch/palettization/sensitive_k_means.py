@@ -7,8 +7,10 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +20,10 @@ from milpress.errors import ConfigError, UnsupportedError
 from milpress.formats.rows import Floats
 from milpress.plain import fields
 from milpress.torch._compression import Progress, WeightOutcome, compress_weights
-from milpress.torch._module_weights import KINDS, Kinds, ModuleWeight
+from milpress.torch._module_weights import KINDS, ModuleWeight
 from milpress.torch._palettes import ModulePaletteConfig, palettized
 from milpress.torch.base_model_optimizer import BaseDataCalibratedModelOptimizer
-from milpress.torch.optimization_config import ModuleOptimizationConfig, OptimizationConfig
+from milpress.torch.optimization_config import OptimizationConfig
 from milpress.torch.palettization import _sensitivity, _workers
 from milpress.torch.palettization._sensitivity import LossFunction
 
@@ -63,7 +65,7 @@ class SKMPalettizerConfig(OptimizationConfig):
         which does not split.
     """
 
-    module_config_class: ClassVar[type[ModuleOptimizationConfig]] = ModuleSKMPalettizerConfig
+    module_config_class = ModuleSKMPalettizerConfig
 
     calibration_nsamples: int = fields.integer(128, fields.at_least(1))
     per_sample: bool = field(default=True, kw_only=True, validator=fields.is_flag)
@@ -77,10 +79,8 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
 
     Parameters
     ----------
-    model
-        The model.
-    config
-        What to do to which module; by default 4 bits and one table for each weight.
+    model, config
+        The model, and what to do to which module; by default 4 bits and one table for each weight.
 
     Examples
     --------
@@ -91,8 +91,8 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
     {}
     """
 
-    _supported_modules: ClassVar[Kinds] = KINDS
-    _config_class: ClassVar[type[OptimizationConfig]] = SKMPalettizerConfig
+    _supported_modules = KINDS
+    _config_class = SKMPalettizerConfig
 
     def compute_sensitivity(
         self,
@@ -223,10 +223,8 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
                 msg = "sensitivities are not finite (NaN or infinity)"
                 raise UnsupportedError(msg)
             treated = palettized(weight, array, config, importance)
-            if in_use:
-                return treated
             idle = "the loss does not depend on it, so that all its elements count alike"
-            return WeightOutcome(treated.stored, treated.treatment, (*treated.notes, idle))
+            return treated if in_use else replace(treated, notes=(*treated.notes, idle))
 
         tasks = self._tasks(model)
         names: dict[int, list[str]] = {}
@@ -267,14 +265,14 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
     ) -> dict[str, torch.Tensor]:
         with tempfile.TemporaryDirectory() as folder:
             saved = Path(folder) / "sensitivity.pt" if path is None else path
-            compute = functools.partial(_compute, self._config, loss_fn)
-            n_batches = self._config.calibration_nsamples
-            _workers.run(n_workers, compute, self._source, dataloader, n_batches, policy, saved)
+            batches = list(islice(dataloader, self._config.calibration_nsamples))
+            compute = functools.partial(_compute, self._config, batches, loss_fn, saved)
+            _workers.run(n_workers, compute, self._source, policy)
             # The file goes, so its content must not stay in it.
             return {name: values.clone() for name, values in _sensitivity.load(saved).items()}
 
 
 def _compute(
-    config: Any, loss_fn: LossFunction, model: torch.nn.Module, batches: list[Any], path: Path
+    config: Any, batches: list[Any], loss_fn: LossFunction, path: Path, model: torch.nn.Module
 ) -> None:
     SKMPalettizer(model, config).compute_sensitivity(batches, loss_fn, path)

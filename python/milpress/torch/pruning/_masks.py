@@ -24,46 +24,29 @@ def mask_of(
 ) -> torch.Tensor:
     """Return 1 where a weight stays and 0 where it becomes zero, in a shape that broadcasts to it.
 
-    Parameters
-    ----------
-    weight
-        Which, for its axes.
-    tensor
-        Its values.
-    config
-        A `ModuleMagnitudePrunerConfig`.
-    sparsity
-        Fraction of elements, kernels, channels or blocks of them that become zero, rounded down.
+    ``sparsity`` is the fraction of elements, kernels, channels or blocks of them that become zero,
+    rounded down; ``config`` is a `ModuleMagnitudePrunerConfig`.
     """
     array = as_float(whole(tensor))
     scores = np.maximum(np.abs(array.astype(np.float32)), _LEAST)
     if config.n_m_ratio is not None and array.ndim > 1:
         n_zeros = math.floor(sparsity * config.n_m_ratio[1] + 1e-6)
         if n_zeros:
-            axis = weight.axes[config.dim]
-            mask = _n_m(scores, axis, n_zeros, config.n_m_ratio[1])
-            return torch.from_numpy(mask).to(tensor)
+            around = _around(scores, weight.axes[config.dim])
+            bitmask = _core.keep_n_m(scores.reshape(-1), *around, n_zeros, config.n_m_ratio[1])
+            return torch.from_numpy(_unpacked(bitmask, scores)).to(tensor)
     elif config.granularity != "per_scalar" and array.ndim > 2:
         scores = _norms(scores, weight, config.granularity)
-    blocks = 1 if config.n_m_ratio is not None or array.ndim == 1 else config.block_size
     n_zeros = n_pruned(scores.size, sparsity)
-    mask = _ranked(scores, weight.axes[0], blocks, n_zeros)
+    if config.n_m_ratio is not None or array.ndim == 1 or config.block_size == 1:
+        bitmask = _core.keep_largest(scores.reshape(-1), n_zeros)
+    else:
+        around = _around(scores, weight.axes[0])
+        bitmask = _core.keep_blocks(scores.reshape(-1), *around, config.block_size, n_zeros)
+    mask = _unpacked(bitmask, scores)
     if mask.shape[0] not in (1, array.shape[0]):
         mask = np.repeat(mask, array.shape[0] // mask.shape[0], axis=0)
     return torch.from_numpy(mask).to(tensor)
-
-
-def _ranked(scores: Floats, axis: int, block_size: int, n_zeros: int) -> NDArray[np.bool_]:
-    flat = np.ascontiguousarray(scores).reshape(-1)
-    if block_size == 1:
-        return _unpacked(_core.keep_largest(flat, n_zeros), scores)
-    around = _around(scores, axis)
-    return _unpacked(_core.keep_blocks(flat, *around, block_size, n_zeros), scores)
-
-
-def _n_m(scores: Floats, axis: int, n: int, m: int) -> NDArray[np.bool_]:
-    flat = np.ascontiguousarray(scores).reshape(-1)
-    return _unpacked(_core.keep_n_m(flat, *_around(scores, axis), n, m), scores)
 
 
 def _around(scores: Floats, axis: int) -> tuple[int, int, int]:
@@ -79,17 +62,15 @@ def _norms(scores: Floats, weight: ModuleWeight, granularity: str) -> Floats:
     """Return the Euclidean norms of kernels or output channels, with axes of length 1 beside."""
     squares = np.square(scores.astype(np.float64))
     inner = tuple(range(2, scores.ndim))
-    if granularity == "per_kernel":
-        return _rooted(squares.sum(axis=inner, keepdims=True))
     output, inputs = weight.axes
-    if output == 0:
-        return _rooted(squares.sum(axis=(inputs, *inner), keepdims=True))
-    # A grouped transposed convolution has its output channels in each group of input channels.
-    groups = weight.n_conv_groups
-    parted = squares.sum(axis=inner).reshape(groups, -1, squares.shape[1]).sum(axis=1)
-    return _rooted(parted.reshape(groups, -1, *[1] * len(inner)))
-
-
-def _rooted(squares: Any) -> Floats:
-    roots: Floats = np.maximum(np.sqrt(squares).astype(np.float32), _LEAST)
-    return roots
+    if granularity == "per_kernel":
+        sums = squares.sum(axis=inner, keepdims=True)
+    elif output == 0:
+        sums = squares.sum(axis=(inputs, *inner), keepdims=True)
+    else:
+        # A grouped transposed convolution has its output channels in each group of input channels.
+        groups = weight.n_conv_groups
+        parted = squares.sum(axis=inner).reshape(groups, -1, squares.shape[1]).sum(axis=1)
+        sums = parted.reshape(groups, -1, *[1] * len(inner))
+    norms: Floats = np.maximum(np.sqrt(sums).astype(np.float32), _LEAST)
+    return norms

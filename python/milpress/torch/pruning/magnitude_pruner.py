@@ -7,7 +7,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from milpress.errors import ConfigError, LifecycleError
 from milpress.plain import fields
 from milpress.torch import _fields, _metadata
-from milpress.torch._module_weights import TRAINABLE, Kinds, ModuleWeight
+from milpress.torch._module_weights import TRAINABLE, ModuleWeight
 from milpress.torch._report import Report
 from milpress.torch._substitution import Substitution, places, plain
 from milpress.torch.base_model_optimizer import BaseTrainingTimeModelOptimizer
@@ -121,7 +121,7 @@ class MagnitudePrunerConfig(OptimizationConfig):
     0.75
     """
 
-    module_config_class: ClassVar[type[ModuleOptimizationConfig]] = ModuleMagnitudePrunerConfig
+    module_config_class = ModuleMagnitudePrunerConfig
 
 
 class PruningMethod(Substitution):
@@ -233,11 +233,9 @@ class MagnitudePruner(BaseTrainingTimeModelOptimizer):
 
     Parameters
     ----------
-    model
-        The model.
-    config
-        What to do to which module; by default half of the elements of each weight become zero at
-        the first step.
+    model, config
+        The model, and what to do to which module; by default half of the elements of each weight
+        become zero at the first step.
 
     Examples
     --------
@@ -248,8 +246,8 @@ class MagnitudePruner(BaseTrainingTimeModelOptimizer):
     8
     """
 
-    _supported_modules: ClassVar[Kinds] = TRAINABLE
-    _config_class: ClassVar[type[OptimizationConfig]] = MagnitudePrunerConfig
+    _supported_modules = TRAINABLE
+    _config_class = MagnitudePrunerConfig
 
     def __init__(self, model: nn.Module, config: OptimizationConfig | None = None) -> None:
         super().__init__(model, config)
@@ -286,7 +284,7 @@ class MagnitudePruner(BaseTrainingTimeModelOptimizer):
             raise LifecycleError(msg)
         self._model = self._get_model_for_compression(inplace)
         self._warn_of_typos()
-        for weights, host, path in _owners(self._model, self._supported_modules):
+        for weights, host, path in places(self._model, self._supported_modules):
             weight = weights[0]
             config = self._config.get_module_config(weight.module_name, weight.module)
             if config is None:
@@ -340,28 +338,23 @@ class MagnitudePruner(BaseTrainingTimeModelOptimizer):
             If the model is still prepared for palettization or quantization: that is to be
             finalized first.
         """
-        with self._finalizing(model, inplace) as finalized:
-            for weights, host, _ in list(_owners(finalized, self._supported_modules)):
-                method = getattr(weights[0].module, "pruning_method", None)
-                if isinstance(method, PruningMethod):
-                    method.remove(weights[0], host)
-        return finalized
-
-    def _check_finalizable(self, model: nn.Module) -> None:
-        if is_fake_quantized(model):
+        if is_fake_quantized(self._model if model is None else model):
             msg = (
                 "finalize palettization or quantization before pruning: this model is still "
                 "prepared for it"
             )
             raise LifecycleError(msg)
+        with self._finalizing(model, inplace) as finalized:
+            for weights, host, _ in places(finalized, self._supported_modules):
+                method = getattr(weights[0].module, "pruning_method", None)
+                if isinstance(method, PruningMethod):
+                    method.remove(weights[0], host)
+        return finalized
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Go on from a checkpoint, after the state of the prepared model was loaded.
+        """Do what `BaseTrainingTimeModelOptimizer.load_state_dict` does.
 
-        Raises
-        ------
-        ConfigError
-            If it is nothing that `state_dict` returned.
+        The state of the prepared model must have been loaded before.
         """
         super().load_state_dict(state_dict)
         for pruned in self._pruner_info.values():
@@ -401,9 +394,8 @@ def check_unpruned(model: nn.Module, what: str) -> None:
 def kept_of(weight: ModuleWeight) -> torch.Tensor | None:
     """Return 0 where a weight is pruned while it is trained, else 1, in its shape."""
     mask = weight.module._buffers.get(f"{weight.parameter_name}_mask")
-    return (
-        None if mask is None else mask.expand(getattr(weight.module, weight.parameter_name).shape)
-    )
+    shape = getattr(weight.module, weight.parameter_name).shape
+    return None if mask is None else mask.expand(shape)
 
 
 @contextlib.contextmanager
@@ -415,14 +407,6 @@ def masks_lifted(model: nn.Module) -> Iterator[None]:
             if isinstance(method, PruningMethod):
                 stack.enter_context(method.lifted(module))
         yield
-
-
-def _owners(model: nn.Module, kinds: Kinds) -> Iterator[tuple[list[ModuleWeight], nn.Module, str]]:
-    """Yield the weights of each module; with them what computes with them and the path to it."""
-    together: dict[int, tuple[list[ModuleWeight], nn.Module, str]] = {}
-    for weight, host, path in places(model, kinds):
-        together.setdefault(id(weight.module), ([], host, path))[0].append(weight)
-    yield from together.values()
 
 
 _SPARSITIES = (

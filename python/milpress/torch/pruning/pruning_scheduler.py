@@ -62,10 +62,6 @@ def _to_steps(value: Any) -> Any:
         raise ConfigTypeError(msg) from error
 
 
-def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
-    return torch.equal(first, second)
-
-
 @define
 class PolynomialDecayScheduler(PruningScheduler):
     """Lets the fraction grow from the initial to the target sparsity, fast at first.
@@ -87,7 +83,7 @@ class PolynomialDecayScheduler(PruningScheduler):
     tensor([2., 4., 6.])
     """
 
-    update_steps: Any = field(converter=_to_steps, eq=attrs.cmp_using(eq=_same))
+    update_steps: Any = field(converter=_to_steps, eq=attrs.cmp_using(eq=torch.equal))
     power: int = fields.integer(3, fields.at_least(0))
 
     @update_steps.validator

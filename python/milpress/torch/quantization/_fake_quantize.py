@@ -19,12 +19,7 @@ _EPS = float(torch.finfo(torch.float32).eps)
 class RangeObserver(nn.Module):
     """Follows the least and greatest values of what passes.
 
-    Parameters
-    ----------
-    kind
-        How.
-    shape
-        Shape of the range: ones for the axes that share one; ``()`` for one range.
+    The shape of the range has ones for the axes that share one; it is ``()`` for one range.
     """
 
     min_val: torch.Tensor
@@ -50,12 +45,9 @@ class RangeObserver(nn.Module):
         if values.numel() == 0:
             return
         shape = self.min_val.shape
-        if shape:
-            axes = [axis for axis, size in enumerate(shape) if size == 1]
-            low, high = values.amin(dim=axes, keepdim=True), values.amax(dim=axes, keepdim=True)
-        else:
-            low, high = values.amin(), values.amax()
-        low, high = low.to(self.min_val), high.to(self.max_val)
+        axes = [axis for axis, size in enumerate(shape) if size == 1]  # none means all
+        low = values.amin(dim=axes).reshape(shape).to(self.min_val)
+        high = values.amax(dim=axes).reshape(shape).to(self.max_val)
         if self.synchronize and distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(low, distributed.ReduceOp.MIN)
             distributed.all_reduce(high, distributed.ReduceOp.MAX)
@@ -130,15 +122,12 @@ class FakeQuantize(nn.Module):
             self.register_buffer("scale", ones)
             self.register_buffer("zero_point", torch.full_like(ones, middle, dtype=torch.int32))
         # What the buffers say, for code that is compiled.
-        self._rounds, self._follows, self._begun = True, True, False
+        self._rounds, self._follows = True, True
+        # Whether it has a scale.
+        self.is_begun = False
         # Whether the range is to be left to training after it was found once.
         self.follows_once = False
         self.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
-
-    @property
-    def is_begun(self) -> bool:
-        """Whether it has a scale."""
-        return self._begun
 
     def enable_fake_quant(self, enabled: bool = True) -> None:
         """Let it round, or not."""
@@ -160,9 +149,9 @@ class FakeQuantize(nn.Module):
         if not isinstance(values, torch.Tensor) or not values.is_floating_point():
             return values
         # In evaluation nothing changes, except that a scale is needed to begin with.
-        if self._follows and (self.training or not self._begun):
+        if self._follows and (self.training or not self.is_begun):
             self._follow(values.detach())
-        if not self._rounds or not self._begun:
+        if not self._rounds or not self.is_begun:
             # DistributedDataParallel waits for the gradient of each parameter.
             if not self.is_learnable:
                 return values
@@ -208,7 +197,7 @@ class FakeQuantize(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _follow(self, values: torch.Tensor) -> None:
-        if self.follows_once and self._begun:
+        if self.follows_once and self.is_begun:
             return
         self.activation_post_process(self.blocked(values))
         self.take_range()
@@ -230,7 +219,7 @@ class FakeQuantize(nn.Module):
             offset = self.quant_min - (low / scale.clamp(min=_EPS)).round()
         self.scale.copy_(scale.clamp(min=_EPS))
         self.zero_point.copy_(offset.clamp(self.quant_min, self.quant_max))
-        self._begun = True
+        self.is_begun = True
 
     @torch.no_grad()
     def integers(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -240,13 +229,7 @@ class FakeQuantize(nn.Module):
 
 
 class FixedQuantize(FakeQuantize):
-    """Rounds values of a known range.
-
-    Parameters
-    ----------
-    scale, zero_point
-        Scale and offset.
-    """
+    """Rounds values of a known range, given by its scale and offset."""
 
     def __init__(self, scale: float, zero_point: int) -> None:
         super().__init__(
@@ -254,20 +237,14 @@ class FixedQuantize(FakeQuantize):
         )
         self.scale.fill_(scale)
         self.zero_point.fill_(zero_point)
-        self._begun = True
+        self.is_begun = True
 
     def _follow(self, values: torch.Tensor) -> None:
         """Do nothing: the range is known."""
 
 
 class QuantizeDequantize(nn.Module):
-    """Rounds values to integers and back, as ops that a Core ML model has.
-
-    Parameters
-    ----------
-    fake
-        What it does the same as.
-    """
+    """Rounds values to integers and back as another layer does, by ops that a Core ML model has."""
 
     def __init__(self, fake: FakeQuantize) -> None:
         super().__init__()
@@ -338,9 +315,8 @@ def _define_ops() -> None:
         return (values.to(torch.float32) - zero_point) * scale
 
 
-def _loaded(module: nn.Module, _keys: Any) -> None:
-    if isinstance(module, FakeQuantize):
-        module._rounds = bool(module.fake_quant_enabled.any())
-        module._follows = bool(module.observer_enabled.any())
-        empty = module.activation_post_process.is_empty
-        module._begun = isinstance(module, FixedQuantize) or not empty
+def _loaded(fake: FakeQuantize, _keys: Any) -> None:
+    fake._rounds = bool(fake.fake_quant_enabled.any())
+    fake._follows = bool(fake.observer_enabled.any())
+    empty = fake.activation_post_process.is_empty
+    fake.is_begun = isinstance(fake, FixedQuantize) or not empty

@@ -10,23 +10,17 @@ from torch import nn
 from milpress.torch._module_weights import ModuleWeight
 from milpress.torch._substitution import Hooks, Substitution, plain
 
-WEIGHT = "weight"
-
 
 class RoundedWeight(Substitution):
     """Lets a layer compute with its rounded weight.
 
     Where batch normalization follows, it is the weight multiplied by the scale of each channel that
-    is rounded, as it will be exported, and then divided by it again.
-
-    Parameters
-    ----------
-    norm
-        The batch normalization; not a module of this layer, which must not own it.
+    is rounded, as it will be exported, and then divided by it again. The normalization is not a
+    module of this layer, which must not own it.
     """
 
     def __init__(self, norm: nn.Module | None, output: int) -> None:
-        super().__init__("", (WEIGHT,))
+        super().__init__("", ("weight",))
         self.norm = norm
         self.output = output
 
@@ -94,8 +88,8 @@ def channel_scale(norm: Any, rank: int, output: int, owner: Any) -> torch.Tensor
 @torch.no_grad()
 def fold(layer: Any, norm: Any) -> None:
     """Fold batch normalization into the layer before it."""
-    weight = ModuleWeight("", layer, WEIGHT)
-    parameter = layer._parameters[WEIGHT]
+    weight = ModuleWeight("", layer, "weight")
+    parameter = layer._parameters["weight"]
     parameter.copy_(parameter * channel_scale(norm, parameter.ndim, weight.axes[0], layer))
     scale = (norm.running_var + norm.eps).rsqrt()
     scale = scale if norm.weight is None else scale * norm.weight

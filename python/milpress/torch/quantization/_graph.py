@@ -8,6 +8,7 @@ one range, pass the rounding of their input on; what is concatenated shares one.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +18,14 @@ from torch import fx, nn
 from torch.nn import functional
 
 from milpress.torch._modes import evaluating
+from milpress.torch._module_weights import CONVOLUTIONS, TRANSPOSED, Kinds
 from milpress.torch.quantization._fake_quantize import FakeQuantize, FixedQuantize
 from milpress.torch.quantization.quantization_config import (
     ModuleLinearQuantizerConfig,
     QuantizationScheme,
 )
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-WEIGHTED: tuple[type[nn.Module], ...] = (*_CONVS, *_TRANSPOSED, nn.Linear, nn.Embedding)
+WEIGHTED: Kinds = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, nn.Embedding)
 
 _NORMS = {
     nn.Conv1d: nn.BatchNorm1d,
@@ -88,8 +88,6 @@ _PASSING: set[Any] = {
     *("mean", "flatten", "reshape", "view", "squeeze", "unsqueeze", "transpose", "permute"),
     "contiguous",
 }
-
-ConfigOf = Callable[[str, Any], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +154,7 @@ class Placing:
     def __init__(
         self,
         model: fx.GraphModule,
-        config_of: ConfigOf,
+        config_of: Callable[[str, Any], Any],
         dimensions: dict[fx.Node, int | None],
     ) -> None:
         self.model = model
@@ -166,13 +164,10 @@ class Placing:
         self.layers: list[RoundedLayer] = []
         # What is rounded after a node: the config that asks for it.
         self.wanted: dict[fx.Node, ModuleLinearQuantizerConfig] = {}
-        self.ends: dict[fx.Node, fx.Node] = {}  # last node of an op to the first
+        self.ends: set[fx.Node] = set()  # the last node of each op
         self.inner: set[fx.Node] = set()
         self.parents: dict[fx.Node, fx.Node] = {}
-        self._calls: dict[str, int] = {}
-        for node in self.nodes:
-            if node.op == "call_module":
-                self._calls[node.target] = self._calls.get(node.target, 0) + 1
+        self._calls = Counter(node.target for node in self.nodes if node.op == "call_module")
         self._find_ops()
         self._pass_on()
 
@@ -204,7 +199,7 @@ class Placing:
                 end, norm = self._end(node, kind)
             if config is None:
                 continue
-            self.ends[end] = node
+            self.ends.add(end)
             if is_weighted and config.quantizes_weights:
                 self.layers.append(RoundedLayer(str(node.target), config, norm))
             if config.quantizes_activations and self._is_float(end):
@@ -244,15 +239,11 @@ class Placing:
 
     def _sources(self, node: fx.Node) -> list[fx.Node]:
         """Return the nodes whose values an op takes, parameters aside."""
-        arguments = node.args
-        if (
-            self.kind(node) in _CONCATENATIONS
-            and arguments
-            and isinstance(arguments[0], (list, tuple))
-        ):
+        arguments, kind = node.args, self.kind(node)
+        if kind in _CONCATENATIONS and arguments and isinstance(arguments[0], (list, tuple)):
             arguments = tuple(arguments[0])
         nodes = [item for item in arguments if isinstance(item, fx.Node)]
-        if self.kind(node) in WEIGHTED or self.kind(node) in _ACTIVATIONS:
+        if kind in WEIGHTED or kind in _ACTIVATIONS:
             nodes = nodes[:1]
         return [self._origin(item) for item in nodes if self._is_value(item)]
 
@@ -294,47 +285,33 @@ class Placing:
     def _join(self, first: fx.Node, second: fx.Node) -> None:
         self.parents[self._root(second)] = self._root(first)
 
-    def insert(self) -> list[FakeQuantize]:
-        """Put layers after the nodes whose values are rounded, and return them."""
+    def insert(self) -> None:
+        """Put layers after the nodes whose values are rounded."""
         groups: dict[fx.Node, list[fx.Node]] = {}
         for node in self.nodes:
             if node in self.wanted:
                 groups.setdefault(self._root(node), []).append(node)
         nonnegative = self._nonnegative()
-        fakes: list[FakeQuantize] = []
         names: dict[fx.Node, str] = {}
-        for root, members in groups.items():
-            fake = self._fake(members, nonnegative)
-            name = f"activation_post_process_{len(fakes)}"
-            self.model.add_submodule(name, fake)
-            fakes.append(fake)
-            names[root] = name
+        for i, (root, members) in enumerate(groups.items()):
+            names[root] = f"activation_post_process_{i}"
+            self.model.add_submodule(names[root], self._fake(members, nonnegative))
+        inputs = [node for node in self.nodes if node.op == "placeholder"]
         for node in self.nodes:
             if node in self.wanted:
-                with self.model.graph.inserting_after(self._last_placeholder(node)):
+                # An input is rounded behind the last of the inputs.
+                with self.model.graph.inserting_after(inputs[-1] if node in inputs else node):
                     rounded = self.model.graph.call_module(names[self._root(node)], (node,))
                 others = [user for user in node.users if user is not rounded]
                 for user in others:
                     user.replace_input_with(node, rounded)
         self.model.graph.lint()
         self.model.recompile()
-        return fakes
-
-    def _last_placeholder(self, node: fx.Node) -> fx.Node:
-        """Return the node, or the last input of the model if it is one of them."""
-        if node.op != "placeholder":
-            return node
-        last: fx.Node = [other for other in self.nodes if other.op == "placeholder"][-1]
-        return last
 
     def _fake(self, members: list[fx.Node], nonnegative: set[fx.Node]) -> FakeQuantize:
         config = self.wanted[members[0]]
-        sources = [
-            node
-            for node in members
-            if self.kind(node) not in _PASSING and self.kind(node) not in _CONCATENATIONS
-        ]
-        ranges = {self._range(node) for node in sources}
+        sources = [n for n in members if self.kind(n) not in _PASSING | _CONCATENATIONS]
+        ranges = {_FIXED.get(self.kind(node)) if node in self.ends else None for node in sources}
         if len(ranges) == 1 and (known := ranges.pop()) is not None:
             return FixedQuantize(*known)
         scheme = config.quantization_scheme
@@ -348,9 +325,6 @@ class Placing:
             scheme=scheme,
             is_learnable=config.algorithm == "learnable",
         )
-
-    def _range(self, node: fx.Node) -> tuple[float, int] | None:
-        return _FIXED.get(self.kind(node)) if node in self.ends else None
 
     def _nonnegative(self) -> set[fx.Node]:
         """Return the nodes whose values can't be negative."""

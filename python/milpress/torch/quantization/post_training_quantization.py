@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from attrs import define, field
@@ -16,7 +16,7 @@ from milpress.plain import fields
 from milpress.torch import _fields, _metadata
 from milpress.torch._compression import Progress, WeightOutcome, compress_weights
 from milpress.torch._metadata import Stored
-from milpress.torch._module_weights import KINDS, Kinds, ModuleWeight, attention_around
+from milpress.torch._module_weights import KINDS, ModuleWeight, attention_around
 from milpress.torch.base_model_optimizer import BasePostTrainingModelOptimizer
 from milpress.torch.optimization_config import (
     ModuleOptimizationConfig,
@@ -144,9 +144,7 @@ class PostTrainingQuantizerConfig(OptimizationConfig):
     True
     """
 
-    module_config_class: ClassVar[type[ModuleOptimizationConfig]] = (
-        ModulePostTrainingQuantizerConfig
-    )
+    module_config_class = ModulePostTrainingQuantizerConfig
 
     def _check_together(self) -> None:
         self._check_same("quantization_scheme")
@@ -157,10 +155,9 @@ class PostTrainingQuantizer(BasePostTrainingModelOptimizer):
 
     Parameters
     ----------
-    model
-        The model.
-    config
-        What to do to which module; by default int8 with a scale for each output channel.
+    model, config
+        The model, and what to do to which module; by default int8 with a scale for each output
+        channel.
 
     Examples
     --------
@@ -170,8 +167,8 @@ class PostTrainingQuantizer(BasePostTrainingModelOptimizer):
     ['weight']
     """
 
-    _supported_modules: ClassVar[Kinds] = KINDS
-    _config_class: ClassVar[type[OptimizationConfig]] = PostTrainingQuantizerConfig
+    _supported_modules = KINDS
+    _config_class = PostTrainingQuantizerConfig
 
     def compress(  # type: ignore[override]
         self, inplace: bool = False, *, progress: Progress | None = None
@@ -180,10 +177,8 @@ class PostTrainingQuantizer(BasePostTrainingModelOptimizer):
 
         Parameters
         ----------
-        inplace
-            Whether to change the model itself, which copies nothing of it.
-        progress
-            Called with elements done, elements in all and the name of the weight at hand.
+        inplace, progress
+            As of `PostTrainingPalettizer.compress`.
 
         Returns
         -------

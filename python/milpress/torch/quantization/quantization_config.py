@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum, unique
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from attrs import define, field
@@ -161,7 +161,7 @@ class LinearQuantizerConfig(OptimizationConfig):
     4
     """
 
-    module_config_class: ClassVar[type[ModuleOptimizationConfig]] = ModuleLinearQuantizerConfig
+    module_config_class = ModuleLinearQuantizerConfig
 
     non_traceable_module_names: list[str] = field(
         factory=list, converter=_names, validator=_are_names

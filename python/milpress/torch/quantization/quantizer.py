@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import types
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from milpress.formats.rows import Floats
 from milpress.torch._compression import WeightOutcome, compress_faked
 from milpress.torch._metadata import Stored
 from milpress.torch._modes import device_of
-from milpress.torch._module_weights import Kinds, ModuleWeight
+from milpress.torch._module_weights import ModuleWeight
 from milpress.torch._report import Report
 from milpress.torch.base_model_optimizer import BaseTrainingTimeModelOptimizer
 from milpress.torch.optimization_config import OptimizationConfig
@@ -27,7 +27,6 @@ from milpress.torch.pruning.magnitude_pruner import check_unpruned, kept_of, mas
 from milpress.torch.quantization import _graph
 from milpress.torch.quantization._fake_quantize import FakeQuantize, QuantizeDequantize
 from milpress.torch.quantization._folding import (
-    WEIGHT,
     RoundedWeight,
     channel_scale,
     fold,
@@ -70,14 +69,13 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
     ['0', 'activation_post_process_0', 'activation_post_process_1']
     """
 
-    _supported_modules: ClassVar[Kinds] = _graph.WEIGHTED
-    _config_class: ClassVar[type[OptimizationConfig]] = LinearQuantizerConfig
+    _supported_modules = _graph.WEIGHTED
+    _config_class = LinearQuantizerConfig
 
     def __init__(self, model: nn.Module, config: OptimizationConfig | None = None) -> None:
         super().__init__(model, config)
         self._is_prepared = False
         self._milestones: list[int] | None = self._config.milestones
-        self._synchronizes = True
 
     def prepare(  # type: ignore[override]
         self, example_inputs: tuple[Any, ...], inplace: bool = False
@@ -120,11 +118,11 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
             )
             raise UnsupportedError(msg) from error
         placing = _graph.Placing(model, self._config_of, _graph.ranks(model, example_inputs))
-        activations = placing.insert()
+        placing.insert()
         shared: dict[int, FakeQuantize] = {}
         for layer in placing.layers:
             self._attach(model, layer, shared)
-        for fake in (*activations, *_weight_layers(model)):
+        for fake in _fakes(model):
             fake.follows_once = fake.is_learnable and self._milestones is None
             if self._milestones is not None:
                 fake.enable_observer(False)
@@ -146,7 +144,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
         module = model.get_submodule(layer.name)
         if hasattr(module, "weight_fake_quant"):
             return
-        weight = ModuleWeight(layer.name, module, WEIGHT)
+        weight = ModuleWeight(layer.name, module, "weight")
         try:
             fake = shared.get(id(weight.tensor)) or _weight_layer(weight, layer.config)
         except UnsupportedError as error:
@@ -180,8 +178,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
         if self._milestones is None:
             return
         follow, round_, stay, freeze_at = self._milestones
-        fakes = [m for m in self._model.modules() if isinstance(m, FakeQuantize)]
-        for fake in fakes:
+        for fake in _fakes(self._model):
             if self._step_count == follow:
                 fake.enable_observer(True)
             if self._step_count == round_:
@@ -193,13 +190,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
         self._step_count += 1
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Go on from a checkpoint; load the state of the prepared model, too.
-
-        Raises
-        ------
-        ConfigError
-            If it is nothing that `state_dict` returned.
-        """
+        """Do what `BaseTrainingTimeModelOptimizer.load_state_dict` does."""
         super().load_state_dict(state_dict)
         freeze_at = -1 if self._milestones is None else self._milestones[3]
         if self._is_prepared and 0 <= freeze_at < self._step_count:
@@ -231,7 +222,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
                 thaw(module)
                 for rounded in RoundedWeight.of(module):
                     rounded.detach(module)
-                    weights.append(ModuleWeight(name, module, WEIGHT))
+                    weights.append(ModuleWeight(name, module, "weight"))
                     if rounded.norm is not None:
                         norms[named[id(rounded.norm)]] = module
             with masks_lifted(finalized):
@@ -250,9 +241,8 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
         self._synchronize(False)
 
     def _synchronize(self, enabled: bool) -> None:
-        for module in self._model.modules():
-            if isinstance(module, FakeQuantize):
-                module.activation_post_process.synchronize = enabled
+        for fake in _fakes(self._model):
+            fake.activation_post_process.synchronize = enabled
 
     def report(self) -> Report:
         """Return a row for each weight and each place where activations are rounded.
@@ -289,8 +279,8 @@ def _columns(fake: FakeQuantize) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _error(module: nn.Module, fake: FakeQuantize) -> dict[str, Any]:
-    weight: torch.Tensor = getattr(module, WEIGHT).detach()
+def _error(module: Any, fake: FakeQuantize) -> dict[str, Any]:
+    weight: torch.Tensor = module.weight.detach()
     scale = torch.ones(())
     for rounded in RoundedWeight.of(module):
         if rounded.norm is not None:
@@ -328,9 +318,8 @@ def _weight_layer(weight: ModuleWeight, config: ModuleLinearQuantizerConfig) -> 
     )
 
 
-def _weight_layers(model: nn.Module) -> list[FakeQuantize]:
-    fakes = (getattr(module, "weight_fake_quant", None) for module in model.modules())
-    return [fake for fake in fakes if isinstance(fake, FakeQuantize)]
+def _fakes(model: nn.Module) -> list[FakeQuantize]:
+    return [module for module in model.modules() if isinstance(module, FakeQuantize)]
 
 
 def _replace(model: Any, norms: set[str]) -> None:
