@@ -73,17 +73,16 @@ class Model:
         self._fill(frame, given, run.state)
         with located(frame):
             results = function.block.run(frame)
-        made = dict(zip(function.outputs, results, strict=True))
+        values = dict(zip(function.outputs, results, strict=True))
         return {
-            feature.name: io.given_back(feature, made[feature.name]) for feature in self.outputs
+            feature.name: io.given_back(feature, values[feature.name]) for feature in self.outputs
         }
 
     # Apart from `run`, whose variables would keep inputs alive after their last reader ran.
     def _fill(self, frame: Frame, given: Mapping[str, Any], state: State) -> None:
         for feature in self.inputs:
             parameter = self.function.inputs[feature.name]
-            value = given.get(feature.name)
-            tensor = io.filled(feature) if value is None else io.taken(feature, value)
+            tensor = io.taken(feature, given.get(feature.name))
             frame.write(parameter.slot, parameter.cast(tensor))
         for name, parameter in self.function.inputs.items():
             if parameter.is_state:
@@ -190,13 +189,6 @@ def located(frame: Frame) -> Iterator[None]:
         yield
     except CompressionError:
         raise
-    except NotImplementedError as error:
-        step = frame.step
-        if step is None:
-            raise
-        target = step.opset.target
-        what = f"{step.kind} ({error})"
-        raise UnsupportedOpError(step.kind, target, step.place, what) from error
     except (
         ArithmeticError,
         AttributeError,
@@ -208,5 +200,8 @@ def located(frame: Frame) -> Iterator[None]:
         step = frame.step
         if step is None:
             raise
+        if isinstance(error, NotImplementedError):
+            what = f"{step.kind} ({error})"
+            raise UnsupportedOpError(step.kind, step.opset.target, step.place, what) from error
         msg = f"{step.place}: {step.kind} can't compute what it is given: {error}"
         raise ExecutionError(msg) from error
