@@ -103,9 +103,9 @@ class Step:
                 blocks=[functools.partial(block.run, frame) for block in self.blocks],
                 show=lambda parameter, operand: frame.show(self.operands[parameter], operand),
             )
-        made = self.operator.function(**arguments)
+        output = self.operator.function(**arguments)
         if self.writes:
-            results = made if isinstance(made, tuple) else (made,)
+            results = output if isinstance(output, tuple) else (output,)
             for (slot, cast), result in zip(self.writes, results, strict=True):
                 frame.write(slot, result if cast is None else cast(result))
         frame.drop(self.spent)
@@ -224,7 +224,10 @@ class Binder:
         self._source = source
         self._rounds = rounds
         self._budget = budget
-        self._opset = _opset_of(function, place)
+        self._opset = opset.by_name(function.opset)
+        if function.opset not in function.block_specializations:
+            msg = f"{place}: the function has no block for its opset {function.opset}"
+            raise PackageError(msg)
         self._body = function.block_specializations[function.opset]
         graph = ProgramGraph(function, self._body, source)
         # The graph lists its nodes in the order in which this class walks the blocks.
@@ -403,14 +406,6 @@ class Binder:
     def _caster(self, item: proto.NamedValueType) -> Caster | None:
         kind = values.type_of(item.type)
         return None if kind is None else caster(kind.dtype, rounds=self._rounds)
-
-
-def _opset_of(function: proto.Function, place: str) -> Opset:
-    found = opset.by_name(function.opset)
-    if function.opset not in function.block_specializations:
-        msg = f"{place}: the function has no block for its opset {function.opset}"
-        raise PackageError(msg)
-    return found
 
 
 def _bindings(op: proto.Operation) -> Iterator[tuple[str, Sequence[proto.Binding]]]:
