@@ -102,29 +102,14 @@ class Layer:
             parts = [self._channels(rows, (1, x.shape[-1])) for rows in _steps(x, mask)]
             first, second = (np.concatenate(each) for each in list(zip(*parts, strict=True))[:2])
             return InputSums(first, second, parts[0].n)
-        axis = -1
-        if self.kind == "matmul" and x.dim() > 1:
-            transposed = bool(
-                self.settings.get(f"transpose_{_PARAMETERS['matmul'][self.parameter]}")
-            )
-            axis = -2 if transposed == (self.parameter == "y") else -1
-        rows = x.movedim(axis, -1)
+        other = _PARAMETERS[self.kind][self.parameter]
+        rows = x.movedim(self._summed_axis(other), -1) if x.dim() > 1 else x
         return self._channels(_kept(rows, mask), self._aligned(rows.shape[-1]))
 
     @property
     def takes_feedback(self) -> bool:
         """Whether errors can be fed back to later columns of the weight."""
         return self.kind in ("linear", "conv", *_RECURRENT)
-
-    def new_products(self, edges: Sequence[int]) -> BlockProducts:
-        """Return what `add_products` adds to.
-
-        Parameters
-        ----------
-        edges
-            Where blocks of columns begin and end, of which products are added up.
-        """
-        return BlockProducts(self.groups, edges)
 
     def add_products(self, x: Tensor, mask: Tensor | None, products: BlockProducts) -> None:
         """Add the products of pairs of the values that elements of the weight are multiplied by.
@@ -134,7 +119,7 @@ class Layer:
         x, mask
             As of `sums`.
         products
-            What they are added to.
+            What they are added to, of the layer's groups.
         """
         if self.kind == "linear":
             rows = _kept(x, mask)
@@ -161,13 +146,14 @@ class Layer:
 
     def _aligned(self, n: int) -> tuple[int, ...]:
         """Return the shape of sums for each input channel of a matrix."""
-        axis = -1
-        if self.kind == "matmul":
-            transposed = bool(self.settings.get(f"transpose_{self.parameter}"))
-            axis = -1 if transposed == (self.parameter == "y") else -2
         shape = [1] * len(self.shape)
-        shape[axis] = n
+        shape[self._summed_axis(self.parameter)] = n
         return tuple(shape)
+
+    def _summed_axis(self, parameter: str) -> int:
+        """Return along which axis of a parameter a matrix product sums."""
+        transposed = bool(self.settings.get(f"transpose_{parameter}"))
+        return -2 if self.kind == "matmul" and transposed == (parameter == "x") else -1
 
     def _channels(self, rows: Tensor, shape: tuple[int, ...]) -> InputSums:
         wide = rows.reshape(-1, rows.shape[-1]).double()
@@ -261,19 +247,21 @@ def layers(prefix: str, function: Function) -> Iterator[Layer]:
     computed = {slot: name for name, (slots, _) in function.watchable.items() for slot in slots}
     for step in function.steps:
         value = computed[step.writes[0][0]] if step.writes else ""
+        settings = {
+            name: item for name, item in step.settings.items() if not isinstance(item, Tensor)
+        }
         for parameter, weight, given in _products_of(step, value, computed):
             shape = _stored_shape(function.stored[weight])
             if weight in function.names and len(shape) >= 2:
-                is_recurrent = step.kind in _RECURRENT
                 yield Layer(
                     prefix=prefix,
-                    name=given if is_recurrent else value,
+                    name=given if step.kind in _RECURRENT else value,
                     weight=function.names[weight],
                     shape=shape,
                     input=prefix + given,
                     kind=step.kind,
                     parameter=parameter,
-                    settings=_settings(step),
+                    settings=settings,
                     groups=_groups(step, parameter),
                 )
 
@@ -296,10 +284,6 @@ def _groups(step: Step, parameter: str) -> int:
     if (step.kind, parameter) == ("gru", "weight_hh"):
         return 3
     return int(step.settings.get("groups") or 1)
-
-
-def _settings(step: Step) -> dict[str, Any]:
-    return {name: value for name, value in step.settings.items() if not isinstance(value, Tensor)}
 
 
 def _stored_shape(stored: Any) -> tuple[int, ...]:
