@@ -106,18 +106,9 @@ class Calibration:
         """
         head = {
             "milpress_calibration": _VERSION,
-            "package": self.package,
-            "data": self.data,
-            "n_samples": self.n_samples,
-            "notes": list(self.notes),
+            **json.record(self, "package", "data", "n_samples", "notes"),
             "layers": [
-                {
-                    "layer": each.layer,
-                    "weight": each.weight,
-                    "kind": each.kind,
-                    "groups": each.groups,
-                    "count": each.count,
-                }
+                json.record(each, "layer", "weight", "kind", "groups", "count")
                 for each in self.layers
             ],
         }
