@@ -135,8 +135,8 @@ class WeightStatistics:
 
     def correct(self, weight: Weight, error: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
         """Return, by layer, what an error of the weight takes from its outputs on average."""
-        found = {each.layer: each.mean_error(error) for each in self._uses[weight.name].layers}
-        return {layer: mean for layer, mean in found.items() if mean is not None}
+        means = {each.layer: each.mean_error(error) for each in self._uses[weight.name].layers}
+        return {layer: mean for layer, mean in means.items() if mean is not None}
 
 
 def _some(names: Sequence[str]) -> str:
