@@ -267,23 +267,33 @@ def _edges(
     return top, bottom, left, right
 
 
-def _cropped(
+@operator("crop_resize", since=7)
+def crop_resize_boxes(
     x: Tensor,
-    edges: tuple[Tensor, Tensor, Tensor, Tensor],
-    sizes: tuple[int, int],
-    sampling_mode: str,
-    pad_value: float,
+    boxes: Tensor,
+    box_indices: Tensor | None = None,
+    target_height: int = 1,
+    target_width: int = 1,
+    normalized_coordinates: bool = False,
+    spatial_scale: float = 1.0,
+    box_coordinate_mode: str = "CORNERS_HEIGHT_FIRST",
+    sampling_mode: str = "DEFAULT",
+    pad_value: float = 0.0,
 ) -> Tensor:
-    """Return one crop of each image; a pixel whose place lies outside of it is padding."""
     height, width = x.shape[-2:]
-    top, bottom, left, right = edges
-    rows = _grid(top, bottom, sizes[0], sampling_mode).unsqueeze(-1)
-    columns = _grid(left, right, sizes[1], sampling_mode).unsqueeze(-2)
-    shape = [x.shape[0], *sizes]
+    places = torch.arange(boxes.shape[0]) if box_indices is None else box_indices.long()
+    images = x.index_select(0, places)
+    top, bottom, left, right = _edges(
+        x, boxes, box_coordinate_mode, normalized_coordinates, spatial_scale
+    )
+    rows = _grid(top, bottom, target_height, sampling_mode).unsqueeze(-1)
+    columns = _grid(left, right, target_width, sampling_mode).unsqueeze(-2)
+    shape = (len(images), target_height, target_width)
     rows, columns = rows.expand(shape), columns.expand(shape)
     near_rows, near_columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+    # A pixel whose place lies outside of the image is padding.
     inside = (near_rows == rows) & (near_columns == columns)
-    pixels = _bilinear(x, near_rows, near_columns, None)
+    pixels = _bilinear(images, near_rows, near_columns, None)
     return torch.where(inside.unsqueeze(1), pixels, pad_value)
 
 
@@ -299,35 +309,22 @@ def crop_resize(
     sampling_mode: str = "DEFAULT",
     pad_value: float = 0.0,
 ) -> Tensor:
-    sizes = target_height, target_width
     n = roi.shape[0]
     regions = roi.reshape(n, -1)
     if regions.shape[1] == 5:  # the first is which image
-        images = x.index_select(0, regions[:, 0].long())
-        per_box = 1
+        images, per_box = regions[:, 0], 1
     else:
-        images = x.repeat(n, 1, 1, 1)
-        per_box = x.shape[0]
-    boxes = regions[:, -4:].repeat_interleave(per_box, 0)
-    edges = _edges(x, boxes, box_coordinate_mode, normalized_coordinates, spatial_scale)
-    crops = _cropped(images, edges, sizes, sampling_mode, pad_value)
-    return crops.reshape(n, per_box, x.shape[1], *sizes)
-
-
-@operator("crop_resize", since=7)
-def crop_resize_boxes(
-    x: Tensor,
-    boxes: Tensor,
-    box_indices: Tensor | None = None,
-    target_height: int = 1,
-    target_width: int = 1,
-    normalized_coordinates: bool = False,
-    spatial_scale: float = 1.0,
-    box_coordinate_mode: str = "CORNERS_HEIGHT_FIRST",
-    sampling_mode: str = "DEFAULT",
-    pad_value: float = 0.0,
-) -> Tensor:
-    places = torch.arange(boxes.shape[0]) if box_indices is None else box_indices.long()
-    images = x.index_select(0, places)
-    edges = _edges(x, boxes, box_coordinate_mode, normalized_coordinates, spatial_scale)
-    return _cropped(images, edges, (target_height, target_width), sampling_mode, pad_value)
+        images, per_box = torch.arange(x.shape[0]).repeat(n), x.shape[0]
+    crops: Tensor = crop_resize_boxes.function(
+        x,
+        regions[:, -4:].repeat_interleave(per_box, 0),
+        images,
+        target_height,
+        target_width,
+        normalized_coordinates,
+        spatial_scale,
+        box_coordinate_mode,
+        sampling_mode,
+        pad_value,
+    )
+    return crops.reshape(n, per_box, *crops.shape[1:])
