@@ -141,6 +141,13 @@ class Block:
         frame.drop(self.owned)
         return results
 
+    def all_steps(self) -> Iterator[Step]:
+        """Yield the steps, behind each op those of the blocks that it has."""
+        for step in self.steps:
+            yield step
+            for inner in step.blocks:
+                yield from inner.all_steps()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FunctionInput:
@@ -179,23 +186,11 @@ class Function:
         return self.operands.get(name, ())
 
     @property
-    def steps(self) -> Iterator[Step]:
-        """All steps, those of nested blocks behind the op that has them."""
-        return _all_steps(self.block)
-
-    @property
     def op_types(self) -> dict[str, str]:
         """Type of the op that computes each watchable value; inputs are not among them."""
-        kinds = {slot: step.kind for step in self.steps for slot, _ in step.writes}
+        kinds = {slot: step.kind for step in self.block.all_steps() for slot, _ in step.writes}
         lasts = {name: slots[-1] for name, (slots, _) in self.watchable.items()}
         return {name: kinds[last] for name, last in lasts.items() if last in kinds}
-
-
-def _all_steps(block: Block) -> Iterator[Step]:
-    for step in block.steps:
-        yield step
-        for inner in step.blocks:
-            yield from _all_steps(inner)
 
 
 def operand_name(value: str, parameter: str) -> str:

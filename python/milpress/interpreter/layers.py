@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -114,12 +115,7 @@ class Layer:
     def add_products(self, x: Tensor, mask: Tensor | None, products: BlockProducts) -> None:
         """Add the products of pairs of the values that elements of the weight are multiplied by.
 
-        Parameters
-        ----------
-        x, mask
-            As of `sums`.
-        products
-            What they are added to, of the layer's groups.
+        ``x`` and ``mask`` are as of `sums`; the products are of the layer's groups.
         """
         if self.kind == "linear":
             rows = _kept(x, mask)
@@ -184,7 +180,8 @@ class Layer:
             for reach in reaches:
                 total = torch.tensordot(total, reach, dims=([1], [1]))
             totals.append(total.numpy().reshape(*blocks, *kernel))
-        return InputSums(totals[0], totals[1], x.shape[0] * self._n_outputs(sizes))
+        n_outputs = math.prod(each[-1] for each in self._geometry(sizes))
+        return InputSums(totals[0], totals[1], x.shape[0] * n_outputs)
 
     def _geometry(self, sizes: Sequence[int]) -> Iterator[tuple[int, int, int, int, int, int]]:
         """Yield size, kernel, stride, dilation, padding before and output size of each axis."""
@@ -210,9 +207,6 @@ class Layer:
             outputs = [size - sum(pair) for size, pair in zip(full, pairs, strict=True)]
         befores = [before for before, _ in pairs]
         yield from zip(sizes, self.shape[2:], strides, dilations, befores, outputs, strict=True)
-
-    def _n_outputs(self, sizes: Sequence[int]) -> int:
-        return int(np.prod([each[-1] for each in self._geometry(sizes)], dtype=np.int64))
 
     def _reaches(self, sizes: Sequence[int]) -> Iterator[NDArray[np.float64]]:
         """Yield, for each axis, how often each place of the kernel meets each input."""
@@ -245,7 +239,7 @@ def _steps(x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
 def layers(prefix: str, function: Function) -> Iterator[Layer]:
     """Yield the layers of a function whose weight is stored and whose input is computed."""
     computed = {slot: name for name, (slots, _) in function.watchable.items() for slot in slots}
-    for step in function.steps:
+    for step in function.block.all_steps():
         value = computed[step.writes[0][0]] if step.writes else ""
         settings = {
             name: item for name, item in step.settings.items() if not isinstance(item, Tensor)

@@ -34,7 +34,7 @@ class ProgramModule(nn.Module):
         self._seed = seed
         self._attributes: dict[int, str] = {}
         read = set(function.block.outputs)
-        for step in function.steps:
+        for step in function.block.all_steps():
             read.update(step.slots_read(), *(block.outputs for block in step.blocks))
         for slot in sorted(read):
             self._register(slot, function.stored[slot])
@@ -101,9 +101,13 @@ class ProgramModule(nn.Module):
 
 
 class Stage(NamedTuple):
-    """A module of a pipeline, and the features that it takes and gives."""
+    """A module of a pipeline, and the features that it takes and gives.
+
+    The prefix is what stands before the names of its weights.
+    """
 
     module: ProgramModule | PipelineModule
+    prefix: str
     inputs: tuple[Feature, ...]
     outputs: tuple[Feature, ...]
 
@@ -113,13 +117,11 @@ class PipelineModule(nn.Module):
 
     Made by `milpress.interpreter.Program.to_torch`, of which the rest is as of `ProgramModule`.
     Images that one program hands to the next are rounded to pixels; gradients go through that.
-    Prefixes are what stands before the names of each stage's weights.
     """
 
     def __init__(
         self,
         stages: Sequence[Stage],
-        prefixes: Sequence[str],
         inputs: tuple[Feature, ...],
         outputs: tuple[Feature, ...],
         seed: int,
@@ -128,7 +130,6 @@ class PipelineModule(nn.Module):
         # By a plain list too, which has types.
         self.stages = nn.ModuleList(stage.module for stage in stages)
         self._stages = tuple(stages)
-        self._prefixes = tuple(prefixes)
         self._inputs = inputs
         self._outputs = outputs
         self._seed = seed
@@ -137,8 +138,8 @@ class PipelineModule(nn.Module):
     def attributes(self) -> dict[str, str]:
         """Path of the attribute that holds each weight and constant, by its name in the program."""
         return {
-            prefix + name: f"stages.{i}.{path}"
-            for i, (prefix, stage) in enumerate(zip(self._prefixes, self._stages, strict=True))
+            stage.prefix + name: f"stages.{i}.{path}"
+            for i, stage in enumerate(self._stages)
             for name, path in stage.module.attributes.items()
         }
 

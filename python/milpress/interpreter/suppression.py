@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,16 +85,6 @@ class Suppression:
     inputs: tuple[Feature, ...]
     outputs: tuple[Feature, ...]
     n_boxes: tuple[int, int | None]
-
-    @property
-    def models(self) -> Iterator[NoReturn]:
-        """The ML programs in it: none."""
-        yield from ()
-
-    @property
-    def suppressions(self) -> Iterator[Suppression]:
-        """Itself."""
-        yield self
 
     @property
     def kept_name(self) -> str:
