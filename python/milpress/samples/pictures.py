@@ -30,6 +30,8 @@ _ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)
 # Of the greatest number of 16 bits to that of 8.
 _WIDE = 257
+# What Pillow raises of a file that it can't read: a SyntaxError of PNGs that are cut off.
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 
 
 def is_picture(path: Path) -> bool:
@@ -134,20 +136,14 @@ class Picture:
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 with Image.open(self.path, formats=("PNG", "JPEG")) as opened:
                     yield opened
-        # PNGs that are cut off are a SyntaxError to Pillow.
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-            self._raise(error)
-        except Image.DecompressionBombError as error:
-            self._raise(error)
-
-    def _raise(self, error: Exception) -> None:
-        if isinstance(error, InputError):
-            raise error
-        if isinstance(error, OSError) and error.errno is not None:
-            with system_errors(self.path):
-                raise error
-        msg = f"{self.path}: not a PNG or JPEG picture that can be read: {error}"
-        raise InputError(msg) from error
+        except InputError:
+            raise
+        except (*_UNREADABLE, Image.DecompressionBombError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                with system_errors(self.path):
+                    raise
+            msg = f"{self.path}: not a PNG or JPEG picture that can be read: {error}"
+            raise InputError(msg) from error
 
 
 def resized(pictures: Sequence[Picture]) -> str:
