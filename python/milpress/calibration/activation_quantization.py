@@ -20,7 +20,7 @@ from milpress.formats.ranges import CalibrationConfig, Observer, Range
 from milpress.mil import opset, raising
 from milpress.mil.activation_pairs import Parameters, insert
 from milpress.mil.activation_sites import quantization_points
-from milpress.mil.graph import Node, Value
+from milpress.mil.graph import Value
 from milpress.mil.package import Package
 from milpress.mil.program import ProgramGraph
 from milpress.mil.records import ActivationRecord
@@ -162,13 +162,10 @@ class _Job:
     def __init__(
         self, graph: ProgramGraph, codes_of: CodesOf, calibration: CalibrationConfig
     ) -> None:
-        def setting_of(node: Node) -> QuantizeConfig | None:
-            return codes_of(node.op_name, node.op.type)
-
         self.graph = graph
         self.activations: list[Activation] = []
         self._calibration = calibration
-        self._points = quantization_points(graph, setting_of)
+        self._points = quantization_points(graph, lambda node: codes_of(node.op_name, node.op.type))
         self._wanted = self._points.wanted
         self._joining = Joining(graph, self._wanted)
         self._observers = {value: calibration.observer() for value in self._joining.observed}

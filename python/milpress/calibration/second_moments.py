@@ -201,8 +201,9 @@ class SecondMoments:
         if group is None or group.edges == (0, group.n_columns):
             return "" if is_fed_back else "errors not fed back"
         if group.edges is None:
-            least = _n_bytes(group.n_groups, _least_edges(group.n_columns))
-            return f"errors not fed back: that takes {human_bytes(least)} at least, {limit}"
+            smallest = (*range(0, group.n_columns, _LEAST_BLOCK), group.n_columns)
+            least = human_bytes(_n_bytes(group.n_groups, smallest))
+            return f"errors not fed back: that takes {least} at least, {limit}"
         whole = human_bytes(_n_bytes(group.n_groups, (0, group.n_columns)))
         blocks = f"blocks of {group.edges[1]} of {group.n_columns} inputs"
         if is_fed_back:
@@ -296,10 +297,6 @@ def checked_memory(memory: int | None) -> int:
         msg = f"feedback_memory must be a number of bytes, at least 1, got {memory!r}"
         raise ConfigError(msg)
     return memory
-
-
-def _least_edges(n_columns: int) -> Edges:
-    return (*range(0, n_columns, _LEAST_BLOCK), n_columns)
 
 
 def _total(parts: Sequence[BlockProducts | None]) -> tuple[NDArray[np.float32], ...] | None:

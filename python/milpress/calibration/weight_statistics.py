@@ -104,13 +104,7 @@ class WeightStatistics:
     def importance(
         self, weight: Weight, values: NDArray[np.floating[Any]]
     ) -> NDArray[np.float32] | None:
-        """Return what `importance` does, for all uses of a weight's blob.
-
-        Parameters
-        ----------
-        weight, values
-            The weight and its elements.
-        """
+        """Return what `importance` does, for all uses of the blob of a weight of these values."""
         uses = self._uses[weight.name]
         return importance(uses.count, weight.shape, evenly=self.evenly(weight, values))
 
