@@ -41,8 +41,10 @@ class Frame:
     replace: Replace | None = None
     step: Step | None = None
 
-    def read(self, slot: int) -> Any:
-        """Return the value in a slot; a weight is decoded."""
+    def read(self, slot: int | list[int]) -> Any:
+        """Return the value in a slot, or those in several; a weight is decoded."""
+        if isinstance(slot, list):
+            return [self.read(each) for each in slot]
         value = self.slots[slot]
         return value.tensor() if isinstance(value, Weight) else value
 
@@ -89,12 +91,7 @@ class Step:
     def run(self, frame: Frame) -> None:
         """Compute the op."""
         frame.step = self
-        arguments = {
-            name: [frame.read(item) for item in slot]
-            if isinstance(slot, list)
-            else frame.read(slot)
-            for name, slot in self.reads.items()
-        }
+        arguments = {name: frame.read(slot) for name, slot in self.reads.items()}
         arguments = self.settings | self.operator.bound(arguments)
         if self.operator.takes_call:
             arguments["call"] = Call(
@@ -235,15 +232,7 @@ class Binder:
         self._operands: dict[str, list[int]] = {}
 
     def function(self) -> Function:
-        """Return the function.
-
-        Raises
-        ------
-        UnsupportedOpError
-            If an op is not covered.
-        PackageError
-            If the function breaks the format.
-        """
+        """Return the function, unless an op is not covered or the format is broken."""
         names: ChainMap[str, int] = ChainMap()
         inputs = {item.name: self._input(item, names) for item in self._function.inputs}
         block = self._block(self._body, names, first=0)
@@ -359,8 +348,9 @@ class Binder:
             held = [self._stored[slot] for slot in slots]
             is_known = all(value is not None for value in held)
             scalars = all(isinstance(value, Tensor) and not value.ndim for value in held)
-            single = len(slots) == 1 and operator.forms[parameter][0] != "list[object]"
-            if is_known and (scalars or not operator.wants_tensor(parameter)):
+            form, _ = operator.forms[parameter]
+            single = len(slots) == 1 and form != "list[object]"
+            if is_known and (scalars or form not in ("Tensor", "list[Tensor]")):
                 known = [v.tensor() if isinstance(v, Weight) else v for v in held]
                 settings[parameter] = known[0] if single else known
             else:

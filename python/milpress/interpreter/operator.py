@@ -70,10 +70,6 @@ class Operator:
     operands: tuple[str, ...] = ()
     earlier: tuple[Operator, ...] = ()
 
-    def wants_tensor(self, name: str) -> bool:
-        """Whether an argument is taken as one or several tensors."""
-        return self.forms[name][0] in ("Tensor", "list[Tensor]")
-
     def bound(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments in the form that the function wants.
 
@@ -153,17 +149,17 @@ def _in_form(form: str, value: Any) -> Any:
         items = value if isinstance(value, list | tuple) else [value]
         if form == "list[Tensor]":
             return [_tensor(item) for item in items]
-        return list(items) if form == "list[object]" else _numbers(items)
+        if form == "list[object]":
+            return list(items)
+        parts = (
+            each.reshape(-1).tolist() if isinstance(each, Tensor) else [each] for each in items
+        )
+        return [number for part in parts for number in part]
     if form == "Tensor":
         return _tensor(value)
     if isinstance(value, Tensor) and form in ("int", "float", "bool"):
         return value.item()
     return value
-
-
-def _numbers(items: Sequence[Any]) -> list[Any]:
-    parts = (item.reshape(-1).tolist() if isinstance(item, Tensor) else [item] for item in items)
-    return [number for part in parts for number in part]
 
 
 def _tensor(value: Any) -> Tensor:

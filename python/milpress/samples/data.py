@@ -123,7 +123,14 @@ class Samples(Iterable[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self._random is not None:
-            yield from self._random_samples(self._random)
+            rng = np.random.default_rng(self._random.seed)
+            for _ in range(self._random.n):
+                yield {
+                    name: _random_array(feature, rng)
+                    for name, feature in self._inputs.items()
+                    if feature.is_required or feature.kind in ("array", "image")
+                    if not feature.is_unused
+                }
         for source, count in self._sources:
             arrays = source.arrays()
             if count is None:
@@ -182,16 +189,6 @@ class Samples(Iterable[dict[str, Any]]):
             msg = f"{source.place}: every input must have as many samples, got {got}"
             raise InputError(msg)
         return next(iter(counts.values()))
-
-    def _random_samples(self, random: RandomSamples) -> Iterator[dict[str, Any]]:
-        rng = np.random.default_rng(random.seed)
-        for _ in range(random.n):
-            yield {
-                name: _random_array(feature, rng)
-                for name, feature in self._inputs.items()
-                if feature.is_required or feature.kind in ("array", "image")
-                if not feature.is_unused
-            }
 
 
 def opened(

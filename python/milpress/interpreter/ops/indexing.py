@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from milpress.interpreter.operator import operator
+from milpress.interpreter.operator import of_one, operator
 from milpress.interpreter.ops.torch_types import positive
 
 _IOS17 = 7
@@ -217,6 +217,4 @@ def scatter_nd(
     return scattered.reshape(data.shape)
 
 
-@operator("non_zero")
-def non_zero(x: Tensor) -> Tensor:
-    return torch.nonzero(x)
+non_zero = of_one("non_zero", torch.nonzero)

@@ -133,13 +133,6 @@ def upsample_bilinear(
     return _resized(x, _grown(x, scale_factor_height, scale_factor_width), mode)
 
 
-def _taken(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return the pixels of images (n, c, h, w) at places (n, rows, columns) inside of them."""
-    n, c, _, width = x.shape
-    flat = (rows * width + columns).reshape(n, 1, -1).expand(n, c, -1)
-    return x.flatten(2).gather(2, flat).reshape(n, c, *rows.shape[1:])
-
-
 def _bilinear(x: Tensor, y_places: Tensor, x_places: Tensor, outside: float | None) -> Tensor:
     """Return images at places between pixels; ``outside`` is what surrounds the images."""
     top, left = y_places.floor(), x_places.floor()
@@ -152,9 +145,12 @@ def _bilinear(x: Tensor, y_places: Tensor, x_places: Tensor, outside: float | No
 
 
 def _pixels(x: Tensor, rows: Tensor, columns: Tensor, outside: float | None) -> Tensor:
-    height, width = x.shape[-2:]
+    """Return the pixels of images (n, c, h, w) at whole places (n, rows, columns)."""
+    n, c, height, width = x.shape
     near_rows, near_columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
-    pixels = _taken(x, near_rows.long(), near_columns.long())
+    flat = near_rows.long() * width + near_columns.long()
+    pixels = x.flatten(2).gather(2, flat.reshape(n, 1, -1).expand(n, c, -1))
+    pixels = pixels.reshape(n, c, *rows.shape[1:])
     if outside is None:
         return pixels
     inside = (near_rows == rows) & (near_columns == columns)
