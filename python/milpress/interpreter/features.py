@@ -46,7 +46,7 @@ def taken(feature: Feature, given: Any) -> Tensor:
     InputError
         If it is of a type or shape that the input can't have.
     """
-    if given is None:
+    if given is None and not feature.is_required:
         return filled(feature)
     array = _array(feature, given)
     return _fitting(feature, _pixels(feature, array) if feature.kind == "image" else array)

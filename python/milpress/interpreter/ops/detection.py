@@ -30,7 +30,7 @@ def non_maximum_suppression(
     counts = torch.zeros(n, dtype=torch.int32)
     for i in range(n):
         kept = kept_boxes(scores[i], boxes[i], settings, max_boxes)
-        if not len(kept):  # one at least is
+        if not len(kept):  # one at least is kept
             kept = scores[i].amax(-1).argsort(descending=True, stable=True)[:1]
         count = len(kept)
         best_boxes[i, :count] = boxes[i, kept]
