@@ -225,12 +225,11 @@ class SecondMoments:
 
     def _group(self, layers: tuple[str, ...]) -> _Group | None:
         """Return the layers as a group; ``None`` if errors can't be fed back by them."""
-        known = [self._layers.get(name) for name in layers]
         sizes = {
             (layer.groups, math.prod(layer.shape[1:]))
             if layer is not None and layer.takes_feedback
             else None
-            for layer in known
+            for layer in map(self._layers.get, layers)
         }
         size = sizes.pop() if len(sizes) == 1 else None
         return None if size is None else _Group(layers, *size, column_edges(*size, self._memory))

@@ -102,12 +102,16 @@ class Passed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
-    """Parts in order, each of which takes what those before it gave, and stages passed by."""
+    """Parts in order, each of which takes what those before it gave, and stages passed by.
+
+    The prefix is empty: those of its models are whole.
+    """
 
     parts: tuple[Part, ...]
     inputs: tuple[Feature, ...]
     outputs: tuple[Feature, ...]
     passed: tuple[Passed, ...] = ()
+    prefix: str = ""
 
     def run(self, given: Mapping[str, Any], run: Run) -> dict[str, Any]:
         """Return the outputs in the forms of features."""
@@ -120,15 +124,7 @@ class Pipeline:
         """Return the pipeline, which chooses no boxes, as a torch module."""
         parts = [part for part in self.parts if not isinstance(part, Suppression)]
         return PipelineModule(
-            [
-                Stage(
-                    part.module(seed),
-                    part.prefix if isinstance(part, Model) else "",
-                    part.inputs,
-                    part.outputs,
-                )
-                for part in parts
-            ],
+            [Stage(part.module(seed), part.prefix, part.inputs, part.outputs) for part in parts],
             tuple(feature for feature in self.inputs if not feature.is_unused),
             self.outputs,
             seed,
