@@ -20,7 +20,7 @@ from milpress.formats.ranges import CalibrationConfig, Observer, Range
 from milpress.mil import opset, raising
 from milpress.mil.activation_pairs import Parameters, insert
 from milpress.mil.activation_sites import quantization_points
-from milpress.mil.graph import Node, Value
+from milpress.mil.graph import Value
 from milpress.mil.package import Package
 from milpress.mil.program import ProgramGraph
 from milpress.mil.records import ActivationRecord
@@ -94,7 +94,11 @@ def quantize_activations(
     calibration = calibration or CalibrationConfig()
     chosen = _chosen(package, function)
     notes = _raised(package, chosen)
-    jobs = [_Job(graph, codes_of, calibration) for graph in _graphs(package, chosen)]
+    jobs = [
+        _Job(graph, codes_of, calibration)
+        for graph in package.graphs
+        if graph.function_name == chosen[graph.place] and graph.is_run
+    ]
     observers = {name: observer for job in jobs for name, observer in job.observers.items()}
     with _engine(package, chosen, calibration.engine) as engine:
         n_samples = _observe(engine, samples, observers, values_at_once, progress, notes)
@@ -123,7 +127,7 @@ def quantize_activations(
 
 
 def _chosen(package: Package, function: str | None) -> _Chosen:
-    found = {}
+    chosen = {}
     for program in package.programs:
         names = program.functions
         name = None if program.place else function
@@ -134,8 +138,8 @@ def _chosen(package: Package, function: str | None) -> _Chosen:
         if name not in names:
             msg = f"{package.path}: function must be one of {', '.join(names)}, got {name!r}"
             raise ConfigError(msg)
-        found[program.place] = name
-    return found
+        chosen[program.place] = name
+    return chosen
 
 
 def _raised(package: Package, chosen: _Chosen) -> list[str]:
@@ -152,28 +156,16 @@ def _raised(package: Package, chosen: _Chosen) -> list[str]:
     return list(notes)
 
 
-def _graphs(package: Package, chosen: _Chosen) -> list[ProgramGraph]:
-    return [
-        graph
-        for graph in package.graphs
-        if graph.function_name == chosen[graph.place] and graph.is_run
-    ]
-
-
 class _Job:
     """A graph whose activations are to be quantized, and what looks at them."""
 
     def __init__(
         self, graph: ProgramGraph, codes_of: CodesOf, calibration: CalibrationConfig
     ) -> None:
-        def setting_of(node: Node) -> QuantizeConfig | None:
-            return codes_of(node.op_name, node.op.type)
-
         self.graph = graph
         self.activations: list[Activation] = []
         self._calibration = calibration
-        self._points = quantization_points(graph, setting_of)
-        self._prefix = "".join(f"{part}/" for part in graph.place)
+        self._points = quantization_points(graph, lambda node: codes_of(node.op_name, node.op.type))
         self._wanted = self._points.wanted
         self._joining = Joining(graph, self._wanted)
         self._observers = {value: calibration.observer() for value in self._joining.observed}
@@ -185,11 +177,11 @@ class _Job:
     def observers(self) -> dict[str, Observer]:
         """What looks at the values of each name, as a run names them."""
         # In nested blocks a name may stand for several values, which then have one range.
-        found: dict[str, Observer] = {}
+        by_name: dict[str, Observer] = {}
         for value in self._observers:
-            name = f"{self._prefix}{value.name}"
-            self._observers[value] = found.setdefault(name, self._observers[value])
-        return found
+            name = "/".join((*self.graph.place, value.name))
+            self._observers[value] = by_name.setdefault(name, self._observers[value])
+        return by_name
 
     @property
     def notes(self) -> list[str]:
@@ -234,45 +226,45 @@ class _Job:
     def _parameters(self, value: Value, codes: QuantizeConfig) -> Parameters | None:
         key = value, codes
         if key not in self._known:
-            self._known[key] = self._found(value, codes)
+            self._known[key] = self._decided(value, codes)
         return self._known[key]
 
-    def _found(self, value: Value, codes: QuantizeConfig) -> Parameters | None:
+    def _decided(self, value: Value, codes: QuantizeConfig) -> Parameters | None:
         kind = self._points.types[value]
         limit = _GREATEST[kind.dtype.name]
-        found = self._range(self._joining.group(value), codes)
-        if found is not None:
-            found = Range(max(found.low, -limit), min(found.high, limit))
-        note = self._reason_to_leave(value, found, codes)
-        made = None
-        if found is not None and not note:
-            made = parameters_of(found, codes, kind.dtype.storage)
+        seen = self._range(self._joining.group(value), codes)
+        if seen is not None:
+            seen = Range(max(seen.low, -limit), min(seen.high, limit))
+        note = self._reason_to_leave(value, seen, codes)
+        parameters = None
+        if seen is not None and not note:
+            parameters = parameters_of(seen, codes, kind.dtype.storage)
             if self._observers[value].seen is None:
                 self._late.append(value)
-        low, high = (math.nan, math.nan) if found is None else found
+        low, high = (math.nan, math.nan) if seen is None else seen
         self.activations.append(
             Activation(
                 name=self._named(value),
                 shape=kind.shape,
-                dtype=codes.dtype if made is None else made.dtype,
-                scale=math.nan if made is None else float(made.scale),
-                zero_point=0 if made is None else made.zero_point or 0,
+                dtype=codes.dtype if parameters is None else parameters.dtype,
+                scale=math.nan if parameters is None else float(parameters.scale),
+                zero_point=0 if parameters is None else parameters.zero_point or 0,
                 low=low,
                 high=high,
                 note=note,
             )
         )
-        return made
+        return parameters
 
-    def _reason_to_leave(self, value: Value, found: Range | None, codes: QuantizeConfig) -> str:
+    def _reason_to_leave(self, value: Value, seen: Range | None, codes: QuantizeConfig) -> str:
         """Return why a value can't be quantized; empty if it can."""
         observer = self._observers[value]
         if observer.has_infinities or observer.has_nans:
             what = "an infinity" if observer.has_infinities else "NaN"
             return f"a sample gave it {what}, which no code stands for"
-        if found is None:
+        if seen is None:
             return "no sample gave it a finite value"
-        lost = self._joining.lost(value, found, codes)
+        lost = self._joining.lost(value, seen, codes)
         if lost is None:
             return ""
         return (
@@ -281,15 +273,15 @@ class _Job:
         )
 
 
-def parameters_of(found: Range, codes: QuantizeConfig, dtype: np.dtype[Any]) -> Parameters:
+def parameters_of(seen: Range, codes: QuantizeConfig, dtype: np.dtype[Any]) -> Parameters:
     """Return scale and zero point that let codes of a kind stand for a range.
 
     A range in which all is zero has the scale 1. Where the zero point is that of the middle code,
     the other type of 8 bits is taken, which has none.
     """
-    made = quantize(np.array([found.low, found.high], dtype), codes)
-    scale = made.scale.reshape(-1)[0]
-    zero_point = 0 if made.offset is None else int(made.offset.reshape(-1)[0])
+    ends = quantize(np.array([seen.low, seen.high], dtype), codes)
+    scale = ends.scale.reshape(-1)[0]
+    zero_point = 0 if ends.offset is None else int(ends.offset.reshape(-1)[0])
     if not scale > 0:
         scale, zero_point = dtype.type(1), 0
     kind = _SHIFTED.get((codes.dtype, zero_point))

@@ -44,8 +44,10 @@ class Activation:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the activation as JSON can hold it; what is not known is ``None``."""
-        known = {name: _known(getattr(self, name)) for name in ("scale", "low", "high")}
-        return json.record(self) | known
+        numbers = {name: getattr(self, name) for name in ("scale", "low", "high")}
+        return json.record(self) | {
+            name: None if math.isnan(number) else number for name, number in numbers.items()
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +108,3 @@ class ActivationReport:
             )
             table.caption_justify = "left"
         return table
-
-
-def _known(value: Any) -> Any:
-    return None if isinstance(value, float) and math.isnan(value) else value

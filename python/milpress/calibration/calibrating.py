@@ -168,16 +168,7 @@ def observe_inputs(
 ) -> None:
     """Run one sample, and call ``observe`` with name, value and mask of inputs of layers.
 
-    Parameters
-    ----------
-    program, sample
-        What is run.
-    mask_name
-        The input that tells which positions count; ``None`` if all do.
-    inputs
-        Names of the values.
-    observe
-        Called as soon as one is computed; the mask is ``None`` where the sample has none.
+    The mask is what the input of its name tells: which positions count; ``None`` if all do.
     """
     import torch
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,18 +106,9 @@ class Calibration:
         """
         head = {
             "milpress_calibration": _VERSION,
-            "package": self.package,
-            "data": self.data,
-            "n_samples": self.n_samples,
-            "notes": list(self.notes),
+            **json.record(self, "package", "data", "n_samples", "notes"),
             "layers": [
-                {
-                    "layer": each.layer,
-                    "weight": each.weight,
-                    "kind": each.kind,
-                    "groups": each.groups,
-                    "count": each.count,
-                }
+                json.record(each, "layer", "weight", "kind", "groups", "count")
                 for each in self.layers
             ],
         }
@@ -166,7 +157,7 @@ class Calibration:
 
 
 def importance(
-    statistics: Iterable[InputStatistics], shape: tuple[int, ...], *, evenly: float = 0.0
+    statistics: Collection[InputStatistics], shape: tuple[int, ...], *, evenly: float = 0.0
 ) -> NDArray[np.float32] | None:
     """Return what the squared error of each element of a weight counts, 1 on average.
 
@@ -175,13 +166,13 @@ def importance(
     error adds wherever it is. A channel that the samples never excite keeps a thousandth. ``None``
     if no layer is known.
     """
+    if not statistics:
+        return None
     total = np.full(shape, evenly, np.float64)
-    n = 0
     for each in statistics:
         total += each.second_for(shape)
-        n += 1
-    mean = total.mean() if n else 0.0
-    if not n or not np.isfinite(mean) or mean == 0:
+    mean = total.mean()
+    if not np.isfinite(mean) or mean == 0:
         return None
     total /= mean
     return np.asarray(np.maximum(total, _LEAST_IMPORTANCE, out=total), np.float32)

@@ -48,13 +48,13 @@ class Joining:
     """
 
     def __init__(self, graph: ProgramGraph, wanted: Iterable[Value]) -> None:
-        found = joins.find(graph)
+        joined = joins.find(graph)
         self._decoder = graph.decoder
-        self._pieces = found.pieces
+        self._pieces = joined.pieces
         self._wanted = dict.fromkeys(wanted)
-        groups = _groups(found.all)
+        groups = _groups(joined.all)
         needed = {id(groups[value]) for value in self._wanted if value in groups}
-        self._joins = [join for join in found.all if id(groups[join.made]) in needed]
+        self._joins = [join for join in joined.all if id(groups[join.made]) in needed]
         self._groups = _groups(self._joins)
         self._stored: dict[Node, Range | None] = {}
         self._own: dict[Value, Range | None] = {}
@@ -74,10 +74,10 @@ class Joining:
     @property
     def groups(self) -> list[tuple[Value, ...]]:
         """The values that share a range with others, and are not all left."""
-        found = {id(group): group for group in self._groups.values() if len(group) > 1}
+        groups = {id(group): group for group in self._groups.values() if len(group) > 1}
         return [
             tuple(group)
-            for group in found.values()
+            for group in groups.values()
             if any(value in self._wanted for value in group)
         ]
 
@@ -108,9 +108,9 @@ class Joining:
                 self.parted.append(Parted(join, small))
         self._groups = _groups(tied)
         # Along chains ranges may grow bit by bit: they are cut at the least part.
-        while (found := self._worst(tied, range_of, codes)) is not None:
-            self.parted.append(found)
-            tied.remove(found.join)
+        while (worst := self._worst(tied, range_of, codes)) is not None:
+            self.parted.append(worst)
+            tied.remove(worst.join)
             self._groups = _groups(tied)
 
     def _worst(
@@ -121,7 +121,7 @@ class Joining:
     ) -> Parted | None:
         groups = {id(group): group for group in self._groups.values()}
         known = {key: range_of(group) for key, group in groups.items()}
-        found = [
+        too_small = [
             Parted(join, small)
             for join in tied
             for small in [
@@ -129,7 +129,7 @@ class Joining:
             ]
             if small is not None
         ]
-        return max(found, key=lambda parted: parted.small.ratio, default=None)
+        return max(too_small, key=lambda parted: parted.small.ratio, default=None)
 
     def lost(self, value: Value, whole: Range, codes: QuantizeConfig) -> Small | None:
         """Return the least of the parts of a value that its range is too wide for, if any is."""
@@ -143,7 +143,7 @@ class Joining:
             return None
         own = {piece: self._range(piece) for piece in pieces}
         # What is all zero has a code of its own in whatever range.
-        reached = {piece: _reach(found, codes) for piece, found in own.items() if found is not None}
+        reached = {piece: _reach(seen, codes) for piece, seen in own.items() if seen is not None}
         least = min(
             (piece for piece in reached if reached[piece]),
             key=lambda piece: reached[piece],
@@ -175,17 +175,17 @@ class Joining:
         return self._stored[node]
 
 
-def _reach(found: Range, codes: QuantizeConfig) -> float:
+def _reach(seen: Range, codes: QuantizeConfig) -> float:
     """Return how much of the numbers the codes for a range divide, zero being one of them."""
     if codes.offset:
-        return max(found.high, 0.0) - min(found.low, 0.0)
-    return max(-found.low, found.high)
+        return max(seen.high, 0.0) - min(seen.low, 0.0)
+    return max(-seen.low, seen.high)
 
 
-def _groups(found: Iterable[Join]) -> dict[Value, list[Value]]:
+def _groups(joined: Iterable[Join]) -> dict[Value, list[Value]]:
     """Return for each value that is joined or made by joining all that it is joined with."""
     groups: dict[Value, list[Value]] = {}
-    for join in found:
+    for join in joined:
         group = groups.setdefault(join.made, [join.made])
         for part in join.parts:
             other = groups.setdefault(part, [part])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -146,7 +146,6 @@ class SecondMoments:
         wanted: Iterable[Sequence[str]] = (),
         memory: int = DEFAULT_MEMORY,
     ) -> None:
-
         self._memory = checked_memory(memory)
         self._programs = list(suited_programs(package, data))
         names = {feature.name for program, _, _ in self._programs for feature in program.inputs}
@@ -182,8 +181,8 @@ class SecondMoments:
             if self._at_hand[0] != part or group.layers not in self._at_hand[1]:
                 self._at_hand = (-1, {})
                 self._at_hand = part, self._computed(self._parts[part])
-            found: tuple[NDArray[np.float32], ...] | None = self._at_hand[1].get(group.layers)
-            return found
+            sums: tuple[NDArray[np.float32], ...] | None = self._at_hand[1].get(group.layers)
+            return sums
 
     def note(
         self, layers: Sequence[str], treatments: Sequence[Treatment], *, is_fed_back: bool
@@ -202,8 +201,9 @@ class SecondMoments:
         if group is None or group.edges == (0, group.n_columns):
             return "" if is_fed_back else "errors not fed back"
         if group.edges is None:
-            least = _n_bytes(group.n_groups, _least_edges(group.n_columns))
-            return f"errors not fed back: that takes {human_bytes(least)} at least, {limit}"
+            smallest = (*range(0, group.n_columns, _LEAST_BLOCK), group.n_columns)
+            least = human_bytes(_n_bytes(group.n_groups, smallest))
+            return f"errors not fed back: that takes {least} at least, {limit}"
         whole = human_bytes(_n_bytes(group.n_groups, (0, group.n_columns)))
         blocks = f"blocks of {group.edges[1]} of {group.n_columns} inputs"
         if is_fed_back:
@@ -225,12 +225,11 @@ class SecondMoments:
 
     def _group(self, layers: tuple[str, ...]) -> _Group | None:
         """Return the layers as a group; ``None`` if errors can't be fed back by them."""
-        found = [self._layers.get(name) for name in layers]
         sizes = {
             (layer.groups, math.prod(layer.shape[1:]))
             if layer is not None and layer.takes_feedback
             else None
-            for layer in found
+            for layer in map(self._layers.get, layers)
         }
         size = sizes.pop() if len(sizes) == 1 else None
         return None if size is None else _Group(layers, *size, column_edges(*size, self._memory))
@@ -254,12 +253,14 @@ class SecondMoments:
         return group.moment_bytes * len(group.layers) > self._memory // 3
 
     def _computed(self, part: Sequence[_Group]) -> dict[tuple[str, ...], Any]:
+        from milpress.interpreter.products import BlockProducts
+
         wanted = [(group, name) for group in part for name in group.layers]
         sums: dict[Any, BlockProducts] = {}
         by_name: dict[tuple[_Group, str], BlockProducts] = {}
         for i, (program, samples, prefixes) in enumerate(self._programs):
             own = {prefixes[layer.prefix] + layer.name: layer for layer in program.layers}
-            pairs: list[tuple[Layer, BlockProducts]] = []
+            by_input: dict[str, list[tuple[Layer, BlockProducts]]] = {}
             for group, name in wanted:
                 layer = own.get(name)
                 if layer is None:
@@ -268,12 +269,12 @@ class SecondMoments:
                 key = group if adds_up else (i, layer.input, layer.key)
                 is_new = key not in sums
                 if is_new:
-                    sums[key] = layer.new_products(group.edges or ())
+                    sums[key] = BlockProducts(layer.groups, group.edges or ())
                 if is_new or adds_up:
-                    pairs.append((layer, sums[key]))
+                    by_input.setdefault(layer.input, []).append((layer, sums[key]))
                 by_name[group, name] = sums[key]
-            for sample in samples if pairs else ():
-                _add_products(program, sample, self._mask, pairs)
+            for sample in samples if by_input else ():
+                _add_products(program, sample, self._mask, by_input)
         totals = {}
         for group in part:
             names = group.layers[:1] if self._adds_up(group) else group.layers
@@ -297,13 +298,9 @@ def checked_memory(memory: int | None) -> int:
     return memory
 
 
-def _least_edges(n_columns: int) -> Edges:
-    return (*range(0, n_columns, _LEAST_BLOCK), n_columns)
-
-
-def _total(found: Sequence[BlockProducts | None]) -> tuple[NDArray[np.float32], ...] | None:
-    seen = [products.sums() for products in found if products is not None and products.n_rows]
-    if len(seen) < len(found):
+def _total(parts: Sequence[BlockProducts | None]) -> tuple[NDArray[np.float32], ...] | None:
+    seen = [products.sums() for products in parts if products is not None and products.n_rows]
+    if len(seen) < len(parts):
         return None
     first, *others = seen
     if not others:
@@ -319,12 +316,9 @@ def _add_products(
     program: Program,
     sample: dict[str, Any],
     mask_name: str | None,
-    pairs: Sequence[tuple[Layer, BlockProducts]],
+    by_input: Mapping[str, Sequence[tuple[Layer, BlockProducts]]],
 ) -> None:
     """Run one sample, and add the products of the inputs of layers."""
-    by_input: dict[str, list[tuple[Layer, BlockProducts]]] = {}
-    for layer, products in pairs:
-        by_input.setdefault(layer.input, []).append((layer, products))
 
     def observe(name: str, value: Any, mask: Any) -> None:
         for layer, products in by_input[name]:

@@ -104,13 +104,7 @@ class WeightStatistics:
     def importance(
         self, weight: Weight, values: NDArray[np.floating[Any]]
     ) -> NDArray[np.float32] | None:
-        """Return what `importance` does, for all uses of a weight's blob.
-
-        Parameters
-        ----------
-        weight, values
-            The weight and its elements.
-        """
+        """Return what `importance` does, for all uses of the blob of a weight of these values."""
         uses = self._uses[weight.name]
         return importance(uses.count, weight.shape, evenly=self.evenly(weight, values))
 
@@ -135,8 +129,8 @@ class WeightStatistics:
 
     def correct(self, weight: Weight, error: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
         """Return, by layer, what an error of the weight takes from its outputs on average."""
-        found = {each.layer: each.mean_error(error) for each in self._uses[weight.name].layers}
-        return {layer: mean for layer, mean in found.items() if mean is not None}
+        means = {each.layer: each.mean_error(error) for each in self._uses[weight.name].layers}
+        return {layer: mean for layer, mean in means.items() if mean is not None}
 
 
 def _some(names: Sequence[str]) -> str:

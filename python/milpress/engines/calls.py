@@ -68,13 +68,7 @@ class CoreML:
 
 
 def check_is_mac(mac: Mac) -> None:
-    """Raise if this is no Mac.
-
-    Raises
-    ------
-    DriverError
-        If this is no Mac.
-    """
+    """Raise `DriverError` if this is no Mac."""
     if not mac.is_here:
         msg = (
             "the driver coreml needs a Mac, as Core ML is there alone; the driver interpreter runs "

@@ -61,8 +61,8 @@ class Mac:
                 return None
             return int.from_bytes(raw[offset : offset + 8], sys.byteorder)
 
-        found = at(_FOOTPRINT_BYTE)
-        return None if found is None else (found, at(_PEAK_BYTE))
+        footprint = at(_FOOTPRINT_BYTE)
+        return None if footprint is None else (footprint, at(_PEAK_BYTE))
 
     def thermal_state(self) -> str | None:
         """Return ``NSProcessInfo.thermalState``, by the Objective-C runtime."""
@@ -103,12 +103,12 @@ class Mac:
 
     def _output(self, *command: str) -> str | None:
         try:
-            done = subprocess.run(  # noqa: S603
+            process = subprocess.run(  # noqa: S603
                 command, capture_output=True, text=True, timeout=30, check=False
             )
         except (OSError, subprocess.SubprocessError):
             return None
-        return done.stdout.strip() if done.returncode == 0 else None
+        return process.stdout.strip() if process.returncode == 0 else None
 
 
 def power_of(data: bytes) -> dict[str, Any]:
@@ -123,15 +123,15 @@ def power_of(data: bytes) -> dict[str, Any]:
         processor, seconds = read.get("processor", {}), read.get("elapsed_ns", 0) / 1e9
     except (plistlib.InvalidFileException, ExpatError, ValueError, AttributeError, TypeError):
         return {}
-    found = {}
+    power = {}
     for name, key in (("cpu", "cpu"), ("gpu", "gpu"), ("ane", "neural_engine")):
         if f"{name}_power" in processor:
-            found[f"{key}_mw"] = float(processor[f"{name}_power"])
+            power[f"{key}_mw"] = float(processor[f"{name}_power"])
         elif f"{name}_energy" in processor and seconds:
-            found[f"{key}_mw"] = float(processor[f"{name}_energy"]) / seconds
-    return found
+            power[f"{key}_mw"] = float(processor[f"{name}_energy"]) / seconds
+    return power
 
 
 def _flag(text: str | None, pattern: str) -> bool | None:
-    found = re.search(pattern, text or "")
-    return found.group(1) == "1" if found else None
+    match = re.search(pattern, text or "")
+    return match.group(1) == "1" if match else None

@@ -68,9 +68,9 @@ def suited_programs(package: Package, data: Data) -> Iterator[SuitedProgram]:
 
 
 def _prefixes(package: Package, program: Program) -> dict[str, str]:
-    found = {}
+    prefixes = {}
     for graph in package.graphs:
         place = "".join(f"{part}/" for part in graph.place)
         if program.functions.get(place) == graph.function_name and graph.is_run:
-            found[place] = graph.prefix
-    return found
+            prefixes[place] = graph.prefix
+    return prefixes

@@ -15,11 +15,6 @@ class Boxes:
 
     Where the original keeps some boxes, the other gives out the same, so that outputs have the same
     shape and each row is of the same place; what it would have kept is counted.
-
-    Parameters
-    ----------
-    original, compressed
-        The programs.
     """
 
     def __init__(self, original: Program, compressed: Program) -> None:

@@ -94,11 +94,11 @@ def evaluate(
     for i, sample in enumerate(samples):
         note(i, len(samples), "comparing")
         if inside is None:
-            expected, got = boxes.original(sample).outputs, boxes.compressed(sample).outputs
+            expected, given = boxes.original(sample).outputs, boxes.compressed(sample).outputs
         else:
-            expected, got = inside.run(sample)
+            expected, given = inside.run(sample)
         for name, output in outputs.items():
-            output.add(expected[name], got[name])
+            output.add(expected[name], given[name])
     note(len(samples), len(samples), "")
     return Evaluation(
         original=str(original),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -50,7 +50,8 @@ class IntermediateValues:
 
     def run(self, sample: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Run both models on a sample, and return their outputs."""
-        with _ValueStore() as store:
+        with tempfile.SpooledTemporaryFile(max_size=_HELD_BYTES) as file:
+            store = _ValueStore(file)
             first = self._boxes.original(sample, self._names, store.add)
             store.rewind()
 
@@ -94,18 +95,12 @@ class IntermediateValues:
 
 
 class _ValueStore:
-    """Values that a run computed, to be read again in order; beyond some size in a file."""
+    """Values that a run computed, in a file, to be read again in order."""
 
-    def __init__(self) -> None:
-        self._file = tempfile.SpooledTemporaryFile(max_size=_HELD_BYTES)  # noqa: SIM115
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
         self._places: dict[str, list[tuple[int, Any, Any]]] = {}
         self._unread: dict[str, Iterator[tuple[int, Any, Any]]] = {}
-
-    def __enter__(self) -> _ValueStore:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
     def add(self, name: str, value: Any) -> None:
         """Keep a value."""

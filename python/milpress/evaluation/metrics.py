@@ -28,7 +28,6 @@ class OutputErrors:
         self._n_samples = 0
         self._cosine = 0.0
         self._n_rows = 0
-        self._row_size = 0
         self._n_agreeing = 0
         self._kl_probabilities = 0.0
         self._kl_softmax = 0.0
@@ -57,10 +56,9 @@ class OutputErrors:
             self._add_rows(one, other)
 
     def _add_rows(self, one: NDArray[np.float64], other: NDArray[np.float64]) -> None:
-        self._row_size = one.shape[-1]
-        if self._row_size < 2:
+        if one.shape[-1] < 2:
             return
-        rows = [array.reshape(-1, self._row_size) for array in (one, other)]
+        rows = [array.reshape(-1, array.shape[-1]) for array in (one, other)]
         self._n_rows += len(rows[0])
         self._n_agreeing += int((rows[0].argmax(-1) == rows[1].argmax(-1)).sum())
         self._kl_softmax += _kl(*(_log_softmax(array) for array in rows))
@@ -97,12 +95,11 @@ class ErrorSums:
 
     def add(self, one: NDArray[Any], other: NDArray[Any]) -> None:
         """Add some values of the original, and of the compressed model."""
-        finite = np.isfinite(one)
-        if not (finite.all() and np.isfinite(other).all()):
+        comparable = np.isfinite(one) & np.isfinite(other)
+        if not comparable.all():
             alike = (one == other) | (np.isnan(one) & np.isnan(other))
-            if not (alike | (finite & np.isfinite(other))).all():
+            if not (alike | comparable).all():
                 self.noise = self.greatest = math.inf
-            comparable = finite & np.isfinite(other)
             one, other = one[comparable], other[comparable]
         error = other - one
         self.signal += float(np.vdot(one, one))

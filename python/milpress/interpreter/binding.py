@@ -41,8 +41,10 @@ class Frame:
     replace: Replace | None = None
     step: Step | None = None
 
-    def read(self, slot: int) -> Any:
-        """Return the value in a slot; a weight is decoded."""
+    def read(self, slot: int | list[int]) -> Any:
+        """Return the value in a slot, or those in several; a weight is decoded."""
+        if isinstance(slot, list):
+            return [self.read(each) for each in slot]
         value = self.slots[slot]
         return value.tensor() if isinstance(value, Weight) else value
 
@@ -89,12 +91,7 @@ class Step:
     def run(self, frame: Frame) -> None:
         """Compute the op."""
         frame.step = self
-        arguments = {
-            name: [frame.read(item) for item in slot]
-            if isinstance(slot, list)
-            else frame.read(slot)
-            for name, slot in self.reads.items()
-        }
+        arguments = {name: frame.read(slot) for name, slot in self.reads.items()}
         arguments = self.settings | self.operator.bound(arguments)
         if self.operator.takes_call:
             arguments["call"] = Call(
@@ -103,9 +100,9 @@ class Step:
                 blocks=[functools.partial(block.run, frame) for block in self.blocks],
                 show=lambda parameter, operand: frame.show(self.operands[parameter], operand),
             )
-        made = self.operator.function(**arguments)
+        output = self.operator.function(**arguments)
         if self.writes:
-            results = made if isinstance(made, tuple) else (made,)
+            results = output if isinstance(output, tuple) else (output,)
             for (slot, cast), result in zip(self.writes, results, strict=True):
                 frame.write(slot, result if cast is None else cast(result))
         frame.drop(self.spent)
@@ -140,6 +137,13 @@ class Block:
         results = tuple(frame.read(slot) for slot in self.outputs)
         frame.drop(self.owned)
         return results
+
+    def all_steps(self) -> Iterator[Step]:
+        """Yield the steps, behind each op those of the blocks that it has."""
+        for step in self.steps:
+            yield step
+            for inner in step.blocks:
+                yield from inner.all_steps()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,23 +183,11 @@ class Function:
         return self.operands.get(name, ())
 
     @property
-    def steps(self) -> Iterator[Step]:
-        """All steps, those of nested blocks behind the op that has them."""
-        return _all_steps(self.block)
-
-    @property
     def op_types(self) -> dict[str, str]:
         """Type of the op that computes each watchable value; inputs are not among them."""
-        kinds = {slot: step.kind for step in self.steps for slot, _ in step.writes}
+        kinds = {slot: step.kind for step in self.block.all_steps() for slot, _ in step.writes}
         lasts = {name: slots[-1] for name, (slots, _) in self.watchable.items()}
         return {name: kinds[last] for name, last in lasts.items() if last in kinds}
-
-
-def _all_steps(block: Block) -> Iterator[Step]:
-    for step in block.steps:
-        yield step
-        for inner in step.blocks:
-            yield from _all_steps(inner)
 
 
 def operand_name(value: str, parameter: str) -> str:
@@ -224,7 +216,10 @@ class Binder:
         self._source = source
         self._rounds = rounds
         self._budget = budget
-        self._opset = _opset_of(function, place)
+        self._opset = opset.by_name(function.opset)
+        if function.opset not in function.block_specializations:
+            msg = f"{place}: the function has no block for its opset {function.opset}"
+            raise PackageError(msg)
         self._body = function.block_specializations[function.opset]
         graph = ProgramGraph(function, self._body, source)
         # The graph lists its nodes in the order in which this class walks the blocks.
@@ -237,15 +232,7 @@ class Binder:
         self._operands: dict[str, list[int]] = {}
 
     def function(self) -> Function:
-        """Return the function.
-
-        Raises
-        ------
-        UnsupportedOpError
-            If an op is not covered.
-        PackageError
-            If the function breaks the format.
-        """
+        """Return the function, unless an op is not covered or the format is broken."""
         names: ChainMap[str, int] = ChainMap()
         inputs = {item.name: self._input(item, names) for item in self._function.inputs}
         block = self._block(self._body, names, first=0)
@@ -361,8 +348,9 @@ class Binder:
             held = [self._stored[slot] for slot in slots]
             is_known = all(value is not None for value in held)
             scalars = all(isinstance(value, Tensor) and not value.ndim for value in held)
-            single = len(slots) == 1 and operator.forms[parameter][0] != "list[object]"
-            if is_known and (scalars or not operator.wants_tensor(parameter)):
+            form, _ = operator.forms[parameter]
+            single = len(slots) == 1 and form != "list[object]"
+            if is_known and (scalars or form not in ("Tensor", "list[Tensor]")):
                 known = [v.tensor() if isinstance(v, Weight) else v for v in held]
                 settings[parameter] = known[0] if single else known
             else:
@@ -403,14 +391,6 @@ class Binder:
     def _caster(self, item: proto.NamedValueType) -> Caster | None:
         kind = values.type_of(item.type)
         return None if kind is None else caster(kind.dtype, rounds=self._rounds)
-
-
-def _opset_of(function: proto.Function, place: str) -> Opset:
-    found = opset.by_name(function.opset)
-    if function.opset not in function.block_specializations:
-        msg = f"{place}: the function has no block for its opset {function.opset}"
-        raise PackageError(msg)
-    return found
 
 
 def _bindings(op: proto.Operation) -> Iterator[tuple[str, Sequence[proto.Binding]]]:

@@ -55,14 +55,8 @@ def tensor_of(dtype: DType, array: NDArray[Any]) -> Tensor:
     if not array.flags.writeable:
         array = array.copy()
     if dtype.name in _PATTERNS:
-        patterns = np.ascontiguousarray(array)
-        shape = patterns.shape
-        return (
-            torch.from_numpy(patterns.reshape(-1))
-            .view(_PATTERNS[dtype.name])
-            .reshape(shape)
-            .to(torch.float32)
-        )
+        patterns = torch.from_numpy(np.ascontiguousarray(array))
+        return patterns.view(_PATTERNS[dtype.name]).to(torch.float32)
     if dtype.name in ("uint32", "uint64"):
         array = array.astype(np.int64)
     return torch.from_numpy(np.ascontiguousarray(array)).reshape(array.shape).to(held_as(dtype))

@@ -90,7 +90,7 @@ def coverage(source: str | os.PathLike[str] | Package) -> Coverage:
         If it is none, or not made of ML programs.
     """
     package = source if isinstance(source, Package) else Package(source)
-    found = []
+    rows: list[OpCoverage] = []
     for graph in package.graphs:
         place = "/".join((*graph.place, graph.function_name))
         version = graph.opset
@@ -101,7 +101,7 @@ def coverage(source: str | os.PathLike[str] | Package) -> Coverage:
             if lack or not node.is_stored:
                 counts[node.op.type] += 1
                 uncovered[node.op.type] = uncovered.get(node.op.type) or lack
-        found += [
+        rows += [
             OpCoverage(
                 function=place,
                 target=version.target,
@@ -111,4 +111,4 @@ def coverage(source: str | os.PathLike[str] | Package) -> Coverage:
             )
             for op, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
         ]
-    return Coverage(ops=tuple(found))
+    return Coverage(ops=tuple(rows))

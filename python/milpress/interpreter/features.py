@@ -39,11 +39,15 @@ def _described(feature: Feature) -> str:
 def taken(feature: Feature, given: Any) -> Tensor:
     """Return what a user gives for an input as the tensor that the program takes.
 
+    ``None`` stands for the default of an optional input.
+
     Raises
     ------
     InputError
         If it is of a type or shape that the input can't have.
     """
+    if given is None and not feature.is_required:
+        return filled(feature)
     array = _array(feature, given)
     return _fitting(feature, _pixels(feature, array) if feature.kind == "image" else array)
 
@@ -80,13 +84,10 @@ def passed_on(giver: Feature, taker: Feature, value: Any, *, is_computed: bool) 
 
 def _as_pixels(feature: Feature, planes: Tensor) -> Tensor:
     """Return planes as numbers that an image can hold, with the gradient of what is rounded."""
-    exact = planes if feature.layout == "gray float16" else planes.clamp(0, 255)
+    is_half = feature.layout == "gray float16"
+    exact = planes if is_half else planes.clamp(0, 255)
     with torch.no_grad():
-        rounded = (
-            exact.to(torch.float16).to(exact.dtype)
-            if feature.layout == "gray float16"
-            else exact.round()
-        )
+        rounded = exact.to(torch.float16).to(exact.dtype) if is_half else exact.round()
     # What is added is zero, so that not a bit of the rounded number changes.
     return rounded + (exact - exact.detach()) if exact.requires_grad else rounded
 
@@ -109,10 +110,10 @@ def _array(feature: Feature, given: Any) -> Tensor:
         raise InputError(msg) from error
     kind = _kind_of(array)
     is_float = feature.dtype.startswith("float")
-    if kind not in ("float", "integer") and (is_float or kind != "bool"):
+    if kind not in "fiu" and (is_float or kind != "b"):
         msg = f"input {feature.name!r} must hold numbers, got {array.dtype}"
         raise InputError(msg)
-    if not is_float and kind == "float":
+    if not is_float and kind == "f":
         msg = f"input {feature.name!r} must hold {feature.dtype}, got {array.dtype}"
         raise InputError(msg)
     if isinstance(array, np.ndarray):
@@ -127,13 +128,12 @@ def _array(feature: Feature, given: Any) -> Tensor:
 
 
 def _kind_of(array: Any) -> str:
-    if isinstance(array, Tensor):
-        if array.dtype.is_floating_point:
-            return "float"
-        return "other" if array.is_complex() else "bool" if array.dtype == torch.bool else "integer"
-    return {"f": "float", "i": "integer", "u": "integer", "b": "bool"}.get(
-        array.dtype.kind, "other"
-    )
+    """Return NumPy's letter for the kind of an array's elements."""
+    if not isinstance(array, Tensor):
+        return str(array.dtype.kind)
+    if array.is_floating_point():
+        return "f"
+    return "c" if array.is_complex() else "b" if array.dtype == torch.bool else "i"
 
 
 def _pixels(feature: Feature, array: Tensor) -> Tensor:

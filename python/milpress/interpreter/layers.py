@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -102,13 +103,8 @@ class Layer:
             parts = [self._channels(rows, (1, x.shape[-1])) for rows in _steps(x, mask)]
             first, second = (np.concatenate(each) for each in list(zip(*parts, strict=True))[:2])
             return InputSums(first, second, parts[0].n)
-        axis = -1
-        if self.kind == "matmul" and x.dim() > 1:
-            transposed = bool(
-                self.settings.get(f"transpose_{_PARAMETERS['matmul'][self.parameter]}")
-            )
-            axis = -2 if transposed == (self.parameter == "y") else -1
-        rows = x.movedim(axis, -1)
+        other = _PARAMETERS[self.kind][self.parameter]
+        rows = x.movedim(self._summed_axis(other), -1) if x.dim() > 1 else x
         return self._channels(_kept(rows, mask), self._aligned(rows.shape[-1]))
 
     @property
@@ -116,25 +112,10 @@ class Layer:
         """Whether errors can be fed back to later columns of the weight."""
         return self.kind in ("linear", "conv", *_RECURRENT)
 
-    def new_products(self, edges: Sequence[int]) -> BlockProducts:
-        """Return what `add_products` adds to.
-
-        Parameters
-        ----------
-        edges
-            Where blocks of columns begin and end, of which products are added up.
-        """
-        return BlockProducts(self.groups, edges)
-
     def add_products(self, x: Tensor, mask: Tensor | None, products: BlockProducts) -> None:
         """Add the products of pairs of the values that elements of the weight are multiplied by.
 
-        Parameters
-        ----------
-        x, mask
-            As of `sums`.
-        products
-            What they are added to.
+        ``x`` and ``mask`` are as of `sums`; the products are of the layer's groups.
         """
         if self.kind == "linear":
             rows = _kept(x, mask)
@@ -161,13 +142,14 @@ class Layer:
 
     def _aligned(self, n: int) -> tuple[int, ...]:
         """Return the shape of sums for each input channel of a matrix."""
-        axis = -1
-        if self.kind == "matmul":
-            transposed = bool(self.settings.get(f"transpose_{self.parameter}"))
-            axis = -1 if transposed == (self.parameter == "y") else -2
         shape = [1] * len(self.shape)
-        shape[axis] = n
+        shape[self._summed_axis(self.parameter)] = n
         return tuple(shape)
+
+    def _summed_axis(self, parameter: str) -> int:
+        """Return along which axis of a parameter a matrix product sums."""
+        transposed = bool(self.settings.get(f"transpose_{parameter}"))
+        return -2 if self.kind == "matmul" and transposed == (parameter == "x") else -1
 
     def _channels(self, rows: Tensor, shape: tuple[int, ...]) -> InputSums:
         wide = rows.reshape(-1, rows.shape[-1]).double()
@@ -198,7 +180,8 @@ class Layer:
             for reach in reaches:
                 total = torch.tensordot(total, reach, dims=([1], [1]))
             totals.append(total.numpy().reshape(*blocks, *kernel))
-        return InputSums(totals[0], totals[1], x.shape[0] * self._n_outputs(sizes))
+        n_outputs = math.prod(each[-1] for each in self._geometry(sizes))
+        return InputSums(totals[0], totals[1], x.shape[0] * n_outputs)
 
     def _geometry(self, sizes: Sequence[int]) -> Iterator[tuple[int, int, int, int, int, int]]:
         """Yield size, kernel, stride, dilation, padding before and output size of each axis."""
@@ -224,9 +207,6 @@ class Layer:
             outputs = [size - sum(pair) for size, pair in zip(full, pairs, strict=True)]
         befores = [before for before, _ in pairs]
         yield from zip(sizes, self.shape[2:], strides, dilations, befores, outputs, strict=True)
-
-    def _n_outputs(self, sizes: Sequence[int]) -> int:
-        return int(np.prod([each[-1] for each in self._geometry(sizes)], dtype=np.int64))
 
     def _reaches(self, sizes: Sequence[int]) -> Iterator[NDArray[np.float64]]:
         """Yield, for each axis, how often each place of the kernel meets each input."""
@@ -259,21 +239,23 @@ def _steps(x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
 def layers(prefix: str, function: Function) -> Iterator[Layer]:
     """Yield the layers of a function whose weight is stored and whose input is computed."""
     computed = {slot: name for name, (slots, _) in function.watchable.items() for slot in slots}
-    for step in function.steps:
+    for step in function.block.all_steps():
         value = computed[step.writes[0][0]] if step.writes else ""
+        settings = {
+            name: item for name, item in step.settings.items() if not isinstance(item, Tensor)
+        }
         for parameter, weight, given in _products_of(step, value, computed):
             shape = _stored_shape(function.stored[weight])
             if weight in function.names and len(shape) >= 2:
-                is_recurrent = step.kind in _RECURRENT
                 yield Layer(
                     prefix=prefix,
-                    name=given if is_recurrent else value,
+                    name=given if step.kind in _RECURRENT else value,
                     weight=function.names[weight],
                     shape=shape,
                     input=prefix + given,
                     kind=step.kind,
                     parameter=parameter,
-                    settings=_settings(step),
+                    settings=settings,
                     groups=_groups(step, parameter),
                 )
 
@@ -296,10 +278,6 @@ def _groups(step: Step, parameter: str) -> int:
     if (step.kind, parameter) == ("gru", "weight_hh"):
         return 3
     return int(step.settings.get("groups") or 1)
-
-
-def _settings(step: Step) -> dict[str, Any]:
-    return {name: value for name, value in step.settings.items() if not isinstance(value, Tensor)}
 
 
 def _stored_shape(stored: Any) -> tuple[int, ...]:

@@ -9,8 +9,8 @@ from milpress.interpreter.binding import Binder
 from milpress.interpreter.constants import Budget
 from milpress.interpreter.parts import Model, Part, Passed, Pipeline
 from milpress.interpreter.suppression import suppression_of
-from milpress.mil import features, proto
-from milpress.mil.features import Feature
+from milpress.mil import proto
+from milpress.mil.features import Feature, described
 from milpress.mil.model_kinds import kind_of
 from milpress.mil.package import Package, description_of, pipeline_models
 
@@ -27,16 +27,7 @@ class Loader:
     def part(self, model: proto.Model, place: tuple[str, ...] = ()) -> Model | Pipeline:
         """Return a model of the package, which is an ML program or a pipeline.
 
-        Raises
-        ------
-        UnsupportedOpError
-            If the interpreter does not cover an op.
-        PackageError
-            If it breaks its format.
-        UnsupportedError
-            If a stage that can't be run stands between ML programs.
-        ConfigError
-            If there is no such function.
+        What is raised is as of `milpress.interpreter.load`.
         """
         if model.WhichOneof("choice") == "mlProgram":
             return self._model(model, place)
@@ -91,12 +82,9 @@ class Loader:
             function_name=name,
             function=function,
             inputs=tuple(
-                features.described(item, function.inputs[item.name].type)
-                for item in description.input
+                described(item, function.inputs[item.name].type) for item in description.input
             ),
-            outputs=tuple(
-                features.described(item, outputs[item.name]) for item in description.output
-            ),
+            outputs=tuple(described(item, outputs[item.name]) for item in description.output),
         )
 
     def _function_name(self, model: proto.Model, place: tuple[str, ...]) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from milpress.interpreter.binding import Block, Frame, Function
+from milpress.interpreter.binding import Frame, Function
 from milpress.interpreter.constants import Weight, held_as
 from milpress.interpreter.features import filled, passed_on
 from milpress.interpreter.states import Cell
@@ -33,7 +33,10 @@ class ProgramModule(nn.Module):
         self._outputs = outputs
         self._seed = seed
         self._attributes: dict[int, str] = {}
-        for slot in sorted(set(_slots_read(function.block))):
+        read = set(function.block.outputs)
+        for step in function.block.all_steps():
+            read.update(step.slots_read(), *(block.outputs for block in step.blocks))
+        for slot in sorted(read):
             self._register(slot, function.stored[slot])
         self._states: dict[int, str] = {}
         for name, parameter in function.inputs.items():
@@ -91,16 +94,20 @@ class ProgramModule(nn.Module):
         for name in self._inputs:
             parameter = function.inputs[name]
             frame.write(parameter.slot, parameter.cast(given[name]))
-        made = dict(zip(function.outputs, function.block.run(frame), strict=True))
+        outputs = dict(zip(function.outputs, function.block.run(frame), strict=True))
         for name, cell in cells.items():
             getattr(self, name).copy_(cell.read().detach())
-        return {name: made[name] for name in self._outputs}
+        return {name: outputs[name] for name in self._outputs}
 
 
 class Stage(NamedTuple):
-    """A module of a pipeline, and the features that it takes and gives."""
+    """A module of a pipeline, and the features that it takes and gives.
+
+    The prefix is what stands before the names of its weights.
+    """
 
     module: ProgramModule | PipelineModule
+    prefix: str
     inputs: tuple[Feature, ...]
     outputs: tuple[Feature, ...]
 
@@ -110,13 +117,11 @@ class PipelineModule(nn.Module):
 
     Made by `milpress.interpreter.Program.to_torch`, of which the rest is as of `ProgramModule`.
     Images that one program hands to the next are rounded to pixels; gradients go through that.
-    Prefixes are what stands before the names of each stage's weights.
     """
 
     def __init__(
         self,
         stages: Sequence[Stage],
-        prefixes: Sequence[str],
         inputs: tuple[Feature, ...],
         outputs: tuple[Feature, ...],
         seed: int,
@@ -125,7 +130,6 @@ class PipelineModule(nn.Module):
         # By a plain list too, which has types.
         self.stages = nn.ModuleList(stage.module for stage in stages)
         self._stages = tuple(stages)
-        self._prefixes = tuple(prefixes)
         self._inputs = inputs
         self._outputs = outputs
         self._seed = seed
@@ -134,8 +138,8 @@ class PipelineModule(nn.Module):
     def attributes(self) -> dict[str, str]:
         """Path of the attribute that holds each weight and constant, by its name in the program."""
         return {
-            prefix + name: f"stages.{i}.{path}"
-            for i, (prefix, stage) in enumerate(zip(self._prefixes, self._stages, strict=True))
+            stage.prefix + name: f"stages.{i}.{path}"
+            for i, stage in enumerate(self._stages)
             for name, path in stage.module.attributes.items()
         }
 
@@ -172,15 +176,6 @@ class PipelineModule(nn.Module):
         return {feature.name: known[feature.name] for feature in self._outputs}
 
 
-def _one_or_all(made: Mapping[str, Any]) -> Any:
-    results = tuple(made.values())
+def _one_or_all(outputs: Mapping[str, Any]) -> Any:
+    results = tuple(outputs.values())
     return results[0] if len(results) == 1 else results
-
-
-def _slots_read(block: Block) -> Iterator[int]:
-    """Yield every slot that is read in a block or in one inside."""
-    yield from block.outputs
-    for step in block.steps:
-        yield from step.slots_read()
-        for inner in step.blocks:
-            yield from _slots_read(inner)

@@ -63,16 +63,12 @@ class Operator:
     """
 
     function: Callable[..., Any]
-    names: tuple[str, ...]
+    name: str
     since: int
     forms: Mapping[str, tuple[str, bool]]
     takes_call: bool
     operands: tuple[str, ...] = ()
     earlier: tuple[Operator, ...] = ()
-
-    def wants_tensor(self, name: str) -> bool:
-        """Whether an argument is taken as one or several tensors."""
-        return name in self.forms and self.forms[name][0] in ("Tensor", "list[Tensor]")
 
     def bound(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the arguments in the form that the function wants.
@@ -80,13 +76,10 @@ class Operator:
         Raises
         ------
         TypeError
-            If one has no such form, or the function has no such parameter.
+            If one has no such form.
         """
         bound = {}
         for name, value in arguments.items():
-            if name not in self.forms:
-                msg = f"{self.names[0]} has no parameter {name}"
-                raise TypeError(msg)
             form, optional = self.forms[name]
             if value is None and not optional:
                 continue
@@ -95,17 +88,18 @@ class Operator:
 
 
 def operator(
-    *names: str,
+    name: str,
+    *,
     since: int = 5,
     operands: tuple[str, ...] = (),
     added: Mapping[int, tuple[str, ...]] = types.MappingProxyType({}),
     before: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Callable[[Callable[..., Any]], Operator]:
-    """Make a function the operator of the ops of these names.
+    """Make a function the operator of the op of a name.
 
     Parameters
     ----------
-    names, since, operands
+    name, since, operands
         As of `Operator`.
     added
         Parameters, with defaults, that an op has only from a later opset's version on.
@@ -115,16 +109,16 @@ def operator(
 
     def wrap(function: Callable[..., Any]) -> Operator:
         hints = typing.get_type_hints(function)
-        forms = {name: _form_of(hint) for name, hint in hints.items() if name not in _OWN}
+        forms = {key: _form_of(hint) for key, hint in hints.items() if key not in _OWN}
         takes_call = "call" in hints
         versions: list[Operator] = []
         for version in (since, *sorted(added)):
-            later = {name for each, some in added.items() if each > version for name in some}
-            known = {name: form for name, form in forms.items() if name not in later}
+            later = {key for each, some in added.items() if each > version for key in some}
+            known = {key: form for key, form in forms.items() if key not in later}
             proxy = types.MappingProxyType(known)
-            fixed = {name: value for name, value in before.items() if name in later}
+            fixed = {key: value for key, value in before.items() if key in later}
             bound = functools.partial(function, **fixed) if fixed else function
-            versions.append(Operator(bound, names, version, proxy, takes_call, operands))
+            versions.append(Operator(bound, name, version, proxy, takes_call, operands))
         return dataclasses.replace(versions[-1], earlier=tuple(versions[:-1]))
 
     return wrap
@@ -155,22 +149,17 @@ def _in_form(form: str, value: Any) -> Any:
         items = value if isinstance(value, list | tuple) else [value]
         if form == "list[Tensor]":
             return [_tensor(item) for item in items]
-        return list(items) if form == "list[object]" else _numbers(items)
+        if form == "list[object]":
+            return list(items)
+        parts = (
+            each.reshape(-1).tolist() if isinstance(each, Tensor) else [each] for each in items
+        )
+        return [number for part in parts for number in part]
     if form == "Tensor":
         return _tensor(value)
     if isinstance(value, Tensor) and form in ("int", "float", "bool"):
         return value.item()
     return value
-
-
-def _numbers(items: Sequence[Any]) -> list[Any]:
-    numbers: list[Any] = []
-    for item in items:
-        if isinstance(item, Tensor):
-            numbers.extend(item.reshape(-1).tolist())
-        else:
-            numbers.append(item)
-    return numbers
 
 
 def _tensor(value: Any) -> Tensor:

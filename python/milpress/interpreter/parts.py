@@ -40,16 +40,6 @@ class Model:
     inputs: tuple[Feature, ...]
     outputs: tuple[Feature, ...]
 
-    @property
-    def models(self) -> Iterator[Model]:
-        """Itself."""
-        yield self
-
-    @property
-    def suppressions(self) -> Iterator[Suppression]:
-        """The stages that choose boxes: none."""
-        yield from ()
-
     def without_suppression(self) -> Model:
         """Return itself."""
         return self
@@ -73,17 +63,16 @@ class Model:
         self._fill(frame, given, run.state)
         with located(frame):
             results = function.block.run(frame)
-        made = dict(zip(function.outputs, results, strict=True))
+        values = dict(zip(function.outputs, results, strict=True))
         return {
-            feature.name: io.given_back(feature, made[feature.name]) for feature in self.outputs
+            feature.name: io.given_back(feature, values[feature.name]) for feature in self.outputs
         }
 
     # Apart from `run`, whose variables would keep inputs alive after their last reader ran.
     def _fill(self, frame: Frame, given: Mapping[str, Any], state: State) -> None:
         for feature in self.inputs:
             parameter = self.function.inputs[feature.name]
-            value = given.get(feature.name)
-            tensor = io.filled(feature) if value is None else io.taken(feature, value)
+            tensor = io.taken(feature, given.get(feature.name))
             frame.write(parameter.slot, parameter.cast(tensor))
         for name, parameter in self.function.inputs.items():
             if parameter.is_state:
@@ -113,24 +102,16 @@ class Passed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pipeline:
-    """Parts in order, each of which takes what those before it gave, and stages passed by."""
+    """Parts in order, each of which takes what those before it gave, and stages passed by.
+
+    The prefix is empty: those of its models are whole.
+    """
 
     parts: tuple[Part, ...]
     inputs: tuple[Feature, ...]
     outputs: tuple[Feature, ...]
     passed: tuple[Passed, ...] = ()
-
-    @property
-    def models(self) -> Iterator[Model]:
-        """The ML programs in it."""
-        for part in self.parts:
-            yield from part.models
-
-    @property
-    def suppressions(self) -> Iterator[Suppression]:
-        """The stages that choose boxes."""
-        for part in self.parts:
-            yield from part.suppressions
+    prefix: str = ""
 
     def run(self, given: Mapping[str, Any], run: Run) -> dict[str, Any]:
         """Return the outputs in the forms of features."""
@@ -143,8 +124,7 @@ class Pipeline:
         """Return the pipeline, which chooses no boxes, as a torch module."""
         parts = [part for part in self.parts if not isinstance(part, Suppression)]
         return PipelineModule(
-            [Stage(part.module(seed), part.inputs, part.outputs) for part in parts],
-            [part.prefix if isinstance(part, Model) else "" for part in parts],
+            [Stage(part.module(seed), part.prefix, part.inputs, part.outputs) for part in parts],
             tuple(feature for feature in self.inputs if not feature.is_unused),
             self.outputs,
             seed,
@@ -153,34 +133,42 @@ class Pipeline:
     def without_suppression(self) -> Pipeline | None:
         """Return the pipeline up to the stages that choose boxes: what they take comes out."""
         parts: list[Part] = []
-        made: dict[str, Feature] = {}
+        known: dict[str, Feature] = {}
         lost: set[str] = set()
         ends: dict[str, Feature] = {}
         for part in self.parts:
+            whole = {feature.name for feature in part.outputs}
             rest = part.without_suppression()
             if rest is None or any(feature.name in lost for feature in rest.inputs):
-                ends |= {each.name: made[each.name] for each in part.inputs if each.name in made}
-                lost |= {feature.name for feature in part.outputs}
+                ends |= {each.name: known[each.name] for each in part.inputs if each.name in known}
+                lost |= whole
                 continue
             own = {feature.name: feature for feature in rest.outputs}
-            gone = {feature.name for feature in part.outputs} - own.keys()
-            if gone:
-                theirs = {feature.name for feature in part.outputs}
-                ends |= {name: each for name, each in own.items() if name not in theirs}
-            lost = (lost - own.keys()) | gone
-            made |= own
+            if whole - own.keys():
+                ends |= {name: each for name, each in own.items() if name not in whole}
+            lost = (lost | whole) - own.keys()
+            known |= own
             parts.append(rest)
         if not parts:
             return None
         if not lost:
             return self
-        outputs = [each for each in self.outputs if each.name in made and each.name not in lost]
+        outputs = [each for each in self.outputs if each.name in known and each.name not in lost]
         outputs += [feature for name, feature in ends.items() if feature not in outputs]
         taken = {feature.name for part in parts for feature in part.inputs}
         inputs = tuple(
             each if each.name in taken else replace(each, is_unused=True) for each in self.inputs
         )
         return replace(self, parts=tuple(parts), inputs=inputs, outputs=tuple(outputs))
+
+
+def leaves(part: Part) -> Iterator[Model | Suppression]:
+    """Yield the ML programs and the stages that choose boxes, in order."""
+    if isinstance(part, Pipeline):
+        for inner in part.parts:
+            yield from leaves(inner)
+    else:
+        yield part
 
 
 @contextlib.contextmanager
@@ -190,13 +178,6 @@ def located(frame: Frame) -> Iterator[None]:
         yield
     except CompressionError:
         raise
-    except NotImplementedError as error:
-        step = frame.step
-        if step is None:
-            raise
-        target = step.opset.target
-        what = f"{step.kind} ({error})"
-        raise UnsupportedOpError(step.kind, target, step.place, what) from error
     except (
         ArithmeticError,
         AttributeError,
@@ -208,5 +189,8 @@ def located(frame: Frame) -> Iterator[None]:
         step = frame.step
         if step is None:
             raise
+        if isinstance(error, NotImplementedError):
+            what = f"{step.kind} ({error})"
+            raise UnsupportedOpError(step.kind, step.opset.target, step.place, what) from error
         msg = f"{step.place}: {step.kind} can't compute what it is given: {error}"
         raise ExecutionError(msg) from error

@@ -47,8 +47,8 @@ class Products:
         for begin, end in self._stripes():
             # Below the stripe stands what is across the diagonal, and was not computed twice.
             self._sums[:, end:, begin:end] = self._sums[:, begin:end, end:].transpose(1, 2)
-        found: NDArray[np.float32] = self._sums.cpu().numpy()
-        return found
+        sums: NDArray[np.float32] = self._sums.cpu().numpy()
+        return sums
 
     def _stripes(self) -> Iterator[tuple[int, int]]:
         n = self._n_columns

@@ -17,8 +17,9 @@ from milpress.interpreter.constants import Budget, held_as
 from milpress.interpreter.layers import Layer, layers
 from milpress.interpreter.loading import Loader
 from milpress.interpreter.module import PipelineModule, ProgramModule
-from milpress.interpreter.parts import Model, Pipeline, Run
+from milpress.interpreter.parts import Model, Pipeline, Run, leaves
 from milpress.interpreter.states import State
+from milpress.interpreter.suppression import Suppression
 from milpress.mil.features import Feature
 from milpress.mil.package import Package
 from milpress.mil.values import TensorType
@@ -118,6 +119,7 @@ class Program:
 
     def __init__(self, part: Model | Pipeline, *, precision: Precision, seed: int) -> None:
         self._part = part
+        self._models = [leaf for leaf in leaves(part) if isinstance(leaf, Model)]
         self._precision = precision
         self._seed = seed
 
@@ -144,7 +146,8 @@ class Program:
     @property
     def kept_boxes(self) -> tuple[str, ...]:
         """Names of values that say which boxes each suppression of a pipeline keeps."""
-        return tuple(each.kept_name for each in self._part.suppressions)
+        stages = leaves(self._part)
+        return tuple(each.kept_name for each in stages if isinstance(each, Suppression))
 
     def before_suppression(self) -> Program:
         """Return the program up to where a non-maximum suppression chooses boxes.
@@ -179,7 +182,7 @@ class Program:
         """
         return {
             model.prefix + name: kind
-            for model in self._part.models
+            for model in self._models
             for name, (_, kind) in model.function.watchable.items()
         }
 
@@ -188,20 +191,20 @@ class Program:
         """Type of the op that computes each of `values`; inputs are not among them."""
         return {
             model.prefix + name: kind
-            for model in self._part.models
+            for model in self._models
             for name, kind in model.function.op_types.items()
         }
 
     @property
     def functions(self) -> dict[str, str]:
         """Name of the function that is run of each model, by what its values' names begin with."""
-        return {model.prefix: model.function_name for model in self._part.models}
+        return {model.prefix: model.function_name for model in self._models}
 
     @property
     def layers(self) -> tuple[Layer, ...]:
         """The ops that multiply what is computed by a stored weight."""
         return tuple(
-            layer for model in self._part.models for layer in layers(model.prefix, model.function)
+            layer for model in self._models for layer in layers(model.prefix, model.function)
         )
 
     @property
@@ -275,11 +278,14 @@ class Program:
             replace,
         )
         with torch.no_grad():
-            made = self._part.run(inputs, run)
+            outputs = self._part.run(inputs, run)
         as_torch = any(isinstance(value, Tensor) for value in inputs.values())
         declared = {feature.name: feature.dtype for feature in self.outputs}
         return Result(
-            {name: self._exported(value, declared[name], as_torch) for name, value in made.items()},
+            {
+                name: self._exported(value, declared[name], as_torch)
+                for name, value in outputs.items()
+            },
             {name: self._exported(value, "", as_torch) for name, value in kept.items()},
         )
 
@@ -307,14 +313,14 @@ class Program:
     def _states(self) -> dict[str, TensorType]:
         return {
             model.prefix + name: parameter.type
-            for model in self._part.models
+            for model in self._models
             for name, parameter in model.function.inputs.items()
             if parameter.is_state
         }
 
     def _check(self, inputs: Mapping[str, Any], taps: frozenset[str], state: State | None) -> None:
         io.check_names(self.inputs, inputs)
-        operands = (m.prefix + name for m in self._part.models for name in m.function.operands)
+        operands = (m.prefix + name for m in self._models for name in m.function.operands)
         unknown = sorted(taps - {*self.values, *operands, *self.kept_boxes})
         if unknown:
             msg = f"taps must name values that the program computes, got {', '.join(unknown)}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from milpress.errors import ConfigError, ExecutionError, UnsupportedError
 from milpress.interpreter import features as io
 from milpress.interpreter.program import Program
-from milpress.mil import features
+from milpress.mil.features import Probabilities
 
 OutputMetric: TypeAlias = Literal["snr", "cosine", "kl"]
 Note: TypeAlias = Callable[[int, int, str], None]
@@ -100,20 +100,22 @@ class OutputError:
         program = program.before_suppression()
         self._module = program.to_torch()
         self._metric = metric
-        self._inputs = [_tensors(program, sample) for sample in samples]
-        with torch.no_grad():
-            outputs = [self._run(inputs) for inputs in self._inputs]
-        self._used = [
-            i for i in range(len(outputs[0])) if _suits([made[i] for made in outputs], metric)
+        taken = [feature for feature in program.inputs if not feature.is_unused]
+        self._inputs = [
+            tuple(io.taken(feature, sample.get(feature.name)) for feature in taken)
+            for sample in samples
         ]
+        with torch.no_grad():
+            runs = [self._run(inputs) for inputs in self._inputs]
+        by_output = list(zip(*runs, strict=True))
+        self._used = [i for i, outputs in enumerate(by_output) if _suits(outputs, metric)]
         if not self._used:
             msg = f"the model has no output of floats that suits {metric}"
             raise UnsupportedError(msg)
         self._given = {
-            i: metric == "kl" and all(_are_probabilities(made[i]) for made in outputs)
-            for i in self._used
+            i: metric == "kl" and all(map(_are_probabilities, by_output[i])) for i in self._used
         }
-        self._expected = [self._points(made) for made in outputs]
+        self._expected = [self._points(outputs) for outputs in runs]
         self._shares = [self._share(k) / len(self._used) for k in range(len(self._used))]
 
     @property
@@ -154,9 +156,9 @@ class OutputError:
         try:
             for i in range(self.n_samples * n_draws):
                 note(i // n_draws, self.n_samples, "gradients")
-                found = iter(self._gradients(self._inputs[i // n_draws], flat, generator))
+                gradients = iter(self._gradients(self._inputs[i // n_draws], flat, generator))
                 for k, (some, (_, axis)) in enumerate(zip(parameters, groups, strict=True)):
-                    gradient = torch.stack([next(found) for _ in some]).sum(0)
+                    gradient = torch.stack([next(gradients) for _ in some]).sum(0)
                     sums[k].addcmul_(gradient, gradient)
                     others = [one for one in range(gradient.ndim) if one != axis]
                     along[k].append((gradient * some[0].detach()).sum(others))
@@ -176,10 +178,10 @@ class OutputError:
             value = value + math.sqrt(share) * (signs * point).sum()
         if not value.requires_grad:
             return [torch.zeros_like(parameter) for parameter in flat]
-        found = torch.autograd.grad(value, flat, allow_unused=True)
+        gradients = torch.autograd.grad(value, flat, allow_unused=True)
         return [
             torch.zeros_like(parameter) if gradient is None else gradient
-            for gradient, parameter in zip(found, flat, strict=True)
+            for gradient, parameter in zip(gradients, flat, strict=True)
         ]
 
     def error(self, weights: Mapping[str, NDArray[Any]]) -> float:
@@ -206,14 +208,12 @@ class OutputError:
     def _run(self, inputs: tuple[Tensor, ...]) -> list[Any]:
         self._module.reset_states()
         try:
-            made = self._module(*inputs)
+            output = self._module(*inputs)
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             msg = f"the model can't compute the samples: {error}"
             raise ExecutionError(msg) from error
-        outputs = made if isinstance(made, tuple) else (made,)
-        return [
-            each.tensor if isinstance(each, features.Probabilities) else each for each in outputs
-        ]
+        outputs = output if isinstance(output, tuple) else (output,)
+        return [each.tensor if isinstance(each, Probabilities) else each for each in outputs]
 
     def _points(self, outputs: Sequence[Any]) -> list[Tensor]:
         """Return the points whose squared distances are the error."""
@@ -237,16 +237,6 @@ class OutputError:
         if self._metric == "kl":
             return 2 / sum(point.numel() // point.shape[-1] for point in expected)
         return 1 / sum(float(point.double().square().sum()) for point in expected)
-
-
-def _tensors(program: Program, sample: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    return tuple(
-        io.filled(feature)
-        if sample.get(feature.name) is None
-        else io.taken(feature, sample[feature.name])
-        for feature in program.inputs
-        if not feature.is_unused
-    )
 
 
 def _suits(outputs: Sequence[Any], metric: OutputMetric) -> bool:

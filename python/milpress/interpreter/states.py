@@ -56,8 +56,6 @@ class State(Mapping[str, NDArray[Any]]):
         return self._cells[name]
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        if name not in self._cells:
-            raise KeyError(name)
         return np.array(self._cells[name].read().numpy())
 
     def __setitem__(self, name: str, value: Any) -> None:

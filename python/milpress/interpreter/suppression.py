@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +35,9 @@ class Settings:
     per_class: bool
 
 
-def kept_boxes(confidence: Tensor, coordinates: Tensor, settings: Settings) -> Tensor:
+def kept_boxes(
+    confidence: Tensor, coordinates: Tensor, settings: Settings, most: int | None = None
+) -> Tensor:
     """Return which boxes are kept, most confident first; of equally confident ones the first.
 
     Parameters
@@ -46,55 +48,43 @@ def kept_boxes(confidence: Tensor, coordinates: Tensor, settings: Settings) -> T
         Of shape ``(boxes, 4)``: center along x and y, width, height.
     settings
         How they are chosen.
+    most
+        How many are kept at most.
     """
     best, classes = confidence.max(1)
     order = torch.sort(best, descending=True, stable=True).indices
     left = order[best[order] >= settings.confidence]
-    # Positions alone decide; float64 keeps small boxes far from the origin apart.
-    center, size = coordinates[:, :2].double(), coordinates[:, 2:].double()
+    center, size = coordinates[:, :2], coordinates[:, 2:]
     low, high, area = center - size / 2, center + size / 2, size.prod(1)
-    kept = []
-    while len(left):
+    kept: list[Tensor] = []
+    while len(left) and (most is None or len(kept) < most):
         top, left = left[0], left[1:]
         kept.append(top)
         sides = torch.minimum(high[top], high[left]) - torch.maximum(low[top], low[left])
         shared = sides.clamp_min(0).prod(1)
-        union = area[top] + area[left] - shared
-        is_near = shared / union.clamp_min(torch.finfo(union.dtype).tiny) > settings.iou
+        is_near = shared / (area[top] + area[left] - shared) > settings.iou
         if settings.per_class:
             is_near &= classes[left] == classes[top]
         left = left[~is_near]
-    return torch.stack(kept) if kept else left
+    return torch.stack(kept) if kept else left[:0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suppression:
     """A stage of a pipeline that keeps one of several alike boxes.
 
-    ``place`` is its name, behind those of the pipelines it is in; ``confidence`` and
-    ``coordinates`` name what it takes, the first two of its ``inputs`` and of what it gives.
-    ``overrides`` are names of the inputs that replace a threshold of the settings, by its name
-    there. At least and at most ``n_boxes`` come out; fewer are filled up with zeros.
+    ``place`` is its name, behind those of the pipelines it is in. Confidence and coordinates are
+    the first two of its ``inputs`` and what it gives. ``overrides`` are names of the inputs that
+    replace a threshold of the settings, by its name there. At least and at most ``n_boxes`` come
+    out; fewer are filled up with zeros.
     """
 
     place: str
     settings: Settings
-    confidence: str
-    coordinates: str
     overrides: dict[str, str]
     inputs: tuple[Feature, ...]
     outputs: tuple[Feature, ...]
     n_boxes: tuple[int, int | None]
-
-    @property
-    def models(self) -> Iterator[NoReturn]:
-        """The ML programs in it: none."""
-        yield from ()
-
-    @property
-    def suppressions(self) -> Iterator[Suppression]:
-        """Itself."""
-        yield self
 
     @property
     def kept_name(self) -> str:
@@ -106,15 +96,16 @@ class Suppression:
 
     def run(self, given: Mapping[str, Any], run: Any) -> dict[str, Any]:
         """Return confidence and coordinates of the boxes that are kept."""
-        confidence = self._rows(0, given[self.confidence])
-        coordinates = self._rows(1, given[self.coordinates])
+        confidence, coordinates = (_rows(feature, given) for feature in self.inputs[:2])
         if len(confidence) != len(coordinates):
             msg = (
                 f"{self.place}: there must be confidences for each of the {len(coordinates)} "
                 f"boxes, got {len(confidence)}"
             )
             raise InputError(msg)
-        kept = kept_boxes(confidence, coordinates, self._settings(given))[: self.n_boxes[1]]
+        # Positions alone decide; float64 keeps small boxes far from the origin apart.
+        settings, most = self._settings(given), self.n_boxes[1]
+        kept = kept_boxes(confidence, coordinates.double(), settings, most)
         if self.kept_name in run.names:
             run.observe(self.kept_name, kept)
             kept = kept if run.replace is None else run.replace(self.kept_name, kept)
@@ -130,19 +121,21 @@ class Suppression:
             for feature, rows in zip(self.outputs, (confidence, coordinates), strict=True)
         }
 
-    def _rows(self, i: int, value: Any) -> Tensor:
-        shape = np.shape(value)
-        if len(shape) > 2 and set(shape[:-2]) == {1}:
-            value = value.reshape(shape[-2:])
-        return io.taken(self.inputs[i], value)
-
     def _settings(self, given: Mapping[str, Any]) -> Settings:
-        numbers = {"iou": self.settings.iou, "confidence": self.settings.confidence}
-        for name, feature in self.overrides.items():
-            value = given.get(feature)
-            if value is not None:
-                numbers[name] = _number(feature, value)
-        return Settings(per_class=self.settings.per_class, **numbers)
+        numbers: dict[str, Any] = {
+            name: _number(feature, given[feature])
+            for name, feature in self.overrides.items()
+            if given.get(feature) is not None
+        }
+        return replace(self.settings, **numbers)
+
+
+def _rows(feature: Feature, given: Mapping[str, Any]) -> Tensor:
+    value = given[feature.name]
+    shape = np.shape(value)
+    if len(shape) > 2 and set(shape[:-2]) == {1}:
+        value = value.reshape(shape[-2:])
+    return io.taken(feature, value)
 
 
 def _number(name: str, value: Any) -> float:
@@ -176,8 +169,6 @@ def suppression_of(model: proto.Model, place: str) -> Suppression:
         if not name:
             msg = f"{place}: the non-maximum suppression has no {field}FeatureName"
             raise PackageError(msg)
-    labels = stage.stringClassLabels.vector or stage.int64ClassLabels.vector
-    n_classes = len(labels) or None
     overrides = {
         threshold: name
         for threshold, name in (
@@ -191,39 +182,29 @@ def suppression_of(model: proto.Model, place: str) -> Suppression:
         confidence=stage.confidenceThreshold,
         per_class=stage.pickTop.perClass,
     )
-    columns = (n_classes, 4)
-    defaults = {"iou": settings.iou, "confidence": settings.confidence}
+    n_classes = len(stage.stringClassLabels.vector or stage.int64ClassLabels.vector)
+    outputs = _features(names["confidenceOutput"], names["coordinatesOutput"], n_classes)
+    arrays = [given[each.name].type.multiArrayType for each in outputs if each.name in given]
     return Suppression(
         place=place,
         settings=settings,
-        confidence=names["confidenceInput"],
-        coordinates=names["coordinatesInput"],
         overrides=overrides,
         inputs=(
-            *_features((names["confidenceInput"], names["coordinatesInput"]), columns),
+            *_features(names["confidenceInput"], names["coordinatesInput"], n_classes),
             *(
-                Feature(name=name, kind="number", dtype="float32", default=defaults[threshold])
-                for threshold, name in overrides.items()
+                Feature(name=name, kind="number", dtype="float32", default=getattr(settings, key))
+                for key, name in overrides.items()
             ),
         ),
-        outputs=_features((names["confidenceOutput"], names["coordinatesOutput"]), columns),
-        n_boxes=_n_boxes(
-            place,
-            [
-                given[name].type.multiArrayType
-                for name in (names["confidenceOutput"], names["coordinatesOutput"])
-                if name in given
-            ],
-        ),
+        outputs=outputs,
+        n_boxes=_n_boxes(place, arrays),
     )
 
 
-def _features(
-    names: tuple[str, str], columns: tuple[int | None, int | None]
-) -> tuple[Feature, ...]:
-    return tuple(
-        Feature(name=name, kind="array", dtype="float32", shape=(None, n))
-        for name, n in zip(names, columns, strict=True)
+def _features(confidence: str, coordinates: str, n_classes: int) -> tuple[Feature, Feature]:
+    return (
+        Feature(name=confidence, kind="array", dtype="float32", shape=(None, n_classes or None)),
+        Feature(name=coordinates, kind="array", dtype="float32", shape=(None, 4)),
     )
 
 

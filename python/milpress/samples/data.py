@@ -89,20 +89,20 @@ class Samples(Iterable[dict[str, Any]]):
     ) -> None:
         self._inputs = {feature.name: feature for feature in inputs}
         self._random = data if isinstance(data, RandomSamples) else None
-        self._sources: list[Source] = []
-        self._counts: list[int | None] = []
+        self._sources: list[tuple[Source, int | None]] = []
         self.unsuited: dict[str, InputError] = {}
         for source in () if self._random else sources_of(data, self._inputs):
             try:
-                self._counts.append(self._count(source))
+                count = self._count(source)
             except InputError as error:
                 if not skips_unsuited:
                     raise
                 self.unsuited[source.place] = error
             else:
-                self._sources.append(source)
+                self._sources.append((source, count))
         if not len(self):
-            msg = f"{_shown(data)}: no samples in it"
+            place = data if isinstance(data, (str, os.PathLike)) else "the samples"
+            msg = f"{place}: no samples in it"
             raise next(iter(self.unsuited.values()), InputError(msg))
 
     @property
@@ -113,26 +113,32 @@ class Samples(Iterable[dict[str, Any]]):
     @property
     def notes(self) -> tuple[str, ...]:
         """Remarks on how they were read."""
-        pictures = [picture for source in self._sources for picture in source.pictures]
-        note = resized(pictures)
+        note = resized([picture for source, _ in self._sources for picture in source.pictures])
         return (note,) if note else ()
 
     def __len__(self) -> int:
         if self._random is not None:
             return self._random.n
-        return sum(1 if count is None else count for count in self._counts)
+        return sum(1 if count is None else count for _, count in self._sources)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self._random is not None:
-            yield from self._random_samples(self._random)
-        for source, count in zip(self._sources, self._counts, strict=True):
+            rng = np.random.default_rng(self._random.seed)
+            for _ in range(self._random.n):
+                yield {
+                    name: _random_array(feature, rng)
+                    for name, feature in self._inputs.items()
+                    if feature.is_required or feature.kind in ("array", "image")
+                    if not feature.is_unused
+                }
+        for source, count in self._sources:
             arrays = source.arrays()
             if count is None:
                 yield arrays
             else:
                 for i in range(count):
                     yield {
-                        name: self._sliced(self._inputs[name], np.asarray(array)[i])
+                        name: _shaped(np.asarray(array)[i], self._inputs[name])
                         for name, array in arrays.items()
                     }
 
@@ -184,19 +190,6 @@ class Samples(Iterable[dict[str, Any]]):
             raise InputError(msg)
         return next(iter(counts.values()))
 
-    def _sliced(self, feature: Feature, array: NDArray[Any]) -> NDArray[Any]:
-        return array if _takes(feature, array.shape) else array[None]
-
-    def _random_samples(self, random: RandomSamples) -> Iterator[dict[str, Any]]:
-        rng = np.random.default_rng(random.seed)
-        for _ in range(random.n):
-            yield {
-                name: _random_array(feature, rng)
-                for name, feature in self._inputs.items()
-                if feature.is_required or feature.kind in ("array", "image")
-                if not feature.is_unused
-            }
-
 
 def opened(
     sample: Mapping[str, Any], inputs: Sequence[Feature]
@@ -231,6 +224,10 @@ def _typical_shape(feature: Feature) -> Shape:
     return tuple(size or 1 for size in feature.shape)
 
 
+def _shaped(array: NDArray[Any], feature: Feature) -> NDArray[Any]:
+    return array if _takes(feature, array.shape) else array[None]
+
+
 def _takes(feature: Feature, shape: Shape) -> bool:
     """Whether an input takes an array of a shape, an image also as pixels."""
     if feature.kind == "image" and len(shape) != 4:
@@ -238,7 +235,3 @@ def _takes(feature: Feature, shape: Shape) -> bool:
             return len(shape) == 3 and shape[2] == 3 and feature.admits((1, 3, *shape[:2]))
         return len(shape) == 2 and feature.admits((1, 1, *shape))
     return feature.admits(shape)
-
-
-def _shown(data: Any) -> str:
-    return str(data) if isinstance(data, (str, os.PathLike)) else "the samples"

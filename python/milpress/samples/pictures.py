@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import struct
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,8 @@ _ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)
 # Of the greatest number of 16 bits to that of 8.
 _WIDE = 257
+# What Pillow raises of a file that it can't read: a SyntaxError of PNGs that are cut off.
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 
 
 def is_picture(path: Path) -> bool:
@@ -36,7 +39,7 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in (*SUFFIXES, *_OTHERS)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Picture:
     """A picture in a file, and the input that it is for.
 
@@ -48,9 +51,6 @@ class Picture:
 
     path: Path
     feature: Feature
-    _known: list[tuple[tuple[int, int], tuple[int, int]]] = field(
-        default_factory=list, repr=False, compare=False
-    )
 
     def __post_init__(self) -> None:
         if self.path.suffix.lower() not in SUFFIXES:
@@ -67,8 +67,9 @@ class Picture:
             )
             raise InputError(msg)
 
+    @functools.cached_property
     def sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Return height and width of the picture, and of what is made of it.
+        """Height and width of the picture, and of what is made of it.
 
         Raises
         ------
@@ -77,18 +78,16 @@ class Picture:
         DependencyError
             If Pillow is not installed.
         """
-        if not self._known:
-            with self._opened() as opened:
-                width, height = opened.size
-                if opened.getexif().get(_ORIENTATION) in _TURNED:
-                    height, width = width, height
-            self._known.append(((height, width), _fitting_size(self.feature, height, width)))
-        return self._known[0]
+        with self._opened() as opened:
+            width, height = opened.size
+            if opened.getexif().get(_ORIENTATION) in _TURNED:
+                height, width = width, height
+        return (height, width), _fitting_size(self.feature, height, width)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of `array`."""
-        _, size = self.sizes()
+        _, size = self.sizes
         return (*size, 3) if self.feature.layout in ("RGB", "BGR") else size
 
     def array(self) -> NDArray[Any]:
@@ -97,7 +96,7 @@ class Picture:
         They are resized to a size that the input may have. Red, green and blue are last, whatever
         layout the model wants; of a gray image, there are rows and columns only.
         """
-        _, (height, width) = self.sizes()
+        _, (height, width) = self.sizes
         with self._opened() as opened:
             from PIL import Image, ImageOps
 
@@ -137,25 +136,19 @@ class Picture:
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 with Image.open(self.path, formats=("PNG", "JPEG")) as opened:
                     yield opened
-        # PNGs that are cut off are a SyntaxError to Pillow.
-        except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-            self._raise(error)
-        except Image.DecompressionBombError as error:
-            self._raise(error)
-
-    def _raise(self, error: Exception) -> None:
-        if isinstance(error, InputError):
-            raise error
-        if isinstance(error, OSError) and error.errno is not None:
-            with system_errors(self.path):
-                raise error
-        msg = f"{self.path}: not a PNG or JPEG picture that can be read: {error}"
-        raise InputError(msg) from error
+        except InputError:
+            raise
+        except (*_UNREADABLE, Image.DecompressionBombError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                with system_errors(self.path):
+                    raise
+            msg = f"{self.path}: not a PNG or JPEG picture that can be read: {error}"
+            raise InputError(msg) from error
 
 
 def resized(pictures: Sequence[Picture]) -> str:
     """Return a sentence that says how many pictures are resized; empty if none is."""
-    changed = [(one, *sizes) for one in pictures if (sizes := one.sizes())[0] != sizes[1]]
+    changed = [(one, *one.sizes) for one in pictures if one.sizes[0] != one.sizes[1]]
     if not changed:
         return ""
     first, before, after = changed[0]
@@ -185,8 +178,8 @@ def _fitting_size(feature: Feature, height: int, width: int) -> tuple[int, int]:
     shrunk = [high / size for size, (_, high) in zip(sizes, limits, strict=True) if high]
     grown = [low / size for size, (low, _) in zip(sizes, limits, strict=True)]
     factor = max(min([1.0, *shrunk]), *grown)
-    found = [
+    fitting = [
         min(max(round(factor * size), low, 1), math.inf if high is None else high)
         for size, (low, high) in zip(sizes, limits, strict=True)
     ]
-    return int(found[0]), int(found[1])
+    return int(fitting[0]), int(fitting[1])

@@ -20,14 +20,14 @@ _FAMILIES = [
 
 def _collected() -> Mapping[str, tuple[Operator, ...]]:
     """Return the operators of each op, the one of the latest opset first."""
-    found: dict[str, list[Operator]] = {}
+    versions: dict[str, list[Operator]] = {}
     for family in _FAMILIES:
         for value in vars(family).values():
-            if isinstance(value, Operator):
-                for name in value.names:
-                    found.setdefault(name, []).extend((value, *value.earlier))
+            for operator in value if isinstance(value, list) else [value]:
+                if isinstance(operator, Operator):
+                    versions.setdefault(operator.name, []).extend((operator, *operator.earlier))
     return types.MappingProxyType(
-        {name: tuple(sorted(ops, key=lambda op: -op.since)) for name, ops in found.items()}
+        {name: tuple(sorted(ops, key=lambda op: -op.since)) for name, ops in versions.items()}
     )
 
 

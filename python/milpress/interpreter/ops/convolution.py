@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from milpress.interpreter.operator import operator
+from milpress.interpreter.ops.torch_types import padded
 
 _CONV = (functional.conv1d, functional.conv2d, functional.conv3d)
 _CONV_TRANSPOSE = (
@@ -34,10 +35,9 @@ def window_pairs(
     ``extents`` are the kernel's sizes with its dilation. The odd one of ``same`` comes after,
     that of ``same_lower`` before.
     """
-    if pad_type == "custom":
-        amounts = list(pad) if pad is not None else [0] * 2 * len(sizes)
-        return list(zip(amounts[::2], amounts[1::2], strict=True))
-    if pad_type == "valid":
+    if pad_type == "custom" and pad is not None:
+        return list(zip(pad[::2], pad[1::2], strict=True))
+    if pad_type in ("custom", "valid"):
         return [(0, 0)] * len(sizes)
     if pad_type not in _PAD_TYPES:
         msg = f"pad_type must be one of {', '.join(_PAD_TYPES)}, got {pad_type}"
@@ -48,12 +48,6 @@ def window_pairs(
         less, more = amount // 2, amount - amount // 2
         pairs.append((less, more) if pad_type == "same" else (more, less))
     return pairs
-
-
-def _padded(x: Tensor, pairs: Sequence[tuple[int, int]], value: float = 0.0) -> Tensor:
-    """Return ``x`` with values around its last axes; a negative amount cuts off."""
-    last_first = [amount for pair in reversed(pairs) for amount in pair]
-    return functional.pad(x, last_first, value=value) if any(last_first) else x
 
 
 def window_extents(sizes: Sequence[int], dilations: Sequence[int]) -> list[int]:
@@ -79,7 +73,7 @@ def conv(
     if all(before == after for before, after in pairs):
         even = [before for before, _ in pairs]
     else:
-        x, even = _padded(x, pairs), [0] * rank
+        x, even = padded(x, pairs), [0] * rank
     return _CONV[rank - 1](x, weight, bias, strides, even, dilations, groups)
 
 
@@ -129,44 +123,35 @@ def conv_transpose(
         raise ValueError(msg)
     y = _CONV_TRANSPOSE[rank - 1](x, weight, None, strides, 0, 0, groups, dilations)
     pairs = transposed_pairs(pad_type, pad, x.shape[2:], y.shape[2:], strides, output_shape)
-    y = _padded(y, [(-before, -after) for before, after in pairs])
+    y = padded(y, [(-before, -after) for before, after in pairs])
     return y if bias is None else y + bias.reshape([-1] + [1] * rank)
 
 
-def _pool_pairs(
+def _pool_padding(
     x: Tensor,
     kernel_sizes: Sequence[int],
     strides: Sequence[int],
     pad_type: str,
     pad: Sequence[int] | None,
     ceil_mode: bool,
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Return the padding of a pool, and what its last windows reach beyond that."""
-    sizes = x.shape[2:]
-    pairs = window_pairs(pad_type, pad, sizes, kernel_sizes, strides)
-    beyond = [(0, 0)] * len(pairs)
-    if ceil_mode:
-        for axis, (before, after) in enumerate(pairs):
-            padded, stride = sizes[axis] + before + after, strides[axis]
-            count = math.ceil((padded - kernel_sizes[axis]) / stride) + 1
-            if before + after > 0 and (count - 1) * stride >= sizes[axis] + before:
-                count -= 1
-            reach = (count - 1) * stride + kernel_sizes[axis]
-            beyond[axis] = (0, max(0, reach - padded))
-    return pairs, beyond
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]], list[int] | None]:
+    """Return the padding of a pool, and what its last windows reach beyond that.
 
-
-def _even(
-    x: Tensor,
-    kernel_sizes: Sequence[int],
-    pairs: Sequence[tuple[int, int]],
-    beyond: Sequence[tuple[int, int]],
-) -> list[int] | None:
-    """Return each axis' padding, if torch's pools have it: even, and up to half a kernel."""
-    for size, kernel, (before, after) in zip(x.shape[2:], kernel_sizes, pairs, strict=True):
-        if before != after or 2 * before > kernel or size < kernel:
-            return None
-    return None if any(map(any, beyond)) else [before for before, _ in pairs]
+    Last comes each axis' padding, if torch's pools have it: even, and up to half a kernel.
+    """
+    pairs = window_pairs(pad_type, pad, x.shape[2:], kernel_sizes, strides)
+    beyond = []
+    is_even = True
+    axes = zip(x.shape[2:], kernel_sizes, strides, pairs, strict=True)
+    for size, kernel, stride, (before, after) in axes:
+        whole = size + before + after
+        count = math.ceil((whole - kernel) / stride) + 1
+        if before + after > 0 and (count - 1) * stride >= size + before:
+            count -= 1
+        missing = (count - 1) * stride + kernel - whole if ceil_mode else 0
+        beyond.append((0, max(0, missing)))
+        is_even &= before == after and 2 * before <= kernel <= size and missing <= 0
+    return pairs, beyond, [before for before, _ in pairs] if is_even else None
 
 
 @operator("max_pool")
@@ -180,10 +165,9 @@ def max_pool(
 ) -> Tensor:
     rank = x.dim() - 2
     strides = strides or [1] * rank
-    pairs, beyond = _pool_pairs(x, kernel_sizes, strides, pad_type, pad, ceil_mode)
-    even = _even(x, kernel_sizes, pairs, beyond)
+    pairs, beyond, even = _pool_padding(x, kernel_sizes, strides, pad_type, pad, ceil_mode)
     if even is None:
-        x = _padded(_padded(x, pairs, -math.inf), beyond, -math.inf)
+        x = padded(padded(x, pairs, -math.inf), beyond, -math.inf)
     return _MAX_POOL[rank - 1](x, kernel_sizes, strides, even or 0)
 
 
@@ -199,15 +183,14 @@ def avg_pool(
 ) -> Tensor:
     rank = x.dim() - 2
     strides = strides or [1] * rank
-    pairs, beyond = _pool_pairs(x, kernel_sizes, strides, pad_type, pad, ceil_mode)
+    pairs, beyond, even = _pool_padding(x, kernel_sizes, strides, pad_type, pad, ceil_mode)
     pool = _AVG_POOL[rank - 1]
-    even = _even(x, kernel_sizes, pairs, beyond)
     if even is not None:
         return pool(x, kernel_sizes, strides, even, False, not exclude_padding_from_average)
-    mean = pool(_padded(_padded(x, pairs), beyond), kernel_sizes, strides)
+    mean = pool(padded(padded(x, pairs), beyond), kernel_sizes, strides)
     counted = torch.ones(1, 1, *x.shape[2:])
-    counted = _padded(counted, pairs, 0.0 if exclude_padding_from_average else 1.0)
-    share = pool(_padded(counted, beyond), kernel_sizes, strides)
+    counted = padded(counted, pairs, 0.0 if exclude_padding_from_average else 1.0)
+    share = pool(padded(counted, beyond), kernel_sizes, strides)
     return mean / share
 
 
@@ -222,7 +205,7 @@ def l2_pool(
 ) -> Tensor:
     rank = x.dim() - 2
     strides = strides or [1] * rank
-    pairs, beyond = _pool_pairs(x, kernel_sizes, strides, pad_type, pad, ceil_mode)
-    squares = _padded(_padded(x.square(), pairs), beyond)
+    pairs, beyond, _ = _pool_padding(x, kernel_sizes, strides, pad_type, pad, ceil_mode)
+    squares = padded(padded(x.square(), pairs), beyond)
     mean = _AVG_POOL[rank - 1](squares, kernel_sizes, strides)
     return torch.sqrt(mean * math.prod(kernel_sizes))

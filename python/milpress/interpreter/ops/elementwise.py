@@ -19,46 +19,26 @@ def _of_two(name: str, function: Callable[[Tensor, Tensor], Tensor]) -> Operator
     return apply
 
 
-absolute = of_one("abs", torch.abs)
-arccosine = of_one("acos", torch.acos)
-arcsine = of_one("asin", torch.asin)
-arctangent = of_one("atan", torch.atan)
-area_tangent = of_one("atanh", torch.atanh)
-ceiling = of_one("ceil", torch.ceil)
-cosine = of_one("cos", torch.cos)
-hyperbolic_cosine = of_one("cosh", torch.cosh)
-error_function = of_one("erf", torch.erf)
-exponential = of_one("exp", torch.exp)
-exponential_of_two = of_one("exp2", torch.exp2)
-floor = of_one("floor", torch.floor)
-logical_not = of_one("logical_not", torch.logical_not)
-rounded = of_one("round", torch.round)  # half to even
-sign = of_one("sign", torch.sign)
-sine = of_one("sin", torch.sin)
-hyperbolic_sine = of_one("sinh", torch.sinh)
-square_root = of_one("sqrt", torch.sqrt)
-square = of_one("square", torch.square)
-tangent = of_one("tan", torch.tan)
-hyperbolic_tangent = of_one("tanh", torch.tanh)
+# Ops that torch has by MIL's names.
+ALIKE_OF_ONE = [
+    of_one(name, getattr(torch, name))
+    for name in (
+        "abs acos asin atan atanh ceil cos cosh erf exp exp2 floor logical_not round sign sin sinh "
+        "sqrt square tan tanh"
+    ).split()
+]
+ALIKE_OF_TWO = [
+    _of_two(name, getattr(torch, name))
+    for name in (
+        "add greater greater_equal less less_equal logical_and logical_or logical_xor maximum "
+        "minimum mul not_equal pow sub"
+    ).split()
+]
 
-add = _of_two("add", torch.add)
 equal = _of_two("equal", torch.eq)
 floor_div = _of_two("floor_div", lambda x, y: torch.div(x, y, rounding_mode="floor"))
-greater = _of_two("greater", torch.gt)
-greater_equal = _of_two("greater_equal", torch.ge)
-less = _of_two("less", torch.lt)
-less_equal = _of_two("less_equal", torch.le)
-logical_and = _of_two("logical_and", torch.logical_and)
-logical_or = _of_two("logical_or", torch.logical_or)
-logical_xor = _of_two("logical_xor", torch.logical_xor)
-maximum = _of_two("maximum", torch.maximum)
-minimum = _of_two("minimum", torch.minimum)
 modulo = _of_two("mod", torch.remainder)  # has the divisor's sign
-multiply = _of_two("mul", torch.mul)
-not_equal = _of_two("not_equal", torch.ne)
-power = _of_two("pow", torch.pow)
 real_div = _of_two("real_div", lambda x, y: torch.div(real(x), real(y)))
-subtract = _of_two("sub", torch.sub)
 
 
 @operator("identity")

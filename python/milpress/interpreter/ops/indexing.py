@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from milpress.interpreter.operator import operator
+from milpress.interpreter.operator import of_one, operator
 from milpress.interpreter.ops.torch_types import positive
 
 _IOS17 = 7
@@ -17,42 +17,30 @@ _IOS17 = 7
 _UNVALIDATED = types.MappingProxyType({"validate_indices": None})
 
 
-def _view(x: Tensor, places: Sequence[int | slice]) -> tuple[Tensor, list[int]]:
-    """Return a view of a slice, and the axes of it that must be flipped to have their order."""
-    flipped = []
-    key: list[int | slice] = []
-    kept = 0
-    for size, place in zip(x.shape, places, strict=True):
-        if isinstance(place, int):
-            key.append(place)
-            continue
-        if (place.step or 1) < 0:
-            found = range(*place.indices(size))
-            flipped.append(kept)
-            place = slice(found[-1], found[0] + 1, -found.step) if found else slice(0, 0)
-        key.append(place)
-        kept += 1
-    return x[tuple(key)], flipped
-
-
-def _places(
-    rank: int,
+def _view(
+    x: Tensor,
     begin: Sequence[int],
     end: Sequence[int],
     stride: Sequence[int] | None,
     masks: tuple[Sequence[bool] | None, Sequence[bool] | None, Sequence[bool] | None],
-) -> list[int | slice]:
-    off = [False] * rank
-    from_first, to_last, squeezed = (mask or off for mask in masks)
-    places: list[int | slice] = []
-    for axis in range(rank):
+) -> tuple[Tensor, list[int]]:
+    """Return a view of a slice, and the axes of it that must be flipped to have their order."""
+    from_first, to_last, squeezed = (mask or [False] * x.dim() for mask in masks)
+    flipped = []
+    key: list[int | slice] = []
+    for axis, size in enumerate(x.shape):
         first = None if from_first[axis] else begin[axis]
         if squeezed[axis]:
-            places.append(first or 0)
-        else:
-            last = None if to_last[axis] else end[axis]
-            places.append(slice(first, last, stride[axis] if stride else 1))
-    return places
+            key.append(first or 0)
+            continue
+        last = None if to_last[axis] else end[axis]
+        place = slice(first, last, stride[axis] if stride else 1)
+        if place.step < 0:
+            taken = range(*place.indices(size))
+            place = slice(taken[-1], taken[0] + 1, -taken.step) if taken else slice(0, 0)
+            flipped.append(axis - sum(squeezed[:axis]))
+        key.append(place)
+    return x[tuple(key)], flipped
 
 
 @operator("slice_by_index")
@@ -65,8 +53,7 @@ def slice_by_index(
     end_mask: list[bool] | None = None,
     squeeze_mask: list[bool] | None = None,
 ) -> Tensor:
-    masks = (begin_mask, end_mask, squeeze_mask)
-    part, flipped = _view(x, _places(x.dim(), begin, end, stride, masks))
+    part, flipped = _view(x, begin, end, stride, (begin_mask, end_mask, squeeze_mask))
     return part.flip(flipped) if flipped else part
 
 
@@ -91,8 +78,7 @@ def slice_update(
     squeeze_mask: list[bool] | None = None,
 ) -> Tensor:
     whole = x.clone()
-    masks = (begin_mask, end_mask, squeeze_mask)
-    part, flipped = _view(whole, _places(x.dim(), begin, end, stride, masks))
+    part, flipped = _view(whole, begin, end, stride, (begin_mask, end_mask, squeeze_mask))
     part.copy_(update.reshape(part.shape).flip(flipped))
     return whole
 
@@ -231,6 +217,4 @@ def scatter_nd(
     return scattered.reshape(data.shape)
 
 
-@operator("non_zero")
-def non_zero(x: Tensor) -> Tensor:
-    return torch.nonzero(x)
+non_zero = of_one("non_zero", torch.nonzero)

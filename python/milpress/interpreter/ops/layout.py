@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from milpress.interpreter.operator import Call, operator
-from milpress.interpreter.ops.torch_types import check_choice, positive
+from milpress.interpreter.ops.torch_types import check_choice, padded, positive
 
 
 def _filled(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -188,13 +188,10 @@ def sliding_windows(x: Tensor, axis: int, size: int, stride: int = 1) -> Tensor:
 @operator("pad")
 def pad(x: Tensor, pad: list[int], mode: str = "constant", constant_val: float = 0.0) -> Tensor:
     check_choice("mode", mode, "constant", "reflect", "replicate")
+    pairs = [pad[i : i + 2] for i in range(0, len(pad), 2)]
     if mode == "constant":
-        pairs = [pad[i : i + 2] for i in range(0, len(pad), 2)]
-        last_first = [amount for pair in reversed(pairs) for amount in pair]
-        return functional.pad(x, last_first, value=constant_val)
-    first = x.dim() - len(pad) // 2
-    for axis in range(first, x.dim()):
-        before, after = pad[2 * (axis - first) : 2 * (axis - first) + 2]
+        return padded(x, pairs, constant_val)
+    for axis, (before, after) in enumerate(pairs, x.dim() - len(pairs)):
         if before or after:
             last = x.shape[axis] - 1
             places = torch.arange(-before, last + 1 + after)
@@ -206,13 +203,9 @@ def pad(x: Tensor, pad: list[int], mode: str = "constant", constant_val: float =
 
 @operator("band_part")
 def band_part(x: Tensor, lower: int = -1, upper: int = -1) -> Tensor:
-    below = torch.arange(x.shape[-2])[:, None] - torch.arange(x.shape[-1])
-    kept = torch.ones_like(below, dtype=torch.bool)
     if lower >= 0:
-        kept &= below <= lower
-    if upper >= 0:
-        kept &= -below <= upper
-    return torch.where(kept, x, torch.zeros_like(x))
+        x = x.triu(-lower)
+    return x if upper < 0 else x.tril(upper)
 
 
 @operator("fill")

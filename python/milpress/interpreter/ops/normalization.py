@@ -22,10 +22,6 @@ def _scaled(x: Tensor, gamma: Tensor | None, beta: Tensor | None, shape: list[in
     return x if beta is None else x + beta.reshape(shape)
 
 
-def _along_channels(x: Tensor) -> list[int]:
-    return [1, -1] + [1] * (x.dim() - 2)
-
-
 @operator("batch_norm")
 def batch_norm(
     x: Tensor,
@@ -43,7 +39,7 @@ def instance_norm(
     x: Tensor, gamma: Tensor | None = None, beta: Tensor | None = None, epsilon: float = 1e-5
 ) -> Tensor:
     normal = _standardized(x, list(range(2, x.dim())), epsilon)
-    return _scaled(normal, gamma, beta, _along_channels(x))
+    return _scaled(normal, gamma, beta, [1, -1] + [1] * (x.dim() - 2))
 
 
 @operator("layer_norm")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -81,37 +80,6 @@ def _show(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _LongShortTermMemory:
-    """One direction of an LSTM; weights in the order input, forget, output, cell gate."""
-
-    weight_ih: Tensor
-    weight_hh: Tensor
-    bias: Tensor | None
-    peephole: Tensor | None
-    gate: Callable[[Tensor], Tensor]
-    cell: Callable[[Tensor], Tensor]
-    output: Callable[[Tensor], Tensor]
-    clip: float | None
-
-    def run(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        steps = []
-        looks = None if self.peephole is None else self.peephole.chunk(3)
-        for projected in functional.linear(x, self.weight_ih, self.bias):
-            gates = projected + functional.linear(h, self.weight_hh)
-            taken_in, forgotten, shown, proposed = gates.chunk(4, -1)
-            if looks is not None:
-                taken_in, forgotten = taken_in + c * looks[0], forgotten + c * looks[1]
-            c = self.gate(forgotten) * c + self.gate(taken_in) * self.cell(proposed)
-            if self.clip is not None:
-                c = c.clamp(-self.clip, self.clip)
-            if looks is not None:
-                shown = shown + c * looks[2]
-            h = self.gate(shown) * self.output(c)
-            steps.append(h)
-        return steps, h, c
-
-
 @operator("lstm", operands=("weight_ih", "weight_hh", "weight_ih_back", "weight_hh_back"))
 def lstm(
     x: Tensor,
@@ -134,35 +102,49 @@ def lstm(
     *,
     call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    functions = (
-        _activation(recurrent_activation),
-        _activation(cell_activation),
-        _activation(activation),
-    )
+    gate, cell = _activation(recurrent_activation), _activation(cell_activation)
+    output = _activation(activation)
     initial_h, initial_c = _initial(initial_h, x, "initial_h"), _initial(initial_c, x, "initial_c")
-    ahead = _LongShortTermMemory(weight_ih, weight_hh, bias, peephole, *functions, clip)
+
+    def run(
+        h: Tensor,
+        c: Tensor,
+        weights: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
+        direction: str,
+        suffix: str = "",
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run one direction; weights are in the order input, forget, output, cell gate."""
+        own_ih, own_hh, own_bias, own_peephole = weights
+        looks = None if own_peephole is None else own_peephole.chunk(3)
+        steps = [h]
+        for projected in functional.linear(_in_direction(x, direction), own_ih, own_bias):
+            gates = projected + functional.linear(h, own_hh)
+            taken_in, forgotten, shown, proposed = gates.chunk(4, -1)
+            if looks is not None:
+                taken_in, forgotten = taken_in + c * looks[0], forgotten + c * looks[1]
+            c = gate(forgotten) * c + gate(taken_in) * cell(proposed)
+            if clip is not None:
+                c = c.clamp(-clip, clip)
+            if looks is not None:
+                shown = shown + c * looks[2]
+            h = gate(shown) * output(c)
+            steps.append(h)
+        _show(call, x, [steps[:-1]], direction, suffix)
+        return _seen(steps[1:], output_sequence), h, c
+
+    weights = (weight_ih, weight_hh, bias, peephole)
     if direction != "bidirectional":
-        steps, h, c = ahead.run(_in_direction(x, direction), initial_h, initial_c)
-        _show(call, x, [[initial_h, *steps[:-1]]], direction)
-        return _seen(steps, output_sequence), h, c
+        return run(initial_h, initial_c, weights, direction)
     if weight_ih_back is None or weight_hh_back is None:
         msg = "weight_ih_back and weight_hh_back must be given where direction is bidirectional"
         raise ValueError(msg)
-    back = _LongShortTermMemory(
-        weight_ih_back, weight_hh_back, bias_back, peephole_back, *functions, clip
-    )
-    (h_ahead, h_back), (c_ahead, c_back) = initial_h.chunk(2, -1), initial_c.chunk(2, -1)
-    first_ahead, first_back = h_ahead, h_back
-    steps, h_ahead, c_ahead = ahead.run(x, h_ahead, c_ahead)
-    steps_back, h_back, c_back = back.run(x.flip(0), h_back, c_back)
-    _show(call, x, [[first_ahead, *steps[:-1]]], "forward")
-    _show(call, x, [[first_back, *steps_back[:-1]]], "reverse", "_back")
-    seen_back = _seen(steps_back, output_sequence).flip(0)
-    return (
-        torch.cat([_seen(steps, output_sequence), seen_back], -1),
-        torch.cat([h_ahead, h_back], -1),
-        torch.cat([c_ahead, c_back], -1),
-    )
+    weights_back = (weight_ih_back, weight_hh_back, bias_back, peephole_back)
+    (h, h_back), (c, c_back) = initial_h.chunk(2, -1), initial_c.chunk(2, -1)
+    seen, h, c = run(h, c, weights, "forward")
+    seen_back, h_back, c_back = run(h_back, c_back, weights_back, "reverse", "_back")
+    pairs = ((seen, seen_back.flip(0)), (h, h_back), (c, c_back))
+    sequence, last_h, last_c = (torch.cat(pair, -1) for pair in pairs)
+    return sequence, last_h, last_c
 
 
 @operator("gru", operands=("weight_ih", "weight_hh"), added={8: ("reset_after", "input_bias")})

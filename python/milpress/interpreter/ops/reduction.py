@@ -29,22 +29,17 @@ def _prod(x: Tensor, dims: list[int], keep: bool) -> Tensor:
     return x
 
 
-l1_norm = _over_axes("reduce_l1_norm", lambda x, dims, keep: x.abs().sum(dims, keepdim=keep))
-l2_norm = _over_axes(
-    "reduce_l2_norm", lambda x, dims, keep: real(x).square().sum(dims, keepdim=keep).sqrt()
-)
-log_sum = _over_axes("reduce_log_sum", lambda x, dims, keep: real(x).sum(dims, keepdim=keep).log())
-log_sum_exp = _over_axes(
-    "reduce_log_sum_exp", lambda x, dims, keep: real(x).logsumexp(dims, keepdim=keep)
-)
-greatest = _over_axes("reduce_max", lambda x, dims, keep: x.amax(dims, keepdim=keep))
-mean = _over_axes("reduce_mean", lambda x, dims, keep: real(x).mean(dims, keepdim=keep))
-least = _over_axes("reduce_min", lambda x, dims, keep: x.amin(dims, keepdim=keep))
+# Over which axes, and whether these are kept, torch's functions take in that order.
+l1_norm = _over_axes("reduce_l1_norm", lambda x, *over: x.abs().sum(*over))
+l2_norm = _over_axes("reduce_l2_norm", lambda x, *over: real(x).square().sum(*over).sqrt())
+log_sum = _over_axes("reduce_log_sum", lambda x, *over: real(x).sum(*over).log())
+log_sum_exp = _over_axes("reduce_log_sum_exp", lambda x, *over: real(x).logsumexp(*over))
+greatest = _over_axes("reduce_max", torch.amax)
+mean = _over_axes("reduce_mean", lambda x, *over: real(x).mean(*over))
+least = _over_axes("reduce_min", torch.amin)
 product = _over_axes("reduce_prod", _prod)
-total = _over_axes("reduce_sum", lambda x, dims, keep: x.sum(dims, keepdim=keep))
-sum_square = _over_axes(
-    "reduce_sum_square", lambda x, dims, keep: x.square().sum(dims, keepdim=keep)
-)
+total = _over_axes("reduce_sum", torch.sum)
+sum_square = _over_axes("reduce_sum_square", lambda x, *over: x.square().sum(*over))
 
 
 @operator("reduce_argmax", added={7: ("output_dtype",)})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -111,9 +113,7 @@ def resize(
 def upsample_nearest_neighbor(
     x: Tensor, scale_factor_height: float = 1, scale_factor_width: float = 1
 ) -> Tensor:
-    for axis, count in zip(
-        (-2, -1), _grown(x, scale_factor_height, scale_factor_width), strict=True
-    ):
+    for axis, count in enumerate(_grown(x, scale_factor_height, scale_factor_width), -2):
         x = x.index_select(axis, torch.arange(count) * x.shape[axis] // count)
     return x
 
@@ -133,30 +133,24 @@ def upsample_bilinear(
     return _resized(x, _grown(x, scale_factor_height, scale_factor_width), mode)
 
 
-def _taken(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return the pixels of images (n, c, h, w) at places (n, rows, columns) inside of them."""
-    n, c, _, width = x.shape
-    flat = (rows * width + columns).reshape(n, 1, -1).expand(n, c, -1)
-    return x.flatten(2).gather(2, flat).reshape(n, c, *rows.shape[1:])
-
-
 def _bilinear(x: Tensor, y_places: Tensor, x_places: Tensor, outside: float | None) -> Tensor:
     """Return images at places between pixels; ``outside`` is what surrounds the images."""
-    height, width = x.shape[-2:]
     top, left = y_places.floor(), x_places.floor()
     total = torch.zeros(())
     for row, y_share in ((top, 1 - (y_places - top)), (top + 1, y_places - top)):
         for column, x_share in ((left, 1 - (x_places - left)), (left + 1, x_places - left)):
-            pixels = _pixels(x, row, column, outside, height, width)
+            pixels = _pixels(x, row, column, outside)
             total = total + pixels * (y_share * x_share).unsqueeze(1).to(x.dtype)
     return total
 
 
-def _pixels(
-    x: Tensor, rows: Tensor, columns: Tensor, outside: float | None, height: int, width: int
-) -> Tensor:
+def _pixels(x: Tensor, rows: Tensor, columns: Tensor, outside: float | None) -> Tensor:
+    """Return the pixels of images (n, c, h, w) at whole places (n, rows, columns)."""
+    n, c, height, width = x.shape
     near_rows, near_columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
-    pixels = _taken(x, near_rows.long(), near_columns.long())
+    flat = near_rows.long() * width + near_columns.long()
+    pixels = x.flatten(2).gather(2, flat.reshape(n, 1, -1).expand(n, c, -1))
+    pixels = pixels.reshape(n, c, *rows.shape[1:])
     if outside is None:
         return pixels
     inside = (near_rows == rows) & (near_columns == columns)
@@ -170,48 +164,47 @@ def _reflected(places: Tensor, least: float, greatest: float) -> Tensor:
     return greatest - (torch.remainder(places - least, 2 * span) - span).abs()
 
 
-def _resample(
-    x: Tensor,
-    coordinates: Tensor,
-    sampling_mode: str,
-    padding_mode: str,
-    padding_value: float,
-    coordinates_mode: str,
-    align_corners: bool,
-) -> Tensor:
-    sampling_mode, padding_mode = sampling_mode.lower(), padding_mode.lower()
-    sizes = x.shape[-2:]
-    in_pixels = [
-        _in_pixels(places, size, coordinates_mode.lower(), align_corners)
-        for places, size in zip(coordinates.flip(-1).unbind(-1), sizes, strict=True)
-    ]
-    check_choice("padding_mode", padding_mode, "constant", "border", "reflection", "symmetric")
-    check_choice("sampling_mode", sampling_mode, "bilinear", "nearest")
-    outside = None
-    sides = []
-    for places, size in zip(in_pixels, sizes, strict=True):
-        if padding_mode == "constant":
-            outside = padding_value
-            sides.append(places)
-        elif padding_mode == "border":
-            sides.append(places.clamp(0, size - 1))
-        elif padding_mode == "reflection":
-            sides.append(_reflected(places, 0, size - 1))
-        else:
-            sides.append(_reflected(places, -0.5, size - 0.5).clamp(0, size - 1))
-    if sampling_mode == "bilinear":
-        return _bilinear(x, sides[0], sides[1], outside)
-    return _pixels(x, sides[0].round(), sides[1].round(), outside, x.shape[-2], x.shape[-1])
-
-
-def _in_pixels(places: Tensor, size: int, mode: str, align_corners: bool) -> Tensor:
+def _in_pixels(x: Tensor, coordinates: Tensor, mode: str, align_corners: bool) -> Sequence[Tensor]:
+    """Return coordinates, of which that along the width comes first, as rows and columns."""
+    mode = mode.lower()
     modes = ("unnormalized", "normalized_minus_one_to_one", "normalized_zero_to_one")
     check_choice("coordinates_mode", mode, *modes)
+    if mode == "normalized_minus_one_to_one":
+        coordinates = (coordinates + 1) / 2
+    places = coordinates.flip(-1).unbind(-1)
     if mode == "unnormalized":
         return places
-    if mode == "normalized_minus_one_to_one":
-        places = (places + 1) / 2
-    return places * (size - 1) if align_corners else places * size - 0.5
+    return [
+        each * (size - 1) if align_corners else each * size - 0.5
+        for each, size in zip(places, x.shape[-2:], strict=True)
+    ]
+
+
+def _brought_inside(places: Tensor, size: int, padding_mode: str) -> Tensor:
+    """Return places along an axis for those that padding looks up; a constant looks up none."""
+    if padding_mode == "border":
+        return places.clamp(0, size - 1)
+    if padding_mode == "reflection":
+        return _reflected(places, 0, size - 1)
+    if padding_mode == "symmetric":
+        return _reflected(places, -0.5, size - 0.5).clamp(0, size - 1)
+    return places
+
+
+def _resampled(
+    x: Tensor, places: Sequence[Tensor], sampling_mode: str, padding_mode: str, padding_value: float
+) -> Tensor:
+    sampling_mode, padding_mode = sampling_mode.lower(), padding_mode.lower()
+    check_choice("padding_mode", padding_mode, "constant", "border", "reflection", "symmetric")
+    check_choice("sampling_mode", sampling_mode, "bilinear", "nearest")
+    rows, columns = (
+        _brought_inside(each, size, padding_mode)
+        for each, size in zip(places, x.shape[-2:], strict=True)
+    )
+    outside = padding_value if padding_mode == "constant" else None
+    if sampling_mode == "bilinear":
+        return _bilinear(x, rows, columns, outside)
+    return _pixels(x, rows.round(), columns.round(), outside)
 
 
 @operator("resample")
@@ -224,10 +217,8 @@ def resample(
     coordinates_mode: str,
     align_corners: bool,
 ) -> Tensor:
-    places = coordinates.double()
-    return _resample(
-        x, places, sampling_mode, padding_mode, padding_value, coordinates_mode, align_corners
-    )
+    places = _in_pixels(x, coordinates.double(), coordinates_mode, align_corners)
+    return _resampled(x, places, sampling_mode, padding_mode, padding_value)
 
 
 @operator("affine")
@@ -246,17 +237,15 @@ def affine(
     matrices = transform_matrix.reshape(-1, 2, 3).expand(n, 2, 3)
     shape = [n, c, output_height, output_width]
     grid = functional.affine_grid(matrices, shape, align_corners)
-    return _resample(
-        x, grid, sampling_mode, padding_mode, padding_value, coordinates_mode, align_corners
-    )
+    places = _in_pixels(x, grid, coordinates_mode, align_corners)
+    return _resampled(x, places, sampling_mode, padding_mode, padding_value)
 
 
 def _edges(
-    boxes: Tensor, mode: str, height: int, width: int, normalized: bool, scale: float
+    x: Tensor, boxes: Tensor, mode: str, normalized: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the first and last row, and the first and last column of boxes (n, 4)."""
-    places = boxes.double() * scale
-    first, second, third, fourth = places.unbind(-1)
+    """Return the first and last row, and the first and last column of boxes (n, 4) in images."""
+    first, second, third, fourth = (boxes.double() * scale).unbind(-1)
     if mode.startswith("CENTER_SIZE"):
         first, third = first - third / 2, first + third / 2
         second, fourth = second - fourth / 2, second + fourth / 2
@@ -268,56 +257,10 @@ def _edges(
         msg = f"box_coordinate_mode must be one of CORNERS or CENTER_SIZE modes, got {mode}"
         raise ValueError(msg)
     if normalized:
+        height, width = x.shape[-2:]
         top, bottom = top * (height - 1), bottom * (height - 1)
         left, right = left * (width - 1), right * (width - 1)
     return top, bottom, left, right
-
-
-def _cropped(
-    x: Tensor,
-    edges: tuple[Tensor, Tensor, Tensor, Tensor],
-    sizes: tuple[int, int],
-    sampling_mode: str,
-    pad_value: float,
-) -> Tensor:
-    """Return one crop of each image; a pixel whose place lies outside of it is padding."""
-    height, width = x.shape[-2:]
-    top, bottom, left, right = edges
-    rows = _grid(top, bottom, sizes[0], sampling_mode).unsqueeze(-1)
-    columns = _grid(left, right, sizes[1], sampling_mode).unsqueeze(-2)
-    shape = [x.shape[0], *sizes]
-    rows, columns = rows.expand(shape), columns.expand(shape)
-    near_rows, near_columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
-    inside = (near_rows == rows) & (near_columns == columns)
-    pixels = _bilinear(x, near_rows, near_columns, None)
-    return torch.where(inside.unsqueeze(1), pixels, pad_value)
-
-
-@operator("crop_resize", added={6: ("pad_value",)})
-def crop_resize(
-    x: Tensor,
-    roi: Tensor,
-    target_height: int = 1,
-    target_width: int = 1,
-    normalized_coordinates: bool = False,
-    spatial_scale: float = 1.0,
-    box_coordinate_mode: str = "CORNERS_HEIGHT_FIRST",
-    sampling_mode: str = "DEFAULT",
-    pad_value: float = 0.0,
-) -> Tensor:
-    sizes = target_height, target_width
-    n, height, width = roi.shape[0], x.shape[-2], x.shape[-1]
-    regions = roi.reshape(n, -1)
-    if regions.shape[1] == 5:  # the first is which image
-        images = x.index_select(0, regions[:, 0].long())
-        per_box = 1
-    else:
-        images = x.repeat(n, 1, 1, 1)
-        per_box = x.shape[0]
-    boxes = regions[:, -4:].repeat_interleave(per_box, 0)
-    edges = _edges(boxes, box_coordinate_mode, height, width, normalized_coordinates, spatial_scale)
-    crops = _cropped(images, edges, sizes, sampling_mode, pad_value)
-    return crops.reshape(n, per_box, x.shape[1], *sizes)
 
 
 @operator("crop_resize", since=7)
@@ -336,5 +279,48 @@ def crop_resize_boxes(
     height, width = x.shape[-2:]
     places = torch.arange(boxes.shape[0]) if box_indices is None else box_indices.long()
     images = x.index_select(0, places)
-    edges = _edges(boxes, box_coordinate_mode, height, width, normalized_coordinates, spatial_scale)
-    return _cropped(images, edges, (target_height, target_width), sampling_mode, pad_value)
+    top, bottom, left, right = _edges(
+        x, boxes, box_coordinate_mode, normalized_coordinates, spatial_scale
+    )
+    rows = _grid(top, bottom, target_height, sampling_mode).unsqueeze(-1)
+    columns = _grid(left, right, target_width, sampling_mode).unsqueeze(-2)
+    shape = (len(images), target_height, target_width)
+    rows, columns = rows.expand(shape), columns.expand(shape)
+    near_rows, near_columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
+    # A pixel whose place lies outside of the image is padding.
+    inside = (near_rows == rows) & (near_columns == columns)
+    pixels = _bilinear(images, near_rows, near_columns, None)
+    return torch.where(inside.unsqueeze(1), pixels, pad_value)
+
+
+@operator("crop_resize", added={6: ("pad_value",)})
+def crop_resize(
+    x: Tensor,
+    roi: Tensor,
+    target_height: int = 1,
+    target_width: int = 1,
+    normalized_coordinates: bool = False,
+    spatial_scale: float = 1.0,
+    box_coordinate_mode: str = "CORNERS_HEIGHT_FIRST",
+    sampling_mode: str = "DEFAULT",
+    pad_value: float = 0.0,
+) -> Tensor:
+    n = roi.shape[0]
+    regions = roi.reshape(n, -1)
+    if regions.shape[1] == 5:  # the first is which image
+        images, per_box = regions[:, 0], 1
+    else:
+        images, per_box = torch.arange(x.shape[0]).repeat(n), x.shape[0]
+    crops: Tensor = crop_resize_boxes.function(
+        x,
+        regions[:, -4:].repeat_interleave(per_box, 0),
+        images,
+        target_height,
+        target_width,
+        normalized_coordinates,
+        spatial_scale,
+        box_coordinate_mode,
+        sampling_mode,
+        pad_value,
+    )
+    return crops.reshape(n, per_box, *crops.shape[1:])

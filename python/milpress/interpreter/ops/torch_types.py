@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import types
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 # uint16 has hardly any kernel in torch, so its values lie in int32.
 HELD_IN = types.MappingProxyType(
@@ -71,6 +73,12 @@ def alike(*values: Tensor) -> list[Tensor]:
     """Return values in one type: from iOS17 on, integers meet floats in some ops."""
     common = functools.reduce(torch.promote_types, (value.dtype for value in values))
     return [value.to(common) for value in values]
+
+
+def padded(x: Tensor, pairs: Sequence[Sequence[int]], value: float = 0.0) -> Tensor:
+    """Return ``x`` with values around its last axes; a negative amount cuts off."""
+    last_first = [amount for pair in reversed(pairs) for amount in pair]
+    return functional.pad(x, last_first, value=value) if any(last_first) else x
 
 
 def positive(axis: int, rank: int) -> int:
