@@ -217,14 +217,14 @@ def write(
     value: proto.Value,
     tensor: Tensor,
     *,
-    file_name: str | None,
-    sink: WeightSink,
+    file_name: str | None = None,
+    sink: WeightSink | None = None,
     opset: Opset | None = None,
 ) -> None:
     """Make ``value`` hold a tensor, in the weight file or in the model as coremltools decides.
 
-    Without a ``file_name``, all is stored in the model; so are types that weight files of the opset
-    don't hold.
+    Without a ``file_name`` and a ``sink``, all is stored in the model; so are types that weight
+    files of the opset don't hold.
     """
     dtype, array = tensor
     flat = np.ascontiguousarray(array).reshape(-1)
@@ -236,7 +236,7 @@ def write(
     suits = dtype.blob is not None and (
         opset is None or opset.has_blocks or dtype.name in _EARLY_BLOB_TYPES
     )
-    if suits and file_name is not None and flat.size >= _MIN_BLOB_ELEMENTS:
+    if suits and file_name is not None and sink is not None and flat.size >= _MIN_BLOB_ELEMENTS:
         padding = payload.size * 8 - flat.size * dtype.bits
         value.blobFileValue.fileName = file_name
         value.blobFileValue.offset = sink.write(file_name, dtype.blob or 0, payload, padding)
@@ -246,16 +246,11 @@ def write(
         getattr(value.immediateValue.tensor, dtype.immediate).values.extend(flat.tolist())
 
 
-def write_numbers(value: proto.Value, dtype_name: str, numbers: NDArray[Any]) -> None:
-    """Make ``value`` hold a small tensor in the model itself."""
-    dtype = dtypes.by_name(dtype_name)
-    value.Clear()
-    set_type(value.type, dtype, numbers.shape)
-    tensor = value.immediateValue.tensor
-    if dtype.immediate == "bytes":
-        tensor.bytes.values = np.ascontiguousarray(numbers, dtype.storage).tobytes()
-    else:
-        getattr(tensor, dtype.immediate).values.extend(numbers.reshape(-1).tolist())
+def immediate(array: Any) -> proto.Value:
+    """Return a value that holds an array, or a number of a NumPy type, in the model itself."""
+    value = proto.Value()
+    write(value, of_array(array))
+    return value
 
 
 def string(text: str) -> proto.Value:
