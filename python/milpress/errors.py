@@ -126,6 +126,22 @@ class DriverError(CompressionError, RuntimeError):
 
 
 @contextlib.contextmanager
+def package_errors(place: str) -> Iterator[None]:
+    """Say where in a package something is wrong with it.
+
+    Raises
+    ------
+    PackageError
+        If the block raises one, with the place in front.
+    """
+    try:
+        yield
+    except PackageError as error:
+        msg = f"{place}: {error}"
+        raise PackageError(msg) from error
+
+
+@contextlib.contextmanager
 def weight_errors(name: str) -> Iterator[None]:
     """Name the weight in what nobody foresaw; other errors and a lack of memory pass.
 

@@ -14,7 +14,7 @@ from milpress.compression.pruned import too_few_zeros, too_many_zeros, wrong_blo
 from milpress.formats import Compressed, Masked, Palette, Quantized, Sparse
 from milpress.formats.fidelity import fidelity
 from milpress.formats.palette import reassigned
-from milpress.formats.rows import Floats, from_rows
+from milpress.formats.rows import Floats, from_rows, packed_mask, unpacked_mask
 from milpress.formats.sparse import n_pruned
 from milpress.mil.records import Promise, Step, promise_of
 
@@ -112,14 +112,10 @@ def _judge_pruned(source: Floats, value: Compressed, settings: Mapping[str, Any]
         bitmask, nonzeros = value.bitmask, value.nonzeros
     elif isinstance(value, Masked):
         kept = value.mask()
-        bitmask, nonzeros = _packed(kept), value.dense()[kept]
+        bitmask, nonzeros = packed_mask(kept), value.dense()[kept]
     else:
         return Judgement(0.0, 0.0, _another_kind(value))
     return _judge_zeros(source, bitmask, nonzeros, _by_vectors(value, settings))
-
-
-def _packed(kept: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    return _core.pack(np.ascontiguousarray(kept).view(np.uint8).reshape(-1), 1)
 
 
 def _by_vectors(value: Compressed, settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -145,7 +141,7 @@ def _wrong_zeros(source: Floats, value: Compressed, steps: tuple[Step, ...]) -> 
         return _wrong_zeros_of_codes(source, value, steps)
     kept = value.mask()
     if not isinstance(value.value, Palette) or value.value.vector_axis is None:
-        return _judge_zeros(source, _packed(kept), source[kept], settings).wrong
+        return _judge_zeros(source, packed_mask(kept), source[kept], settings).wrong
     # A vector stays if one of its weights does.
     zero = source == 0
     if "threshold" in settings and (np.abs(source[~kept]) > _limit(source, settings)).any():
@@ -220,7 +216,7 @@ def _judge_zeros(
     if n_changed:
         wrong = f"{n_changed} weights that were not pruned are changed"
     elif settings.keys() & {"n_m", "block_size"}:
-        kept = _core.unpack(bitmask, 1, flat.size).view(np.bool_).reshape(source.shape)
+        kept = unpacked_mask(bitmask, source.shape)
         judge_choice = wrong_runs if "n_m" in settings else wrong_blocks
         wrong = judge_choice(source, kept, settings)
     elif "sparsity" in settings:

@@ -151,6 +151,16 @@ def normalized_axis(axis: int, rank: int) -> int:
     return axis % rank
 
 
+def packed_mask(mask: NDArray[Any]) -> NDArray[np.uint8]:
+    """Return a mask as bits, the least significant first, set where it is not zero."""
+    return _core.pack(np.ascontiguousarray(mask != 0).view(np.uint8).reshape(-1), 1)
+
+
+def unpacked_mask(bitmask: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Undo `packed_mask`."""
+    return _core.unpack(bitmask, 1, math.prod(shape)).view(np.bool_).reshape(shape)
+
+
 def frozen(array: NDArray[Any]) -> NDArray[Any]:
     """Return a view of the array that can't be written to."""
     view: NDArray[Any] = array.view()

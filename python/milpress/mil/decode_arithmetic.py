@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 import milpress._core as _core
 from milpress.formats import Palette, Quantized
+from milpress.formats.rows import normalized_axis
 from milpress.mil.values import Tensor
 
 
@@ -21,11 +22,7 @@ def axis_of(tensor: Tensor, rank: int) -> int:
     if tensor.values.size != 1 or tensor.values.dtype.kind not in "iu":
         msg = f"an axis must be one integer, got {tensor.dtype.name}{list(tensor.values.shape)}"
         raise ValueError(msg)
-    axis = int(tensor.values.reshape(-1)[0])
-    if not -rank <= axis < rank:
-        msg = f"an axis must be from {-rank} to {rank - 1}, got {axis}"
-        raise ValueError(msg)
-    return axis % rank
+    return normalized_axis(int(tensor.values.reshape(-1)[0]), rank)
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
@@ -47,11 +44,6 @@ def unpacked(packed: Tensor, bits: int, shape: tuple[int, ...]) -> NDArray[np.ui
         )
         raise ValueError(msg)
     return _core.unpack(packed.values.reshape(-1), bits, n_codes).reshape(shape)
-
-
-def bitmask_of(mask: NDArray[Any]) -> NDArray[np.uint8]:
-    """Return a mask, one element a code, as bits."""
-    return _core.pack(np.ascontiguousarray(mask != 0).view(np.uint8).reshape(-1), 1)
 
 
 def check_kept(mask: NDArray[Any], nonzeros: Tensor) -> None:
@@ -84,11 +76,10 @@ def scattered(mask: Tensor, nonzeros: Tensor) -> Tensor:
 
 def quantized_of(data: Tensor, scale: Tensor, offset: Tensor | None) -> Quantized | None:
     """Return the value, or ``None`` where codes or offsets are of types that it can't hold."""
-    if data.values.dtype not in (np.int8, np.uint8) or not scale.dtype.is_float:
+    is_byte = data.values.dtype in (np.int8, np.uint8)
+    if not (is_byte and data.dtype.bits in (4, 8) and scale.dtype.is_float):
         return None
     if offset is not None and offset.dtype != data.dtype:
-        return None
-    if data.dtype.bits not in (4, 8):
         return None
     check_blocks(data.values.shape, scale.values.shape)
     if offset is not None and offset.values.shape != scale.values.shape:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from milpress.errors import PackageError
+from milpress.errors import package_errors
 from milpress.formats import Compressed
 from milpress.mil import proto
 from milpress.mil.decode import Decoder, is_compressed, is_constexpr
@@ -213,14 +213,11 @@ class ProgramGraph(Graph):
                 continue
             if not node.is_block_output and all(is_constexpr(use.node) for use in node.uses):
                 continue
-            try:
+            with package_errors(f"{self.prefix}{node.name}"):
                 tensor_type = node.type
                 if tensor_type is None or tensor_type.dtype.name == "bool":
                     continue
                 shape = tensor_type.fixed_shape
-            except PackageError as error:
-                msg = f"{self.prefix}{node.name}: {error}"
-                raise PackageError(msg) from error
             if math.prod(shape) >= least:
                 yield Weight(node, self, tensor_type.dtype, shape)
 
