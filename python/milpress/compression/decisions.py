@@ -280,12 +280,9 @@ def _is_larger(weight: Weight, treatment: PalettizeConfig, axis: int) -> bool:
 
 def _vectors_suit(weight: Weight, vector_size: int, axis: int) -> bool:
     """Whether no vector reaches from one group of a grouped convolution into the next."""
-    for use in weight.node.uses:
-        if use.node.op.type in ("conv", "conv_transpose"):
-            n_groups = weight.graph.scalar(use.node, "groups") or 1
-            if weight.shape[axis] // n_groups % vector_size:
-                return False
-    return True
+    convs = [use.node for use in weight.node.uses if use.node.op.type in ("conv", "conv_transpose")]
+    n_groups = [weight.graph.scalar(conv, "groups") or 1 for conv in convs]
+    return all(weight.shape[axis] // n % vector_size == 0 for n in n_groups)
 
 
 def _fit_blocks(

@@ -5,6 +5,7 @@ Settings are those of a ``prune`` step, in the recipe's words, as the record in 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -41,40 +42,29 @@ class _Runs:
 
     def n_gone(self) -> NDArray[np.int32]:
         """Return how many weights of each run are zero afterwards."""
-        return self._count(~self.stays)
+        return _reduced(np.add, (~self.stays).astype(np.int32))
 
     def n_before(self) -> NDArray[np.int32]:
         """Return how many weights of each run were zero already."""
-        return self._count(self.magnitudes == 0)
+        return _reduced(np.add, (self.magnitudes == 0).astype(np.int32))
 
     def greatest_gone(self) -> NDArray[Any]:
         """Return the greatest magnitude of each run that is gone."""
-        gone = np.where(self.stays, 0, self.magnitudes)
-        found: NDArray[Any] = gone[:, :, 0].copy()
-        for i in range(1, self.length):
-            np.maximum(found, gone[:, :, i], out=found)
-        return found
+        return _reduced(np.maximum, np.where(self.stays, 0, self.magnitudes))
 
     def least_left(self) -> NDArray[Any]:
         """Return the least magnitude of each run that is left."""
-        left = np.where(self.stays, self.magnitudes, np.iinfo(self.magnitudes.dtype).max)
-        found: NDArray[Any] = left[:, :, 0].copy()
-        for i in range(1, self.length):
-            np.minimum(found, left[:, :, i], out=found)
-        return found
+        most = np.iinfo(self.magnitudes.dtype).max
+        return _reduced(np.minimum, np.where(self.stays, self.magnitudes, most))
 
     def squares(self) -> NDArray[np.float64]:
         """Return the sum of squares of each run, added up as when blocks were pruned."""
-        total = np.zeros(self.weights[:, :, 0].shape)
-        for i in range(self.length):
-            total += np.square(self.weights[:, :, i].astype(np.float64))
-        return total
+        return _reduced(np.add, np.square(self.weights.astype(np.float64)))
 
-    def _count(self, flags: NDArray[np.bool_]) -> NDArray[np.int32]:
-        total = np.zeros(flags[:, :, 0].shape, np.int32)
-        for i in range(self.length):
-            total += flags[:, :, i]
-        return total
+
+def _reduced(function: np.ufunc, values: NDArray[Any]) -> NDArray[Any]:
+    """Reduce each run to one number, in order; for short runs, faster than along their axis."""
+    return functools.reduce(function, np.moveaxis(values, 2, 0))
 
 
 def wrong_runs(source: Floats, kept: NDArray[np.bool_], settings: Mapping[str, Any]) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, NamedTuple, NoReturn
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
 
-from milpress.errors import VerificationError
+from milpress.errors import fail_verification as fail
 from milpress.mil import dtypes, values
 from milpress.mil.activation_sites import QuantizationPoints, Setting
 from milpress.mil.graph import Graph, Node, Scope, Use, Value, new_const, new_op
@@ -175,19 +175,19 @@ def strip(graph: ProgramGraph, pairs: Mapping[str, str]) -> list[tuple[str, Para
         quantize, parameters = quantizes[codes]
         dequantize, others = _checked(name, "dequantize", named, graph)
         if others._replace(dtype="") != parameters._replace(dtype=""):
-            _fail(f"{name}: its scale or zero point differs from that of {codes}")
+            fail(f"{name}: its scale or zero point differs from that of {codes}")
         if f"{graph.prefix}{_source(dequantize)}" != codes:
-            _fail(f"{name}: it must take {codes}, got {_source(dequantize)}")
+            fail(f"{name}: it must take {codes}, got {_source(dequantize)}")
         if dequantize.type != _type_of_source(quantize):
-            _fail(f"{name}: its type differs from that of what is quantized")
+            fail(f"{name}: its type differs from that of what is quantized")
         removed.update(dict.fromkeys((quantize, dequantize)))
         stripped.append((name, parameters))
     for node in removed:
         for use in node.uses if node.op.type == "quantize" else ():
             if use.node not in removed:
-                _fail(f"{graph.prefix}{node.name}: its codes have a use other than dequantize")
+                fail(f"{graph.prefix}{node.name}: its codes have a use other than dequantize")
         if node.is_block_output:
-            _fail(f"{graph.prefix}{node.name}: added to the model, but a block returns it")
+            fail(f"{graph.prefix}{node.name}: added to the model, but a block returns it")
     for node in [node for node in removed if node.op.type == "dequantize"]:
         for use in node.uses:
             use.binding.name = _origin(node, graph, removed)
@@ -223,7 +223,7 @@ def _checked(
 ) -> tuple[Node, Parameters]:
     node = named.get(name)
     if node is None or node.op.type != kind or not node.op.inputs["input"].arguments:
-        _fail(f"{name}: the record names this {kind}, which the model does not have")
+        fail(f"{name}: the record names this {kind}, which the model does not have")
     scale, zero_point = graph.constant(node, "scale"), graph.constant(node, "zero_point")
     stored = None if scale is None else values.read(scale, graph.source).values
     dense = _type_of_source(node) if kind == "quantize" else node.type
@@ -234,17 +234,13 @@ def _checked(
         or stored.dtype != dense.dtype.storage
         or not 0 < float(stored) < math.inf
     ):
-        _fail(f"{name}: the scale must be one positive number of the type of the values")
+        fail(f"{name}: the scale must be one positive number of the type of the values")
     point = None if zero_point is None else values.read(zero_point, graph.source).values
     codes = node.type if kind == "quantize" else _type_of_source(node)
     dtype = "" if codes is None else codes.dtype.name
     if dtype not in ("int8", "uint8") or (
         point is not None and (point.size != 1 or point.dtype.name != dtype)
     ):
-        _fail(f"{name}: codes and zero point must be int8 or uint8, one and the same")
+        fail(f"{name}: codes and zero point must be int8 or uint8, one and the same")
     offset = None if point is None else int(point)
     return node, Parameters(stored.reshape(-1)[0], offset, dtype)
-
-
-def _fail(message: str) -> NoReturn:
-    raise VerificationError(message)
