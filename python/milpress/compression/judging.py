@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from milpress.compression.pruned import too_few_zeros, too_many_zeros, wrong_blo
 from milpress.formats import Compressed, Masked, Palette, Quantized, Sparse
 from milpress.formats.fidelity import fidelity
 from milpress.formats.palette import reassigned
-from milpress.formats.rows import Floats, from_rows, packed_mask, unpacked_mask
+from milpress.formats.rows import Floats, packed_mask, spread, unpacked_mask
 from milpress.formats.sparse import n_pruned
 from milpress.mil.records import Promise, Step, promise_of
 
@@ -127,17 +126,17 @@ def _by_vectors(value: Compressed, settings: Mapping[str, Any]) -> Mapping[str, 
 
 def _wrong_zeros(source: Floats, value: Compressed, steps: tuple[Step, ...]) -> str:
     """Judge what is zero in a weight of which more than that may have changed."""
-    found = [i for i, step in enumerate(steps) if "prune" in step]
-    if not found:
+    place = next((i for i, step in enumerate(steps) if "prune" in step), None)
+    if place is None:
         if isinstance(value, Masked) and (source[~value.mask()] != 0).any():
             return "weights that were not zero are dropped"
         return ""
-    settings = steps[found[0]]["prune"]
+    settings = steps[place]["prune"]
     if "feedback" in settings:
         return too_few_zeros(value.dense() == 0, settings)
     if not isinstance(value, Masked):
         return _another_kind(value)
-    if found[0] > 0:
+    if place > 0:
         return _wrong_zeros_of_codes(source, value, steps)
     kept = value.mask()
     if not isinstance(value.value, Palette) or value.value.vector_axis is None:
@@ -185,15 +184,8 @@ def _may_be_zero(source: Floats, inner: Palette | Quantized, coding: Step) -> ND
         if next(iter(coding.values())).keys() & {"range", "feedback"}:
             return np.ones(source.shape, np.bool_)
         # Half a step, and what rounding adds to it, is less than a whole one.
-        steps = from_rows(
-            np.repeat(np.abs(inner.scale).reshape(-1, 1), math.prod(inner.block_shape), axis=1),
-            inner.shape,
-            inner.block_shape,
-        )
-        return np.abs(source) <= steps
-    has_zero = (inner.entries == 0).any(axis=(-2, -1))
-    found = np.broadcast_to(has_zero.reshape(-1, 1), (has_zero.size, math.prod(inner.group_shape)))
-    flags = from_rows(np.ascontiguousarray(found), inner.codes.shape, inner.group_shape)
+        return np.abs(source) <= spread(np.abs(inner.scale), inner.shape)
+    flags = spread((inner.entries == 0).any(axis=(-2, -1)), inner.codes.shape)
     if inner.vector_axis is not None:
         flags = np.repeat(flags, inner.vector_size, inner.vector_axis)
     return flags

@@ -82,8 +82,8 @@ def wrong_runs(source: Floats, kept: NDArray[np.bool_], settings: Mapping[str, A
         expected = np.maximum(_n_of_run(n, m, runs.length), runs.n_before())
         wrong = np.flatnonzero(n_gone != expected)
         if wrong.size:
-            wanted, got = expected.flat[wrong[0]], n_gone.flat[wrong[0]]
-            return _wrong_number(wanted, got, runs.length, axis)
+            i = wrong[0]
+            return _wrong_number(expected.flat[i], n_gone.flat[i], runs.length, axis)
         gone, left = runs.greatest_gone(), runs.least_left()
         wrong = np.flatnonzero(gone > left)
         if wrong.size:
@@ -191,8 +191,8 @@ def too_many_zeros(
             expected = np.maximum(_n_of_run(n, m, length), n_free)
             wrong = np.flatnonzero(n_gone > expected)
             if wrong.size:
-                wanted, got = expected.flat[wrong[0]], n_gone.flat[wrong[0]]
-                return _wrong_number(wanted, got, length, axis)
+                i = wrong[0]
+                return _wrong_number(expected.flat[i], n_gone.flat[i], length, axis)
         return ""
     if "sparsity" not in settings:
         return ""
@@ -242,8 +242,8 @@ def _runs(source: Floats, kept: NDArray[np.bool_], axis: int, length: int) -> It
             yield _Runs(weights, magnitudes, stays & (magnitudes != 0))
 
 
-def _wrong_number(wanted: int, got: int, length: int, axis: int) -> str:
-    return f"{wanted} weights of a run of {length} along axis {axis} must be zero, got {got}"
+def _wrong_number(n_zeros: int, n_found: int, length: int, axis: int) -> str:
+    return f"{n_zeros} weights of a run of {length} along axis {axis} must be zero, got {n_found}"
 
 
 def _too_few_blocks(n_zeros: int, n_found: int) -> str:

@@ -193,12 +193,11 @@ class Palette:
 
     def dense(self) -> Floats:
         """Return the weight, each index replaced by its entry."""
+        codes, luts = self.rows()
         if self.vector_size == 1:
-            codes, luts = self.rows()
             return from_rows(_core.lut_to_dense(codes, luts), self.codes.shape, self.group_shape)
-        rows = to_rows(self.codes, self.group_shape)
-        luts = self.entries.reshape(len(rows), *self.lut.shape[-2:])
-        entries = np.take_along_axis(luts, rows.astype(np.intp)[..., None], axis=1)
+        vectors = luts.reshape(len(codes), -1, self.vector_size)
+        entries = np.take_along_axis(vectors, codes.astype(np.intp)[..., None], axis=1)
         axis = 0 if self.vector_axis is None else self.vector_axis
         return _joined(entries, self.codes.shape, self.group_shape, axis)
 

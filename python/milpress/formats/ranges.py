@@ -153,7 +153,10 @@ class Observer:
         if nonzeros.size:
             self._counted = _union(self._counted, _range_of(nonzeros))
             self._widen(_exponent(self._counted))
-            self._count(nonzeros)
+            # Products with powers of two are exact.
+            places = np.floor(nonzeros.astype(np.float64) * 2.0**-self._exponent).astype(np.int64)
+            first = int(places.min())
+            self._insert(first, np.bincount(places - first))
 
     def _widen(self, exponent: int) -> None:
         """Merge neighbours until bins have that width."""
@@ -167,12 +170,6 @@ class Observer:
             self._counts = pairs.reshape(-1, 2).sum(axis=1)
             self._first //= 2
             self._exponent += 1
-
-    def _count(self, values: NDArray[Any]) -> None:
-        # Products with powers of two are exact.
-        places = np.floor(values.astype(np.float64) * 2.0**-self._exponent).astype(np.int64)
-        first = int(places.min())
-        self._insert(first, np.bincount(places - first))
 
     def _insert(self, first: int, counts: NDArray[np.int64]) -> None:
         """Add counts of neighbouring bins, of which the first has that place."""

@@ -137,6 +137,13 @@ def from_rows(
     return np.ascontiguousarray(whole).reshape(shape)
 
 
+def spread(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return an array of that shape, in which each block has the value of its own."""
+    for axis, size in enumerate(shape):
+        array = np.repeat(array, size // array.shape[axis], axis)
+    return array
+
+
 def normalized_axis(axis: int, rank: int) -> int:
     """Return the axis counted from the front.
 

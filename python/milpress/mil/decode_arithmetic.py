@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 import milpress._core as _core
 from milpress.formats import Palette, Quantized
-from milpress.formats.rows import normalized_axis
+from milpress.formats.rows import normalized_axis, spread
 from milpress.mil.values import Tensor
 
 
@@ -123,11 +123,11 @@ def affine_of(
     n = max(scale.values.size, zero_point.values.size)
     grid = tuple(n if i == axis else 1 for i in range(len(shape)))
 
-    def spread(tensor: Tensor) -> Tensor:
+    def filled(tensor: Tensor) -> Tensor:
         # Kernels take what lies in a row.
         return Tensor(tensor.dtype, np.full(n, tensor.values).reshape(grid))
 
-    return data, spread(scale), spread(zero_point)
+    return data, filled(scale), filled(zero_point)
 
 
 def offset_as(zero_point: Tensor, data: Tensor) -> Tensor | None:
@@ -175,6 +175,4 @@ def look_up(codes: NDArray[Any], lut: Tensor, vector_axis: Tensor | None) -> NDA
 
 def _repeat(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     check_blocks(shape, array.shape[: len(shape)])
-    for axis, size in enumerate(shape):
-        array = np.repeat(array, size // array.shape[axis], axis)
-    return array
+    return spread(array, shape)

@@ -70,7 +70,8 @@ class Weight:
     @property
     def decoded_by(self) -> tuple[str, ...]:
         """Kinds of the ``constexpr_*`` ops that decode it, last first; none if it is dense."""
-        return tuple(_chain(self.node, self.graph))
+        ops = (self.node, *self.parts)
+        return tuple(node.op.type for node in ops if is_constexpr(node))
 
     @property
     def stored(self) -> list[proto.Value]:
@@ -123,15 +124,6 @@ class Weight:
             transposed = bool(self.graph.scalar(node, f"transpose_{parameter}"))
             return (-2, -1) if transposed == (parameter == "y") else (-1, -2)
         return 0, 1
-
-
-def _chain(node: Node, graph: Graph) -> Iterator[str]:
-    if is_constexpr(node):
-        yield node.op.type
-        for parameter in sorted(node.op.inputs):
-            producer = graph.producer(node, parameter)
-            if producer is not None:
-                yield from _chain(producer[0], graph)
 
 
 class Program(NamedTuple):
