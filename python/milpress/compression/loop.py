@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -168,7 +168,8 @@ class _GraphPass:
                 written = self._compressed(job, name)
                 outcome, n_bytes_after = written.outcome, written.n_bytes
                 more = () if self.loop.advice is None else self.loop.advice.notes(job, outcome)
-                decision = decision.carried_out(outcome.treatments, (*outcome.notes, *more))
+                notes = (*decision.notes, *outcome.notes, *more)
+                decision = replace(decision, treatments=outcome.treatments, notes=notes)
                 self._record(weight, name, outcome)
             except UnsupportedError as error:
                 if self.loop.strict:

@@ -16,7 +16,7 @@ from milpress.compression.treating import Job, Outcome
 from milpress.errors import UnsupportedError
 from milpress.formats import Compressed
 from milpress.mil import decode, encode, proto, values
-from milpress.mil.graph import Node, named_bindings
+from milpress.mil.graph import Node, named_bindings, new_const
 from milpress.mil.package import Package
 from milpress.mil.program import Weight
 from milpress.mil.records import bias_digest
@@ -195,7 +195,9 @@ class WeightWriter:
 
     def const(self, tensor: values.Tensor, name: str, file_name: str | None) -> proto.Operation:
         """Return the ``const`` op of a tensor, which is stored in a file, or if small in itself."""
-        return encode.const_of(tensor, name, file_name=file_name, sink=self._sink)
+        value = proto.Value()
+        values.write(value, tensor, file_name=file_name, sink=self._sink)
+        return new_const(name, value)
 
     def decompress(self, weight: Weight) -> int:
         """Turn the ``constexpr`` op of a weight into a ``const``; return the size stored."""

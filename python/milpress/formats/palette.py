@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -327,9 +327,7 @@ def _fitted(
     if isinstance(config.table, Uniform):
         luts = _uniform_tables(rows, bits)
     elif isinstance(config.table, Unique):
-        tables = [distinct(row) for row in rows]
-        bits = _bits_for(max(map(len, tables)))
-        luts = np.stack([np.pad(table, (0, 2**bits - len(table)), "edge") for table in tables])
+        luts, bits = _stacked([distinct(row) for row in rows])
     else:
         row_importance = None if importance is None else to_rows(importance, group_shape)
         luts = kernels_for(None).dispatch(_core.kmeans1d)(rows, 2**bits, row_importance)
@@ -357,9 +355,8 @@ def _vectors(
     bits: int = config.bits or 0
     if isinstance(config.table, Unique):
         tables, indices = zip(*map(distinct_rows, rows), strict=True)
-        bits = _bits_for(max(map(len, tables)))
-        padded = [np.pad(each, ((0, 2**bits - len(each)), (0, 0)), "edge") for each in tables]
-        luts, codes = np.stack(padded), np.stack(indices).astype(np.uint8)
+        luts, bits = _stacked(tables)
+        codes = np.stack(indices).astype(np.uint8)
     else:
         share = None
         if importance is not None:
@@ -450,12 +447,15 @@ def _joined(
     return np.ascontiguousarray(parts).reshape(shape)
 
 
-def _bits_for(n_entries: int) -> int:
+def _stacked(tables: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], int]:
+    """Return tables filled up to one size with their last entries, and the width of an index."""
+    n_entries = max(map(len, tables))
     if n_entries > _MAX_ENTRIES:
         msg = f"a weight must have at most {_MAX_ENTRIES} distinct values, got {n_entries}"
         raise UnsupportedError(msg)
-    widths: tuple[int, ...] = get_args(Bits)
-    return next(bits for bits in widths if 2**bits >= n_entries)
+    bits: int = next(bits for bits in get_args(Bits) if 2**bits >= n_entries)
+    places = np.arange(2**bits)
+    return np.stack([table[places.clip(max=len(table) - 1)] for table in tables]), bits
 
 
 def _channel_scale(array: Floats, output: int) -> NDArray[np.float64]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -241,27 +241,14 @@ def _exponent(seen: Range) -> int:
 
 def _least(seen: Range, codes: QuantizeConfig, cost: Callable[[Range], float]) -> Range:
     """Return the range of least cost among shares of the whole; the widest of equals."""
-    best, least = seen, cost(seen)
-
-    def try_all(ranges: Iterator[Range]) -> None:
-        nonlocal best, least
-        for tried in ranges:
-            new = cost(tried)
-            if new < least:
-                best, least = tried, new
-
+    low, high = seen
     if not codes.offset:
-        bound = max(-seen.low, seen.high)
-        best = Range(-bound, bound)
-        try_all(Range(-bound * share, bound * share) for share in _SHARES[1:])
-        return best
-    try_all(Range(seen.low * share, seen.high * share) for share in _SHARES[1:])
-    if seen.low < 0 < seen.high:
+        low, high = -max(-low, high), max(-low, high)
+    best = min((Range(low * share, high * share) for share in _SHARES), key=cost)
+    if codes.offset and low < 0 < high:
         for _ in range(2):  # either end by itself, and once more
-            low, high = best
-            try_all(Range(seen.low * share, high) for share in _SHARES)
-            low, _ = best
-            try_all(Range(low, seen.high * share) for share in _SHARES)
+            best = min(best, *(Range(low * share, best.high) for share in _SHARES), key=cost)
+            best = min(best, *(Range(best.low, high * share) for share in _SHARES), key=cost)
     return best
 
 

@@ -37,9 +37,10 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 def unpacked(packed: Tensor, bits: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Return the codes that a parameter of iOS16 holds as bytes."""
     n_codes = math.prod(shape)
-    if packed.values.dtype != np.uint8 or packed.values.size != (n_codes * bits + 7) // 8:
+    n_bytes = (n_codes * bits + 7) // 8
+    if packed.values.dtype != np.uint8 or packed.values.size != n_bytes:
         msg = (
-            f"{n_codes} codes of {bits} bits must be {(n_codes * bits + 7) // 8} bytes of uint8, "
+            f"{n_codes} codes of {bits} bits must be {n_bytes} bytes of uint8, "
             f"got {packed.values.size} elements of {packed.dtype.name}"
         )
         raise ValueError(msg)
@@ -165,12 +166,10 @@ def look_up(codes: NDArray[Any], lut: Tensor, vector_axis: Tensor | None) -> NDA
     """Return the entries that codes name, floats or integers."""
     axis = None if vector_axis is None else axis_of(vector_axis, codes.ndim)
     check_blocks(codes.shape, lut.values.shape[:-2])
-    palette = Palette(codes=codes, lut=lut.values, bits=8, vector_axis=axis)
-    if lut.dtype.is_float:
-        return palette.dense()
     # Integer tables are looked up as floats, which hold every 8-bit integer exactly.
-    as_float = Palette(codes=codes, lut=lut.values.astype(np.float32), bits=8, vector_axis=axis)
-    return as_float.dense().astype(lut.values.dtype)
+    entries = lut.values if lut.dtype.is_float else lut.values.astype(np.float32)
+    dense = Palette(codes=codes, lut=entries, bits=8, vector_axis=axis).dense()
+    return dense.astype(lut.values.dtype, copy=False)
 
 
 def _repeat(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:

@@ -23,7 +23,7 @@ from milpress.formats import (
 )
 from milpress.mil import dtypes, proto, values
 from milpress.mil.dtypes import DType
-from milpress.mil.graph import Node, new_const
+from milpress.mil.graph import Node
 from milpress.mil.opset import Opset
 from milpress.mil.values import Tensor, WeightSink
 
@@ -100,15 +100,6 @@ def emit(
     ops[last.role].outputs.add(name=name).type.CopyFrom(node.op.outputs[0].type)
     node.op.CopyFrom(ops[last.role])
     return [ops[each.role] for each in inner]
-
-
-def const_of(
-    tensor: Tensor, name: str, *, file_name: str | None, sink: WeightSink
-) -> proto.Operation:
-    """Return the ``const`` op of a tensor."""
-    value = proto.Value()
-    values.write(value, tensor, file_name=file_name, sink=sink)
-    return new_const(name, value)
 
 
 def payload_bytes(value: Compressed, opset: Opset) -> int:

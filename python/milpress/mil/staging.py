@@ -92,26 +92,21 @@ class Staged:
 
     def copy_rest(self, weight_files: set[str]) -> None:
         """Copy all that is neither the model nor one of the named weight files."""
-        root = self._source.path
         replaced = {self._source.weight_path(name) for name in weight_files}
         replaced.add(self._source.model_path)
         with system_errors(self._destination):
             self.path.mkdir()
-            for folder, subfolders, files in os.walk(root):
-                here = Path(folder)
-                for name in subfolders:
-                    if (here / name).is_symlink():
-                        msg = f"{here / name}: a symbolic link, which a package must not hold"
-                        raise PackageError(msg)
-                    (self.path / here.relative_to(root) / name).mkdir()
-                for name in files:
-                    if here / name in replaced:
-                        continue
-                    if not (here / name).is_file() or (here / name).is_symlink():
-                        msg = f"{here / name}: not a plain file; a package must hold no others"
-                        raise PackageError(msg)
-                    target = self.path / here.relative_to(root) / name
-                    shutil.copyfile(here / name, target)
+            for path in sorted(self._source.path.rglob("*")):
+                if path.is_dir() and path.is_symlink():
+                    msg = f"{path}: a symbolic link, which a package must not hold"
+                    raise PackageError(msg)
+                if path.is_dir():
+                    self._path_of(path).mkdir()
+                elif not path.is_file() or path.is_symlink():
+                    msg = f"{path}: not a plain file; a package must hold no others"
+                    raise PackageError(msg)
+                elif path not in replaced:
+                    shutil.copyfile(path, self._path_of(path))
 
     def write(self, file_name: str, dtype: int, data: NDArray[np.uint8], padding_bits: int) -> int:
         """Append a blob to a weight file and return its offset."""
