@@ -48,19 +48,6 @@ class _Runs:
         """Return how many weights of each run were zero already."""
         return _reduced(np.add, (self.magnitudes == 0).astype(np.int32))
 
-    def greatest_gone(self) -> NDArray[Any]:
-        """Return the greatest magnitude of each run that is gone."""
-        return _reduced(np.maximum, np.where(self.stays, 0, self.magnitudes))
-
-    def least_left(self) -> NDArray[Any]:
-        """Return the least magnitude of each run that is left."""
-        most = np.iinfo(self.magnitudes.dtype).max
-        return _reduced(np.minimum, np.where(self.stays, self.magnitudes, most))
-
-    def squares(self) -> NDArray[np.float64]:
-        """Return the sum of squares of each run, added up as when blocks were pruned."""
-        return _reduced(np.add, np.square(self.weights.astype(np.float64)))
-
 
 def _reduced(function: np.ufunc, values: NDArray[Any]) -> NDArray[Any]:
     """Reduce each run to one number, in order; for short runs, faster than along their axis."""
@@ -84,11 +71,14 @@ def wrong_runs(source: Floats, kept: NDArray[np.bool_], settings: Mapping[str, A
         if wrong.size:
             i = wrong[0]
             return _wrong_number(expected.flat[i], n_gone.flat[i], runs.length, axis)
-        gone, left = runs.greatest_gone(), runs.least_left()
-        wrong = np.flatnonzero(gone > left)
+        most = np.iinfo(runs.magnitudes.dtype).max
+        greatest_gone = _reduced(np.maximum, np.where(runs.stays, 0, runs.magnitudes))
+        least_left = _reduced(np.minimum, np.where(runs.stays, runs.magnitudes, most))
+        wrong = np.flatnonzero(greatest_gone > least_left)
         if wrong.size:
             greater, less = (
-                bits.reshape(-1)[wrong[:1]].view(source.dtype)[0] for bits in (gone, left)
+                bits.reshape(-1)[wrong[:1]].view(source.dtype)[0]
+                for bits in (greatest_gone, least_left)
             )
             return f"{greater} was pruned, {less} of the same run along axis {axis} was not"
     return ""
@@ -110,7 +100,8 @@ def wrong_blocks(source: Floats, kept: NDArray[np.bool_], settings: Mapping[str,
         stays = n_gone < runs.length
         if (stays & (n_gone > runs.n_before())).any():
             return f"a block of {size} along axis {axis} is pruned in part"
-        squares.append(runs.squares().reshape(-1))
+        # Added up as when blocks were pruned.
+        squares.append(_reduced(np.add, np.square(runs.weights.astype(np.float64))).reshape(-1))
         sizes.append(np.full(stays.size, runs.length))
         stay.append(stays.reshape(-1))
     return _wrong_choice(

@@ -186,10 +186,10 @@ class Palette:
 
     def vector_rows(self, weight: Floats) -> Floats:
         """Return a weight's vectors in the order of the indices of `rows`."""
-        axis = 0 if self.vector_axis is None else self.vector_axis
-        _, vectors = split_vectors(weight, self.vector_size, axis, self.group_shape)
-        rows: Floats = vectors.reshape(len(vectors), -1)
-        return rows
+        _, vectors = split_vectors(
+            weight, self.vector_size, self.vector_axis or 0, self.group_shape
+        )
+        return vectors.reshape(len(vectors), -1)
 
     def dense(self) -> Floats:
         """Return the weight, each index replaced by its entry."""
@@ -198,8 +198,7 @@ class Palette:
             return from_rows(_core.lut_to_dense(codes, luts), self.codes.shape, self.group_shape)
         vectors = luts.reshape(len(codes), -1, self.vector_size)
         entries = np.take_along_axis(vectors, codes.astype(np.intp)[..., None], axis=1)
-        axis = 0 if self.vector_axis is None else self.vector_axis
-        return _joined(entries, self.codes.shape, self.group_shape, axis)
+        return _joined(entries, self.codes.shape, self.group_shape, self.vector_axis or 0)
 
 
 def palettize(

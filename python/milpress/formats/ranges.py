@@ -163,10 +163,8 @@ class Observer:
         if not self._counts.size:
             self._exponent = exponent
         while self._exponent < exponent:
-            start = self._first % 2
-            n_pairs = (start + self._counts.size + 1) // 2
-            pairs = np.zeros(2 * n_pairs, np.int64)
-            pairs[start : start + self._counts.size] = self._counts
+            before = self._first % 2
+            pairs = np.pad(self._counts, (before, (before + self._counts.size) % 2))
             self._counts = pairs.reshape(-1, 2).sum(axis=1)
             self._first //= 2
             self._exponent += 1
@@ -176,14 +174,11 @@ class Observer:
         if not self._counts.size:
             self._first = first
         begin = min(self._first, first)
-        end = max(self._first + self._counts.size, first + counts.size)
-        if end - begin > self._counts.size:
-            grown = np.zeros(end - begin, np.int64)
-            start = self._first - begin
-            grown[start : start + self._counts.size] = self._counts
-            self._first, self._counts = begin, grown
-        start = first - self._first
-        self._counts[start : start + counts.size] += counts
+        end = self._first + self._counts.size
+        n_behind = max(first + counts.size - end, 0)
+        self._counts = np.pad(self._counts, (self._first - begin, n_behind))
+        self._first = begin
+        self._counts[first - begin : first - begin + counts.size] += counts
 
     def range(self, config: CalibrationConfig, codes: QuantizeConfig) -> Range | None:
         """Return the range of what was seen, for codes of a kind.

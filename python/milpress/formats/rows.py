@@ -133,7 +133,7 @@ def from_rows(
     grid = block_grid(shape, block_shape)
     rank = len(shape)
     order = [axis for pair in zip(range(rank), range(rank, 2 * rank), strict=True) for axis in pair]
-    whole: NDArray[Any] = rows.reshape(grid + block_shape).transpose(order)
+    whole = rows.reshape(grid + block_shape).transpose(order)
     return np.ascontiguousarray(whole).reshape(shape)
 
 
