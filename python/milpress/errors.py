@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import unicodedata
 from collections.abc import Iterator
+from typing import NoReturn
 
 
 def printable(text: str) -> str:
@@ -123,6 +124,27 @@ class ResultError(CompressionError, ValueError):
 
 class DriverError(CompressionError, RuntimeError):
     """A driver that can do nothing on this machine, or a device that is not there."""
+
+
+def fail_verification(message: str) -> NoReturn:
+    """Raise a `VerificationError`."""
+    raise VerificationError(message)
+
+
+@contextlib.contextmanager
+def package_errors(place: str) -> Iterator[None]:
+    """Say where in a package something is wrong with it.
+
+    Raises
+    ------
+    PackageError
+        If the block raises one, with the place in front.
+    """
+    try:
+        yield
+    except PackageError as error:
+        msg = f"{place}: {error}"
+        raise PackageError(msg) from error
 
 
 @contextlib.contextmanager

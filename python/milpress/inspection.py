@@ -47,31 +47,29 @@ def inspect(source: str | os.PathLike[str]) -> Inspection:
     package = Package(source)
     functions: dict[str, str] = {}
     op_counts: Counter[str] = Counter()
-    found: list[StoredWeight] = []
+    weights: list[StoredWeight] = []
     for graph in package.graphs:
         place = "/".join((*graph.place, graph.function_name))
         functions[place] = graph.opset.target
         op_counts.update(node.op.type for node in graph.nodes if not node.is_stored)
         for weight in graph.weights:
             with weight_errors(weight.name):
-                n_bytes = weight.n_bytes
-            found.append(
-                StoredWeight(
+                stored = StoredWeight(
                     name=weight.name,
                     op_types=weight.op_types,
                     dtype=weight.dtype.name,
                     shape=weight.shape,
                     stored_as=_stored_as(weight.node, graph),
-                    n_bytes=n_bytes,
+                    n_bytes=weight.n_bytes,
                 )
-            )
+            weights.append(stored)
     return Inspection(
         path=str(source),
         package_bytes=n_package_bytes(package.path),
         specification_version=package.model.specificationVersion,
         functions=tuple(functions.items()),
         op_counts=dict(sorted(op_counts.items(), key=lambda item: (-item[1], item[0]))),
-        weights=tuple(found),
+        weights=tuple(weights),
     )
 
 
@@ -81,22 +79,20 @@ def _stored_as(node: Node, graph: Graph) -> str:
         return "dense"
     chain = [_described(node)]
     for key in sorted(node.op.inputs):
-        found = graph.producer(node, key)
-        if found is not None and is_constexpr(found[0]):
-            chain.insert(0, _stored_as(found[0], graph))
+        producer = graph.producer(node, key)
+        if producer is not None and is_constexpr(producer[0]):
+            chain.insert(0, _stored_as(producer[0], graph))
     return " > ".join(dict.fromkeys(chain))
 
 
 def _described(node: Node) -> str:
     kind = str(node.op.type).removeprefix("constexpr_")
     for parameter in _CODES:
-        stored = None
+        stored, binding = None, node.binding(parameter)
         if parameter in node.op.attributes:
             stored = node.op.attributes[parameter]
-        elif parameter in node.op.inputs:
-            bindings = node.op.inputs[parameter].arguments
-            inline = bindings and bindings[0].WhichOneof("choice") == "value"
-            stored = bindings[0].value if inline else None
+        elif binding is not None and binding.WhichOneof("choice") == "value":
+            stored = binding.value
         if stored is not None:
             return f"{kind} {values.stored_type(stored).dtype.name}"
     return kind

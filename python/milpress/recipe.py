@@ -121,12 +121,13 @@ class Step:
 
         Kinds that nothing is said for are left out.
         """
-        found: list[tuple[str, Treatment | Keep, int]] = []
-        for kind in op_types:
-            is_meant = self.treatment is not None and self.select.matches(name, (kind,))
-            if is_meant or any(rule.select.matches(name, (kind,)) for rule in self.rules):
-                found.append((kind, *self.treatment_for(name, (kind,))))
-        return found
+        selects = [rule.select for rule in self.rules]
+        selects.extend([] if self.treatment is None else [self.select])
+        return [
+            (kind, *self.treatment_for(name, (kind,)))
+            for kind in op_types
+            if any(select.matches(name, (kind,)) for select in selects)
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,8 +216,8 @@ class Recipe:
 
     def treatments_for(self, name: str, op_types: Sequence[str]) -> list[tuple[Treatment, int]]:
         """Return the treatments of a weight, in order, and the least size each applies to."""
-        found = (step.treatment_for(name, op_types) for step in self.steps)
-        return [(chosen, least) for chosen, least in found if not isinstance(chosen, Keep)]
+        choices = (step.treatment_for(name, op_types) for step in self.steps)
+        return [(chosen, least) for chosen, least in choices if not isinstance(chosen, Keep)]
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> Recipe:

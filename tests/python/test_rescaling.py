@@ -16,7 +16,7 @@ from small_models import TARGETS, linear, save, weight
 
 import milpress
 from milpress import formats as f
-from milpress.compression.rescaling import _check, _Made
+from milpress.compression.rescaling import _Behind, _check
 from milpress.errors import ConfigError, UnsupportedError, VerificationError
 from milpress.interpreter import load
 from milpress.mil.package import Package
@@ -169,7 +169,7 @@ def test_a_result_that_is_not_the_same_is_noticed(tmp_path):
     (graph,) = package.graphs
     (layer,) = made.rescaled
     scale = next(n.name for n in graph.nodes if n.name.startswith("linear_scale"))
-    names = {layer.name: _Made(None, scale)}
+    names = {layer.name: _Behind(None, scale)}
     # The bias is not among what is multiplied again, so it is another.
     with pytest.raises(VerificationError, match="does not give back the original bit for bit"):
         _check(Package(source), Package(out), names)

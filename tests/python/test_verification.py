@@ -446,7 +446,7 @@ def scales_of_another_type(e: Edited) -> None:
     """Decode to another type than what the op says that it makes."""
     stored = use(e.op("both_quantized"), "scale").value
     numbers = values.read(stored, e.package).values.astype(np.float32)
-    values.write_numbers(stored, "float32", numbers)
+    stored.CopyFrom(values.immediate(numbers))
 
 
 @pytest.mark.parametrize("is_recorded", [True, False])

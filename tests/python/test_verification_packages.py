@@ -215,7 +215,7 @@ def change_scale(number: float) -> Callable[[Edited], None]:
     def change(e: Edited) -> None:
         codes, _ = pair_of(e)
         stored = e.op(use(codes, "scale").name).attributes["val"]
-        values.write_numbers(stored, "float16", np.float16(number))
+        stored.CopyFrom(values.immediate(np.float16(number)))
 
     change.__name__ = f"a_scale_of_{number}"
     return change
@@ -224,13 +224,13 @@ def change_scale(number: float) -> Callable[[Edited], None]:
 def a_scale_of_another_type(e: Edited) -> None:
     codes, _ = pair_of(e)
     stored = e.op(use(codes, "scale").name).attributes["val"]
-    values.write_numbers(stored, "float32", np.float32(0.125))
+    stored.CopyFrom(values.immediate(np.float32(0.125)))
 
 
 def a_zero_point_of_another_type(e: Edited) -> None:
     codes, _ = pair_of(e)
     stored = e.op(use(codes, "zero_point").name).attributes["val"]
-    values.write_numbers(stored, "int8", np.int8(3))
+    stored.CopyFrom(values.immediate(np.int8(3)))
 
 
 def codes_of_another_type(e: Edited) -> None:

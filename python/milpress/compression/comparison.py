@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from milpress.compression.judging import is_pruned, judge
-from milpress.errors import VerificationError, weight_errors
+from milpress.errors import fail_verification as fail
+from milpress.errors import weight_errors
 from milpress.formats import Sparse
 from milpress.formats.fidelity import fidelity
 from milpress.kernels.threads import in_order
@@ -54,11 +55,6 @@ class WeightCheck:
     def snr_db(self) -> float:
         """Signal-to-noise ratio in dB, infinite where the weight is equal."""
         return decibels(self.signal, self.noise) or 0.0
-
-
-def fail(message: str) -> NoReturn:
-    """Raise a `VerificationError`."""
-    raise VerificationError(message)
 
 
 def paired(left: Sequence[_T], right: Sequence[_T], what: str) -> Iterator[tuple[_T, _T]]:
@@ -105,9 +101,9 @@ class Comparison:
         pairs = [(node, self._matches[node]) for node in left.nodes if node in to_check]
         checks = in_order(lambda pair: self._check_stored(*pair), pairs)
         with contextlib.closing(checks):
-            found = list(checks)
-        self.n_unchanged += sum(check for check in found if isinstance(check, int))
-        return [check for check in found if isinstance(check, WeightCheck)]
+            outcomes = list(checks)
+        self.n_unchanged += sum(each for each in outcomes if isinstance(each, int))
+        return [each for each in outcomes if isinstance(each, WeightCheck)]
 
     def _match_blocks(self, one: Scope, other: Scope) -> None:
         same = [
@@ -128,9 +124,8 @@ class Comparison:
     def _match_names(
         self, name: str, scope: Scope, other_name: str, other_scope: Scope, where: str
     ) -> None:
-        found, other_found = scope.find(name), other_scope.find(other_name)
-        node = None if found is None else found[0]
-        other = None if other_found is None else other_found[0]
+        node, _ = scope.find(name) or (None, None)
+        other, _ = other_scope.find(other_name) or (None, None)
         if node is not None and other is not None and node.is_stored and other.is_stored:
             same = self._matches.setdefault(node, other) is other
             if not same or self._sources.setdefault(other, node) is not node:
@@ -240,10 +235,10 @@ class Comparison:
     def _parts(self, node: Node, side: int) -> Iterator[Node]:
         """Yield the stored ops that an op decodes from."""
         for key in sorted(node.op.inputs):
-            found = self._graphs[side].producer(node, key)
-            if found is not None:
-                yield found[0]
-                yield from self._parts(found[0], side)
+            producer = self._graphs[side].producer(node, key)
+            if producer is not None:
+                yield producer[0]
+                yield from self._parts(producer[0], side)
 
     def _check_stored(self, one: Node, other: Node) -> WeightCheck | int:
         """Return what was found of a weight, or how many values are unchanged."""
@@ -265,12 +260,9 @@ class Comparison:
         if not steps:
             fail(f"{name}: changed, though the record says nothing was done to it")
         promise = promise_of(steps)
-        if (
-            promise != "pruned"
-            and is_compressed(one, self._graphs[0])
-            and not self._was_only_pruned(one)
-        ):
-            promise = "none"
+        if promise != "pruned" and is_compressed(one, self._graphs[0]):
+            was_only_pruned = isinstance(self._graphs[0].decoder.value(one), Sparse)
+            promise = promise if was_only_pruned else "none"
         return self._check_promise(source, other, name, promise, steps)
 
     def _steps(self, name: str) -> tuple[Step, ...]:
@@ -283,9 +275,6 @@ class Comparison:
         if record.steps[: len(before)] != before:
             fail(f"{name}: its record does not continue the record of the source")
         return record.steps[len(before) :]
-
-    def _was_only_pruned(self, one: Node) -> bool:
-        return isinstance(self._graphs[0].decoder.value(one), Sparse)
 
     def _check_unchanged(self, one: Node, other: Node, name: str) -> int:
         if one.op.type != other.op.type or one.name != other.name or one.type != other.type:

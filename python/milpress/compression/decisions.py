@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from milpress.compression.report import Status
 from milpress.compression.requests import Request, Requests, settled_request
@@ -35,7 +35,7 @@ class Decision:
     weight: Weight
     status: Status
     treatments: tuple[Treatment, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
     settled: str = ""
     conflict: str = ""
 
@@ -43,10 +43,6 @@ class Decision:
     def note(self) -> str:
         """All notes in one text, and how the request came about."""
         return "; ".join((*self.notes, *([self.settled] if self.settled else [])))
-
-    def carried_out(self, treatments: tuple[Treatment, ...], notes: tuple[str, ...]) -> Decision:
-        """Return the decision as it was carried out, and why some treatments were not."""
-        return replace(self, treatments=treatments, notes=(*self.notes, *notes))
 
     def left(self, note: str) -> Decision:
         """Return the decision to leave the weight as it is although it was selected."""
@@ -280,12 +276,9 @@ def _is_larger(weight: Weight, treatment: PalettizeConfig, axis: int) -> bool:
 
 def _vectors_suit(weight: Weight, vector_size: int, axis: int) -> bool:
     """Whether no vector reaches from one group of a grouped convolution into the next."""
-    for use in weight.node.uses:
-        if use.node.op.type in ("conv", "conv_transpose"):
-            n_groups = weight.graph.scalar(use.node, "groups") or 1
-            if weight.shape[axis] // n_groups % vector_size:
-                return False
-    return True
+    convs = [use.node for use in weight.node.uses if use.node.op.type in ("conv", "conv_transpose")]
+    n_groups = [weight.graph.scalar(conv, "groups") or 1 for conv in convs]
+    return all(weight.shape[axis] // n % vector_size == 0 for n in n_groups)
 
 
 def _fit_blocks(

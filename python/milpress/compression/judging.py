@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from milpress.compression.pruned import too_few_zeros, too_many_zeros, wrong_blo
 from milpress.formats import Compressed, Masked, Palette, Quantized, Sparse
 from milpress.formats.fidelity import fidelity
 from milpress.formats.palette import reassigned
-from milpress.formats.rows import Floats, from_rows
+from milpress.formats.rows import Floats, packed_mask, spread, unpacked_mask
 from milpress.formats.sparse import n_pruned
 from milpress.mil.records import Promise, Step, promise_of
 
@@ -112,14 +111,10 @@ def _judge_pruned(source: Floats, value: Compressed, settings: Mapping[str, Any]
         bitmask, nonzeros = value.bitmask, value.nonzeros
     elif isinstance(value, Masked):
         kept = value.mask()
-        bitmask, nonzeros = _packed(kept), value.dense()[kept]
+        bitmask, nonzeros = packed_mask(kept), value.dense()[kept]
     else:
         return Judgement(0.0, 0.0, _another_kind(value))
     return _judge_zeros(source, bitmask, nonzeros, _by_vectors(value, settings))
-
-
-def _packed(kept: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    return _core.pack(np.ascontiguousarray(kept).view(np.uint8).reshape(-1), 1)
 
 
 def _by_vectors(value: Compressed, settings: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -131,21 +126,21 @@ def _by_vectors(value: Compressed, settings: Mapping[str, Any]) -> Mapping[str, 
 
 def _wrong_zeros(source: Floats, value: Compressed, steps: tuple[Step, ...]) -> str:
     """Judge what is zero in a weight of which more than that may have changed."""
-    found = [i for i, step in enumerate(steps) if "prune" in step]
-    if not found:
+    place = next((i for i, step in enumerate(steps) if "prune" in step), None)
+    if place is None:
         if isinstance(value, Masked) and (source[~value.mask()] != 0).any():
             return "weights that were not zero are dropped"
         return ""
-    settings = steps[found[0]]["prune"]
+    settings = steps[place]["prune"]
     if "feedback" in settings:
         return too_few_zeros(value.dense() == 0, settings)
     if not isinstance(value, Masked):
         return _another_kind(value)
-    if found[0] > 0:
+    if place > 0:
         return _wrong_zeros_of_codes(source, value, steps)
     kept = value.mask()
     if not isinstance(value.value, Palette) or value.value.vector_axis is None:
-        return _judge_zeros(source, _packed(kept), source[kept], settings).wrong
+        return _judge_zeros(source, packed_mask(kept), source[kept], settings).wrong
     # A vector stays if one of its weights does.
     zero = source == 0
     if "threshold" in settings and (np.abs(source[~kept]) > _limit(source, settings)).any():
@@ -189,15 +184,8 @@ def _may_be_zero(source: Floats, inner: Palette | Quantized, coding: Step) -> ND
         if next(iter(coding.values())).keys() & {"range", "feedback"}:
             return np.ones(source.shape, np.bool_)
         # Half a step, and what rounding adds to it, is less than a whole one.
-        steps = from_rows(
-            np.repeat(np.abs(inner.scale).reshape(-1, 1), math.prod(inner.block_shape), axis=1),
-            inner.shape,
-            inner.block_shape,
-        )
-        return np.abs(source) <= steps
-    has_zero = (inner.entries == 0).any(axis=(-2, -1))
-    found = np.broadcast_to(has_zero.reshape(-1, 1), (has_zero.size, math.prod(inner.group_shape)))
-    flags = from_rows(np.ascontiguousarray(found), inner.codes.shape, inner.group_shape)
+        return np.abs(source) <= spread(np.abs(inner.scale), inner.shape)
+    flags = spread((inner.entries == 0).any(axis=(-2, -1)), inner.codes.shape)
     if inner.vector_axis is not None:
         flags = np.repeat(flags, inner.vector_size, inner.vector_axis)
     return flags
@@ -220,7 +208,7 @@ def _judge_zeros(
     if n_changed:
         wrong = f"{n_changed} weights that were not pruned are changed"
     elif settings.keys() & {"n_m", "block_size"}:
-        kept = _core.unpack(bitmask, 1, flat.size).view(np.bool_).reshape(source.shape)
+        kept = unpacked_mask(bitmask, source.shape)
         judge_choice = wrong_runs if "n_m" in settings else wrong_blocks
         wrong = judge_choice(source, kept, settings)
     elif "sparsity" in settings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -70,9 +70,8 @@ class Loop:
         n_done, n_bytes = 0, sum(sizes.values())
         results = in_order(self._result, jobs.items(), _n_threads(jobs.values()))
         with contextlib.closing(results):
-            outcomes = _Outcomes(results)
             for graph in self.package.graphs:
-                graph_pass = _GraphPass(self, graph, writer, records, jobs, outcomes)
+                graph_pass = _GraphPass(self, graph, writer, records, jobs, results)
                 for node in graph.nodes:
                     decision = self.decisions.get(node)
                     if decision is None:
@@ -120,19 +119,6 @@ class Loop:
             return node, error
 
 
-class _Outcomes:
-    """Outcomes by the op that holds the weight; they are made ahead, in the order of the jobs."""
-
-    def __init__(self, results: Iterator[tuple[Node, _Result]]) -> None:
-        self._results = results
-
-    def __getitem__(self, node: Node) -> Outcome:
-        result = next(result for key, result in self._results if key is node)
-        if not isinstance(result, Outcome):
-            raise result or KeyError(node)
-        return result
-
-
 @dataclass(slots=True)
 class _GraphPass:
     """What one graph stores, written in order; corrected biases and parts come last."""
@@ -142,7 +128,8 @@ class _GraphPass:
     writer: WeightWriter
     records: WeightRecords
     jobs: Mapping[Node, Job]
-    outcomes: _Outcomes
+    # What came of each job; made ahead, in their order.
+    results: Iterator[tuple[Node, _Result]]
     # The ops from which compressed weights that are treated are decoded.
     parts: dict[Node, None] = field(init=False)
     unwritten: set[Node] = field(init=False)
@@ -181,7 +168,8 @@ class _GraphPass:
                 written = self._compressed(job, name)
                 outcome, n_bytes_after = written.outcome, written.n_bytes
                 more = () if self.loop.advice is None else self.loop.advice.notes(job, outcome)
-                decision = decision.carried_out(outcome.treatments, (*outcome.notes, *more))
+                notes = (*decision.notes, *outcome.notes, *more)
+                decision = replace(decision, treatments=outcome.treatments, notes=notes)
                 self._record(weight, name, outcome)
             except UnsupportedError as error:
                 if self.loop.strict:
@@ -227,12 +215,18 @@ class _GraphPass:
             written = self.writer.repeat(job)
             if written is None:
                 # Nothing is made of a repeated weight; here the one before it was left as it was.
-                node = job.weight.node
-                outcome = self.loop.make(job) if job.is_repeated else self.outcomes[node]
+                outcome = self.loop.make(job) if job.is_repeated else self._outcome(job)
                 written = self.writer.compress(job, outcome, may_grow=self.loop.may_grow)
         if written.outcome.notes and self.loop.strict:
             raise UnsupportedError("; ".join(written.outcome.notes))
         return written
+
+    def _outcome(self, job: Job) -> Outcome:
+        node = job.weight.node
+        result = next(result for key, result in self.results if key is node)
+        if not isinstance(result, Outcome):
+            raise result or KeyError(node)
+        return result
 
     def _record(self, weight: Weight, name: str, outcome: Outcome) -> None:
         for use in weight.node.uses:

@@ -85,10 +85,10 @@ class RecipeRequests:
 
     def request(self, weight: Weight) -> Request:
         """Return the treatments of all steps that mean the weight."""
-        found = self.recipe.treatments_for(weight.name, weight.op_types)
+        chosen = self.recipe.treatments_for(weight.name, weight.op_types)
         request = Request(
-            treatments=tuple(treatment for treatment, _ in found),
-            min_size=max((min_size for _, min_size in found), default=0),
+            treatments=tuple(treatment for treatment, _ in chosen),
+            min_size=max((min_size for _, min_size in chosen), default=0),
         )
         if len(weight.op_types) < 2 or weight.size < request.min_size:
             return request

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from milpress.compression.run import Run
 from milpress.compression.writer import WeightWriter, is_own, rewriting
-from milpress.errors import ConfigError, UnsupportedError, VerificationError
-from milpress.mil import decode, proto, values
-from milpress.mil.graph import Node
+from milpress.errors import ConfigError, UnsupportedError, fail_verification
+from milpress.mil import decode, values
+from milpress.mil.graph import Node, new_op
 from milpress.mil.package import Package
 from milpress.mil.program import ProgramGraph, Weight
 from milpress.plain import json, patterns
@@ -159,7 +159,7 @@ def rescale(
     package = Package(source)
     layers: list[RescaledLayer] = []
     with rewriting(package, destination, Run(force=force)) as writer:
-        made: dict[str, _Made] = {}
+        behind: dict[str, _Behind] = {}
         for graph in package.graphs:
             changes = []
             for weight in graph.weights:
@@ -169,12 +169,12 @@ def rescale(
                     change, layer = _change(weight, largest)
                     layers.append(layer)
                     changes.extend([] if change is None else [change])
-            made |= _apply(graph, changes, writer)
-        if not made:
+            behind |= _apply(graph, changes, writer)
+        if not behind:
             reasons = "; ".join(f"{layer.name}: {layer.reason}" for layer in layers[:3])
             msg = f"{package.path}: no weight can be rescaled ({reasons})"
             raise UnsupportedError(msg)
-        writer.commit(functools.partial(_check, made=made))
+        writer.commit(functools.partial(_check, behind=behind))
     return Rescaling(
         source=str(source),
         destination=str(destination),
@@ -192,8 +192,8 @@ class _Change(NamedTuple):
     scales: NDArray[np.float64]
 
 
-class _Made(NamedTuple):
-    """What came of a layer: names of its bias and of the op behind it."""
+class _Behind(NamedTuple):
+    """Names of a rescaled layer's bias, and of the scales that it is multiplied by."""
 
     bias: str | None
     scale: str
@@ -221,7 +221,7 @@ def _change(weight: Weight, largest: int) -> tuple[_Change | None, RescaledLayer
             with np.errstate(over="ignore"):
                 if not np.isfinite((given / scales).astype(given.dtype)).all():
                     reason = f"its bias would exceed {given.dtype}"
-    made = RescaledLayer(
+    report = RescaledLayer(
         name=weight.name,
         op_type=kind,
         n_channels=int((scales < 1).sum()),
@@ -229,18 +229,18 @@ def _change(weight: Weight, largest: int) -> tuple[_Change | None, RescaledLayer
         reason=reason,
     )
     if reason or layer is None:
-        return None, made
-    return _Change(weight, layer, bias, scales), made
+        return None, report
+    return _Change(weight, layer, bias, scales), report
 
 
 def _bias(weight: Weight, layer: Node) -> tuple[Node | None, str]:
     """Return the constant that is the layer's bias, or why the layer can't be rescaled."""
-    if "bias" not in layer.op.inputs or not layer.op.inputs["bias"].arguments:
+    if layer.binding("bias") is None:
         return None, ""
-    found = weight.graph.producer(layer, "bias")
-    if found is None or found[0].op.type != "const" or not is_own(found[0]):
+    producer = weight.graph.producer(layer, "bias")
+    if producer is None or producer[0].op.type != "const" or not is_own(producer[0]):
         return None, "its bias is not a constant of its own"
-    return found[0], ""
+    return producer[0], ""
 
 
 def _scales(weight: NDArray[Any], largest: int) -> NDArray[np.float64]:
@@ -258,7 +258,7 @@ def _scales(weight: NDArray[Any], largest: int) -> NDArray[np.float64]:
     return scales
 
 
-def _apply(graph: ProgramGraph, changes: list[_Change], writer: WeightWriter) -> dict[str, _Made]:
+def _apply(graph: ProgramGraph, changes: list[_Change], writer: WeightWriter) -> dict[str, _Behind]:
     """Write what a graph stores, rescaled or as it is, and put the ops behind the layers."""
     divided: dict[Node, NDArray[np.float64]] = {}
     for change in changes:
@@ -269,11 +269,13 @@ def _apply(graph: ProgramGraph, changes: list[_Change], writer: WeightWriter) ->
     for node in graph.nodes:
         if node in divided:
             tensor = graph.decoder.dense(node)
-            made = (tensor.values / divided[node]).astype(tensor.values.dtype)
-            writer.store_const(values.Tensor(tensor.dtype, made), node, _file_of(node))
+            quotient = (tensor.values / divided[node]).astype(tensor.values.dtype)
+            stored = node.op.attributes["val"]
+            file_name = stored.blobFileValue.fileName if values.is_blob(stored) else None
+            writer.store_const(values.Tensor(tensor.dtype, quotient), node, file_name)
         else:
             writer.copy(node)
-    found: dict[str, _Made] = {}
+    behind: dict[str, _Behind] = {}
     for change in changes:
         node = change.layer
         kind = node.type
@@ -285,31 +287,23 @@ def _apply(graph: ProgramGraph, changes: list[_Change], writer: WeightWriter) ->
         scale = writer.const(tensor, scale_name, None)
         layer = type(node.op).FromString(node.op.SerializeToString())
         layer.outputs[0].name = graph.unique_name(f"{node.name}_unscaled")
-        product = proto.Operation(type="mul")
-        product.attributes["name"].CopyFrom(values.string(graph.unique_name(f"{node.name}_scaled")))
-        product.inputs["x"].arguments.add(name=layer.outputs[0].name)
-        product.inputs["y"].arguments.add(name=scale_name)
-        product.outputs.add(name=node.name).type.CopyFrom(node.op.outputs[0].type)
+        product_name = graph.unique_name(f"{node.name}_scaled")
+        product = new_op("mul", product_name, x=layer.outputs[0].name, y=scale_name)
+        product.outputs[0].CopyFrom(node.op.outputs[0])
         graph.insert_before(node, [scale, layer])
         node.op.CopyFrom(product)
         bias = None if change.bias is None else change.bias.name
-        found[change.weight.name] = _Made(bias, scale_name)
+        behind[change.weight.name] = _Behind(bias, scale_name)
     graph.apply()
-    return found
+    return behind
 
 
-def _file_of(node: Node) -> str | None:
-    """Return the weight file of a constant; ``None`` if it is stored in the model."""
-    value = node.op.attributes["val"]
-    return value.blobFileValue.fileName if values.is_blob(value) else None
-
-
-def _check(original: Package, rescaled: Package, made: dict[str, _Made]) -> None:
+def _check(original: Package, rescaled: Package, behind: dict[str, _Behind]) -> None:
     """Check that what is stored, multiplied again, is the original's to the last bit."""
     for left, right in zip(original.graphs, rescaled.graphs, strict=True):
         before, after = dict(_constants(left)), dict(_constants(right))
         factors: dict[str, NDArray[np.floating]] = {}
-        for name, layer in made.items():
+        for name, layer in behind.items():
             own = name.removeprefix(left.prefix)
             if name.startswith(left.prefix) and own in before and layer.scale in after:
                 scales = right.decoder.dense(after.pop(layer.scale)).values.reshape(-1)
@@ -318,31 +312,25 @@ def _check(original: Package, rescaled: Package, made: dict[str, _Made]) -> None
                 if layer.bias is not None:
                     factors[layer.bias] = scales
         if before.keys() != after.keys():
-            msg = f"{left.prefix}: constants were added or removed"
-            raise VerificationError(msg)
+            fail_verification(f"{left.prefix}: constants were added or removed")
         for name, node in before.items():
             one = left.decoder.dense(node).values
             other = right.decoder.dense(after[name]).values
             if name in factors:
                 other = (other * factors[name]).astype(one.dtype)
             if one.shape != other.shape or one.tobytes() != np.ascontiguousarray(other).tobytes():
-                msg = (
+                fail_verification(
                     f"{left.prefix}{name}: the rescaled weight does not give back the original "
                     "bit for bit"
                 )
-                raise VerificationError(msg)
         computing = [
             [node.op.type for node in graph.nodes if not node.is_stored] for graph in (left, right)
         ]
-        if sorted(computing[0] + ["mul"] * _n_layers(factors, made, left)) != sorted(computing[1]):
-            msg = f"{left.prefix}: a mul must be behind each rescaled layer and nothing else"
-            raise VerificationError(msg)
-
-
-def _n_layers(
-    factors: dict[str, NDArray[np.floating]], made: dict[str, _Made], graph: ProgramGraph
-) -> int:
-    return sum(f"{graph.prefix}{name}" in made for name in factors)
+        n_layers = sum(f"{left.prefix}{name}" in behind for name in factors)
+        if sorted(computing[0] + ["mul"] * n_layers) != sorted(computing[1]):
+            fail_verification(
+                f"{left.prefix}: a mul must be behind each rescaled layer and nothing else"
+            )
 
 
 def _constants(graph: ProgramGraph) -> Iterator[tuple[str, Node]]:

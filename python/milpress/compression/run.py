@@ -17,18 +17,8 @@ class Run:
 
     Parameters
     ----------
-    verify
-        Whether the result is read back and compared with the source.
-    progress
-        Called with bytes done, bytes in all and the name of the weight at hand.
-    threads
-        Threads to use; ``None`` for MILPRESS_NUM_THREADS or the number of cores.
-    device
-        Where the kernels run.
-    force
-        Whether an existing package at the destination is replaced.
-    dry_run
-        Whether to compute the report only and write nothing.
+    verify, progress, threads, device, force, dry_run
+        As of `milpress.compress`.
     """
 
     verify: bool = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -51,33 +52,24 @@ def settle(weight: Weight, asked: Sequence[Asked]) -> Settled:
     distinct = {each.treatments: each for each in reversed(asked)}
     if len(distinct) == 1:
         return Settled(asked[0].treatments)
-    found = [each for each in asked if distinct[each.treatments] is each]
+    differing = [each for each in asked if distinct[each.treatments] is each]
     # Steps that all begin with are no matter of dispute.
-    n_same = _n_same([each.treatments for each in found])
-    rests = [Asked(each.by, each.treatments[n_same:]) for each in found]
+    columns = zip(*(each.treatments for each in differing), strict=False)
+    n_same = len(list(itertools.takewhile(lambda alike: len(set(alike)) == 1, columns)))
+    rests = [Asked(each.by, each.treatments[n_same:]) for each in differing]
     kept = [_kept(each, weight, rests) for each in rests]
     if any(each is None for each in kept):
-        words = "; ".join(each.words for each in found)
+        words = "; ".join(each.words for each in differing)
         return Settled((), f"left, as it can't be told which of these keeps more of it: {words}")
-    best = max(range(len(found)), key=lambda i: (kept[i], -i))
-    chosen = found.pop(best)
-    others = "; ".join(each.words for each in found)
+    best = max(range(len(differing)), key=lambda i: (kept[i], -i))
+    chosen = differing.pop(best)
+    others = "; ".join(each.words for each in differing)
     what = _words(chosen.treatments) if chosen.treatments else "left"
     return Settled(chosen.treatments, f"{what}, as {chosen.by} asks; {others}")
 
 
 def _words(treatments: Sequence[Treatment]) -> str:
     return ", then ".join(map(describe, treatments))
-
-
-def _n_same(sequences: Sequence[Sequence[Treatment]]) -> int:
-    """Return how many items all sequences begin with alike."""
-    n = 0
-    for items in zip(*sequences, strict=False):
-        if len(set(items)) > 1:
-            break
-        n += 1
-    return n
 
 
 def _kept(asked: Asked, weight: Weight, others: Sequence[Asked]) -> tuple[float, ...] | None:

@@ -81,14 +81,14 @@ def treat(job: Job, kernels: Kernels) -> Outcome:
 def _treat(job: Job, kernels: Kernels) -> Outcome:
     weight = job.weight
     output, inputs = weight.channel_axes or (0, 1)
-    made: Any = None
+    value: Any = None
     if weight.is_compressed:
-        made = weight.value()
-        if made is None:
+        value = weight.value()
+        if value is None:
             msg = "already compressed in a form that milpress can't compress further"
             raise UnsupportedError(msg)
     dense: Any = None
-    if made is None or job.importance is not None or job.correct is not None:
+    if value is None or job.importance is not None or job.correct is not None:
         dense = weight.dense()
     importance = None if job.importance is None else job.importance(dense)
     suffix = ""
@@ -97,14 +97,12 @@ def _treat(job: Job, kernels: Kernels) -> Outcome:
     fed_back: list[bool] = []
     factors = None
     for treatment in job.treatments:
-        source = dense if made is None else made
-        is_fed_back = job.inputs is not None and error_feedback.suits(source, treatment)
+        source = dense if value is None else value
+        is_fed_back = False
         try:
-            if is_fed_back and factors is None:
-                factors = _factors(job, dense)
-            is_fed_back = (
-                is_fed_back and factors is not None and error_feedback.fits(factors, treatment)
-            )
+            if job.inputs is not None and error_feedback.suits(source, treatment):
+                factors = factors or _factors(job, dense)
+                is_fed_back = factors is not None and error_feedback.fits(factors, treatment)
             if is_fed_back and factors is not None:
                 after = error_feedback.compress(source, treatment, factors, importance=importance)
             else:
@@ -119,8 +117,8 @@ def _treat(job: Job, kernels: Kernels) -> Outcome:
         except UnsupportedError as error:
             notes.append(str(error))
             continue
-        suffix = encode.suffixed(suffix, made, treatment)
-        made = after
+        suffix = encode.suffixed(suffix, value, treatment)
+        value = after
         applied.append(treatment)
         fed_back.append(is_fed_back)
     if not applied:
@@ -128,8 +126,8 @@ def _treat(job: Job, kernels: Kernels) -> Outcome:
         raise UnsupportedError(msg)
     corrections: Corrections = {}
     if job.correct is not None:
-        corrections = job.correct(dense.astype(np.float64) - made.dense())
-    return Outcome(made, suffix, tuple(applied), tuple(notes), corrections, tuple(fed_back))
+        corrections = job.correct(dense.astype(np.float64) - value.dense())
+    return Outcome(value, suffix, tuple(applied), tuple(notes), corrections, tuple(fed_back))
 
 
 def _factors(job: Job, values: Floats) -> tuple[Factor, ...] | None:

@@ -7,10 +7,11 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from milpress.compression.comparison import Comparison, WeightCheck, fail, paired
+from milpress.compression.comparison import Comparison, WeightCheck, paired
+from milpress.errors import fail_verification as fail
 from milpress.mil import opset, proto, raising
 from milpress.mil.activation_pairs import strip
-from milpress.mil.package import Package
+from milpress.mil.package import Package, pipeline_models
 from milpress.mil.records import ACTIVATIONS, TREATMENTS, ActivationRecord, WeightRecords, forget
 from milpress.plain import json
 from milpress.plain.files import system_errors
@@ -147,13 +148,13 @@ def _without_pairs(original: Package, compressed: Package) -> int:
     n_pairs = 0
     for package, mine, other in zip((original, compressed), records, records[::-1], strict=True):
         pairs = {name: codes for name, codes in mine.items() if name not in other}
-        found = (
-            [name for graph in package.graphs for name, _ in strip(graph, pairs)] if pairs else []
-        )
-        missing = sorted(pairs.keys() - set(found))
+        stripped = []
+        if pairs:
+            stripped = [name for graph in package.graphs for name, _ in strip(graph, pairs)]
+        missing = sorted(pairs.keys() - set(stripped))
         if missing:
             fail(f"{missing[0]}: the record names this dequantize, which the model does not have")
-        n_pairs += len(found)
+        n_pairs += len(stripped)
     return n_pairs
 
 
@@ -164,14 +165,14 @@ def _compare_files(original: Package, compressed: Package) -> None:
         replaced = {package.weight_path(name) for name in package.weight_files}
         replaced.add(package.model_path)
         with system_errors(package.path):
-            found = sorted(package.path.rglob("*"))
-            for path in found:
+            paths = sorted(package.path.rglob("*"))
+            for path in paths:
                 if path.is_symlink():
                     where = path.relative_to(package.path)
                     fail(f"{where}: a symbolic link, which a package must not hold")
             files = {
                 path.relative_to(package.path)
-                for path in found
+                for path in paths
                 if not path.is_dir() and path not in replaced
             }
         listed.append(files)
@@ -225,6 +226,5 @@ def _strip(model: proto.Model) -> None:
                 del block.operations[:]
                 del block.outputs[:]
     elif kind is not None:
-        pipeline = model.pipeline if kind == "pipeline" else getattr(model, kind).pipeline
-        for part in pipeline.models:
+        for _, part in pipeline_models(model):
             _strip(part)

@@ -16,7 +16,7 @@ from milpress.compression.treating import Job, Outcome
 from milpress.errors import UnsupportedError
 from milpress.formats import Compressed
 from milpress.mil import decode, encode, proto, values
-from milpress.mil.graph import Node
+from milpress.mil.graph import Node, named_bindings, new_const
 from milpress.mil.package import Package
 from milpress.mil.program import Weight
 from milpress.mil.records import bias_digest
@@ -92,13 +92,13 @@ class WeightWriter:
         """Write what an op stores as it is."""
         for value in blob_values(node.op):
             where = value.blobFileValue
-            dtype, shape = values.stored_type(value)
-            key = (where.fileName, where.offset, dtype.mil)
+            kind = values.stored_type(value)
+            key = (where.fileName, where.offset, kind.dtype.mil)
             if key not in self._copied:
-                reader, info = values.locate_blob(value, self._package)
-                n_bits = dtype.bits * int(np.prod([size or 0 for size in shape], dtype=np.int64))
+                blob = values.locate_blob(value, self._package)
+                padding_bits = -kind.dtype.bits * kind.n_elements % 8
                 self._copied[key] = self._sink.copy(
-                    where.fileName, reader, info, dtype.blob or 0, -n_bits % 8
+                    where.fileName, blob, kind.dtype.blob or 0, padding_bits
                 )
             where.offset = self._copied[key]
 
@@ -166,8 +166,7 @@ class WeightWriter:
         A bias of its own is changed in place. Where it has none, or others use it too, it gets one.
         """
         bias = bias_of(weight, layer)
-        is_given = "bias" in layer.op.inputs and bool(layer.op.inputs["bias"].arguments)
-        if bias is None and is_given:
+        if bias is None and layer.binding("bias") is not None:
             return ""
         if bias is None:
             before = values.Tensor(weight.dtype, np.zeros(correction.shape, weight.dtype.storage))
@@ -196,7 +195,9 @@ class WeightWriter:
 
     def const(self, tensor: values.Tensor, name: str, file_name: str | None) -> proto.Operation:
         """Return the ``const`` op of a tensor, which is stored in a file, or if small in itself."""
-        return encode.const_of(tensor, name, file_name=file_name, sink=self._sink)
+        value = proto.Value()
+        values.write(value, tensor, file_name=file_name, sink=self._sink)
+        return new_const(name, value)
 
     def decompress(self, weight: Weight) -> int:
         """Turn the ``constexpr`` op of a weight into a ``const``; return the size stored."""
@@ -256,10 +257,8 @@ def _rename(op: proto.Operation, renamed: dict[str, str]) -> None:
     op.attributes["name"].CopyFrom(values.string(renamed.get(own, own)))
     for output in op.outputs:
         output.name = renamed.get(output.name, output.name)
-    for argument in op.inputs.values():
-        for binding in argument.arguments:
-            if binding.WhichOneof("choice") == "name":
-                binding.name = renamed.get(binding.name, binding.name)
+    for _, binding in named_bindings(op):
+        binding.name = renamed.get(binding.name, binding.name)
 
 
 def _rename_uses(node: Node, name: str) -> None:

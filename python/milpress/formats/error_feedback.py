@@ -189,19 +189,13 @@ def palettize(
 
     Parameters
     ----------
-    weight
-        float16 or float32; output channels are its first axis, input channels its second one.
+    weight, factor, config, pruning, kept
+        As of `quantize`.
     tables
         A palette of the weight, of single values; its indices are not used.
-    factor, config
-        What is known of the inputs, and how errors are fed back.
     scale
         One for each output channel, of the weight's rank: the tables are of the weight divided by
         it.
-    pruning
-        Which weights become zero besides: ``sparsity`` or ``n_m``.
-    kept
-        Of the weight's shape: elements that are not zero already; ``None`` for all.
     """
     scaled = weight if scale is None else np.divide(weight, scale, dtype=np.float32)
     rounding = Rounding(scaled, factor, config, pruning, kept)
@@ -223,14 +217,10 @@ def prune(
 
     Parameters
     ----------
-    weight
-        float16 or float32; output channels are its first axis, input channels its second one.
+    weight, factor, config, kept
+        As of `quantize`.
     pruning
         How many: ``sparsity`` or ``n_m``.
-    factor, config
-        What is known of the inputs, and how errors are fed back.
-    kept
-        Of the weight's shape: elements that are not zero already; ``None`` for all.
     representable
         Rounds weights to what their type can hold; by default to that of the array.
     """

@@ -137,16 +137,15 @@ def _inverse_factors(
     """Return the factors of the inverses, of moments with something added to their diagonals."""
     n_groups, n, _ = moments.shape
     upper = np.zeros((n_groups, n, n), np.float32)
-    n_at_once = max(1, _WHOLE * _WHOLE // (n * n)) if n <= _WHOLE else 1
+    if n > _WHOLE:
+        for g in range(n_groups):
+            _fill_large(upper[g], moments[g], None if order is None else order[g], added[g])
+        return upper
+    n_at_once = _WHOLE * _WHOLE // (n * n)
     for begin in range(0, n_groups, n_at_once):
         groups = slice(begin, begin + n_at_once)
         columns = None if order is None else order[groups]
-        if n > _WHOLE:
-            _fill_large(
-                upper[begin], moments[begin], None if columns is None else columns[0], added[begin]
-            )
-        else:
-            upper[groups] = _of_small(moments[groups], columns, added[groups])
+        upper[groups] = _of_small(moments[groups], columns, added[groups])
     return upper
 
 

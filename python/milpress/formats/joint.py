@@ -13,7 +13,7 @@ import milpress._core as _core
 from milpress.errors import UnsupportedError
 from milpress.formats.palette import Palette, PalettizeConfig, palettize, reassigned
 from milpress.formats.quantized import PerTensor, QuantizeConfig, Quantized, quantize
-from milpress.formats.rows import Floats, checked_importance, frozen
+from milpress.formats.rows import Floats, checked_importance, frozen, packed_mask, unpacked_mask
 from milpress.formats.sparse import PruneConfig, Sparse, bitmask_of, n_pruned, sparsify
 from milpress.kernels.device import Placement, kernels_for, using
 
@@ -44,8 +44,7 @@ class Masked:
 
     def code_mask(self) -> NDArray[np.bool_]:
         """Return the mask, one element a code."""
-        codes = self.value.codes
-        return _core.unpack(self.bitmask, 1, codes.size).view(np.bool_).reshape(codes.shape)
+        return unpacked_mask(self.bitmask, self.value.codes.shape)
 
     def mask(self) -> NDArray[np.bool_]:
         """Return the mask, one element a weight."""
@@ -180,8 +179,7 @@ def masked(value: Palette | Quantized, mask: NDArray[np.bool_]) -> Masked:
         parts = (*shape[: axis + 1], value.vector_size, *shape[axis + 1 :])
         mask = np.asarray(mask.reshape(parts).any(axis=axis + 1))
     codes = np.where(mask, value.codes, value.codes.dtype.type(0))
-    bitmask = _core.pack(np.ascontiguousarray(mask).view(np.uint8).reshape(-1), 1)
-    return Masked(bitmask=frozen(bitmask), value=replace(value, codes=frozen(codes)))
+    return Masked(bitmask=frozen(packed_mask(mask)), value=replace(value, codes=frozen(codes)))
 
 
 def _pruned(value: Palette | Quantized, treatment: PruneConfig) -> Masked:
@@ -198,8 +196,7 @@ def _pruned(value: Palette | Quantized, treatment: PruneConfig) -> Masked:
         )
     else:
         bitmask = bitmask_of(dense, treatment)
-    mask = _core.unpack(bitmask, 1, dense.size).view(np.bool_).reshape(dense.shape)
-    return masked(value, mask)
+    return masked(value, unpacked_mask(bitmask, dense.shape))
 
 
 def _with_quantized_lut(value: Palette, treatment: QuantizeConfig) -> Palette:

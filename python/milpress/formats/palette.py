@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -186,21 +186,19 @@ class Palette:
 
     def vector_rows(self, weight: Floats) -> Floats:
         """Return a weight's vectors in the order of the indices of `rows`."""
-        axis = 0 if self.vector_axis is None else self.vector_axis
-        _, vectors = split_vectors(weight, self.vector_size, axis, self.group_shape)
-        rows: Floats = vectors.reshape(len(vectors), -1)
-        return rows
+        _, vectors = split_vectors(
+            weight, self.vector_size, self.vector_axis or 0, self.group_shape
+        )
+        return vectors.reshape(len(vectors), -1)
 
     def dense(self) -> Floats:
         """Return the weight, each index replaced by its entry."""
+        codes, luts = self.rows()
         if self.vector_size == 1:
-            codes, luts = self.rows()
             return from_rows(_core.lut_to_dense(codes, luts), self.codes.shape, self.group_shape)
-        rows = to_rows(self.codes, self.group_shape)
-        luts = self.entries.reshape(len(rows), *self.lut.shape[-2:])
-        entries = np.take_along_axis(luts, rows.astype(np.intp)[..., None], axis=1)
-        axis = 0 if self.vector_axis is None else self.vector_axis
-        return _joined(entries, self.codes.shape, self.group_shape, axis)
+        vectors = luts.reshape(len(codes), -1, self.vector_size)
+        entries = np.take_along_axis(vectors, codes.astype(np.intp)[..., None], axis=1)
+        return _joined(entries, self.codes.shape, self.group_shape, self.vector_axis or 0)
 
 
 def palettize(
@@ -328,9 +326,7 @@ def _fitted(
     if isinstance(config.table, Uniform):
         luts = _uniform_tables(rows, bits)
     elif isinstance(config.table, Unique):
-        tables = [distinct(row) for row in rows]
-        bits = _bits_for(max(map(len, tables)))
-        luts = np.stack([np.pad(table, (0, 2**bits - len(table)), "edge") for table in tables])
+        luts, bits = _stacked([distinct(row) for row in rows])
     else:
         row_importance = None if importance is None else to_rows(importance, group_shape)
         luts = kernels_for(None).dispatch(_core.kmeans1d)(rows, 2**bits, row_importance)
@@ -358,9 +354,8 @@ def _vectors(
     bits: int = config.bits or 0
     if isinstance(config.table, Unique):
         tables, indices = zip(*map(distinct_rows, rows), strict=True)
-        bits = _bits_for(max(map(len, tables)))
-        padded = [np.pad(each, ((0, 2**bits - len(each)), (0, 0)), "edge") for each in tables]
-        luts, codes = np.stack(padded), np.stack(indices).astype(np.uint8)
+        luts, bits = _stacked(tables)
+        codes = np.stack(indices).astype(np.uint8)
     else:
         share = None
         if importance is not None:
@@ -451,12 +446,15 @@ def _joined(
     return np.ascontiguousarray(parts).reshape(shape)
 
 
-def _bits_for(n_entries: int) -> int:
+def _stacked(tables: Sequence[NDArray[Any]]) -> tuple[NDArray[Any], int]:
+    """Return tables filled up to one size with their last entries, and the width of an index."""
+    n_entries = max(map(len, tables))
     if n_entries > _MAX_ENTRIES:
         msg = f"a weight must have at most {_MAX_ENTRIES} distinct values, got {n_entries}"
         raise UnsupportedError(msg)
-    widths: tuple[int, ...] = get_args(Bits)
-    return next(bits for bits in widths if 2**bits >= n_entries)
+    bits: int = next(bits for bits in get_args(Bits) if 2**bits >= n_entries)
+    places = np.arange(2**bits)
+    return np.stack([table[places.clip(max=len(table) - 1)] for table in tables]), bits
 
 
 def _channel_scale(array: Floats, output: int) -> NDArray[np.float64]:

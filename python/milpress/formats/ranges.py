@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
@@ -153,40 +153,32 @@ class Observer:
         if nonzeros.size:
             self._counted = _union(self._counted, _range_of(nonzeros))
             self._widen(_exponent(self._counted))
-            self._count(nonzeros)
+            # Products with powers of two are exact.
+            places = np.floor(nonzeros.astype(np.float64) * 2.0**-self._exponent).astype(np.int64)
+            first = int(places.min())
+            self._insert(first, np.bincount(places - first))
 
     def _widen(self, exponent: int) -> None:
         """Merge neighbours until bins have that width."""
         if not self._counts.size:
             self._exponent = exponent
         while self._exponent < exponent:
-            start = self._first % 2
-            n_pairs = (start + self._counts.size + 1) // 2
-            pairs = np.zeros(2 * n_pairs, np.int64)
-            pairs[start : start + self._counts.size] = self._counts
+            before = self._first % 2
+            pairs = np.pad(self._counts, (before, (before + self._counts.size) % 2))
             self._counts = pairs.reshape(-1, 2).sum(axis=1)
             self._first //= 2
             self._exponent += 1
-
-    def _count(self, values: NDArray[Any]) -> None:
-        # Products with powers of two are exact.
-        places = np.floor(values.astype(np.float64) * 2.0**-self._exponent).astype(np.int64)
-        first = int(places.min())
-        self._insert(first, np.bincount(places - first))
 
     def _insert(self, first: int, counts: NDArray[np.int64]) -> None:
         """Add counts of neighbouring bins, of which the first has that place."""
         if not self._counts.size:
             self._first = first
         begin = min(self._first, first)
-        end = max(self._first + self._counts.size, first + counts.size)
-        if end - begin > self._counts.size:
-            grown = np.zeros(end - begin, np.int64)
-            start = self._first - begin
-            grown[start : start + self._counts.size] = self._counts
-            self._first, self._counts = begin, grown
-        start = first - self._first
-        self._counts[start : start + counts.size] += counts
+        end = self._first + self._counts.size
+        n_behind = max(first + counts.size - end, 0)
+        self._counts = np.pad(self._counts, (self._first - begin, n_behind))
+        self._first = begin
+        self._counts[first - begin : first - begin + counts.size] += counts
 
     def range(self, config: CalibrationConfig, codes: QuantizeConfig) -> Range | None:
         """Return the range of what was seen, for codes of a kind.
@@ -244,27 +236,14 @@ def _exponent(seen: Range) -> int:
 
 def _least(seen: Range, codes: QuantizeConfig, cost: Callable[[Range], float]) -> Range:
     """Return the range of least cost among shares of the whole; the widest of equals."""
-    best, least = seen, cost(seen)
-
-    def try_all(ranges: Iterator[Range]) -> None:
-        nonlocal best, least
-        for tried in ranges:
-            new = cost(tried)
-            if new < least:
-                best, least = tried, new
-
+    low, high = seen
     if not codes.offset:
-        bound = max(-seen.low, seen.high)
-        best = Range(-bound, bound)
-        try_all(Range(-bound * share, bound * share) for share in _SHARES[1:])
-        return best
-    try_all(Range(seen.low * share, seen.high * share) for share in _SHARES[1:])
-    if seen.low < 0 < seen.high:
+        low, high = -max(-low, high), max(-low, high)
+    best = min((Range(low * share, high * share) for share in _SHARES), key=cost)
+    if codes.offset and low < 0 < high:
         for _ in range(2):  # either end by itself, and once more
-            low, high = best
-            try_all(Range(seen.low * share, high) for share in _SHARES)
-            low, _ = best
-            try_all(Range(low, seen.high * share) for share in _SHARES)
+            best = min(best, *(Range(low * share, best.high) for share in _SHARES), key=cost)
+            best = min(best, *(Range(best.low, high * share) for share in _SHARES), key=cost)
     return best
 
 

@@ -133,8 +133,15 @@ def from_rows(
     grid = block_grid(shape, block_shape)
     rank = len(shape)
     order = [axis for pair in zip(range(rank), range(rank, 2 * rank), strict=True) for axis in pair]
-    whole: NDArray[Any] = rows.reshape(grid + block_shape).transpose(order)
+    whole = rows.reshape(grid + block_shape).transpose(order)
     return np.ascontiguousarray(whole).reshape(shape)
+
+
+def spread(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """Return an array of that shape, in which each block has the value of its own."""
+    for axis, size in enumerate(shape):
+        array = np.repeat(array, size // array.shape[axis], axis)
+    return array
 
 
 def normalized_axis(axis: int, rank: int) -> int:
@@ -149,6 +156,16 @@ def normalized_axis(axis: int, rank: int) -> int:
         msg = f"an axis must be from {-rank} to {rank - 1}, got {axis}"
         raise ConfigError(msg)
     return axis % rank
+
+
+def packed_mask(mask: NDArray[Any]) -> NDArray[np.uint8]:
+    """Return a mask as bits, the least significant first, set where it is not zero."""
+    return _core.pack(np.ascontiguousarray(mask != 0).view(np.uint8).reshape(-1), 1)
+
+
+def unpacked_mask(bitmask: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Undo `packed_mask`."""
+    return _core.unpack(bitmask, 1, math.prod(shape)).view(np.bool_).reshape(shape)
 
 
 def frozen(array: NDArray[Any]) -> NDArray[Any]:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 import milpress._core as _core
 from milpress.errors import ConfigError, UnsupportedError
-from milpress.formats.rows import Floats, as_weight, frozen
+from milpress.formats.rows import Floats, as_weight, frozen, unpacked_mask
 from milpress.kernels.device import Kernels, Placement, kernels_for
 
 
@@ -106,8 +106,7 @@ class Sparse:
 
     def mask(self) -> NDArray[np.bool_]:
         """Return the mask, one element a weight."""
-        flat = _core.unpack(self.bitmask, 1, math.prod(self.shape))
-        return flat.view(np.bool_).reshape(self.shape)
+        return unpacked_mask(self.bitmask, self.shape)
 
     def dense(self) -> Floats:
         """Return the weight, zero where nothing is stored."""

@@ -56,11 +56,8 @@ def devices() -> tuple[Device, ...]:
     'cpu'
     """
     hardware, reason = _core.metal.device()
-    if not reason:
-        reason = _core.metal.self_test()
-    return Device(name="cpu", hardware="CPU"), Device(
-        name="metal", hardware=hardware, reason=reason
-    )
+    gpu = Device(name="metal", hardware=hardware, reason=reason or _core.metal.self_test())
+    return Device(name="cpu", hardware="CPU"), gpu
 
 
 class Kernels:

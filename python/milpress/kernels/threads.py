@@ -13,12 +13,12 @@ import milpress._core as _core
 from milpress.errors import ConfigError
 
 Item = TypeVar("Item")
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 def in_order(
-    function: Callable[[Item], Made], items: Iterable[Item], n_threads: int | None = None
-) -> Generator[Made, None, None]:
+    function: Callable[[Item], Result], items: Iterable[Item], n_threads: int | None = None
+) -> Generator[Result, None, None]:
     """Yield what a function makes of each item, in their order.
 
     As many items are worked on at a time as kernels may use threads, or ``n_threads``, so that one
@@ -30,7 +30,7 @@ def in_order(
         yield from map(function, items)
         return
     with ThreadPoolExecutor(n_threads, "milpress", _core.set_thread_limit, (n_threads,)) as pool:
-        waiting: deque[Future[Made]] = deque()
+        waiting: deque[Future[Result]] = deque()
         try:
             for item in items:
                 waiting.append(pool.submit(function, item))

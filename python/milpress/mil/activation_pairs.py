@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, NamedTuple, NoReturn
+from typing import Any, Generic, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from milpress.errors import VerificationError
-from milpress.mil import dtypes, proto, values
-from milpress.mil.activation_sites import Consumers, QuantizationPoints, Setting
+from milpress.errors import fail_verification as fail
+from milpress.mil import dtypes, values
+from milpress.mil.activation_sites import QuantizationPoints, Setting
 from milpress.mil.graph import Graph, Node, Scope, Use, Value, new_const, new_op
 from milpress.mil.program import ProgramGraph
 from milpress.mil.values import TensorType
@@ -61,8 +60,8 @@ class _Inserter(Generic[Setting]):
         self._pairs: dict[str, str] = {}
         # Value quantized at once -> its codes, their parameters, and the name for other uses.
         self._after: dict[Value, tuple[str, Parameters, str]] = {}
-        self._quantized: list[tuple[str, Parameters, Scope, str]] = []
-        self._dequantized: list[tuple[str, Scope, str]] = []
+        # Kind, what is taken and how -> where such ops were inserted, and their names.
+        self._inserted: dict[tuple[str, str, Parameters], list[tuple[Scope, str]]] = {}
         self._n = {"quantize": 0, "dequantize": 0}
 
     def run(self, points: QuantizationPoints[Setting]) -> dict[str, str]:
@@ -78,17 +77,12 @@ class _Inserter(Generic[Setting]):
             parameters = self._parameters(value, setting)
             if parameters is not None:
                 behind[self._next(node)] = value, parameters
-        consumers = Consumers(self._graph)
         for node in self._graph.nodes:
             if node in behind:
                 value, parameters = behind[node]
-                uses = consumers.of(value)
-                self._quantize_at_once(
-                    value,
-                    parameters,
-                    node,
-                    [use for use in uses if own.get(use.place) != parameters],
-                )
+                uses = [] if value.producer is None else value.producer.uses
+                plain = [use for use in uses if own.get(use.place) != parameters]
+                self._quantize_at_once(value, parameters, node, plain)
             for use, value, parameters in before.get(node, []):
                 self._quantize_before(use, value, parameters)
         self._graph.apply()
@@ -98,21 +92,19 @@ class _Inserter(Generic[Setting]):
         self, value: Value, wanted: Parameters, node: Node, plain: list[Use]
     ) -> None:
         """Quantize a value as soon as it is there, for all that takes it; ``plain`` as it is."""
-        codes = self._quantize(value.name, value, wanted, node)
-        dense = self._dequantize(codes, value, wanted, node) if plain else value.name
+        codes = self._inserted_op("quantize", value.name, value, wanted, node)
+        dense = value.name
+        if plain:
+            dense = self._inserted_op("dequantize", codes, value, wanted, node)
         for use in plain:
             use.binding.name = dense
         self._after[value] = codes, wanted, dense
 
     def _quantize_before(self, use: Use, value: Value, wanted: Parameters) -> None:
-        source = value.name
-        if value in self._after:
-            codes, parameters, source = self._after[value]
-            if parameters == wanted:
-                use.binding.name = self._dequantize(codes, value, wanted, use.node)
-                return
-        codes = self._quantize(source, value, wanted, use.node)
-        use.binding.name = self._dequantize(codes, value, wanted, use.node)
+        codes, parameters, source = self._after.get(value, ("", None, value.name))
+        if parameters != wanted:
+            codes = self._inserted_op("quantize", source, value, wanted, use.node)
+        use.binding.name = self._inserted_op("dequantize", codes, value, wanted, use.node)
 
     def _next(self, node: Node) -> Node:
         nodes = iter(self._graph.nodes)
@@ -121,44 +113,36 @@ class _Inserter(Generic[Setting]):
                 break
         return next(each for each in nodes if each.scope is node.scope)
 
-    def _quantize(self, source: str, value: Value, wanted: Parameters, before: Node) -> str:
-        """Return the name of the value's codes, which are made before an op if they aren't yet."""
-        for name, parameters, scope, inserted in self._quantized:
-            if (name, parameters) == (source, wanted) and _sees(before.scope, scope):
-                return inserted
-        name = self._insert("quantize", source, wanted, value, before)
-        self._quantized.append((source, wanted, before.scope, name))
-        return name
-
-    def _dequantize(self, codes: str, value: Value, wanted: Parameters, before: Node) -> str:
-        for name, scope, inserted in self._dequantized:
-            if name == codes and _sees(before.scope, scope):
-                return inserted
-        name = self._insert("dequantize", codes, wanted, value, before)
-        self._dequantized.append((codes, before.scope, name))
-        self._pairs[name] = codes
-        return name
-
-    def _insert(
-        self, kind: str, source: str, wanted: Parameters, value: Value, before: Node
+    def _inserted_op(
+        self, kind: str, source: str, value: Value, wanted: Parameters, before: Node
     ) -> str:
+        """Return the name of a value's codes, or of what they stand for.
+
+        The op that makes it is put before another one, unless such an op is there already.
+        """
+        inserted = self._inserted.setdefault((kind, source, wanted), [])
+        for scope, name in inserted:
+            if _sees(before.scope, scope):
+                return name
         name = self._graph.unique_name(f"{kind}_{self._n[kind]}")
+        inserted.append((before.scope, name))
         self._n[kind] += 1
-        op = new_op(kind, name)
-        op.inputs["input"].arguments.add().name = source
+        op = new_op(kind, name, input=source)
         op.outputs[0].type.CopyFrom(value.declared)
-        settings = {"scale": _number(wanted.scale)}
+        settings = {"scale": values.immediate(wanted.scale)}
         if wanted.zero_point is not None:
-            settings["zero_point"] = _number(np.dtype(wanted.dtype).type(wanted.zero_point))
+            zero_point = np.dtype(wanted.dtype).type(wanted.zero_point)
+            settings["zero_point"] = values.immediate(zero_point)
         if kind == "quantize":
             settings["output_dtype"] = values.string(wanted.dtype)
             op.outputs[0].type.tensorType.dataType = dtypes.by_name(wanted.dtype).mil
-        ops = []
-        for parameter, number in settings.items():
-            const = new_const(self._graph.unique_name(f"{name}_{parameter}_0"), number)
-            op.inputs[parameter].arguments.add().name = const.outputs[0].name
-            ops.append(const)
-        self._graph.insert_before(before, [*ops, op])
+        else:
+            self._pairs[name] = source
+        for parameter, setting in settings.items():
+            const = new_const(self._graph.unique_name(f"{name}_{parameter}_0"), setting)
+            op.inputs[parameter].arguments.add(name=const.outputs[0].name)
+            self._graph.insert_before(before, [const])
+        self._graph.insert_before(before, [op])
         return name
 
 
@@ -167,12 +151,6 @@ def _sees(scope: Scope, outer: Scope) -> bool:
     while place is not None and place is not outer:
         place = place.parent
     return place is outer
-
-
-def _number(number: ArrayLike) -> proto.Value:
-    stored = proto.Value()
-    values.write_numbers(stored, np.asarray(number).dtype.name, np.asarray(number))
-    return stored
 
 
 def strip(graph: ProgramGraph, pairs: Mapping[str, str]) -> list[tuple[str, Parameters]]:
@@ -194,24 +172,22 @@ def strip(graph: ProgramGraph, pairs: Mapping[str, str]) -> list[tuple[str, Para
     stripped: list[tuple[str, Parameters]] = []
     removed: dict[Node, None] = {}
     for name, codes in mine.items():
-        dense, (quantize, parameters) = (
-            _checked(name, "dequantize", named, graph),
-            quantizes[codes],
-        )
-        if dense[1]._replace(dtype="") != parameters._replace(dtype=""):
-            _fail(f"{name}: its scale or zero point differs from that of {codes}")
-        if f"{graph.prefix}{_source(dense[0])}" != codes:
-            _fail(f"{name}: it must take {codes}, got {_source(dense[0])}")
-        if dense[0].type != _type_of_source(quantize):
-            _fail(f"{name}: its type differs from that of what is quantized")
-        removed.update(dict.fromkeys((quantize, dense[0])))
+        quantize, parameters = quantizes[codes]
+        dequantize, others = _checked(name, "dequantize", named, graph)
+        if others._replace(dtype="") != parameters._replace(dtype=""):
+            fail(f"{name}: its scale or zero point differs from that of {codes}")
+        if f"{graph.prefix}{_source(dequantize)}" != codes:
+            fail(f"{name}: it must take {codes}, got {_source(dequantize)}")
+        if dequantize.type != _type_of_source(quantize):
+            fail(f"{name}: its type differs from that of what is quantized")
+        removed.update(dict.fromkeys((quantize, dequantize)))
         stripped.append((name, parameters))
     for node in removed:
         for use in node.uses if node.op.type == "quantize" else ():
             if use.node not in removed:
-                _fail(f"{graph.prefix}{node.name}: its codes have a use other than dequantize")
+                fail(f"{graph.prefix}{node.name}: its codes have a use other than dequantize")
         if node.is_block_output:
-            _fail(f"{graph.prefix}{node.name}: added to the model, but a block returns it")
+            fail(f"{graph.prefix}{node.name}: added to the model, but a block returns it")
     for node in [node for node in removed if node.op.type == "dequantize"]:
         for use in node.uses:
             use.binding.name = _origin(node, graph, removed)
@@ -247,7 +223,7 @@ def _checked(
 ) -> tuple[Node, Parameters]:
     node = named.get(name)
     if node is None or node.op.type != kind or not node.op.inputs["input"].arguments:
-        _fail(f"{name}: the record names this {kind}, which the model does not have")
+        fail(f"{name}: the record names this {kind}, which the model does not have")
     scale, zero_point = graph.constant(node, "scale"), graph.constant(node, "zero_point")
     stored = None if scale is None else values.read(scale, graph.source).values
     dense = _type_of_source(node) if kind == "quantize" else node.type
@@ -258,17 +234,13 @@ def _checked(
         or stored.dtype != dense.dtype.storage
         or not 0 < float(stored) < math.inf
     ):
-        _fail(f"{name}: the scale must be one positive number of the type of the values")
+        fail(f"{name}: the scale must be one positive number of the type of the values")
     point = None if zero_point is None else values.read(zero_point, graph.source).values
     codes = node.type if kind == "quantize" else _type_of_source(node)
     dtype = "" if codes is None else codes.dtype.name
     if dtype not in ("int8", "uint8") or (
         point is not None and (point.size != 1 or point.dtype.name != dtype)
     ):
-        _fail(f"{name}: codes and zero point must be int8 or uint8, one and the same")
+        fail(f"{name}: codes and zero point must be int8 or uint8, one and the same")
     offset = None if point is None else int(point)
     return node, Parameters(stored.reshape(-1)[0], offset, dtype)
-
-
-def _fail(message: str) -> NoReturn:
-    raise VerificationError(message)

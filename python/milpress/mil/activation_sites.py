@@ -47,38 +47,6 @@ class QuantizationPoints(Generic[Setting]):
         return settings
 
 
-class Consumers:
-    """Who uses each value of a graph."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        self._uses: dict[Value, list[Use]] = {}
-        for node in graph.nodes:
-            for parameter, argument in node.op.inputs.items():
-                for binding in argument.arguments:
-                    if binding.WhichOneof("choice") == "name":
-                        value = node.scope.value(binding.name)
-                        self._uses.setdefault(value, []).append(Use(node, parameter, binding))
-
-    def of(self, value: Value) -> list[Use]:
-        """Return the parameters that name a value."""
-        return self._uses.get(value, [])
-
-    def computed(self, node: Node, parameter: str) -> Value | None:
-        """Return the float value that a parameter takes, if it is not known beforehand."""
-        if parameter not in node.op.inputs or len(node.op.inputs[parameter].arguments) != 1:
-            return None
-        binding = node.op.inputs[parameter].arguments[0]
-        if binding.WhichOneof("choice") != "name":
-            return None
-        producer = self.graph.producer(node, parameter)
-        if producer is not None and producer[0].is_stored:
-            return None
-        value = node.scope.value(binding.name)
-        kind = value.type
-        return value if kind is not None and kind.dtype.is_float else None
-
-
 def quantization_points(
     graph: Graph, setting_of: Callable[[Node], Setting | None]
 ) -> QuantizationPoints[Setting]:
@@ -96,67 +64,57 @@ def quantization_points(
     setting_of
         Gives the setting of an op, ``None`` to leave it.
     """
-    consumers = Consumers(graph)
     points: QuantizationPoints[Setting] = QuantizationPoints()
     cores: list[tuple[Node, Setting]] = []
     for node in graph.nodes:
-        parameters = _INPUTS.get(node.op.type, ())
-        taken = [consumers.computed(node, parameter) for parameter in parameters]
+        taken = [_computed(graph, node, each) for each in _INPUTS.get(node.op.type, ())]
         setting = setting_of(node) if taken and None not in taken else None
         if setting is None:
             continue
         cores.append((node, setting))
-        for parameter, value in zip(parameters, taken, strict=True):
-            if value is not None and _maker(value) != "dequantize":
-                binding = node.op.inputs[parameter].arguments[0]
-                use = Use(node, parameter, binding)
+        for use, value, kind in filter(None, taken):
+            if value.producer is None or value.producer.op.type != "dequantize":
                 points.before.append((use, value, setting))
-                points.types[value] = _float_type(value)
+                points.types[value] = kind
     quantizing = {use.place for use, _, _ in points.before}
     for node, setting in cores:
-        last = _last_of_step(node, consumers, quantizing)
-        if last is not None:
+        last = _last_of_step(node, quantizing)
+        if last is not None and last.type is not None:
             value = last.scope.value(last.name)
             points.after[value] = (last, setting)
-            points.types[value] = _float_type(value)
+            points.types[value] = last.type
     return points
 
 
-def _float_type(value: Value) -> TensorType:
+def _computed(graph: Graph, node: Node, parameter: str) -> tuple[Use, Value, TensorType] | None:
+    """Return the float value that a parameter takes, if it is not known beforehand."""
+    binding = node.binding(parameter)
+    if binding is None or binding.WhichOneof("choice") != "name":
+        return None
+    producer = graph.producer(node, parameter)
+    if producer is not None and producer[0].is_stored:
+        return None
+    value = node.scope.value(binding.name)
     kind = value.type
-    assert kind is not None  # noqa: S101 - `computed` looked at it
-    return kind
-
-
-def _maker(value: Value) -> str:
-    node = value.producer
-    return "" if node is None else node.op.type
-
-
-def _last_of_step(
-    core: Node, consumers: Consumers, quantizing: set[tuple[Node, str]]
-) -> Node | None:
-    """Return the op whose result is to be quantized after a core op; ``None`` for none."""
-
-    def takers(node: Node) -> tuple[list[Node], int]:
-        """Return the ops that take a result as it is, and how often it is quantized."""
-        uses = consumers.of(node.scope.value(node.name))
-        plain = [use.node for use in uses if use.place not in quantizing]
-        return plain, len(uses) - len(plain)
-
-    def is_quantized(plain: list[Node], n_quantized: int) -> bool:
-        kinds = [node.op.type for node in plain] + ["quantize"] * n_quantized
-        return kinds == ["quantize"]
-
-    kind = core.type
     if kind is None or not kind.dtype.is_float:
         return None
-    plain, n_quantized = takers(core)
-    if (not plain and not n_quantized) or is_quantized(plain, n_quantized):
+    return Use(node, parameter, binding), value, kind
+
+
+def _last_of_step(core: Node, quantizing: set[tuple[Node, str]]) -> Node | None:
+    """Return the op whose result is to be quantized after a core op; ``None`` for none."""
+
+    def takers(node: Node) -> list[str]:
+        """Return what takes a result: kinds of ops, or ``quantize`` where that comes first."""
+        return ["quantize" if use.place in quantizing else use.node.op.type for use in node.uses]
+
+    kind = core.type
+    if kind is None or not kind.dtype.is_float or takers(core) in ([], ["quantize"]):
         return None
+    plain = [use.node for use in core.uses if use.place not in quantizing]
     if not plain or plain[0].op.type not in _FUSED or plain[0].scope is not core.scope:
         return core
     after = takers(plain[0])
-    if not after[0] and not after[1]:
+    if not after:
         return core
-    return None if is_quantized(*after) else plain[0]
+    return None if after == ["quantize"] else plain[0]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from milpress.errors import PackageError
+from milpress.errors import PackageError, package_errors
 from milpress.formats import (
     Compressed,
     Masked,
@@ -17,24 +17,12 @@ from milpress.formats import (
     Quantized,
     Sparse,
 )
+from milpress.formats.rows import packed_mask
 from milpress.mil import decode_arithmetic as arithmetic
 from milpress.mil import dtypes, proto, values
 from milpress.mil.graph import CONSTEXPR, Graph, Node
 from milpress.mil.values import Tensor, WeightSource
 
-# The ops that `Decoder` knows.
-DECODED = frozenset(
-    f"{CONSTEXPR}{kind}"
-    for kind in (
-        "affine_dequantize",
-        "blockwise_shift_scale",
-        "cast",
-        "lut_to_dense",
-        "lut_to_sparse",
-        "sparse_blockwise_shift_scale",
-        "sparse_to_dense",
-    )
-)
 _CAST = f"{CONSTEXPR}cast"
 
 
@@ -87,12 +75,18 @@ class Decoder:
         self._source = source
 
     def stored_values(self, node: Node) -> list[proto.Value]:
-        """Return all that is stored for an op and those it builds on, what they share once."""
+        """Return all numbers that are stored for an op and those it builds on.
+
+        What they share is returned once; a text, such as a type, is no number.
+        """
         stored: dict[object, proto.Value] = {}
-        for value in self._stored_values(node):
-            where = value.blobFileValue
-            key = (where.fileName, where.offset) if values.is_blob(value) else id(value)
-            stored.setdefault(key, value)
+        for value in self._all_values(node):
+            with package_errors(node.name):
+                is_numeric = values.type_of(value.type) is not None
+            if is_numeric:
+                where = value.blobFileValue
+                key = (where.fileName, where.offset) if values.is_blob(value) else id(value)
+                stored.setdefault(key, value)
         return list(stored.values())
 
     def parts(self, node: Node) -> list[Node]:
@@ -105,30 +99,19 @@ class Decoder:
                 parts.update(dict.fromkeys(self.parts(producer[0])))
         return list(parts)
 
-    def _stored_values(self, node: Node) -> list[proto.Value]:
-        """Return the numbers that are stored for an op; a text, such as a type, is none."""
-        return [value for value in self._all_values(node) if self._is_numeric(node, value)]
-
-    def _is_numeric(self, node: Node, value: proto.Value) -> bool:
-        try:
-            return values.type_of(value.type) is not None
-        except PackageError as error:
-            msg = f"{node.name}: {error}"
-            raise PackageError(msg) from error
-
-    def _all_values(self, node: Node) -> list[proto.Value]:
-        found = [node.op.attributes["val"]] if node.op.type == "const" else []
+    def _all_values(self, node: Node) -> Iterator[proto.Value]:
+        if node.op.type == "const":
+            yield node.op.attributes["val"]
         if is_constexpr(node):
             for key in sorted(set(node.op.attributes) - {"name"}):
-                found.append(node.op.attributes[key])
+                yield node.op.attributes[key]
             for key in sorted(node.op.inputs):
                 stored = self._graph.constant(node, key)
                 producer = self._graph.producer(node, key)
                 if stored is not None:
-                    found.append(stored)
+                    yield stored
                 elif producer is not None:
-                    found.extend(self._all_values(producer[0]))
-        return found
+                    yield from self._all_values(producer[0])
 
     def value(self, node: Node) -> Compressed | None:
         """Return what an op is made of, if that is one palette, quantized or sparse weight.
@@ -162,11 +145,8 @@ class Decoder:
         return tensor
 
     def _read(self, node: Node, parameter: str, value: proto.Value) -> Tensor:
-        try:
+        with package_errors(f"{node.name}: {parameter}"):
             return values.read(value, self._source)
-        except PackageError as error:
-            msg = f"{node.name}: {parameter}: {error}"
-            raise PackageError(msg) from error
 
     def _tensor(self, node: Node, parameter: str) -> Tensor | None:
         if parameter in node.op.attributes:
@@ -287,8 +267,7 @@ class Decoder:
             )
         if value is None:
             return None
-        bitmask = arithmetic.bitmask_of(mask.values)
-        masked = Masked(bitmask=bitmask, value=value)
+        masked = Masked(bitmask=packed_mask(mask.values), value=value)
         same = np.array_equal(masked.mask(), self._need(node, "mask").values != 0)
         return masked if same else None
 
@@ -299,7 +278,7 @@ class Decoder:
         arithmetic.check_kept(mask.values, nonzeros)
         return Sparse(
             shape=mask.values.shape,
-            bitmask=arithmetic.bitmask_of(mask.values),
+            bitmask=packed_mask(mask.values),
             nonzeros=nonzeros.values,
         )
 
@@ -313,19 +292,10 @@ class Decoder:
 
     def _outputs(self, node: Node) -> list[Tensor]:
         """Return all outputs of an op that is no palette, quantized or sparse weight by itself."""
-        decode = {
-            "constexpr_affine_dequantize": self._affine_dequantize,
-            "constexpr_sparse_to_dense": self._sparse_to_dense,
-            "constexpr_lut_to_dense": self._lut_to_dense,
-            "constexpr_blockwise_shift_scale": self._blockwise_shift_scale,
-            "constexpr_lut_to_sparse": self._lut_to_sparse,
-            "constexpr_sparse_blockwise_shift_scale": self._sparse_blockwise_shift_scale,
-            _CAST: self._cast,
-        }.get(node.op.type)
-        if decode is None:
+        if node.op.type not in _OUTPUTS:
             msg = f"{node.name}: a compressed weight must be of a known kind, got {node.op.type}"
             raise PackageError(msg)
-        return decode(node)
+        return _OUTPUTS[node.op.type](self, node)
 
     def _affine_dequantize(self, node: Node) -> list[Tensor]:
         data, scale, zero_point = self._affine_parameters(node)
@@ -344,9 +314,8 @@ class Decoder:
 
     def _blockwise_shift_scale(self, node: Node) -> list[Tensor]:
         data, scale = self._need(node, "data"), self._need(node, "scale")
-        return [
-            Tensor(scale.dtype, arithmetic.shift_scale(data, scale, self._tensor(node, "offset")))
-        ]
+        dense = arithmetic.shift_scale(data, scale, self._tensor(node, "offset"))
+        return [Tensor(scale.dtype, dense)]
 
     def _lut_to_sparse(self, node: Node) -> list[Tensor]:
         mask, lut = self._need(node, "indices_mask"), self._need(node, "lut")
@@ -372,6 +341,19 @@ class Decoder:
             msg = f"source_val must be float16, got {source.dtype.name}"
             raise ValueError(msg)
         return [values.of_array(source.values.astype(np.float32))]
+
+
+_OUTPUTS = {
+    "constexpr_affine_dequantize": Decoder._affine_dequantize,
+    "constexpr_sparse_to_dense": Decoder._sparse_to_dense,
+    "constexpr_lut_to_dense": Decoder._lut_to_dense,
+    "constexpr_blockwise_shift_scale": Decoder._blockwise_shift_scale,
+    "constexpr_lut_to_sparse": Decoder._lut_to_sparse,
+    "constexpr_sparse_blockwise_shift_scale": Decoder._sparse_blockwise_shift_scale,
+    _CAST: Decoder._cast,
+}
+# The ops that `Decoder` knows.
+DECODED = frozenset(_OUTPUTS)
 
 
 def _check_declared(node: Node, dtype: str, shape: tuple[int, ...]) -> None:

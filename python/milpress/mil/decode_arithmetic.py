@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 import milpress._core as _core
 from milpress.formats import Palette, Quantized
+from milpress.formats.rows import normalized_axis, spread
 from milpress.mil.values import Tensor
 
 
@@ -21,11 +22,7 @@ def axis_of(tensor: Tensor, rank: int) -> int:
     if tensor.values.size != 1 or tensor.values.dtype.kind not in "iu":
         msg = f"an axis must be one integer, got {tensor.dtype.name}{list(tensor.values.shape)}"
         raise ValueError(msg)
-    axis = int(tensor.values.reshape(-1)[0])
-    if not -rank <= axis < rank:
-        msg = f"an axis must be from {-rank} to {rank - 1}, got {axis}"
-        raise ValueError(msg)
-    return axis % rank
+    return normalized_axis(int(tensor.values.reshape(-1)[0]), rank)
 
 
 def shape_of(tensor: Tensor) -> tuple[int, ...]:
@@ -40,18 +37,14 @@ def shape_of(tensor: Tensor) -> tuple[int, ...]:
 def unpacked(packed: Tensor, bits: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
     """Return the codes that a parameter of iOS16 holds as bytes."""
     n_codes = math.prod(shape)
-    if packed.values.dtype != np.uint8 or packed.values.size != (n_codes * bits + 7) // 8:
+    n_bytes = (n_codes * bits + 7) // 8
+    if packed.values.dtype != np.uint8 or packed.values.size != n_bytes:
         msg = (
-            f"{n_codes} codes of {bits} bits must be {(n_codes * bits + 7) // 8} bytes of uint8, "
+            f"{n_codes} codes of {bits} bits must be {n_bytes} bytes of uint8, "
             f"got {packed.values.size} elements of {packed.dtype.name}"
         )
         raise ValueError(msg)
     return _core.unpack(packed.values.reshape(-1), bits, n_codes).reshape(shape)
-
-
-def bitmask_of(mask: NDArray[Any]) -> NDArray[np.uint8]:
-    """Return a mask, one element a code, as bits."""
-    return _core.pack(np.ascontiguousarray(mask != 0).view(np.uint8).reshape(-1), 1)
 
 
 def check_kept(mask: NDArray[Any], nonzeros: Tensor) -> None:
@@ -84,11 +77,10 @@ def scattered(mask: Tensor, nonzeros: Tensor) -> Tensor:
 
 def quantized_of(data: Tensor, scale: Tensor, offset: Tensor | None) -> Quantized | None:
     """Return the value, or ``None`` where codes or offsets are of types that it can't hold."""
-    if data.values.dtype not in (np.int8, np.uint8) or not scale.dtype.is_float:
+    is_byte = data.values.dtype in (np.int8, np.uint8)
+    if not (is_byte and data.dtype.bits in (4, 8) and scale.dtype.is_float):
         return None
     if offset is not None and offset.dtype != data.dtype:
-        return None
-    if data.dtype.bits not in (4, 8):
         return None
     check_blocks(data.values.shape, scale.values.shape)
     if offset is not None and offset.values.shape != scale.values.shape:
@@ -132,11 +124,11 @@ def affine_of(
     n = max(scale.values.size, zero_point.values.size)
     grid = tuple(n if i == axis else 1 for i in range(len(shape)))
 
-    def spread(tensor: Tensor) -> Tensor:
+    def filled(tensor: Tensor) -> Tensor:
         # Kernels take what lies in a row.
         return Tensor(tensor.dtype, np.full(n, tensor.values).reshape(grid))
 
-    return data, spread(scale), spread(zero_point)
+    return data, filled(scale), filled(zero_point)
 
 
 def offset_as(zero_point: Tensor, data: Tensor) -> Tensor | None:
@@ -174,16 +166,12 @@ def look_up(codes: NDArray[Any], lut: Tensor, vector_axis: Tensor | None) -> NDA
     """Return the entries that codes name, floats or integers."""
     axis = None if vector_axis is None else axis_of(vector_axis, codes.ndim)
     check_blocks(codes.shape, lut.values.shape[:-2])
-    palette = Palette(codes=codes, lut=lut.values, bits=8, vector_axis=axis)
-    if lut.dtype.is_float:
-        return palette.dense()
     # Integer tables are looked up as floats, which hold every 8-bit integer exactly.
-    as_float = Palette(codes=codes, lut=lut.values.astype(np.float32), bits=8, vector_axis=axis)
-    return as_float.dense().astype(lut.values.dtype)
+    entries = lut.values if lut.dtype.is_float else lut.values.astype(np.float32)
+    dense = Palette(codes=codes, lut=entries, bits=8, vector_axis=axis).dense()
+    return dense.astype(lut.values.dtype, copy=False)
 
 
 def _repeat(array: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
     check_blocks(shape, array.shape[: len(shape)])
-    for axis, size in enumerate(shape):
-        array = np.repeat(array, size // array.shape[axis], axis)
-    return array
+    return spread(array, shape)

@@ -23,7 +23,7 @@ from milpress.formats import (
 )
 from milpress.mil import dtypes, proto, values
 from milpress.mil.dtypes import DType
-from milpress.mil.graph import Node, new_const
+from milpress.mil.graph import Node
 from milpress.mil.opset import Opset
 from milpress.mil.values import Tensor, WeightSink
 
@@ -102,15 +102,6 @@ def emit(
     return [ops[each.role] for each in inner]
 
 
-def const_of(
-    tensor: Tensor, name: str, *, file_name: str | None, sink: WeightSink
-) -> proto.Operation:
-    """Return the ``const`` op of a tensor."""
-    value = proto.Value()
-    values.write(value, tensor, file_name=file_name, sink=sink)
-    return new_const(name, value)
-
-
 def payload_bytes(value: Compressed, opset: Opset) -> int:
     """Return how many bytes `emit` stores for a value."""
     stored = {
@@ -159,8 +150,10 @@ def _masked_ops(value: Masked) -> list[ConstexprOp]:
     size = inner.vector_size if isinstance(inner, Palette) else 1
     out_mask = Output(0, uint1, inner.shape)
     nonzeros = Output(1, dtypes.of_array(scale), (codes.values.size * size,))
+    before: list[ConstexprOp] = []
+    weight_mask: Tensor | Reference = mask
     if isinstance(inner, Palette):
-        role = "nonzero_data_0_palettized"
+        kind, role = "constexpr_lut_to_sparse", "nonzero_data_0_palettized"
         before, lut = _lut(inner, f"{role}_")
         parameters = {
             "indices_mask": mask,
@@ -168,21 +161,15 @@ def _masked_ops(value: Masked) -> list[ConstexprOp]:
             "lut": lut,
             **_vector_axis(inner),
         }
-        op = ConstexprOp("constexpr_lut_to_sparse", role, parameters, (out_mask, nonzeros))
-        last: dict[str, Tensor | Reference] = {
-            "mask": (role, out_mask),
-            "nonzero_data": (role, nonzeros),
-        }
-        return [*before, op, ConstexprOp("constexpr_sparse_to_dense", "", last)]
-    role = "nonzero_data_0_quantized"
-    quantized = _quantized_parameters(inner)
-    del quantized["data"]
-    parameters = {"data_mask": mask, "nonzero_data": codes, **quantized}
-    op = ConstexprOp(
-        "constexpr_sparse_blockwise_shift_scale", role, parameters, (out_mask, nonzeros)
-    )
-    last = {"mask": mask, "nonzero_data": (role, nonzeros)}
-    return [op, ConstexprOp("constexpr_sparse_to_dense", "", last)]
+        weight_mask = (role, out_mask)
+    else:
+        kind, role = "constexpr_sparse_blockwise_shift_scale", "nonzero_data_0_quantized"
+        quantized = _quantized_parameters(inner)
+        del quantized["data"]
+        parameters = {"data_mask": mask, "nonzero_data": codes, **quantized}
+    op = ConstexprOp(kind, role, parameters, (out_mask, nonzeros))
+    last = {"mask": weight_mask, "nonzero_data": (role, nonzeros)}
+    return [*before, op, ConstexprOp("constexpr_sparse_to_dense", "", last)]
 
 
 def _codes(value: Palette | Quantized, codes: NDArray[Any]) -> Tensor:
@@ -203,11 +190,9 @@ def _lut(value: Palette, prefix: str = "") -> tuple[list[ConstexprOp], Tensor | 
 
 
 def _vector_axis(value: Palette) -> dict[str, Tensor | Reference]:
-    return (
-        {}
-        if value.vector_axis is None
-        else {"vector_axis": values.of_array(np.int32(value.vector_axis))}
-    )
+    if value.vector_axis is None:
+        return {}
+    return {"vector_axis": values.of_array(np.int32(value.vector_axis))}
 
 
 def _quantized_parameters(value: Quantized) -> dict[str, Tensor | Reference]:

@@ -70,13 +70,12 @@ def _outputs(
         if not 1 <= len(kind.shape) <= _MAX_RANK:
             _refuse(tap, f"have 1 to {_MAX_RANK} dimensions")
         output = graph.unique_name(f"milpress_tap_{first + len(outputs)}")
-        op = new_op("identity" if kind.dtype == _FLOAT32 else "cast", output)
-        op.inputs["x"].arguments.add().name = name
+        op = new_op("identity" if kind.dtype == _FLOAT32 else "cast", output, x=name)
         op.outputs[0].type.CopyFrom(definition[1])
         op.outputs[0].type.tensorType.dataType = _FLOAT32.mil
         if op.type == "cast":
             const = new_const(graph.unique_name(f"{output}_dtype_0"), values.string("fp32"))
-            op.inputs["dtype"].arguments.add().name = const.outputs[0].name
+            op.inputs["dtype"].arguments.add(name=const.outputs[0].name)
             block.operations.append(const)
         block.operations.append(op)
         block.outputs.append(output)

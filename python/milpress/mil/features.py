@@ -119,11 +119,12 @@ def described(item: proto.FeatureDescription, declared: TensorType | None) -> Fe
     kind = _KINDS[which]
     if declared is None:
         return Feature(name=item.name, kind=kind)
-    if kind == "image":
-        return _image(item, declared)
     array = item.type.multiArrayType
+    layout: Layout = ""
     shapes = tuple(tuple(each.shape) for each in array.enumeratedShapes.shapes)
     bounds = tuple(size_range(size) for size in array.shapeRange.sizeRanges)
+    if kind == "image":
+        layout, shapes, bounds = _image(item, declared)
     default = array.WhichOneof("choice")
     return Feature(
         name=item.name,
@@ -132,12 +133,16 @@ def described(item: proto.FeatureDescription, declared: TensorType | None) -> Fe
         shape=declared.shape,
         shapes=shapes,
         bounds=bounds,
+        layout=layout,
         default=getattr(array, default) if item.type.isOptional and default else None,
         default_shape=tuple(array.shape),
     )
 
 
-def _image(item: proto.FeatureDescription, declared: TensorType) -> Feature:
+def _image(
+    item: proto.FeatureDescription, declared: TensorType
+) -> tuple[Layout, tuple[tuple[int, ...], ...], tuple[tuple[int, int | None], ...]]:
+    """Return the layout of an image, the shapes that it may have, and their bounds."""
     image = item.type.imageType
     if image.colorSpace not in _LAYOUTS or len(declared.shape) != 4:
         msg = (
@@ -152,15 +157,7 @@ def _image(item: proto.FeatureDescription, declared: TensorType) -> Feature:
     if image.HasField("imageSizeRange"):
         sizes = (image.imageSizeRange.heightRange, image.imageSizeRange.widthRange)
         bounds = ((1, 1), (n_channels, n_channels), *(size_range(size) for size in sizes))
-    return Feature(
-        name=item.name,
-        kind="image",
-        dtype=declared.dtype.name,
-        shape=declared.shape,
-        shapes=shapes,
-        bounds=bounds,
-        layout=layout,
-    )
+    return layout, shapes, bounds
 
 
 def size_range(size: proto.SizeRange) -> tuple[int, int | None]:

@@ -66,6 +66,12 @@ class Node:
         """Type of the first output."""
         return values.type_of(self.op.outputs[0].type) if self.op.outputs else None
 
+    def binding(self, parameter: str) -> proto.Binding | None:
+        """Return what a parameter is bound to, the first of several; ``None`` for nothing."""
+        if parameter not in self.op.inputs or not self.op.inputs[parameter].arguments:
+            return None
+        return self.op.inputs[parameter].arguments[0]
+
 
 @dataclass(eq=False, slots=True)
 class Scope:
@@ -147,10 +153,8 @@ class Graph:
         for op in block.operations:
             node = Node(op, scope)
             self.nodes.append(node)
-            for parameter, argument in op.inputs.items():
-                for binding in argument.arguments:
-                    if binding.WhichOneof("choice") == "name":
-                        self._add_use(scope, Use(node, parameter, binding))
+            for parameter, binding in named_bindings(op):
+                self._add_use(scope, Use(node, parameter, binding))
             for inner in op.blocks:
                 self._add_block(inner, scope)
             for item in op.outputs:
@@ -190,18 +194,18 @@ class Graph:
 
     def value_type(self, node: Node, parameter: str) -> proto.ValueType | None:
         """Return the ``ValueType`` of what a parameter is bound to, or ``None``."""
-        if parameter not in node.op.inputs or not node.op.inputs[parameter].arguments:
+        binding = node.binding(parameter)
+        if binding is None:
             return None
-        binding = node.op.inputs[parameter].arguments[0]
         if binding.WhichOneof("choice") == "value":
             return binding.value.type
         return self._find(node.scope, binding.name)[1]
 
     def constant(self, node: Node, parameter: str) -> proto.Value | None:
         """Return the ``Value`` that a parameter is bound to, if it is a constant."""
-        if parameter not in node.op.inputs or not node.op.inputs[parameter].arguments:
+        binding = node.binding(parameter)
+        if binding is None:
             return None
-        binding = node.op.inputs[parameter].arguments[0]
         if binding.WhichOneof("choice") == "value":
             return binding.value
         producer, _ = self._find(node.scope, binding.name)
@@ -216,10 +220,8 @@ class Graph:
 
     def producer(self, node: Node, parameter: str) -> tuple[Node, str] | None:
         """Return the op that makes what a parameter is bound to, and the value's name."""
-        if parameter not in node.op.inputs or not node.op.inputs[parameter].arguments:
-            return None
-        binding = node.op.inputs[parameter].arguments[0]
-        if binding.WhichOneof("choice") != "name":
+        binding = node.binding(parameter)
+        if binding is None or binding.WhichOneof("choice") != "name":
             return None
         producer, _ = self._find(node.scope, binding.name)
         return None if producer is None else (producer, binding.name)
@@ -240,7 +242,7 @@ class Graph:
         inserted = [op for ops in self._before.values() for op in ops]
         names = {name for scope in self.scopes for name in scope.block.outputs}
         for op in (*inserted, *(node.op for node in self.nodes if node not in candidates)):
-            names.update(_names_in(op))
+            names.update(binding.name for _, binding in named_bindings(op))
         # An op that takes the place of another may have its name.
         names.difference_update(item.name for op in inserted for item in op.outputs)
         needed = set()
@@ -248,7 +250,7 @@ class Graph:
         for node in reversed(self.nodes):
             if node in candidates and any(item.name in names for item in node.op.outputs):
                 needed.add(node)
-                names.update(_names_in(node.op))
+                names.update(binding.name for _, binding in named_bindings(node.op))
         return needed
 
     def apply(self) -> None:
@@ -267,19 +269,24 @@ class Graph:
             scope.block.operations.extend(ops)
 
 
-def _names_in(op: proto.Operation) -> Iterator[str]:
-    """Yield the names of what an op uses; those in blocks of its own aside."""
-    for argument in op.inputs.values():
+def named_bindings(op: proto.Operation) -> Iterator[tuple[str, proto.Binding]]:
+    """Yield the parameters of an op that name a value; those in blocks of its own aside."""
+    for parameter, argument in op.inputs.items():
         for binding in argument.arguments:
             if binding.WhichOneof("choice") == "name":
-                yield binding.name
+                yield parameter, binding
 
 
-def new_op(kind: str, name: str) -> proto.Operation:
-    """Return an op with one output of its name, whose type is still to be said."""
+def new_op(kind: str, name: str, **inputs: str) -> proto.Operation:
+    """Return an op that takes named values and has one output of its own name.
+
+    The output's type is still to be said.
+    """
     op = proto.Operation(type=kind)
     op.attributes["name"].CopyFrom(values.string(name))
-    op.outputs.add().name = name
+    for parameter, source in inputs.items():
+        op.inputs[parameter].arguments.add(name=source)
+    op.outputs.add(name=name)
     return op
 
 
@@ -297,9 +304,3 @@ def all_ops(block: proto.Block) -> Iterator[proto.Operation]:
         yield op
         for inner in op.blocks:
             yield from all_ops(inner)
-
-
-def blocks(function: proto.Function) -> Iterator[proto.Block]:
-    """Yield the block specializations of a function, in the order of their opsets."""
-    for _, block in sorted(function.block_specializations.items()):
-        yield block

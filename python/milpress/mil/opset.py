@@ -35,7 +35,6 @@ _ALL = (
 )
 _BY_NAME = {opset.name: opset for opset in _ALL}
 _BY_TARGET = {opset.target: opset for opset in _ALL}
-TARGETS = tuple(_BY_TARGET)
 FIRST_WITH_COMPRESSION = _BY_TARGET["iOS16"]
 
 

@@ -93,10 +93,7 @@ class Package:
             self._graphs = tuple(
                 graph for program in self.programs for graph in _graphs_of(program, self)
             )
-        elif any(graph.is_applied for graph in self._graphs):
-            self._graphs = tuple(
-                graph.anew() if graph.is_applied else graph for graph in self._graphs
-            )
+        self._graphs = tuple(graph.anew() if graph.is_applied else graph for graph in self._graphs)
         return self._graphs
 
     @property

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from milpress.errors import PackageError
+from milpress.errors import package_errors
 from milpress.formats import Compressed
 from milpress.mil import proto
 from milpress.mil.decode import Decoder, is_compressed, is_constexpr
@@ -70,7 +70,8 @@ class Weight:
     @property
     def decoded_by(self) -> tuple[str, ...]:
         """Kinds of the ``constexpr_*`` ops that decode it, last first; none if it is dense."""
-        return tuple(_chain(self.node, self.graph))
+        ops = (self.node, *self.parts)
+        return tuple(node.op.type for node in ops if is_constexpr(node))
 
     @property
     def stored(self) -> list[proto.Value]:
@@ -123,15 +124,6 @@ class Weight:
             transposed = bool(self.graph.scalar(node, f"transpose_{parameter}"))
             return (-2, -1) if transposed == (parameter == "y") else (-1, -2)
         return 0, 1
-
-
-def _chain(node: Node, graph: Graph) -> Iterator[str]:
-    if is_constexpr(node):
-        yield node.op.type
-        for parameter in sorted(node.op.inputs):
-            producer = graph.producer(node, parameter)
-            if producer is not None:
-                yield from _chain(producer[0], graph)
 
 
 class Program(NamedTuple):
@@ -213,14 +205,11 @@ class ProgramGraph(Graph):
                 continue
             if not node.is_block_output and all(is_constexpr(use.node) for use in node.uses):
                 continue
-            try:
+            with package_errors(f"{self.prefix}{node.name}"):
                 tensor_type = node.type
                 if tensor_type is None or tensor_type.dtype.name == "bool":
                     continue
                 shape = tensor_type.fixed_shape
-            except PackageError as error:
-                msg = f"{self.prefix}{node.name}: {error}"
-                raise PackageError(msg) from error
             if math.prod(shape) >= least:
                 yield Weight(node, self, tensor_type.dtype, shape)
 

@@ -1,13 +1,20 @@
 """Types of Core ML's messages; `tests/unit/test_schema.py` holds them to `schema`."""
 
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 from google.protobuf.internal.containers import MessageMap, ScalarMap
 from google.protobuf.internal.containers import RepeatedCompositeFieldContainer as Messages
 from google.protobuf.internal.containers import RepeatedScalarFieldContainer as Scalars
 from google.protobuf.message import Message
 
-class Model(Message):
+_Choice = TypeVar("_Choice")
+
+class _OneOf(Message, Generic[_Choice]):
+    """A message of which only one field of several is set at a time."""
+
+    def WhichOneof(self, oneof_group: Literal["choice"]) -> _Choice | None: ...
+
+class Model(_OneOf[Literal["pipelineClassifier", "pipelineRegressor", "pipeline", "mlProgram"]]):
     specificationVersion: int
     description: ModelDescription
     pipelineClassifier: PipelineHolder
@@ -15,9 +22,6 @@ class Model(Message):
     pipeline: Pipeline
     mlProgram: Program
     nonMaximumSuppression: NonMaximumSuppression
-    def WhichOneof(
-        self, oneof_group: Literal["choice"]
-    ) -> Literal["pipelineClassifier", "pipelineRegressor", "pipeline", "mlProgram"] | None: ...
 
 class PipelineHolder(Message):
     pipeline: Pipeline
@@ -66,18 +70,8 @@ class FeatureDescription(Message):
     name: str
     type: FeatureType
 
-class FeatureType(Message):
-    int64Type: PlainType
-    doubleType: PlainType
-    stringType: PlainType
-    imageType: ImageType
-    multiArrayType: ArrayType
-    dictionaryType: PlainType
-    sequenceType: PlainType
-    isOptional: bool
-    def WhichOneof(
-        self, oneof_group: Literal["choice"]
-    ) -> (
+class FeatureType(
+    _OneOf[
         Literal[
             "int64Type",
             "doubleType",
@@ -87,8 +81,16 @@ class FeatureType(Message):
             "dictionaryType",
             "sequenceType",
         ]
-        | None
-    ): ...
+    ]
+):
+    int64Type: PlainType
+    doubleType: PlainType
+    stringType: PlainType
+    imageType: ImageType
+    multiArrayType: ArrayType
+    dictionaryType: PlainType
+    sequenceType: PlainType
+    isOptional: bool
 
 class PlainType(Message): ...
 
@@ -114,7 +116,7 @@ class ImageSizeRange(Message):
     widthRange: SizeRange
     heightRange: SizeRange
 
-class ArrayType(Message):
+class ArrayType(_OneOf[Literal["intDefaultValue", "floatDefaultValue", "doubleDefaultValue"]]):
     shape: Scalars[int]
     dataType: int
     enumeratedShapes: ArrayShapes
@@ -122,9 +124,6 @@ class ArrayType(Message):
     intDefaultValue: int
     floatDefaultValue: float
     doubleDefaultValue: float
-    def WhichOneof(
-        self, oneof_group: Literal["choice"]
-    ) -> Literal["intDefaultValue", "floatDefaultValue", "doubleDefaultValue"] | None: ...
 
 class ArrayShapes(Message):
     shapes: Messages[ArrayShape]
@@ -165,23 +164,19 @@ class Operation(Message):
 class Argument(Message):
     arguments: Messages[Binding]
 
-class Binding(Message):
+class Binding(_OneOf[Literal["name", "value"]]):
     name: str
     value: Value
-    def WhichOneof(self, oneof_group: Literal["choice"]) -> Literal["name", "value"] | None: ...
 
 class NamedValueType(Message):
     name: str
     type: ValueType
 
-class ValueType(Message):
+class ValueType(_OneOf[Literal["tensorType", "listType", "dictionaryType", "stateType"]]):
     tensorType: TensorType
     listType: ListType
     dictionaryType: PlainType
     stateType: StateType
-    def WhichOneof(
-        self, oneof_group: Literal["choice"]
-    ) -> Literal["tensorType", "listType", "dictionaryType", "stateType"] | None: ...
 
 class ListType(Message):
     type: ValueType
@@ -196,12 +191,9 @@ class TensorType(Message):
     dimensions: Messages[Dimension]
     attributes: MessageMap[str, Value]
 
-class Dimension(Message):
+class Dimension(_OneOf[Literal["constant", "unknown"]]):
     constant: ConstantDimension
     unknown: UnknownDimension
-    def WhichOneof(
-        self, oneof_group: Literal["choice"]
-    ) -> Literal["constant", "unknown"] | None: ...
 
 class ConstantDimension(Message):
     size: int
@@ -209,19 +201,15 @@ class ConstantDimension(Message):
 class UnknownDimension(Message):
     variadic: bool
 
-class Value(Message):
+class Value(_OneOf[Literal["immediateValue", "blobFileValue"]]):
     docString: str
     type: ValueType
     immediateValue: ImmediateValue
     blobFileValue: BlobFileValue
-    def WhichOneof(
-        self, oneof_group: Literal["choice"]
-    ) -> Literal["immediateValue", "blobFileValue"] | None: ...
 
-class ImmediateValue(Message):
+class ImmediateValue(_OneOf[Literal["tensor", "list"]]):
     tensor: TensorValue
     list: ListValue
-    def WhichOneof(self, oneof_group: Literal["choice"]) -> Literal["tensor", "list"] | None: ...
 
 class ListValue(Message):
     values: Messages[Value]
@@ -230,7 +218,9 @@ class BlobFileValue(Message):
     fileName: str
     offset: int
 
-class TensorValue(Message):
+class TensorValue(
+    _OneOf[Literal["floats", "ints", "bools", "strings", "longInts", "doubles", "bytes"]]
+):
     floats: Floats
     ints: Ints
     bools: Bools
@@ -238,9 +228,6 @@ class TensorValue(Message):
     longInts: LongInts
     doubles: Doubles
     bytes: Bytes
-    def WhichOneof(
-        self, oneof_group: Literal["choice"]
-    ) -> Literal["floats", "ints", "bools", "strings", "longInts", "doubles", "bytes"] | None: ...
 
 class Floats(Message):
     values: Scalars[float]

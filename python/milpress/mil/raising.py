@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import NoReturn
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from milpress.errors import PackageError, UnsupportedError
 from milpress.mil import dtypes, opset, proto, values
-from milpress.mil.graph import Graph, Node, blocks, new_const, new_op
+from milpress.mil.graph import Graph, Node, new_const, new_op
 from milpress.mil.opset import Opset, by_name
 from milpress.mil.package import Package
 
@@ -78,7 +78,7 @@ def raise_to(model: proto.Model, function: proto.Function, target: Opset, packag
             "be raised to another opset, only one with a single block"
         )
         raise UnsupportedError(msg)
-    block = next(blocks(function))
+    (block,) = function.block_specializations.values()
     graph = Graph(function, block)
     for node in graph.nodes:
         _raise_op(node, graph, current, target, package)
@@ -162,7 +162,7 @@ def _indexed_sizes(node: Node, data_name: str, graph: Graph) -> NDArray[np.int32
     axis = _scalar(graph, node, "axis")
     rank = len(data_type.shape)
     size = data_type.shape[axis] if axis is not None and -rank <= axis < rank else None
-    return np.int32(size) if size is not None and _is_int32(size) else None
+    return np.array(size, np.int32) if _is_int32(size) else None
 
 
 def _is_int32(size: int | None) -> bool:
@@ -182,7 +182,11 @@ def _scalar(graph: Graph, node: Node, parameter: str) -> int | None:
 
 
 def _nonnegative(
-    node: Node, index_name: str, index_type: proto.ValueType, sizes: ArrayLike, graph: Graph
+    node: Node,
+    index_name: str,
+    index_type: proto.ValueType,
+    sizes: NDArray[np.int32],
+    graph: Graph,
 ) -> Iterator[proto.Operation]:
     """Yield ops that add the size to negative indices, and make ``op`` use their result."""
     binding = node.op.inputs[index_name].arguments[0]
@@ -192,23 +196,16 @@ def _nonnegative(
         for part in ("zero", "size", "is_valid", "wrapped")
     }
 
-    def const(name: str, number: ArrayLike) -> proto.Operation:
-        stored = proto.Value()
-        values.write_numbers(stored, "int32", np.asarray(number, np.int32))
-        return new_const(name, stored)
-
     def combine(kind: str, name: str, dtype: int, **inputs: str) -> proto.Operation:
-        op = new_op(kind, name)
-        for parameter, source in inputs.items():
-            op.inputs[parameter].arguments.add().name = source
+        op = new_op(kind, name, **inputs)
         op.outputs[0].type.CopyFrom(index_type)
         op.outputs[0].type.tensorType.dataType = dtype
         return op
 
     boolean, int32 = 1, 23
     indices = binding.name
-    yield const(names["zero"], 0)
-    yield const(names["size"], sizes)
+    yield new_const(names["zero"], values.immediate(np.int32(0)))
+    yield new_const(names["size"], values.immediate(sizes))
     yield combine("greater_equal", names["is_valid"], boolean, x=indices, y=names["zero"])
     yield combine("add", names["wrapped"], int32, x=indices, y=names["size"])
     yield combine("select", base, int32, cond=names["is_valid"], a=indices, b=names["wrapped"])

@@ -7,7 +7,7 @@ import fcntl
 import os
 import shutil
 from pathlib import Path
-from typing import Protocol
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,49 +20,15 @@ from milpress.errors import (
 )
 from milpress.mil import proto
 from milpress.mil.package import Package, n_package_bytes
+from milpress.mil.values import Blob
 from milpress.plain import files
 from milpress.plain.files import system_errors
-
-
-class Sink(Protocol):
-    """Where a package goes.
-
-    ``path`` is where it is before it is at its destination, ``None`` if nothing is written;
-    ``n_bytes`` is its size once it is finished.
-    """
-
-    @property
-    def path(self) -> Path | None:
-        """Where it is by now."""
-
-    @property
-    def n_bytes(self) -> int:
-        """Its size."""
-
-    def finish(self, model: proto.Model) -> None:
-        """Write the model and close the weight files."""
-
-    def commit(self) -> None:
-        """Move the package to its destination."""
-
-    def write(self, file_name: str, dtype: int, data: NDArray[np.uint8], padding_bits: int) -> int:
-        """Append a blob and return its offset."""
-
-    def copy(
-        self,
-        file_name: str,
-        reader: _core.BlobReader,
-        info: _core.BlobInfo,
-        dtype: int,
-        padding_bits: int,
-    ) -> int:
-        """Append the data of another blob and return its offset."""
 
 
 class Counter:
     """A sink that only adds up sizes, for a dry run."""
 
-    path = None
+    path: Path | None = None
 
     def __init__(self, package: Package) -> None:
         self._ends: dict[str, int] = {}
@@ -81,26 +47,13 @@ class Counter:
     def commit(self) -> None:
         """Do nothing."""
 
-    def write(
-        self,
-        file_name: str,
-        dtype: int,  # noqa: ARG002
-        data: NDArray[np.uint8],
-        padding_bits: int,  # noqa: ARG002
-    ) -> int:
+    def write(self, file_name: str, _dtype: int, data: NDArray[np.uint8], _padding: int) -> int:
         """Count a blob."""
         return self._add(file_name, data.size)
 
-    def copy(
-        self,
-        file_name: str,
-        reader: _core.BlobReader,  # noqa: ARG002
-        info: _core.BlobInfo,
-        dtype: int,  # noqa: ARG002
-        padding_bits: int,  # noqa: ARG002
-    ) -> int:
+    def copy(self, file_name: str, blob: Blob, _dtype: int, _padding: int) -> int:
         """Count a blob."""
-        return self._add(file_name, info.n_bytes)
+        return self._add(file_name, blob.info.n_bytes)
 
     def _add(self, file_name: str, n_bytes: int) -> int:
         offset = -(-self._ends.get(file_name, 64) // 64) * 64
@@ -139,44 +92,32 @@ class Staged:
 
     def copy_rest(self, weight_files: set[str]) -> None:
         """Copy all that is neither the model nor one of the named weight files."""
-        root = self._source.path
         replaced = {self._source.weight_path(name) for name in weight_files}
         replaced.add(self._source.model_path)
         with system_errors(self._destination):
             self.path.mkdir()
-            for folder, subfolders, files in os.walk(root):
-                here = Path(folder)
-                for name in subfolders:
-                    if (here / name).is_symlink():
-                        msg = f"{here / name}: a symbolic link, which a package must not hold"
-                        raise PackageError(msg)
-                    (self.path / here.relative_to(root) / name).mkdir()
-                for name in files:
-                    if here / name in replaced:
-                        continue
-                    if not (here / name).is_file() or (here / name).is_symlink():
-                        msg = f"{here / name}: not a plain file; a package must hold no others"
-                        raise PackageError(msg)
-                    target = self.path / here.relative_to(root) / name
-                    shutil.copyfile(here / name, target)
+            for path in sorted(self._source.path.rglob("*")):
+                if path.is_dir() and path.is_symlink():
+                    msg = f"{path}: a symbolic link, which a package must not hold"
+                    raise PackageError(msg)
+                if path.is_dir():
+                    self._path_of(path).mkdir()
+                elif not path.is_file() or path.is_symlink():
+                    msg = f"{path}: not a plain file; a package must hold no others"
+                    raise PackageError(msg)
+                elif path not in replaced:
+                    shutil.copyfile(path, self._path_of(path))
 
     def write(self, file_name: str, dtype: int, data: NDArray[np.uint8], padding_bits: int) -> int:
         """Append a blob to a weight file and return its offset."""
         with system_errors(self._destination):
             return self._writer(file_name).write(dtype, data, padding_bits)
 
-    def copy(
-        self,
-        file_name: str,
-        reader: _core.BlobReader,
-        info: _core.BlobInfo,
-        dtype: int,
-        padding_bits: int,
-    ) -> int:
+    def copy(self, file_name: str, blob: Blob, dtype: int, padding_bits: int) -> int:
         """Append the data of a blob of the source and return its new offset."""
         with system_errors(self._destination):
             try:
-                return self._writer(file_name).copy(reader, info, dtype, padding_bits)
+                return self._writer(file_name).copy(*blob, dtype, padding_bits)
             except _core.BlobError as error:
                 raise PackageError(str(error)) from error
 
@@ -210,6 +151,10 @@ class Staged:
             path = self._path_of(self._source.weight_path(file_name))
             self._writers[file_name] = _core.BlobWriter(path)
         return self._writers[file_name]
+
+
+# Where a package goes.
+Sink: TypeAlias = Staged | Counter
 
 
 def check_destination(source: Path, destination: Path, *, force: bool) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 import milpress._core as _core
 from milpress.errors import PackageError
-from milpress.mil import dtypes, proto, values
+from milpress.mil import dtypes, proto
 from milpress.mil.dtypes import DType
 from milpress.mil.opset import Opset
 
@@ -42,6 +42,11 @@ class TensorType(NamedTuple):
             raise PackageError(msg)
         return tuple(size for size in self.shape if size is not None)
 
+    @property
+    def n_elements(self) -> int:
+        """Number of elements, if every dimension is fixed."""
+        return math.prod(self.fixed_shape)
+
 
 class Tensor(NamedTuple):
     """A tensor in memory: one element of ``dtype.storage`` for each element, packed or not."""
@@ -54,6 +59,13 @@ def of_array(array: Any) -> Tensor:
     """Return an array, or a number of a NumPy type, as a tensor."""
     array = np.asarray(array)
     return Tensor(dtypes.of_array(array), array)
+
+
+class Blob(NamedTuple):
+    """What a weight file holds at some place."""
+
+    reader: _core.BlobReader
+    info: _core.BlobInfo
 
 
 class WeightSource(Protocol):
@@ -116,13 +128,11 @@ def is_blob(value: proto.Value) -> bool:
 
 def n_stored_bytes(value: proto.Value) -> int:
     """Bytes that the payload of a value takes, wherever it is stored."""
-    dtype, shape = stored_type(value)
-    return dtype.n_bytes(math.prod(size or 0 for size in shape))
+    kind = stored_type(value)
+    return kind.dtype.n_bytes(kind.n_elements)
 
 
-def locate_blob(
-    value: proto.Value, source: WeightSource
-) -> tuple[_core.BlobReader, _core.BlobInfo]:
+def locate_blob(value: proto.Value, source: WeightSource) -> Blob:
     """Find the blob of a value and check that it is of the type and size that the model declares.
 
     Raises
@@ -137,7 +147,7 @@ def locate_blob(
         info = reader.info(where.offset)
     except (_core.BlobError, ValueError) as error:
         raise PackageError(str(error)) from error
-    n_bytes = dtype.n_bytes(math.prod(size or 0 for size in shape))
+    n_bytes = n_stored_bytes(value)
     in_file = source.retyped.get((where.fileName, where.offset), dtype)
     if (info.dtype, info.n_bytes) != (in_file.blob, n_bytes):
         msg = (
@@ -145,7 +155,7 @@ def locate_blob(
             f" (type {dtype.blob}, {n_bytes} bytes), got type {info.dtype}, {info.n_bytes} bytes"
         )
         raise PackageError(msg)
-    return reader, info
+    return Blob(reader, info)
 
 
 def read_payload(value: proto.Value, source: WeightSource) -> NDArray[np.uint8]:
@@ -171,8 +181,8 @@ def read(value: proto.Value, source: WeightSource) -> Tensor:
     PackageError
         If payload and declared type don't agree, or the weight file is damaged.
     """
-    dtype, fixed = stored_type(value)
-    shape = tuple(size or 0 for size in fixed)
+    kind = stored_type(value)
+    dtype, shape, n_elements = kind.dtype, kind.fixed_shape, kind.n_elements
     if is_blob(value):
         return Tensor(dtype, _unpacked(read_payload(value, source), dtype, shape))
     if not value.HasField("immediateValue") or not value.immediateValue.HasField("tensor"):
@@ -180,7 +190,6 @@ def read(value: proto.Value, source: WeightSource) -> Tensor:
         raise PackageError(msg)
     tensor = value.immediateValue.tensor
     field = tensor.WhichOneof("choice")
-    n_elements = math.prod(shape)
     if field == "bytes":
         data = np.frombuffer(tensor.bytes.values, np.uint8)
         if data.size != dtype.n_bytes(n_elements):
@@ -195,7 +204,8 @@ def read(value: proto.Value, source: WeightSource) -> Tensor:
         raise PackageError(msg)
     numbers = getattr(tensor, field).values
     if len(numbers) != n_elements:
-        msg = f"an immediate of shape {list(shape)} must have {n_elements} elements, " + (
+        msg = (
+            f"an immediate of shape {list(shape)} must have {n_elements} elements, "
             f"got {len(numbers)}"
         )
         raise PackageError(msg)
@@ -217,14 +227,14 @@ def write(
     value: proto.Value,
     tensor: Tensor,
     *,
-    file_name: str | None,
-    sink: WeightSink,
+    file_name: str | None = None,
+    sink: WeightSink | None = None,
     opset: Opset | None = None,
 ) -> None:
     """Make ``value`` hold a tensor, in the weight file or in the model as coremltools decides.
 
-    Without a ``file_name``, all is stored in the model; so are types that weight files of the opset
-    don't hold.
+    Without a ``file_name`` and a ``sink``, all is stored in the model; so are types that weight
+    files of the opset don't hold.
     """
     dtype, array = tensor
     flat = np.ascontiguousarray(array).reshape(-1)
@@ -236,7 +246,7 @@ def write(
     suits = dtype.blob is not None and (
         opset is None or opset.has_blocks or dtype.name in _EARLY_BLOB_TYPES
     )
-    if suits and file_name is not None and flat.size >= _MIN_BLOB_ELEMENTS:
+    if suits and file_name is not None and sink is not None and flat.size >= _MIN_BLOB_ELEMENTS:
         padding = payload.size * 8 - flat.size * dtype.bits
         value.blobFileValue.fileName = file_name
         value.blobFileValue.offset = sink.write(file_name, dtype.blob or 0, payload, padding)
@@ -246,16 +256,11 @@ def write(
         getattr(value.immediateValue.tensor, dtype.immediate).values.extend(flat.tolist())
 
 
-def write_numbers(value: proto.Value, dtype_name: str, numbers: NDArray[Any]) -> None:
-    """Make ``value`` hold a small tensor in the model itself."""
-    dtype = dtypes.by_name(dtype_name)
-    value.Clear()
-    set_type(value.type, dtype, numbers.shape)
-    tensor = value.immediateValue.tensor
-    if dtype.immediate == "bytes":
-        tensor.bytes.values = np.ascontiguousarray(numbers, dtype.storage).tobytes()
-    else:
-        getattr(tensor, dtype.immediate).values.extend(numbers.reshape(-1).tolist())
+def immediate(array: Any) -> proto.Value:
+    """Return a value that holds an array, or a number of a NumPy type, in the model itself."""
+    value = proto.Value()
+    write(value, of_array(array))
+    return value
 
 
 def string(text: str) -> proto.Value:
@@ -292,11 +297,11 @@ def read_scalar(value: proto.Value) -> float | bool | None:
 def blob_values(op: proto.Operation) -> Iterator[proto.Value]:
     """Yield every value of an op that is stored in a weight file."""
     for _, value in sorted(op.attributes.items()):
-        if values.is_blob(value):
+        if is_blob(value):
             yield value
     for _, argument in sorted(op.inputs.items()):
         for binding in argument.arguments:
-            if binding.WhichOneof("choice") == "value" and values.is_blob(binding.value):
+            if binding.WhichOneof("choice") == "value" and is_blob(binding.value):
                 yield binding.value
 
 
@@ -305,5 +310,5 @@ def blob_places(stored: Sequence[proto.Value]) -> tuple[tuple[str, int], ...]:
     return tuple(
         (value.blobFileValue.fileName, value.blobFileValue.offset)
         for value in stored
-        if values.is_blob(value)
+        if is_blob(value)
     )
