@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from milpress.device import agreement, schema
-from milpress.device.runner import Findings, Plan, distributions
-from milpress.device.schema import Entry, Failure, Kind
+from milpress.device.runner import Findings, Plan
+from milpress.device.schema import Distribution, Entry, Failure, Kind
 from milpress.device.sessions import ProcessSession, SessionError, worker_command
 from milpress.inspection import inspect
 from milpress.mil.digest import files_digest
@@ -117,7 +117,10 @@ class EntryBuilder:
                 if value
             ]
         failure = findings.failure
-        core, e2e = (None, None) if failure else distributions(findings)
+        core, e2e = (
+            Distribution.of(times) if times and failure is None else None
+            for times in (findings.core, findings.e2e)
+        )
         return Entry(
             id=f"{prefix}{findings.job.id}",
             status="ok" if failure is None else "failed",

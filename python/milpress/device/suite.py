@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from milpress.compression.packages import compress
 from milpress.device import benchmark, files, schema
 from milpress.device.entries import Candidate, failed_entry, model_of
-from milpress.device.runner import Plan, Progress
+from milpress.device.runner import Plan
 from milpress.device.schema import Failure, Result
 from milpress.errors import CompressionError, ConfigError, DestinationError
 from milpress.mil.package import Package
 from milpress.plain import json, yaml
 from milpress.plain.files import system_errors, write_whole
+from milpress.progress import Progress
 from milpress.recipe import Recipe, describe
 from milpress.samples.data import RandomSamples
 
