@@ -247,15 +247,14 @@ def _jobs(
 def _result(described: dict[str, Any], driver: str, entries: Sequence[Entry]) -> Result:
     kind: Kind = described["kind"]
     device = None
+    warnings = []
     if kind == "measured":
         told = described["device"]
         device = schema.Device(**{**told, "compute_devices": tuple(told["compute_devices"])})
-    warnings = []
-    if device is not None and not device.has_neural_engine:
-        warnings.append(
-            "Core ML offers no Neural Engine here: no latency is that of a Neural Engine"
-        )
-    if device is not None:
+        if not device.has_neural_engine:
+            warnings.append(
+                "Core ML offers no Neural Engine here: no latency is that of a Neural Engine"
+            )
         conditions = {
             "The Mac is a virtual machine": device.is_virtual,
             "Low power mode is on": device.low_power,

@@ -106,15 +106,10 @@ class EntryBuilder:
         if self.kind == "measured":
             device = self._device_sections(findings, candidate, warnings)
         else:
-            seen = {
-                "placement": findings.placement,
-                "memory": findings.memory,
-                "energy": findings.energy,
-            }
             warnings += [
                 f"{name}: withheld, as nothing was measured on a device"
-                for name, value in seen.items()
-                if value
+                for name in ("placement", "memory", "energy")
+                if getattr(findings, name)
             ]
         failure = findings.failure
         core, e2e = (
@@ -207,12 +202,14 @@ class EntryBuilder:
         )
 
     def _accuracy(self, candidate: Candidate, warnings: list[str]) -> schema.Accuracy | None:
-        expected, got = self.references(self.baseline.package), self.references(candidate.package)
-        if isinstance(expected, str) or isinstance(got, str):
-            reason = expected if isinstance(expected, str) else got
+        expected, outputs = (
+            self.references(package) for package in (self.baseline.package, candidate.package)
+        )
+        if isinstance(expected, str) or isinstance(outputs, str):
+            reason = expected if isinstance(expected, str) else outputs
             warnings.append(f"accuracy: the interpreter has no outputs: {reason}")
             return None
-        agreed = agreement.compare(expected, got)
+        agreed = agreement.compare(expected, outputs)
         if agreed is None:
             warnings.append("accuracy: no output is comparable with the baseline's")
             return None
@@ -227,13 +224,13 @@ class EntryBuilder:
         )
 
 
-def failed_entry(candidate: Candidate, model: schema.Model, units: str, failure: Failure) -> Entry:
+def failed_entry(model: schema.Model, units: str, failure: Failure) -> Entry:
     """Return the entry of a configuration that could not even be begun."""
     settings = schema.Settings(
         compute_units=units, warmup=0, samples_per_round=0, input_seed=None, input_sha256=""
     )
     return Entry(
-        id=f"{candidate.name} @ {units}",
+        id=f"{model.name} @ {units}",
         status="failed",
         model=model,
         settings=settings,

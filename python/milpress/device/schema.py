@@ -347,6 +347,11 @@ class Entry:
     estimate: Estimate | None = None
     warnings: tuple[str, ...] = ()
 
+    @property
+    def latency(self) -> Distribution | None:
+        """Core ML's own latency, or that of the whole call."""
+        return None if self.timing is None else self.timing.best
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:

@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 RESULTS = "results.json"
+_BUILT_IN = Path(__file__).with_name("suite.yaml")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,15 +55,9 @@ class Suite:
         ConfigError
             If it is no grid.
         """
-        place = "the suite"
         if path is None:
-            found = resources.files("milpress.device") / "suite.yaml"
-            with found.open(encoding="utf-8") as file:
-                data = yaml.load(file, place)
-        else:
-            place = str(path)
-            data = yaml.load(path, "a suite")
-        return cls.from_dict(data, place)
+            return cls.from_dict(yaml.load(_BUILT_IN, "a suite"))
+        return cls.from_dict(yaml.load(path, "a suite"), str(path))
 
     @classmethod
     def from_dict(cls, data: Any, place: str = "the suite") -> Suite:
@@ -89,15 +83,15 @@ class Suite:
         if not isinstance(variants, list) or not variants:
             msg = f"{place}: variants must be a list, got {variants!r}"
             raise ConfigError(msg)
-        made = tuple(
+        treated = tuple(
             _variant(each, data.get("target"), f"{place}: variants[{i}]")
             for i, each in enumerate(variants)
         )
-        names = [each.name for each in made]
+        names = [each.name for each in treated]
         if len(set(names)) < len(names):
             msg = f"{place}: the name of a variant must be its own, got {', '.join(names)}"
             raise ConfigError(msg)
-        return cls(units=tuple(units), variants=made)
+        return cls(units=tuple(units), variants=treated)
 
 
 def _variant(data: Any, target: Any, place: str) -> Variant:
@@ -198,7 +192,6 @@ def run(
     names = {entry.settings.compute_units: None for entry in result.entries}
     missing = [
         failed_entry(
-            Candidate(package=Path(model), name=name),
             dataclasses.replace(original, name=name),
             each,
             Failure(phase="compress", reason="error", message=why),
