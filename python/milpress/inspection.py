@@ -47,7 +47,7 @@ def inspect(source: str | os.PathLike[str]) -> Inspection:
     package = Package(source)
     functions: dict[str, str] = {}
     op_counts: Counter[str] = Counter()
-    found: list[StoredWeight] = []
+    weights: list[StoredWeight] = []
     for graph in package.graphs:
         place = "/".join((*graph.place, graph.function_name))
         functions[place] = graph.opset.target
@@ -55,7 +55,7 @@ def inspect(source: str | os.PathLike[str]) -> Inspection:
         for weight in graph.weights:
             with weight_errors(weight.name):
                 n_bytes = weight.n_bytes
-            found.append(
+            weights.append(
                 StoredWeight(
                     name=weight.name,
                     op_types=weight.op_types,
@@ -71,7 +71,7 @@ def inspect(source: str | os.PathLike[str]) -> Inspection:
         specification_version=package.model.specificationVersion,
         functions=tuple(functions.items()),
         op_counts=dict(sorted(op_counts.items(), key=lambda item: (-item[1], item[0]))),
-        weights=tuple(found),
+        weights=tuple(weights),
     )
 
 
@@ -81,9 +81,9 @@ def _stored_as(node: Node, graph: Graph) -> str:
         return "dense"
     chain = [_described(node)]
     for key in sorted(node.op.inputs):
-        found = graph.producer(node, key)
-        if found is not None and is_constexpr(found[0]):
-            chain.insert(0, _stored_as(found[0], graph))
+        producer = graph.producer(node, key)
+        if producer is not None and is_constexpr(producer[0]):
+            chain.insert(0, _stored_as(producer[0], graph))
     return " > ".join(dict.fromkeys(chain))
 
 
@@ -106,20 +106,8 @@ def _described(node: Node) -> str:
 class StoredWeight:
     """A weight as it is stored.
 
-    Parameters
-    ----------
-    name
-        Its name in the graph.
-    op_types
-        Kinds of the ops that use it.
-    dtype
-        Type of its elements, as ops see it.
-    shape
-        Its shape.
-    stored_as
-        ``dense``, or the ops that decode it.
-    n_bytes
-        Size of what is stored.
+    ``op_types`` are the kinds of the ops that use it, ``dtype`` is the type of its elements as they
+    see it. ``stored_as`` is ``dense``, or the ops that decode it; ``n_bytes`` are stored for it.
     """
 
     name: str
@@ -139,20 +127,9 @@ class StoredWeight:
 class Inspection:
     """What a package holds.
 
-    Parameters
-    ----------
-    path
-        The package.
-    package_bytes
-        Size of all files.
-    specification_version
-        Of the model.
-    functions
-        Name and deployment target of each function.
-    op_counts
-        How often each kind of op occurs, constants aside, most frequent first.
-    weights
-        Its weights, in the order of the graph.
+    ``package_bytes`` is the size of all files. ``functions`` are the name and deployment target of
+    each, ``op_counts`` is how often each kind of op occurs, constants aside, most frequent first;
+    ``weights`` are in the order of the graph.
     """
 
     path: str

@@ -11,7 +11,7 @@ from milpress.cli import options as opt
 from milpress.cli.options import option
 from milpress.cli.terminal import print_found, print_json, print_result, print_text, with_progress
 from milpress.errors import printable
-from milpress.plain.files import check_free, system_errors, write_whole
+from milpress.plain.files import check_free, write_whole
 
 if TYPE_CHECKING:
     from milpress.planner import Plan
@@ -89,8 +89,7 @@ def plan(
         threads=threads,
     )
     if output is not None:
-        with system_errors(output):
-            write_whole(output, result.to_yaml().encode())
+        write_whole(output, result.to_yaml().encode())
     if as_json:
         print_json(result.to_dict())
         return

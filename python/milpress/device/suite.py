@@ -217,8 +217,7 @@ def _make(
         samples = RandomSamples(8, seed) if data is None else data
     report = compress(source, path, variant.recipe, sample_data=samples)
     text = json.text(report.to_dict(), indent=1)
-    with system_errors(reports):
-        write_whole(reports / f"{variant.name}.json", text.encode())
+    write_whole(reports / f"{variant.name}.json", text.encode())
     words = [] if variant.recipe.activations is None else ["8-bit activations"]
     words += [
         describe(step.treatment) for step in variant.recipe.steps if step.treatment is not None

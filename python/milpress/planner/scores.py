@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +37,12 @@ class Score(NamedTuple):
     def relative(self) -> float:
         """Noise for each unit of signal; 0 for a weight of zeros, which nothing harms."""
         return self.noise / self.signal if self.signal > 0 else 0.0
+
+    @classmethod
+    def mean(cls, scores: Sequence[Score]) -> Score:
+        """Return the mean relative error of several weights, as the noise of a signal of 1."""
+        noise = sum(score.relative for score in scores) / len(scores)
+        return cls(1.0, noise, any(score.sampled for score in scores))
 
 
 def scores_of(
