@@ -251,7 +251,6 @@ def _print_report(report: Report, *, as_json: bool, is_dry: bool = False, hint: 
         print_text(f"{reasons.total()} other tensors left as they are ({'; '.join(why)}{see})")
     if is_dry:
         print_text("dry run: nothing was written")
-    elif report.verified:
-        print_text(f"verified and written to {report.destination} in {report.seconds:.2f} s")
     else:
-        print_text(f"not verified; written to {report.destination} in {report.seconds:.2f} s")
+        checked = "verified and" if report.verified else "not verified;"
+        print_text(f"{checked} written to {report.destination} in {report.seconds:.2f} s")

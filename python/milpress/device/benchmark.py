@@ -24,6 +24,7 @@ from milpress.device.sessions import ProcessSession, Session, SessionError, work
 from milpress.engines.features import features_of
 from milpress.errors import ConfigError, DriverError
 from milpress.mil.package import Package
+from milpress.plain.structure import structured
 from milpress.progress import Progress
 from milpress.samples.data import RandomSamples, Samples
 from milpress.samples.files import write_samples
@@ -246,11 +247,10 @@ def _jobs(
 
 def _result(described: dict[str, Any], driver: str, entries: Sequence[Entry]) -> Result:
     kind: Kind = described["kind"]
-    device = None
+    device: schema.Device | None = None
     warnings = []
     if kind == "measured":
-        told = described["device"]
-        device = schema.Device(**{**told, "compute_devices": tuple(told["compute_devices"])})
+        device = structured(described["device"], schema.Device, "device")
         if not device.has_neural_engine:
             warnings.append(
                 "Core ML offers no Neural Engine here: no latency is that of a Neural Engine"

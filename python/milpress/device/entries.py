@@ -17,7 +17,7 @@ from milpress.inspection import inspect
 from milpress.mil.digest import files_digest
 from milpress.mil.dtypes import by_name
 from milpress.plain.arrays import Arrays
-from milpress.plain.structure import Decibels
+from milpress.plain.structure import Decibels, structured
 from milpress.samples.files import read_samples
 
 # Nobody waits for the interpreter to be fast, nor should one that hangs be waited for.
@@ -162,13 +162,8 @@ class EntryBuilder:
         if findings.failure is not None:
             return sections
         if findings.placement.get("ops"):
-            ops = [
-                schema.OpPlacement(**{**op, "supported": tuple(op["supported"])})
-                for op in findings.placement["ops"]
-            ]
-            sections["placement"] = schema.Placement(
-                kind=kind, source=findings.placement["source"], ops=tuple(ops)
-            )
+            told = {"kind": kind, **findings.placement}
+            sections["placement"] = structured(told, schema.Placement, "placement")
         else:
             warnings.append("placement: Core ML gave no plan")
         if findings.throughput_ms:
