@@ -9,7 +9,7 @@ import typer
 
 from milpress.cli import options as opt
 from milpress.cli.options import option
-from milpress.cli.terminal import print_found, print_json, print_text, with_progress
+from milpress.cli.terminal import print_json, print_result, print_text, with_progress
 from milpress.errors import ConfigError
 from milpress.plain.files import check_free
 
@@ -101,7 +101,7 @@ def run_packages(
             )
         )
     device.save(result, output)
-    _print_result(result, output, as_json=as_json)
+    _print_run(result, output, as_json=as_json)
 
 
 def run_suite(
@@ -155,7 +155,7 @@ def run_suite(
         build.LITERATURE,
     ]
     build.write(sources, folder / "report.html", title=model.stem)
-    _print_result(result, folder / "report.html", as_json=as_json)
+    _print_run(result, folder / "report.html", as_json=as_json)
 
 
 def compare_results(
@@ -169,10 +169,7 @@ def compare_results(
     from milpress import device
 
     comparison = device.compare([device.load(path) for path in results], baseline=baseline)
-    if as_json:
-        print_json(comparison.to_dict())
-    else:
-        print_found(None, comparison, comparison.summary)
+    print_result(comparison, as_json=as_json)
 
 
 def validate_results(
@@ -256,14 +253,11 @@ def _options(
     return {key: value for key, value in given.items() if value is not None}
 
 
-def _print_result(result: Result, written: Path, *, as_json: bool) -> None:
+def _print_run(result: Result, written: Path, *, as_json: bool) -> None:
     from milpress import device
 
     if as_json:
         print_json(result.to_dict())
-        return
-    comparison = device.compare([result])
-    print_found(None, comparison, comparison.summary)
-    for warning in result.warnings:
-        print_text(warning)
-    print_text(f"written to {written}")
+    else:
+        lines = (*result.warnings, f"written to {written}")
+        print_result(device.compare([result]), *lines, as_json=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 from milpress.cli import options as opt
 from milpress.cli.options import option
 from milpress.cli.recipes import recipe_from
-from milpress.cli.terminal import print_found, print_json, print_text, with_progress
+from milpress.cli.terminal import print_found, print_json, print_result, print_text, with_progress
 
 if TYPE_CHECKING:
     from milpress.compression.report import Report
@@ -231,10 +231,7 @@ def verify(original: opt.Original, compressed: opt.Compressed, as_json: opt.Json
     from milpress.compression.verification import verify as verify_packages
 
     verification = verify_packages(original, compressed)
-    if as_json:
-        print_json(verification.to_dict())
-    else:
-        print_found(str(compressed), verification, verification.summary)
+    print_result(verification, as_json=as_json, heading=str(compressed))
 
 
 def _print_report(report: Report, *, as_json: bool, is_dry: bool = False, hint: str = "") -> None:
@@ -254,7 +251,6 @@ def _print_report(report: Report, *, as_json: bool, is_dry: bool = False, hint: 
         print_text(f"{reasons.total()} other tensors left as they are ({'; '.join(why)}{see})")
     if is_dry:
         print_text("dry run: nothing was written")
-    elif report.verified:
-        print_text(f"verified and written to {report.destination} in {report.seconds:.2f} s")
     else:
-        print_text(f"not verified; written to {report.destination} in {report.seconds:.2f} s")
+        checked = "verified and" if report.verified else "not verified;"
+        print_text(f"{checked} written to {report.destination} in {report.seconds:.2f} s")

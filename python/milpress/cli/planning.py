@@ -9,8 +9,9 @@ import typer
 
 from milpress.cli import options as opt
 from milpress.cli.options import option
-from milpress.cli.terminal import print_found, print_json, print_text, with_progress
-from milpress.plain.files import check_free
+from milpress.cli.terminal import print_found, print_json, print_result, print_text, with_progress
+from milpress.errors import printable
+from milpress.plain.files import check_free, write_whole
 
 if TYPE_CHECKING:
     from milpress.planner import Plan
@@ -67,8 +68,6 @@ def plan(
     threads: opt.Threads = None,
 ) -> None:
     """Find the best recipe for a size budget."""
-    from milpress.plain.files import system_errors, write_whole
-
     if output is not None:
         check_free(output, force=force)
     result = _plan(
@@ -90,8 +89,7 @@ def plan(
         threads=threads,
     )
     if output is not None:
-        with system_errors(output):
-            write_whole(output, result.to_yaml().encode())
+        write_whole(output, result.to_yaml().encode())
     if as_json:
         print_json(result.to_dict())
         return
@@ -157,17 +155,12 @@ def rescale(
     from milpress.compression.rescaling import rescale as rescale_package
 
     report = rescale_package(source, destination, name=name, largest=largest, force=force)
-    if as_json:
-        print_json(report.to_dict())
-        return
-    print_found(None, report, report.summary)
-    print_text(f"verified and written to {report.destination} in {report.seconds:.2f} s")
+    written = f"verified and written to {report.destination} in {report.seconds:.2f} s"
+    print_result(report, written, as_json=as_json)
 
 
 def planned_recipe(model: Path, **settings: Any) -> Recipe:
     """Return the recipe of least error within a budget; what there is to note goes to stderr."""
-    from milpress.errors import printable
-
     result = _plan(model, **settings)
     for note in result.notes:
         typer.echo(printable(note), err=True)
@@ -193,7 +186,6 @@ def _plan(
 
 def warn_of_risks(package: Path) -> None:
     """Say in one line on the error stream that compressed weights are at risk, if any is."""
-    from milpress.errors import printable
     from milpress.planner.linting import warning
 
     line = warning(package)

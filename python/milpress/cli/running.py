@@ -8,7 +8,7 @@ from typing import Annotated, Any, cast
 
 from milpress.cli import options as opt
 from milpress.cli.options import option
-from milpress.cli.terminal import print_found, print_json, print_table, print_text, with_progress
+from milpress.cli.terminal import print_result, print_table, print_text, with_progress
 from milpress.errors import ConfigError, InputError
 
 
@@ -43,12 +43,7 @@ def run(
         output=output,
         force=force,
     )
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        print_found(report.source, report, report.summary)
-        for note in report.notes:
-            print_text(note)
+    print_result(report, *report.notes, as_json=as_json, heading=report.source)
 
 
 def evaluate(
@@ -100,13 +95,8 @@ def evaluate(
             progress=progress,
         )
     )
-    if as_json:
-        print_json(evaluation.to_dict())
-        return
-    print_found(str(compressed), evaluation, evaluation.summary)
-    for note in evaluation.notes:
-        print_text(note)
-    if per_op:
+    print_result(evaluation, *evaluation.notes, as_json=as_json, heading=str(compressed))
+    if per_op and not as_json:
         n_exact = sum(op.own_snr_db == math.inf for op in evaluation.ops)
         print_table(evaluation.ops_table(most=len(evaluation.ops) - n_exact))
         print_text(f"{n_exact} other values have no error of their own")

@@ -44,6 +44,16 @@ def print_found(heading: str | None, table: Any, summary: str) -> None:
     print_table(table)
 
 
+def print_result(result: Any, *lines: str, as_json: bool, heading: str | None = None) -> None:
+    """Print a result as JSON; or with a heading, its summary and its table, and lines behind."""
+    if as_json:
+        print_json(result.to_dict())
+        return
+    print_found(heading, result, result.summary)
+    for line in lines:
+        print_text(line)
+
+
 def print_table(table: Any) -> None:
     """Print a table, as wide as the terminal, or as 140 columns."""
     from rich.console import Console

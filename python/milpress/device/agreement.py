@@ -30,16 +30,16 @@ def compare(reference: Sequence[Arrays], other: Sequence[Arrays]) -> Agreement |
     for name in names:
         signal = noise = 0.0
         for one, two in zip(reference, other, strict=True):
-            expected, got = (np.asarray(each[name], np.float64) for each in (one, two))
-            if expected.shape != got.shape:
+            expected, output = (np.asarray(each[name], np.float64) for each in (one, two))
+            if expected.shape != output.shape:
                 return None
-            error = got - expected
+            error = output - expected
             with np.errstate(invalid="ignore"):
                 signal += float(np.vdot(expected, expected))
                 noise += float(np.vdot(error, error))
                 greatest = max(greatest, float(np.abs(error).max(initial=0)))
             if expected.ndim and expected.shape[-1] > 1:
-                rows = [each.reshape(-1, each.shape[-1]).argmax(-1) for each in (expected, got)]
+                rows = [each.reshape(-1, each.shape[-1]).argmax(-1) for each in (expected, output)]
                 n_agreeing += int((rows[0] == rows[1]).sum())
                 n_rows += len(rows[0])
         is_finite = math.isfinite(signal) and math.isfinite(noise)

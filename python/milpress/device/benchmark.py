@@ -18,12 +18,14 @@ from milpress._version import __version__
 from milpress.device import drivers, files, schema
 from milpress.device.entries import Candidate, EntryBuilder, References, model_of
 from milpress.device.evidence import with_evidence
-from milpress.device.runner import Clock, Job, Plan, Progress, Runner, distributions
-from milpress.device.schema import Entry, Kind, Result
+from milpress.device.runner import Clock, Job, Plan, Runner
+from milpress.device.schema import Distribution, Entry, Kind, Result
 from milpress.device.sessions import ProcessSession, Session, SessionError, worker_command
 from milpress.engines.features import features_of
 from milpress.errors import ConfigError, DriverError
 from milpress.mil.package import Package
+from milpress.plain.structure import structured
+from milpress.progress import Progress
 from milpress.samples.data import RandomSamples, Samples
 from milpress.samples.files import write_samples
 
@@ -138,7 +140,7 @@ def run(
 
 
 def replay(path: str | os.PathLike[str]) -> Result:
-    """Play a recorded result through runner and statistics; figures of the device are kept.
+    """Return a recorded result with statistics made anew; figures of the device are kept.
 
     Raises
     ------
@@ -147,33 +149,11 @@ def replay(path: str | os.PathLike[str]) -> Result:
     ConfigError
         If it is itself a replay, or of estimates.
     """
-    from milpress.device.drivers.replay import ReplayDriver
-
     data, digest = files.read_json(path)
     recorded = files.parse(data, str(path))
     if recorded.provenance.kind in ("replay", "estimate"):
         msg = f"{path}: a replay must be of something that ran, got {recorded.provenance.kind}"
         raise ConfigError(msg)
-    entries = []
-    for entry in recorded.entries:
-        timing = entry.timing
-        if timing is not None and timing.best is not None:
-            best = timing.best
-            plan = Plan(
-                warmup=1,
-                samples_per_round=max(best.round_sizes),
-                min_rounds=len(best.rounds),
-                max_rounds=len(best.rounds),
-                cached_loads=0,
-                batch=0,
-            )
-            driver = ReplayDriver(entry)
-            runner = Runner(lambda driver=driver: InProcess(driver), "", plan)  # type: ignore[misc]
-            job = Job(id=entry.id, package="", units="", folder="", outputs="")
-            (findings,) = runner.run([job])
-            core, e2e = distributions(findings)
-            timing = dataclasses.replace(timing, core=core, e2e=e2e if timing.e2e else None)
-        entries.append(_relabelled(dataclasses.replace(entry, timing=timing)))
     provenance = schema.Provenance(
         kind="replay",
         driver="replay",
@@ -184,28 +164,8 @@ def replay(path: str | os.PathLike[str]) -> Result:
         run_id=str(uuid.uuid4()),
         created=_now(),
         provenance=provenance,
-        entries=tuple(entries),
+        entries=tuple(_replayed(entry) for entry in recorded.entries),
     )
-
-
-class InProcess:
-    """A session without a process: for drivers that can't do harm."""
-
-    def __init__(self, driver: drivers.Driver) -> None:
-        self._driver = driver
-
-    def ask(self, command: str, timeout: float, **arguments: Any) -> dict[str, Any]:
-        """Return the driver's answer."""
-        del timeout
-        try:
-            answer: dict[str, Any] = getattr(self._driver, command)(**arguments)
-        except Exception as error:
-            message = f"{type(error).__name__}: {error}"
-            raise SessionError(message) from error
-        return answer
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 def _candidate(package: str | os.PathLike[str] | Candidate) -> Candidate:
@@ -287,16 +247,14 @@ def _jobs(
 
 def _result(described: dict[str, Any], driver: str, entries: Sequence[Entry]) -> Result:
     kind: Kind = described["kind"]
-    device = None
-    if kind == "measured":
-        told = described["device"]
-        device = schema.Device(**{**told, "compute_devices": tuple(told["compute_devices"])})
+    device: schema.Device | None = None
     warnings = []
-    if device is not None and not device.has_neural_engine:
-        warnings.append(
-            "Core ML offers no Neural Engine here: no latency is that of a Neural Engine"
-        )
-    if device is not None:
+    if kind == "measured":
+        device = structured(described["device"], schema.Device, "device")
+        if not device.has_neural_engine:
+            warnings.append(
+                "Core ML offers no Neural Engine here: no latency is that of a Neural Engine"
+            )
         conditions = {
             "The Mac is a virtual machine": device.is_virtual,
             "Low power mode is on": device.low_power,
@@ -325,14 +283,24 @@ def _result(described: dict[str, Any], driver: str, entries: Sequence[Entry]) ->
     )
 
 
-def _relabelled(entry: Entry) -> Entry:
+def _replayed(entry: Entry) -> Entry:
     """Return an entry whose sections are a replay's, other than what was no device's."""
     changed: dict[str, Any] = {}
     for item in dataclasses.fields(Entry):
         section = getattr(entry, item.name)
         if hasattr(section, "kind") and item.name not in ("accuracy", "estimate"):
             changed[item.name] = dataclasses.replace(section, kind="replay")
+    if entry.timing is not None:
+        core, e2e = (
+            times and _counted_anew(times) for times in (entry.timing.core, entry.timing.e2e)
+        )
+        changed["timing"] = dataclasses.replace(changed["timing"], core=core, e2e=e2e)
     return dataclasses.replace(entry, **changed)
+
+
+def _counted_anew(times: Distribution) -> Distribution:
+    """Return the statistics of recorded samples, their rounds counted from 0."""
+    return Distribution.of(dict(enumerate(times.by_round.values())))
 
 
 def _now() -> str:

@@ -78,7 +78,7 @@ class Row:
     @property
     def latency(self) -> Distribution | None:
         """Core ML's own latency, or that of the whole call."""
-        return None if self.entry.timing is None else self.entry.timing.best
+        return self.entry.latency
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,19 +134,12 @@ class Comparison:
             cells.append("" if entry.accuracy is None else human_snr(entry.accuracy.snr_db))
             if entry.failure is not None:
                 what = f"failed in {entry.failure.phase}: {entry.failure.message}"
-                table.add_row(*cells, "failed", escaped(what))
-                continue
-            if latency is None:
-                table.add_row(*cells)
-                continue
-            table.add_row(
-                *cells,
-                f"{latency.median:.3f}",
-                f"{latency.ci95[0]:.3f}-{latency.ci95[1]:.3f}",
-                f"{latency.p90:.3f}",
-                f"{latency.p99:.3f}",
-                shown_ratio(row),
-            )
+                cells += ["failed", escaped(what)]
+            elif latency is not None:
+                cells.append(f"{latency.median:.3f}")
+                cells.append(f"{latency.ci95[0]:.3f}-{latency.ci95[1]:.3f}")
+                cells += [f"{latency.p90:.3f}", f"{latency.p99:.3f}", shown_ratio(row)]
+            table.add_row(*cells)
         return table
 
 

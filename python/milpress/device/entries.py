@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from milpress.device import agreement, schema
-from milpress.device.runner import Findings, Plan, distributions
-from milpress.device.schema import Entry, Failure, Kind
+from milpress.device.runner import Findings, Plan
+from milpress.device.schema import Distribution, Entry, Failure, Kind
 from milpress.device.sessions import ProcessSession, SessionError, worker_command
 from milpress.inspection import inspect
 from milpress.mil.digest import files_digest
 from milpress.mil.dtypes import by_name
 from milpress.plain.arrays import Arrays
-from milpress.plain.structure import Decibels
+from milpress.plain.structure import Decibels, structured
 from milpress.samples.files import read_samples
 
 # Nobody waits for the interpreter to be fast, nor should one that hangs be waited for.
@@ -106,18 +106,16 @@ class EntryBuilder:
         if self.kind == "measured":
             device = self._device_sections(findings, candidate, warnings)
         else:
-            seen = {
-                "placement": findings.placement,
-                "memory": findings.memory,
-                "energy": findings.energy,
-            }
             warnings += [
                 f"{name}: withheld, as nothing was measured on a device"
-                for name, value in seen.items()
-                if value
+                for name in ("placement", "memory", "energy")
+                if getattr(findings, name)
             ]
         failure = findings.failure
-        core, e2e = (None, None) if failure else distributions(findings)
+        core, e2e = (
+            Distribution.of(times) if times and failure is None else None
+            for times in (findings.core, findings.e2e)
+        )
         return Entry(
             id=f"{prefix}{findings.job.id}",
             status="ok" if failure is None else "failed",
@@ -164,13 +162,8 @@ class EntryBuilder:
         if findings.failure is not None:
             return sections
         if findings.placement.get("ops"):
-            ops = [
-                schema.OpPlacement(**{**op, "supported": tuple(op["supported"])})
-                for op in findings.placement["ops"]
-            ]
-            sections["placement"] = schema.Placement(
-                kind=kind, source=findings.placement["source"], ops=tuple(ops)
-            )
+            told = {"kind": kind, **findings.placement}
+            sections["placement"] = structured(told, schema.Placement, "placement")
         else:
             warnings.append("placement: Core ML gave no plan")
         if findings.throughput_ms:
@@ -204,12 +197,14 @@ class EntryBuilder:
         )
 
     def _accuracy(self, candidate: Candidate, warnings: list[str]) -> schema.Accuracy | None:
-        expected, got = self.references(self.baseline.package), self.references(candidate.package)
-        if isinstance(expected, str) or isinstance(got, str):
-            reason = expected if isinstance(expected, str) else got
+        expected, outputs = (
+            self.references(package) for package in (self.baseline.package, candidate.package)
+        )
+        if isinstance(expected, str) or isinstance(outputs, str):
+            reason = expected if isinstance(expected, str) else outputs
             warnings.append(f"accuracy: the interpreter has no outputs: {reason}")
             return None
-        agreed = agreement.compare(expected, got)
+        agreed = agreement.compare(expected, outputs)
         if agreed is None:
             warnings.append("accuracy: no output is comparable with the baseline's")
             return None
@@ -224,13 +219,13 @@ class EntryBuilder:
         )
 
 
-def failed_entry(candidate: Candidate, model: schema.Model, units: str, failure: Failure) -> Entry:
+def failed_entry(model: schema.Model, units: str, failure: Failure) -> Entry:
     """Return the entry of a configuration that could not even be begun."""
     settings = schema.Settings(
         compute_units=units, warmup=0, samples_per_round=0, input_seed=None, input_sha256=""
     )
     return Entry(
-        id=f"{candidate.name} @ {units}",
+        id=f"{model.name} @ {units}",
         status="failed",
         model=model,
         settings=settings,

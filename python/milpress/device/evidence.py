@@ -36,9 +36,7 @@ def _doubts(entry: Entry, on_cpu: Entry | None) -> list[str]:
     """Return whether a model is no faster with the Neural Engine than without."""
     if entry.settings.compute_units != "CPU_AND_NE" or on_cpu is None:
         return []
-    if entry.timing is None or on_cpu.timing is None:
-        return []
-    one, two = entry.timing.best, on_cpu.timing.best
+    one, two = entry.latency, on_cpu.latency
     if one is None or two is None or one.ci95[0] > two.ci95[1] or one.ci95[1] < two.ci95[0]:
         return []
     return ["CPU_AND_NE takes as long as CPU_ONLY: the Neural Engine may not be used at all"]

@@ -86,8 +86,7 @@ def save(result: Result, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     text = json.text(parse(result.to_dict(), str(path)).to_dict(), indent=1)
-    with system_errors(path):
-        write_whole(path, f"{text}\n".encode())
+    write_whole(path, f"{text}\n".encode())
 
 
 def check_origin(result: Result, origin: str | os.PathLike[str], place: str) -> None:

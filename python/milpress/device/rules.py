@@ -20,9 +20,7 @@ from milpress.device.schema import (
     Distribution,
     Entry,
     Kind,
-    Placement,
     Result,
-    Timing,
 )
 
 Rule: TypeAlias = Callable[[Result], Iterator[str]]
@@ -164,42 +162,38 @@ def statistics_follow_from_samples(result: Result) -> Iterator[str]:
     """No median without the samples that it is the median of."""
     for entry in result.entries:
         for name in ("core", "e2e"):
-            found: Distribution | None = getattr(entry.timing, name, None)
-            if found is None:
+            times: Distribution | None = getattr(entry.timing, name, None)
+            if times is None:
                 continue
             place = f"{entry.id}: timing.{name}"
-            sizes = found.round_sizes
+            sizes = times.round_sizes
             if (
-                not found.samples
+                not times.samples
                 or any(size < 1 for size in sizes)
-                or sum(sizes) != len(found.samples)
-                or len(set(found.rounds)) != len(found.rounds)
-                or len(sizes) != len(found.rounds)
+                or sum(sizes) != len(times.samples)
+                or len(set(times.rounds)) != len(times.rounds)
+                or len(sizes) != len(times.rounds)
             ):
-                yield f"{place}: rounds must hold each of {len(found.samples)} samples once"
+                yield f"{place}: rounds must hold each of {len(times.samples)} samples once"
                 continue
-            for key, right in stats.order_statistics(found.samples).items():
-                got = getattr(found, key)
+            for key, right in stats.order_statistics(times.samples).items():
+                given = getattr(times, key)
                 # Other versions of NumPy may add up in another order: two ulps.
-                if not math.isclose(got, right, rel_tol=2**-51):
-                    yield f"{place}.{key} must be {right}, as the samples say, got {got}"
-            low, high = found.ci95
-            if not found.minimum <= low <= high <= found.maximum:
+                if not math.isclose(given, right, rel_tol=2**-51):
+                    yield f"{place}.{key} must be {right}, as the samples say, got {given}"
+            low, high = times.ci95
+            if not times.minimum <= low <= high <= times.maximum:
                 yield f"{place}.ci95 must be an interval within the samples, got {low} to {high}"
 
 
 def numbers_are_possible(result: Result) -> Iterator[str]:
     """Nothing takes negative time or memory; shares are shares."""
     for entry in result.entries:
-        sections: list[tuple[str, Any]] = [
-            (name, getattr(entry, name))
-            for name in ("model", "timing", "throughput", "memory", "energy", "estimate")
-        ]
-        for name, section in sections:
-            for key, number in _numbers(section):
+        for name in ("model", "timing", "throughput", "memory", "energy", "estimate"):
+            for key, number in _numbers(getattr(entry, name)):
                 if number < 0:
                     yield f"{entry.id}: {name}.{key} must be at least 0, got {number}"
-        for op in entry.placement.ops if isinstance(entry.placement, Placement) else ():
+        for op in entry.placement.ops if entry.placement is not None else ():
             unknown = {op.preferred, *op.supported} - set(PROCESSORS)
             if unknown:
                 yield f"{entry.id}: a processor must be one of {PROCESSORS}, got {unknown}"
@@ -210,16 +204,15 @@ def numbers_are_possible(result: Result) -> Iterator[str]:
 def an_entry_has_figures_or_a_failure(result: Result) -> Iterator[str]:
     """Require a reason of what failed, and a latency of what did not."""
     for entry in result.entries:
-        has_latency = isinstance(entry.timing, Timing) and entry.timing.best is not None
         if entry.status == "failed":
             if entry.failure is None:
                 yield f"{entry.id}: a failed entry must say why, as failure"
-            if has_latency:
+            if entry.latency is not None:
                 yield f"{entry.id}: a failed entry must have no latency"
         else:
             if entry.failure is not None:
                 yield f"{entry.id}: only a failed entry must have a failure"
-            if not has_latency and entry.estimate is None:
+            if entry.latency is None and entry.estimate is None:
                 yield f"{entry.id}: an entry must have a latency or an estimate"
 
 
@@ -247,9 +240,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def _numbers(section: Any) -> Iterator[tuple[str, float]]:
-    if section is None:
-        return
-    for item in fields(section):
+    for item in fields(section) if section is not None else ():
         value = getattr(section, item.name)
         if isinstance(value, Distribution):
             yield f"{item.name}.samples", min(value.samples, default=0.0)

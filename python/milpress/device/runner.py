@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from milpress.device import stats
-from milpress.device.schema import Distribution, Failure
+from milpress.device.schema import Failure
 from milpress.device.sessions import Session, SessionError
 from milpress.errors import ConfigError
+from milpress.progress import Progress
 
-Progress: TypeAlias = Callable[[int, int, str], None]
-
-NOMINAL = ("nominal", None)
+_NOMINAL = ("nominal", None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,12 +145,12 @@ class Runner:
 
     def run(self, jobs: Sequence[Job]) -> list[Findings]:
         """Run all configurations, in groups whose members take turns."""
-        found: list[Findings] = []
+        findings: list[Findings] = []
         for begin in range(0, len(jobs), self.plan.at_once):
             group = jobs[begin : begin + self.plan.at_once]
-            found += self._run_group(group, len(found), len(jobs))
+            findings += self._run_group(group, len(findings), len(jobs))
         self.progress(len(jobs), len(jobs), "")
-        return found
+        return findings
 
     def _run_group(self, jobs: Sequence[Job], n_done: int, n_jobs: int) -> list[Findings]:
         turns = [_Turn(job, self.open_session, self.plan) for job in jobs]
@@ -224,70 +224,69 @@ class _Turn:
         return width <= self._plan.precision
 
     def start(self, samples: str) -> None:
-        """Compile, load, predict once, warm up."""
-        findings, job = self.findings, self.job
+        """Compile, load, predict once, warm up, write outputs."""
         try:
             self._session = self._open()
         except OSError as error:
-            findings.failure = Failure(phase="open", reason="error", message=str(error))
+            self.findings.failure = Failure(phase="open", reason="error", message=str(error))
             return
-        for phase in self._starting(samples):
-            try:
-                phase()
-            except SessionError as error:
-                self._fail(phase.__name__.strip("_"), error)
-                return
-        findings.thermal.append(self._state())
-        self._outputs(job.outputs)
+        phase = "compile"
+        try:
+            self._compile()
+            phase = "load"
+            self._load(samples)
+            phase = "predict"
+            self._predict()
+        except SessionError as error:
+            self._fail(phase, error)
 
-    def _starting(self, samples: str) -> Iterator[Callable[[], None]]:
-        findings, job = self.findings, self.job
+    def _compile(self) -> None:
+        job = self.job
+        answer = self._ask("compile", package=job.package, units=job.units, folder=job.folder)
+        self.findings.compile_ms, self._path = answer["ms"], answer["path"]
 
-        def _compile() -> None:
-            made = self._ask("compile", package=job.package, units=job.units, folder=job.folder)
-            findings.compile_ms, self._path = made["ms"], made["path"]
+    def _load(self, samples: str) -> None:
+        self._ask("feed", inputs=samples)
+        before = self._try("memory")
+        self.findings.load_ms = self._ask("load", path=self._path, units=self.job.units)["ms"]
+        after = self._try("memory")
+        if before.get("bytes") is not None and after.get("bytes") is not None:
+            self.findings.memory = {
+                "method": after["method"],
+                "baseline": before["bytes"],
+                "after_load": after["bytes"],
+            }
 
-        def _load() -> None:
-            self._ask("feed", inputs=samples)
-            before = self._try("memory")
-            findings.load_ms = self._ask("load", path=self._path, units=job.units)["ms"]
-            after = self._try("memory")
-            if before.get("bytes") is not None and after.get("bytes") is not None:
-                findings.memory = {
-                    "method": after["method"],
-                    "baseline": before["bytes"],
-                    "after_load": after["bytes"],
-                }
-
-        def _predict() -> None:
-            first = self._ask("predict", n=1)
-            findings.first_ms = (first["core_ms"] or first["e2e_ms"])[0]
-            if self._plan.warmup > 1:
-                self._ask("predict", n=self._plan.warmup - 1)
-
-        yield from (_compile, _load, _predict)
+    def _predict(self) -> None:
+        first = self._ask("predict", n=1)
+        self.findings.first_ms = (first["core_ms"] or first["e2e_ms"])[0]
+        if self._plan.warmup > 1:
+            self._ask("predict", n=self._plan.warmup - 1)
+        self.findings.thermal.append(self._state())
+        self._ask("outputs", path=self.job.outputs)
+        self.findings.has_outputs = True
 
     def take(self, i: int) -> bool:
         """Take a turn, and tell whether the device was too warm for it to count."""
         findings = self.findings
         try:
             before = self._state()
-            made = self._ask("predict", n=self._plan.samples_per_round)
+            answer = self._ask("predict", n=self._plan.samples_per_round)
             after = self._state()
         except SessionError as error:
             self._fail("predict", error)
             return False
         findings.thermal.append(after)
-        if before not in NOMINAL or after not in NOMINAL:
+        if before not in _NOMINAL or after not in _NOMINAL:
             findings.n_rejected += 1
             if findings.n_rejected > self._plan.max_rejected:
                 states = f"{before} and {after}"
                 msg = f"the device must be cool (nominal) for a round, got {states} again"
                 self._fail("predict", SessionError(msg, "too_warm"))
             return True
-        findings.e2e[i] = made["e2e_ms"]
-        if made["core_ms"] is not None:
-            findings.core[i] = made["core_ms"]
+        findings.e2e[i] = answer["e2e_ms"]
+        if answer["core_ms"] is not None:
+            findings.core[i] = answer["core_ms"]
         return False
 
     def finish(self) -> None:
@@ -313,26 +312,22 @@ class _Turn:
         if self.findings.failure is not None:
             return
         for _ in range(self._plan.cached_loads):
-            session = None
             try:
-                session = self._open()
-                made = session.ask(
-                    "load", self._plan.timeout, path=self._path, units=self.job.units
-                )
+                with contextlib.closing(self._open()) as session:
+                    ms = session.ask(
+                        "load", self._plan.timeout, path=self._path, units=self.job.units
+                    )["ms"]
             except (SessionError, OSError) as error:
                 self.findings.warnings.append(f"cached load: {error}")
                 return
-            finally:
-                if session is not None:
-                    session.close()
-            if made["ms"] is None:
+            if ms is None:
                 return
-            if made["ms"] == 0:
+            if ms == 0:
                 self.findings.warnings.append(
                     "cached load: a load of 0 ms was discarded, as it was none"
                 )
                 continue
-            self.findings.cached_ms.append(made["ms"])
+            self.findings.cached_ms.append(ms)
 
     def close(self) -> None:
         """End the session."""
@@ -362,26 +357,11 @@ class _Turn:
         """Return the thermal state, or that it is not known; who can't tell is not asked again."""
         if not self._has_state:
             return None
-        found = self._try("thermal")
-        self._has_state = "state" in found
-        state: str | None = found.get("state")
+        answer = self._try("thermal")
+        self._has_state = "state" in answer
+        state: str | None = answer.get("state")
         return state
-
-    def _outputs(self, path: str) -> None:
-        try:
-            self._ask("outputs", path=path)
-            self.findings.has_outputs = True
-        except SessionError as error:
-            self._fail("predict", error)
 
     def _fail(self, phase: str, error: SessionError) -> None:
         self.findings.failure = Failure(phase=phase, reason=error.reason, message=error.message)
         self.close()
-
-
-def distributions(findings: Findings) -> tuple[Distribution | None, Distribution | None]:
-    """Return Core ML's own times and those of whole calls."""
-    return (
-        Distribution.of(findings.core) if findings.core else None,
-        Distribution.of(findings.e2e) if findings.e2e else None,
-    )

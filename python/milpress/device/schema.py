@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
@@ -57,11 +58,9 @@ class Distribution:
     @property
     def by_round(self) -> dict[int, tuple[float, ...]]:
         """The samples by the index of their round."""
-        found, begin = {}, 0
-        for index, size in zip(self.rounds, self.round_sizes, strict=True):
-            found[index] = self.samples[begin : begin + size]
-            begin += size
-        return found
+        samples = iter(self.samples)
+        sizes = zip(self.rounds, self.round_sizes, strict=True)
+        return {index: tuple(itertools.islice(samples, size)) for index, size in sizes}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -347,6 +346,11 @@ class Entry:
     decompression: Decompression | None = None
     estimate: Estimate | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    def latency(self) -> Distribution | None:
+        """Core ML's own latency, or that of the whole call."""
+        return None if self.timing is None else self.timing.best
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -101,6 +101,6 @@ def relative_half_width(value: float, interval: Interval) -> float:
     return (interval.high - interval.low) / 2 / value if value > 0 else float("inf")
 
 
-def _ends(found: NDArray[np.float64]) -> Interval:
-    low, high = np.percentile(found, (2.5, 97.5))
+def _ends(medians: NDArray[np.float64]) -> Interval:
+    low, high = np.percentile(medians, (2.5, 97.5))
     return Interval(float(low), float(high))

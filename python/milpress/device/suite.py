@@ -7,19 +7,19 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from milpress.compression.packages import compress
 from milpress.device import benchmark, files, schema
 from milpress.device.entries import Candidate, failed_entry, model_of
-from milpress.device.runner import Plan, Progress
+from milpress.device.runner import Plan
 from milpress.device.schema import Failure, Result
 from milpress.errors import CompressionError, ConfigError, DestinationError
 from milpress.mil.package import Package
 from milpress.plain import json, yaml
 from milpress.plain.files import system_errors, write_whole
+from milpress.progress import Progress
 from milpress.recipe import Recipe, describe
 from milpress.samples.data import RandomSamples
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 RESULTS = "results.json"
+_BUILT_IN = Path(__file__).with_name("suite.yaml")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,15 +55,9 @@ class Suite:
         ConfigError
             If it is no grid.
         """
-        place = "the suite"
         if path is None:
-            found = resources.files("milpress.device") / "suite.yaml"
-            with found.open(encoding="utf-8") as file:
-                data = yaml.load(file, place)
-        else:
-            place = str(path)
-            data = yaml.load(path, "a suite")
-        return cls.from_dict(data, place)
+            return cls.from_dict(yaml.load(_BUILT_IN, "a suite"))
+        return cls.from_dict(yaml.load(path, "a suite"), str(path))
 
     @classmethod
     def from_dict(cls, data: Any, place: str = "the suite") -> Suite:
@@ -88,15 +83,15 @@ class Suite:
         if not isinstance(variants, list) or not variants:
             msg = f"{place}: variants must be a list, got {variants!r}"
             raise ConfigError(msg)
-        made = tuple(
+        treated = tuple(
             _variant(each, data.get("target"), f"{place}: variants[{i}]")
             for i, each in enumerate(variants)
         )
-        names = [each.name for each in made]
+        names = [each.name for each in treated]
         if len(set(names)) < len(names):
             msg = f"{place}: the name of a variant must be its own, got {', '.join(names)}"
             raise ConfigError(msg)
-        return cls(units=tuple(units), variants=made)
+        return cls(units=tuple(units), variants=treated)
 
 
 def _variant(data: Any, target: Any, place: str) -> Variant:
@@ -197,7 +192,6 @@ def run(
     names = {entry.settings.compute_units: None for entry in result.entries}
     missing = [
         failed_entry(
-            Candidate(package=Path(model), name=name),
             dataclasses.replace(original, name=name),
             each,
             Failure(phase="compress", reason="error", message=why),
@@ -223,8 +217,7 @@ def _make(
         samples = RandomSamples(8, seed) if data is None else data
     report = compress(source, path, variant.recipe, sample_data=samples)
     text = json.text(report.to_dict(), indent=1)
-    with system_errors(reports):
-        write_whole(reports / f"{variant.name}.json", text.encode())
+    write_whole(reports / f"{variant.name}.json", text.encode())
     words = [] if variant.recipe.activations is None else ["8-bit activations"]
     words += [
         describe(step.treatment) for step in variant.recipe.steps if step.treatment is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from milpress.errors import ConfigError
 from milpress.page.collect import Page, collect
-from milpress.plain.files import system_errors, write_whole
+from milpress.plain.files import write_whole
 
 # Apple's published tables.
 LITERATURE = Path(__file__).parents[1] / "device" / "literature.json"
@@ -53,6 +53,5 @@ def write(
 
     page = collect(sources, title=title)
     text = render.html(page) if path.suffix == ".html" else render.markdown(page)
-    with system_errors(path):
-        write_whole(path, text.encode())
+    write_whole(path, text.encode())
     return page

@@ -53,10 +53,10 @@ class LatencyGroup:
 
 def groups(page: Page) -> list[LatencyGroup]:
     """Return the runs with latencies, by what may stand in one chart."""
-    found: dict[tuple[str, ...], list[tuple[Result, PackageResults, Entry]]] = {}
+    comparable: dict[tuple[str, ...], list[tuple[Result, PackageResults, Entry]]] = {}
     for package in page.packages:
         for result, entry in package.runs:
-            if entry.timing is None or entry.timing.best is None:
+            if entry.latency is None:
                 continue
             key = (
                 result.provenance.kind,
@@ -64,22 +64,20 @@ def groups(page: Page) -> list[LatencyGroup]:
                 device_words(result),
                 units_words(result, entry),
             )
-            found.setdefault(key, []).append((result, package, entry))
+            comparable.setdefault(key, []).append((result, package, entry))
     names = run_names(page.results)
-    return [_group(runs, names) for runs in found.values()]
+    return [_group(runs, names) for runs in comparable.values()]
 
 
 def _group(
-    found: Sequence[tuple[Result, PackageResults, Entry]], names: dict[int, str]
+    comparable: Sequence[tuple[Result, PackageResults, Entry]], names: dict[int, str]
 ) -> LatencyGroup:
-    result, _, first = found[0]
-    timings = [entry.timing for _, _, entry in found if entry.timing is not None]
-    is_core = all(timing.core is not None for timing in timings)
-    is_of_several = len({id(result) for result, _, _ in found}) > 1
+    result, _, first = comparable[0]
+    is_core = all(entry.timing and entry.timing.core for _, _, entry in comparable)
+    is_of_several = len({id(result) for result, _, _ in comparable}) > 1
     runs = []
-    for one, package, entry in found:
-        timing = entry.timing
-        latency = None if timing is None else timing.core if is_core else timing.e2e
+    for one, package, entry in comparable:
+        latency = getattr(entry.timing, "core" if is_core else "e2e")
         if latency is not None:
             name = names[id(one)] if is_of_several else ""
             runs.append(LatencyRun(package=package, entry=entry, latency=latency, name=name))

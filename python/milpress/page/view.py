@@ -16,6 +16,7 @@ from milpress.page.collect import PackageResults, Page
 from milpress.page.groups import LatencyGroup, groups
 from milpress.page.metrics import METRICS, Metric
 from milpress.page.sources import Literature
+from milpress.plain import json
 from milpress.show import human_bytes
 
 # Rows beyond these are left out of tables of ops, and said to be.
@@ -199,10 +200,7 @@ def _data(
                     {
                         "package": numbers[id(run.package)],
                         "run": run.name,
-                        "median": run.latency.median,
-                        "ci95": run.latency.ci95,
-                        "p90": run.latency.p90,
-                        "p99": run.latency.p99,
+                        **json.record(run.latency, "median", "ci95", "p90", "p99"),
                         "n": len(run.latency.samples),
                     }
                     for run in group.runs

@@ -108,10 +108,10 @@ def write_whole(path: Path, data: bytes) -> None:
 
     Raises
     ------
-    OSError
+    StorageError
         If the system refuses.
     """
-    with draft_in_place_of(path) as draft:
+    with system_errors(path), draft_in_place_of(path) as draft:
         draft.write_bytes(data)
 
 

@@ -102,10 +102,10 @@ class _Loader(yaml.SafeLoader):
         A node that several aliases stand for is looked at once.
         """
         if id(node) in self._sizes:
-            size = self._sizes[id(node)]
-            if size is None:
+            known = self._sizes[id(node)]
+            if known is None:
                 _refuse(node, "an alias of what it is in")
-            return size
+            return known
         self._sizes[id(node)] = None
         inner: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
@@ -114,16 +114,16 @@ class _Loader(yaml.SafeLoader):
         elif isinstance(node, yaml.SequenceNode):
             inner = node.value
         sizes = [self._check(part) for part in inner]
-        made = _Size(
-            1 + sum(size.n_values for size in sizes),
-            1 + max((size.depth for size in sizes), default=0),
+        size = _Size(
+            1 + sum(each.n_values for each in sizes),
+            1 + max((each.depth for each in sizes), default=0),
         )
-        if made.n_values > _MAX_VALUES:
+        if size.n_values > _MAX_VALUES:
             _refuse(node, f"more than {_MAX_VALUES} values, aliases written out")
-        if made.depth > _MAX_DEPTH:
+        if size.depth > _MAX_DEPTH:
             _refuse(node, f"more than {_MAX_DEPTH} levels, aliases written out")
-        self._sizes[id(node)] = made
-        return made
+        self._sizes[id(node)] = size
+        return size
 
     def _check_keys(self, node: yaml.MappingNode) -> None:
         lines: dict[Hashable, int] = {}
@@ -151,8 +151,8 @@ class _Loader(yaml.SafeLoader):
         return self.construct_scalar(node)
 
 
-def _refuse(at: Any, got: str) -> NoReturn:
-    raise ConstructorError(None, None, got, at.start_mark)
+def _refuse(node: yaml.Node, what: str) -> NoReturn:
+    raise ConstructorError(None, None, what, node.start_mark)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)

@@ -22,12 +22,8 @@ class ScoreCache:
     """Numbers by the hash of what they were made of, one line each, written as they come.
 
     A scan that was interrupted leaves what it had; a line that is cut off counts as missing. A file
-    that can't be read or written is no error: scores are then made anew.
-
-    Parameters
-    ----------
-    path
-        The file; ``None`` keeps nothing beyond this object.
+    that can't be read or written is no error: scores are then made anew. Without a ``path``,
+    nothing is kept beyond this object.
     """
 
     def __init__(self, path: Path | None) -> None:

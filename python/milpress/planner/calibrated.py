@@ -326,8 +326,8 @@ class _Model:
             return known
         pairs = list(zip(groups, self._gradients(groups), strict=True))
         computed: list[dict[str, float]] = []
-        for errors in in_order(lambda pair: _first_order(*pair, len(self.functions)), pairs):
-            i = len(computed)
+        scored = in_order(lambda pair: _first_order(*pair, len(self.functions)), pairs)
+        for i, errors in enumerate(scored):
             self.note(i, len(groups), groups[i].name)
             self.cache.put({keys[i][name]: [error] for name, error in errors.items()})
             computed.append(errors)

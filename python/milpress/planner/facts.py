@@ -29,28 +29,15 @@ _BUILT_IN = Path(__file__).with_name("facts.yaml")
 class Fact:
     """Something that is known of weights with some traits.
 
-    Parameters
-    ----------
-    id
-        Its name.
-    when
-        What must hold of the traits of a weight, by trait: a value, several of which one must do,
-        or a mapping with ``below`` or ``above``.
-    unit
-        Where it matters: ``ane``, ``gpu``, ``cpu`` or ``any``.
-    effect
-        What happens: ``crash``, ``wrong`` results, the op ``leaves`` the unit, ``unavailable``,
-        ``slow``, or ``no_gain``.
-    says, instead
-        What happens, and what to write instead, for people.
-    status
-        How it is known; one that is ``refuted`` does not fire.
-    sources
-        Where it can be read.
-    from_os, before_os
-        The first system that it holds for, and the first that it no longer does.
-    before_chip
-        The first chip of each family that it no longer holds for.
+    ``when`` is what must hold of the traits of a weight, by trait: a value, several of which one
+    must do, or a mapping with ``below`` or ``above``. ``unit`` is where it matters: ``ane``,
+    ``gpu``, ``cpu`` or ``any``. ``effect`` is what happens: ``crash``, ``wrong`` results, the op
+    ``leaves`` the unit, ``unavailable``, ``slow``, or ``no_gain``; ``says`` and ``instead`` tell
+    people what happens, and what to write instead.
+
+    ``status`` is how it is known; a fact that is ``refuted`` does not fire. ``sources`` are where
+    it can be read. ``from_os`` and ``before_os`` are the first system that it holds for and the
+    first that it no longer does, ``before_chip`` the first chip of each family that it doesn't.
     """
 
     id: str
@@ -114,14 +101,8 @@ class Fact:
 class Platform:
     """What a model is meant to run on; ``None`` where that is open.
 
-    Parameters
-    ----------
-    unit
-        The compute unit: ``"ane"``, ``"gpu"`` or ``"cpu"``.
-    chip
-        Such as ``"A17"`` or ``"M4"``.
-    os
-        Such as ``"iOS18"`` or ``"macOS26"``.
+    ``unit`` is the compute unit: ``"ane"``, ``"gpu"`` or ``"cpu"``. ``chip`` is such as ``"A17"``,
+    ``os`` such as ``"iOS18"`` or ``"macOS26"``.
     """
 
     unit: Unit | None = None
@@ -167,10 +148,10 @@ class Facts:
         ConfigError
             If a file is not of the form of ``facts.yaml``; a line for each place that is wrong.
         """
-        found = cls({}, {})
+        facts = cls({}, {})
         for path in (_BUILT_IN, *paths):
-            found = found._with(yaml.load(path, "a file of facts"), str(path))
-        return found
+            facts = facts._with(yaml.load(path, "a file of facts"), str(path))
+        return facts
 
     def _with(self, data: Any, place: str) -> Facts:
         known = {name: json.record(fact) for name, fact in self.by_id.items()}
@@ -232,22 +213,22 @@ def _holds(asked: Any, value: Any) -> bool:
 
 def _chip(chip: str) -> tuple[str, int]:
     """Return family and number of a chip, whatever is said behind them (``A17 Pro``)."""
-    found = re.match(r"([AM])(\d+)\b", str(chip))
-    if found is None:
+    match = re.match(r"([AM])(\d+)\b", str(chip))
+    if match is None:
         msg = f"a chip must be such as A17 or M4, got {chip!r}"
         raise ConfigError(msg)
-    return found[1], int(found[2])
+    return match[1], int(match[2])
 
 
 def _generation(system: str) -> float:
     """Return the number of the iOS version that belongs to a system, such as 18 for macOS15."""
-    found = re.fullmatch(
+    match = re.fullmatch(
         r"(iOS|iPadOS|tvOS|macOS|watchOS|visionOS) ?(\d+(?:\.\d+)?)(?:\.\d+)*", str(system)
     )
-    if found is None:
+    if match is None:
         msg = f"a system must be such as iOS18 or macOS26, got {system!r}"
         raise ConfigError(msg)
-    number = float(found[2])
+    number = float(match[2])
     if number >= 26:  # since then they share their numbers
         return number
-    return number + {"macOS": 3, "watchOS": 7, "visionOS": 16}.get(found[1], 0)
+    return number + {"macOS": 3, "watchOS": 7, "visionOS": 16}.get(match[1], 0)

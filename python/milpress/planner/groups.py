@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from milpress.compression.decisions import decide
 from milpress.compression.requests import RecipeRequests
@@ -36,19 +36,6 @@ _MOST_FOR_GROUPS = 0.25
 _MOST_FOR_SCALES = 1.0
 
 
-class GroupScore(NamedTuple):
-    """The relative error of a group in some format; ``sampled`` if not all of it was tried."""
-
-    relative: float
-    sampled: bool
-
-    @classmethod
-    def of(cls, scores: Sequence[Score]) -> GroupScore:
-        """Return the mean of the scores of weights."""
-        relative = sum(score.relative for score in scores) / len(scores)
-        return cls(relative, any(score.sampled for score in scores))
-
-
 @dataclass(slots=True, eq=False)
 class WeightGroup:
     """Weights that are decided on together, as they share what is stored.
@@ -62,7 +49,7 @@ class WeightGroup:
     weights: tuple[Weight, ...]
     n_bytes: int
     choices: dict[str, Choice] = field(default_factory=dict)
-    scores: dict[str, GroupScore] = field(default_factory=dict)
+    scores: dict[str, Score] = field(default_factory=dict)
     reason: str = ""
     is_last: bool = False
 

@@ -27,17 +27,7 @@ _N_NAMED = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """A weight at risk.
-
-    Parameters
-    ----------
-    weight
-        Its name.
-    traits
-        How it is stored and used.
-    fact
-        What is known of such weights.
-    """
+    """A weight at risk, by its name: how it is stored and used, what is known of such weights."""
 
     weight: str
     traits: Traits
@@ -50,18 +40,9 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lint:
-    """What `lint` found.
+    """What `lint` found in a package that is meant for a platform.
 
-    Parameters
-    ----------
-    path
-        The package.
-    platform
-        What it is meant to run on.
-    n_weights
-        How many weights were looked at.
-    findings
-        The weights at risk, in the order of the graph.
+    ``n_weights`` were looked at; ``findings`` are those at risk, in the order of the graph.
     """
 
     path: str
@@ -72,10 +53,10 @@ class Lint:
     @property
     def by_fact(self) -> dict[Fact, tuple[str, ...]]:
         """The names of the weights that each fact puts at risk."""
-        found: dict[str, list[Finding]] = {}
+        names: dict[Fact, list[str]] = {}
         for finding in self.findings:
-            found.setdefault(finding.fact.id, []).append(finding)
-        return {some[0].fact: tuple(one.weight for one in some) for some in found.values()}
+            names.setdefault(finding.fact, []).append(finding.weight)
+        return {fact: tuple(some) for fact, some in names.items()}
 
     @property
     def summary(self) -> str:
@@ -87,8 +68,8 @@ class Lint:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the findings as JSON can hold them."""
-        found = json.record(self, "n_weights", "findings")
-        return {"version": 1, "path": self.path, **json.record(self.platform), **found}
+        findings = json.record(self, "n_weights", "findings")
+        return {"version": 1, "path": self.path, **json.record(self.platform), **findings}
 
     @property
     def details(self) -> str:
@@ -165,10 +146,9 @@ def lint(
 
 def warning(source: str | os.PathLike[str]) -> str:
     """Return one line on the compressed weights of a package that are at risk; empty if none is."""
-    found = lint(source)
     risky = [
         one
-        for one in found.findings
+        for one in lint(source).findings
         if one.traits.form != "dense" and one.fact.effect in ("crash", "wrong", "leaves")
     ]
     n, kinds = _risks(risky)

@@ -14,7 +14,7 @@ from milpress.mil.package import Package
 from milpress.mil.program import Weight
 from milpress.planner import scores
 from milpress.planner.cache import ScoreCache, cache_key
-from milpress.planner.groups import GroupScore, WeightGroup, axes_of
+from milpress.planner.groups import WeightGroup, axes_of
 from milpress.planner.menu import KEEP
 from milpress.planner.scores import Score
 from milpress.progress import Progress
@@ -35,7 +35,7 @@ def measure(
 
     def scored(
         group: WeightGroup,
-    ) -> tuple[dict[str, GroupScore], dict[str, list[float]]] | UnsupportedError:
+    ) -> tuple[dict[str, Score], dict[str, list[float]]] | UnsupportedError:
         try:
             with weight_errors(group.name):
                 return _scores_of(group, package, cache, sample_size)
@@ -58,7 +58,7 @@ def measure(
 
 def _scores_of(
     group: WeightGroup, package: Package, cache: ScoreCache, sample_size: int | None
-) -> tuple[dict[str, GroupScore], dict[str, list[float]]]:
+) -> tuple[dict[str, Score], dict[str, list[float]]]:
     """Return the score of each format of a group, and what of it is new to the cache."""
     by_format: dict[str, list[Score]] = {name: [] for name in group.choices if name != KEEP}
     computed: dict[str, list[float]] = {}
@@ -88,7 +88,7 @@ def _scores_of(
             computed |= {keys[each]: [*map(float, known[each])] for each in missing}
         for name, treatment in treatments.items():
             by_format[name].append(known[treatment])
-    return {name: GroupScore.of(each) for name, each in by_format.items()}, computed
+    return {name: Score.mean(each) for name, each in by_format.items()}, computed
 
 
 def _digest(weight: Weight, package: Package) -> str:

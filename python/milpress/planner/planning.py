@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.kernels.threads import thread_limit
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from milpress.interpreter.sensitivity import OutputMetric
     from milpress.samples.data import Data
 
-Prefer: TypeAlias = Unit
-
 
 def plan(
     source: str | os.PathLike[str],
@@ -38,7 +36,7 @@ def plan(
     min_snr: float | None = None,
     formats: Sequence[str] | None = None,
     keep: Sequence[str] = (),
-    prefer: Prefer | None = None,
+    prefer: Unit | None = None,
     max_formats: int | None = None,
     target: str | None = None,
     min_size: int = DEFAULT_MIN_SIZE,
@@ -168,8 +166,8 @@ def plan(
             notes += calibrated.notes
     if use_cache and not kept_scores.is_writable:
         notes.append(f"scores could not be kept in {path}")
-    found = problem.plan(errors, max_formats, notes)
-    return replace(found, seconds=time.perf_counter() - started)
+    result = problem.plan(errors, max_formats, notes)
+    return replace(result, seconds=time.perf_counter() - started)
 
 
 def _with_choices(groups: Sequence[WeightGroup], package: Package) -> list[WeightGroup]:

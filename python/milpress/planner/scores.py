@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +37,12 @@ class Score(NamedTuple):
     def relative(self) -> float:
         """Noise for each unit of signal; 0 for a weight of zeros, which nothing harms."""
         return self.noise / self.signal if self.signal > 0 else 0.0
+
+    @classmethod
+    def mean(cls, scores: Sequence[Score]) -> Score:
+        """Return the mean relative error of several weights, as the noise of a signal of 1."""
+        noise = sum(score.relative for score in scores) / len(scores)
+        return cls(1.0, noise, any(score.sampled for score in scores))
 
 
 def scores_of(
@@ -130,9 +136,7 @@ def _channels_together(treatment: Treatment, n_channels: int) -> int | None:
     ``None`` if it can only be tried on the whole weight.
     """
     if isinstance(treatment, PalettizeConfig) and treatment.channel_axis is None:
-        if treatment.channel_scale:
-            return treatment.group_size or 1
-        return treatment.group_size or n_channels
+        return treatment.group_size or (1 if treatment.channel_scale else n_channels)
     # Integers of the whole range are quick to try, and one channel may hold most of their error.
     if isinstance(treatment, QuantizeConfig) and treatment.range == "mse":
         return 1 if isinstance(treatment.granularity, (PerChannel, PerBlock)) else None

@@ -19,10 +19,10 @@ _HOMES = {
     "coreml": "CoreMLDriver",
     "iphone": "IPhoneDriver",
     "interpreter": "InterpreterDriver",
-    "replay": "ReplayDriver",
     "fake": "FakeDriver",
 }
-DRIVERS = tuple(_HOMES)
+# To replay is to run nothing: `milpress.device.replay` does.
+DRIVERS = ("coreml", "iphone", "interpreter", "replay", "fake")
 
 
 class Driver(abc.ABC):
@@ -48,9 +48,19 @@ class Driver(abc.ABC):
     def load(self, path: str, units: str) -> dict[str, Any]:
         """Load what `compile` made: ``ms``."""
 
-    @abc.abstractmethod
     def predict(self, n: int) -> dict[str, Any]:
         """Predict so many times, the samples in turn: ``core_ms`` (or ``None``), ``e2e_ms``."""
+        core, e2e = [], []
+        for sample in self._in_turn(n):
+            started = time.perf_counter()
+            self.output(sample)
+            e2e.append(ms_since(started))
+            core.append(self._duration())
+        return {"core_ms": None if None in core else core, "e2e_ms": e2e}
+
+    def _duration(self) -> float | None:
+        """Return the milliseconds that the last prediction took by Core ML itself."""
+        return None
 
     @abc.abstractmethod
     def output(self, sample: Arrays) -> Mapping[str, Any]:
@@ -98,6 +108,11 @@ class Driver(abc.ABC):
 def ms_since(started: float) -> float:
     """Return the milliseconds since `time.perf_counter` gave a number."""
     return 1e3 * (time.perf_counter() - started)
+
+
+def ms_of(nanoseconds: int | None) -> float | None:
+    """Return milliseconds, if there is a number."""
+    return None if nanoseconds is None else nanoseconds / 1e6
 
 
 def create(name: str, options: dict[str, Any]) -> Driver:

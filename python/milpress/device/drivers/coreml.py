@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from milpress.device.drivers import Driver, ms_since
+from milpress.device.drivers import Driver, ms_of, ms_since
 from milpress.engines.calls import CoreML, check_is_mac, image, plain
 from milpress.engines.mac import Mac
 from milpress.mil.package import Package, description_of
@@ -91,33 +91,34 @@ class CoreMLDriver(Driver):
         """Load, and return Core ML's own time of it."""
         self._path, self._units = path, units
         self._model = self._core_ml.load(path, units, self._function)
-        duration = self._core_ml.load_duration(self._model)
-        return {"ms": None if duration is None else duration / 1e6}
+        return {"ms": ms_of(self._core_ml.load_duration(self._model))}
 
     def predict(self, n: int) -> dict[str, Any]:
         """Predict the samples in turn."""
-        core: list[float | None] = []
-        e2e = []
+        core, e2e = [], []
         # Made before the clock starts, as an app would have them.
         for data in [self._features(sample) for sample in self._in_turn(n)]:
             state = self._state()
             started = time.perf_counter()
             self._core_ml.predict(self._model, data, state)
             e2e.append(ms_since(started))
-            duration = self._core_ml.predict_duration(self._model)
-            core.append(None if duration is None else duration / 1e6)
+            core.append(self._duration())
         return {"core_ms": None if None in core else core, "e2e_ms": e2e}
 
     def output(self, sample: Arrays) -> Any:
         """Predict one sample."""
         return self._core_ml.predict(self._model, self._features(sample), self._state())
 
+    def _duration(self) -> float | None:
+        return ms_of(self._core_ml.predict_duration(self._model))
+
     def memory(self) -> dict[str, Any]:
         """Return the footprint of this process."""
-        found = self._mac.footprint()
-        if found is None:
+        footprint = self._mac.footprint()
+        if footprint is None:
             return {}
-        return {"bytes": found[0], "peak": found[1], "method": "task_info phys_footprint"}
+        n_bytes, peak = footprint
+        return {"bytes": n_bytes, "peak": peak, "method": "task_info phys_footprint"}
 
     def thermal(self) -> dict[str, Any]:
         """Return the state of the Mac."""
@@ -135,8 +136,7 @@ class CoreMLDriver(Driver):
         taken = itertools.islice(itertools.cycle(self._samples), batch)
         data = [self._features(sample) for sample in taken]
         self._core_ml.predict(self._model, data)
-        duration = self._core_ml.predict_duration(self._model)
-        return {"ms": None if duration is None else duration / 1e6}
+        return {"ms": self._duration()}
 
     def energy(self, seconds: float) -> dict[str, Any]:
         """Predict for a while, and sample power meanwhile."""
@@ -144,8 +144,8 @@ class CoreMLDriver(Driver):
         ends = time.monotonic() + seconds
         while time.monotonic() < ends:
             self.predict(1)
-        found = self._mac.power(sampling)
-        return found | {"method": "powermetrics"} if found else {}
+        power = self._mac.power(sampling)
+        return power | {"method": "powermetrics"} if power else {}
 
     def _look_at(self, package: str) -> None:
         """Find out which inputs are images, and whether there are states."""
@@ -167,12 +167,12 @@ class CoreMLDriver(Driver):
         }
 
 
-def devices_of(found: list[Any]) -> dict[str, Any]:
+def devices_of(devices: list[Any]) -> dict[str, Any]:
     """Return what of a device's description follows from what Core ML may use."""
     # By name: the classes are another's where Core ML is not the real one.
-    names = [_DEVICES.get(type(each).__name__, type(each).__name__) for each in found]
+    names = [_DEVICES.get(type(each).__name__, type(each).__name__) for each in devices]
     cores = None
-    for each, name in zip(found, names, strict=True):
+    for each, name in zip(devices, names, strict=True):
         if name == "neural_engine":
             cores = int(each.total_core_count)
     return {"compute_devices": sorted(set(names)), "neural_engine_cores": cores}

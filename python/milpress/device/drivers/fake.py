@@ -18,18 +18,10 @@ from milpress.plain.arrays import Arrays
 class FakeDriver(Driver):
     """Plays scripted latencies, states and failures.
 
-    Parameters
-    ----------
-    core_ms
-        Latencies by what the units are called; ``""`` is for all others. They are repeated.
-    states
-        Thermal states, one for each request; the last one stays.
-    loads
-        Milliseconds of each load; the last one stays.
-    fail
-        What happens at a command: ``"error"``, ``"crash"``, ``"kill"`` or ``"hang"``.
-    only
-        The units for which it happens; empty for all.
+    ``core_ms`` are latencies by what the units are called, ``""`` being all others; they are
+    repeated. ``states`` are thermal, one for each request, ``loads`` the milliseconds of each load;
+    the last one stays. ``fail`` says what happens at a command: ``"error"``, ``"crash"``,
+    ``"kill"`` or ``"hang"``; ``only`` for which units, if not for all.
     """
 
     def __init__(

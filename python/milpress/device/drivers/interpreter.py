@@ -49,15 +49,6 @@ class InterpreterDriver(Driver):
         self._program = load(path, self._function, precision=self._precision)
         return {"ms": ms_since(started)}
 
-    def predict(self, n: int) -> dict[str, Any]:
-        """Run the samples in turn, and time the whole call."""
-        taken = []
-        for sample in self._in_turn(n):
-            started = time.perf_counter()
-            self.output(sample)
-            taken.append(ms_since(started))
-        return {"core_ms": None, "e2e_ms": taken}
-
     def output(self, sample: Arrays) -> dict[str, Any]:
         """Run one sample."""
         from milpress.interpreter.program import run_once

@@ -15,13 +15,12 @@ import asyncio
 import os
 import shutil
 import subprocess
-import time
 import weakref
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
-from milpress.device.drivers import Driver, ms_since
+from milpress.device.drivers import Driver, ms_of
 from milpress.device.drivers.coreml import placed
 from milpress.engines.calls import check_is_mac, plain
 from milpress.engines.mac import Mac
@@ -159,24 +158,15 @@ class IPhoneDriver(Driver):
         weights = str(Path(path) / "Data" / "com.apple.CoreML" / "weights")
         self._model = self._core_ml.model(path, weights, units, self._function, self._prepared)
         self._wait(self._model.load())
-        duration = self._model.load_duration_in_nano_seconds
-        return {"ms": None if not duration else duration / 1e6}
-
-    def predict(self, n: int) -> dict[str, Any]:
-        """Predict the samples in turn; the whole call has the copying of files in it."""
-        core: list[float | None] = []
-        e2e = []
-        for sample in self._in_turn(n):
-            started = time.perf_counter()
-            self.output(sample)
-            e2e.append(ms_since(started))
-            duration = self._model.last_predict_duration_in_nano_seconds
-            core.append(None if duration is None else duration / 1e6)
-        return {"core_ms": None if None in core else core, "e2e_ms": e2e}
+        return {"ms": ms_of(self._model.load_duration_in_nano_seconds or None)}
 
     def output(self, sample: Arrays) -> Any:
-        """Predict one sample."""
-        return self._wait(self._model.predict(_features(sample)))
+        """Predict one sample; a call has the copying of files in it."""
+        features = {name: plain(array) for name, array in sample.items()}
+        return self._wait(self._model.predict(features))
+
+    def _duration(self) -> float | None:
+        return ms_of(self._model.last_predict_duration_in_nano_seconds)
 
     def placement(self) -> dict[str, Any]:
         """Return the device's plan, op by op."""
@@ -184,32 +174,28 @@ class IPhoneDriver(Driver):
         return {"source": "MLComputePlan", "ops": placed(plan, self._function)}
 
     def _chosen(self, name: str | None) -> Any:
-        found = self._core_ml.connected()
+        devices = self._core_ml.connected()
         if name is not None:
-            found = [device for device in found if device.name == name]
-        if len(found) != 1:
-            names = ", ".join(str(device.name) for device in found) or "none"
+            devices = [device for device in devices if device.name == name]
+        if len(devices) != 1:
+            names = ", ".join(str(device.name) for device in devices) or "none"
             msg = f"one iPhone or iPad must be connected (or be named), got {names}"
             raise DriverError(msg)
-        return found[0]
+        return devices[0]
 
     def _wait(self, work: Coroutine[Any, Any, Any]) -> Any:
         return self._loop.run_until_complete(work)
 
 
-def _features(sample: Arrays) -> dict[str, Any]:
-    return {name: plain(array) for name, array in sample.items()}
-
-
 def _find_devicectl() -> None:
     if shutil.which("devicectl") or not shutil.which("xcrun"):
         return
-    done = subprocess.run(
+    answer = subprocess.run(
         ["xcrun", "--find", "devicectl"],  # noqa: S607
         capture_output=True,
         text=True,
         check=False,
     )
-    if done.returncode == 0:
-        folder = Path(done.stdout.strip()).parent
+    if answer.returncode == 0:
+        folder = Path(answer.stdout.strip()).parent
         os.environ["PATH"] = f"{os.environ.get('PATH', '')}{os.pathsep}{folder}"
