@@ -102,8 +102,20 @@ def _described(node: Node) -> str:
 class StoredWeight:
     """A weight as it is stored.
 
-    ``op_types`` are the kinds of the ops that use it, ``dtype`` is the type of its elements as they
-    see it. ``stored_as`` is ``dense``, or the ops that decode it; ``n_bytes`` are stored for it.
+    Parameters
+    ----------
+    name
+        Its name in the graph.
+    op_types
+        Kinds of the ops that use it.
+    dtype
+        Type of its elements, as ops see it.
+    shape
+        Its shape.
+    stored_as
+        ``dense``, or the ops that decode it.
+    n_bytes
+        Size of what is stored.
     """
 
     name: str
@@ -123,9 +135,20 @@ class StoredWeight:
 class Inspection:
     """What a package holds.
 
-    ``package_bytes`` is the size of all files. ``functions`` are the name and deployment target of
-    each, ``op_counts`` is how often each kind of op occurs, constants aside, most frequent first;
-    ``weights`` are in the order of the graph.
+    Parameters
+    ----------
+    path
+        The package.
+    package_bytes
+        Size of all files.
+    specification_version
+        Of the model.
+    functions
+        Name and deployment target of each function.
+    op_counts
+        How often each kind of op occurs, constants aside, most frequent first.
+    weights
+        Its weights, in the order of the graph.
     """
 
     path: str

@@ -252,7 +252,12 @@ class OptimizationConfig:
 
     @classmethod
     def from_yaml(cls, yml: str | os.PathLike[str] | IO[Any]) -> Self:
-        """Build a config from a YAML file, given by path or opened, as `from_dict` does.
+        """Build a config from a YAML file of the form that `from_dict` takes.
+
+        Parameters
+        ----------
+        yml
+            Path of the file, or the file, opened.
 
         Raises
         ------

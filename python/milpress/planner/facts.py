@@ -29,15 +29,28 @@ _BUILT_IN = Path(__file__).with_name("facts.yaml")
 class Fact:
     """Something that is known of weights with some traits.
 
-    ``when`` is what must hold of the traits of a weight, by trait: a value, several of which one
-    must do, or a mapping with ``below`` or ``above``. ``unit`` is where it matters: ``ane``,
-    ``gpu``, ``cpu`` or ``any``. ``effect`` is what happens: ``crash``, ``wrong`` results, the op
-    ``leaves`` the unit, ``unavailable``, ``slow``, or ``no_gain``; ``says`` and ``instead`` tell
-    people what happens, and what to write instead.
-
-    ``status`` is how it is known; a fact that is ``refuted`` does not fire. ``sources`` are where
-    it can be read. ``from_os`` and ``before_os`` are the first system that it holds for and the
-    first that it no longer does, ``before_chip`` the first chip of each family that it doesn't.
+    Parameters
+    ----------
+    id
+        Its name.
+    when
+        What must hold of the traits of a weight, by trait: a value, several of which one must do,
+        or a mapping with ``below`` or ``above``.
+    unit
+        Where it matters: ``ane``, ``gpu``, ``cpu`` or ``any``.
+    effect
+        What happens: ``crash``, ``wrong`` results, the op ``leaves`` the unit, ``unavailable``,
+        ``slow``, or ``no_gain``.
+    says, instead
+        What happens, and what to write instead, for people.
+    status
+        How it is known; one that is ``refuted`` does not fire.
+    sources
+        Where it can be read.
+    from_os, before_os
+        The first system that it holds for, and the first that it no longer does.
+    before_chip
+        The first chip of each family that it no longer holds for.
     """
 
     id: str
@@ -101,8 +114,14 @@ class Fact:
 class Platform:
     """What a model is meant to run on; ``None`` where that is open.
 
-    ``unit`` is the compute unit: ``"ane"``, ``"gpu"`` or ``"cpu"``. ``chip`` is such as ``"A17"``,
-    ``os`` such as ``"iOS18"`` or ``"macOS26"``.
+    Parameters
+    ----------
+    unit
+        The compute unit: ``"ane"``, ``"gpu"`` or ``"cpu"``.
+    chip
+        Such as ``"A17"`` or ``"M4"``.
+    os
+        Such as ``"iOS18"`` or ``"macOS26"``.
     """
 
     unit: Unit | None = None

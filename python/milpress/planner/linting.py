@@ -27,7 +27,17 @@ _N_NAMED = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """A weight at risk, by its name: how it is stored and used, what is known of such weights."""
+    """A weight at risk.
+
+    Parameters
+    ----------
+    weight
+        Its name.
+    traits
+        How it is stored and used.
+    fact
+        What is known of such weights.
+    """
 
     weight: str
     traits: Traits
@@ -40,9 +50,18 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lint:
-    """What `lint` found in a package that is meant for a platform.
+    """What `lint` found.
 
-    ``n_weights`` were looked at; ``findings`` are those at risk, in the order of the graph.
+    Parameters
+    ----------
+    path
+        The package.
+    platform
+        What it is meant to run on.
+    n_weights
+        How many weights were looked at.
+    findings
+        The weights at risk, in the order of the graph.
     """
 
     path: str

@@ -23,14 +23,30 @@ _N_SHOWN = 12
 class PlannedWeight:
     """What a plan does to one weight.
 
-    ``op_types`` are the kinds of the ops that use it. ``format`` is a name such as
-    ``palette-4-group-16``, or ``keep`` where it stays; ``treatment`` is what is done, as it suits
-    the shape, and ``None`` where it stays. ``n_bytes`` will be stored for it.
-
-    ``snr_db`` is the signal-to-noise ratio that is expected of the weight, ``None`` where it stays;
-    with ``is_estimate``, it was measured on a part. ``error`` is what it adds to the error that the
-    plan keeps small. ``shares_with`` is the weight that its bytes are stored for, if it is another
-    one; ``reason`` says why it stays, if nothing could be chosen.
+    Parameters
+    ----------
+    name
+        Its name.
+    op_types
+        Kinds of the ops that use it.
+    shape
+        Its shape.
+    format
+        The format's name, such as ``palette-4-group-16``; ``keep`` where it stays.
+    treatment
+        What is done, as it suits the shape; ``None`` where it stays.
+    n_bytes
+        Bytes that will be stored for it.
+    snr_db
+        What is expected of it: the signal-to-noise ratio of the weight; ``None`` where it stays.
+    is_estimate
+        Whether that was measured on a part of the weight.
+    error
+        What it adds to the error that the plan keeps small.
+    shares_with
+        The weight that its bytes are stored for, if it is another one.
+    reason
+        Why it stays, if nothing could be chosen.
     """
 
     name: str
@@ -85,16 +101,35 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A recipe that was chosen for a package, and what is expected of it.
+    """A recipe that was chosen, and what is expected of it.
 
-    ``weights`` are in the order of the graph. ``n_bytes`` will be stored for them, and
-    ``bits_per_weight`` are effective bits over them, those that stay included; ``package_bytes`` is
-    the size of the package that `milpress.compress` makes by the recipe.
-
-    ``snr_db`` is the score: without samples that of the mean relative error of the weights, last
-    layers counting four times; with samples, and then ``scored_by`` is ``"outputs"``, that of the
-    outputs. ``curve`` holds the sizes and scores that can be had, smallest first, and ``knee`` is
-    the place on it from which more bytes bring little. ``seconds`` are wall time.
+    Parameters
+    ----------
+    source
+        The package it is for.
+    recipe
+        What `milpress.compress` is to do.
+    weights
+        What happens to each weight, in the order of the graph.
+    n_bytes
+        Bytes that will be stored for these weights.
+    package_bytes
+        Size of the package that the recipe makes.
+    bits_per_weight
+        Effective bits over these weights, those that stay included.
+    snr_db
+        The score: that of the mean relative error of the weights without samples, last layers
+        counting four times; that of the outputs with samples.
+    scored_by
+        ``"weights"`` or ``"outputs"``.
+    curve
+        Sizes and scores that can be had, smallest first.
+    knee
+        The place on the curve from which more bytes bring little.
+    notes
+        What else there is to know.
+    seconds
+        Wall time.
     """
 
     source: str

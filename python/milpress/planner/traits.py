@@ -29,17 +29,35 @@ _LUTS = ("constexpr_lut_to_dense", "constexpr_lut_to_sparse")
 class Traits:
     """Traits of a weight that facts speak of. ``None`` where one has no meaning.
 
-    ``dtype`` is the type of its elements as ops see it, ``used_by`` are the kinds of these ops;
-    ``activations`` is ``int8`` if one of them takes quantized activations too, else ``float``.
-    With ``stateful``, its function keeps states.
-
-    ``form`` is ``dense``, ``palette``, ``quantized``, ``sparse``, ``sparse palette`` or ``sparse
-    quantized``; ``decoded_by`` are the kinds of the ``constexpr_*`` ops that decode it, last first.
-    ``bits`` and ``codes`` are width and type of a code, ``granularity`` is ``per_tensor``,
-    ``per_channel``, ``per_group`` of output channels, or ``per_block``. So many output channels as
-    ``channels_per_table`` share a table, whose entries are stored as the type ``table``; one index
-    stands for ``vector_size`` weights. With ``scaled_floats``, a ``constexpr`` op multiplies floats
-    by a scale.
+    Parameters
+    ----------
+    dtype
+        Type of its elements as ops see it.
+    used_by
+        Kinds of the ops that use it.
+    activations
+        ``int8`` if an op that uses it takes quantized activations too, else the type of floats.
+    stateful
+        Whether its function keeps states.
+    form
+        ``dense``, ``palette``, ``quantized``, ``sparse``, ``sparse palette`` or
+        ``sparse quantized``.
+    decoded_by
+        Kinds of the ``constexpr_*`` ops that decode it, last first.
+    bits
+        Width of a code.
+    codes
+        Type of a code.
+    granularity
+        ``per_tensor``, ``per_channel``, ``per_group`` of output channels, or ``per_block``.
+    channels_per_table
+        Output channels that share a table.
+    table
+        Type of the entries of its tables as stored.
+    vector_size
+        Weights that one index stands for.
+    scaled_floats
+        Whether a ``constexpr`` op multiplies floats by a scale.
     """
 
     dtype: str

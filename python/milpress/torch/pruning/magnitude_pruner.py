@@ -352,9 +352,12 @@ class MagnitudePruner(BaseTrainingTimeModelOptimizer):
         return finalized
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Do what `BaseTrainingTimeModelOptimizer.load_state_dict` does.
+        """Go on from a checkpoint, after the state of the prepared model was loaded.
 
-        The state of the prepared model must have been loaded before.
+        Raises
+        ------
+        ConfigError
+            If it is nothing that `state_dict` returned.
         """
         super().load_state_dict(state_dict)
         for pruned in self._pruner_info.values():

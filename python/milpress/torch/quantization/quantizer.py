@@ -190,7 +190,13 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
         self._step_count += 1
 
     def load_state_dict(self, state_dict: Any) -> None:
-        """Do what `BaseTrainingTimeModelOptimizer.load_state_dict` does."""
+        """Go on from a checkpoint; load the state of the prepared model, too.
+
+        Raises
+        ------
+        ConfigError
+            If it is nothing that `state_dict` returned.
+        """
         super().load_state_dict(state_dict)
         freeze_at = -1 if self._milestones is None else self._milestones[3]
         if self._is_prepared and 0 <= freeze_at < self._step_count:
