@@ -31,7 +31,7 @@ def non_maximum_suppression(
     for i in range(n):
         kept = kept_boxes(scores[i], boxes[i], settings, max_boxes)
         if not len(kept):  # one at least is kept
-            kept = scores[i].amax(-1).argsort(descending=True, stable=True)[:1]
+            kept = torch.argsort(scores[i].amax(-1), descending=True, stable=True)[:1]
         count = len(kept)
         best_boxes[i, :count] = boxes[i, kept]
         best_scores[i, :count] = scores[i, kept]
