@@ -188,7 +188,7 @@ class _Job:
         """What is to be said of ranges beyond those of single values."""
         return [
             *(
-                f"{self._named(join.made)}: the range of {self._named(small.name)}, which it "
+                f"{self._named(join.joined)}: the range of {self._named(small.name)}, which it "
                 f"concatenates, is {small.ratio:.0f} times smaller than that of the others; each "
                 "part has a range of its own"
                 for join, small in self._joining.parted

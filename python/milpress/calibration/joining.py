@@ -54,7 +54,7 @@ class Joining:
         self._wanted = dict.fromkeys(wanted)
         groups = _groups(joined.all)
         needed = {id(groups[value]) for value in self._wanted if value in groups}
-        self._joins = [join for join in joined.all if id(groups[join.made]) in needed]
+        self._joins = [join for join in joined.all if id(groups[join.joined]) in needed]
         self._groups = _groups(self._joins)
         self._stored: dict[Node, Range | None] = {}
         self._own: dict[Value, Range | None] = {}
@@ -100,8 +100,8 @@ class Joining:
         self._own = {value: range_of([value]) for value in self.observed}
         tied = []
         for join in self._joins:
-            together = range_of((join.made, *join.parts))
-            small = self._smallest(self._pieces[join.made], together, codes)
+            together = range_of((join.joined, *join.parts))
+            small = self._smallest(self._pieces[join.joined], together, codes)
             if small is None:
                 tied.append(join)
             else:
@@ -125,7 +125,7 @@ class Joining:
             Parted(join, small)
             for join in tied
             for small in [
-                self._smallest(map(Piece, join.parts), known[id(self._groups[join.made])], codes)
+                self._smallest(map(Piece, join.parts), known[id(self._groups[join.joined])], codes)
             ]
             if small is not None
         ]
@@ -186,7 +186,7 @@ def _groups(joined: Iterable[Join]) -> dict[Value, list[Value]]:
     """Return for each value that is joined or made by joining all that it is joined with."""
     groups: dict[Value, list[Value]] = {}
     for join in joined:
-        group = groups.setdefault(join.made, [join.made])
+        group = groups.setdefault(join.joined, [join.joined])
         for part in join.parts:
             other = groups.setdefault(part, [part])
             if other is group:

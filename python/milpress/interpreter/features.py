@@ -54,8 +54,8 @@ def taken(feature: Feature, given: Any) -> Tensor:
 
 def _fitting(feature: Feature, tensor: Tensor) -> Tensor:
     if not feature.admits(tuple(tensor.shape)):
-        got = times(tensor.shape)
-        msg = f"input {feature.name!r} must have the shape {feature.shape_text}, got {got}"
+        shape = times(tensor.shape)
+        msg = f"input {feature.name!r} must have the shape {feature.shape_text}, got {shape}"
         raise InputError(msg)
     return tensor
 

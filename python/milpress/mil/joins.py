@@ -49,7 +49,7 @@ _CARRYING = dict.fromkeys(
 class Join:
     """A concatenation: what it makes, and what it takes that is computed."""
 
-    made: Value
+    joined: Value
     parts: tuple[Value, ...]
 
 
