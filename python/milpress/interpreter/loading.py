@@ -114,7 +114,7 @@ class _Joined:
         # What makes each value that is known so far; nothing where it is given.
         self._makers: dict[str, Part | Passed | None] = dict.fromkeys(self._inputs)
         self._taken: dict[str, Feature] = {}
-        self._made: dict[str, Feature] = {}
+        self._computed: dict[str, Feature] = {}
         self._ends: dict[str, Feature] = {}
 
     def pipeline(self) -> Pipeline:
@@ -150,7 +150,7 @@ class _Joined:
         stage = replace(stage, is_behind=is_behind)
         self._passed.append(stage)
         self._ends |= {
-            name: self._made[name]
+            name: self._computed[name]
             for name, maker in zip(stage.inputs, makers, strict=True)
             if maker is not None and not isinstance(maker, Passed)
         }
@@ -179,7 +179,7 @@ class _Joined:
             if maker is None or isinstance(maker, Passed):
                 self._taken.setdefault(feature.name, feature)
         self._makers |= dict.fromkeys((feature.name for feature in part.outputs), part)
-        self._made |= {feature.name: feature for feature in part.outputs}
+        self._computed |= {feature.name: feature for feature in part.outputs}
 
     def _given_out(self, is_open: bool) -> tuple[Feature, ...]:
         """Return the outputs; those that can't be made are replaced by what their makers take."""
@@ -191,6 +191,6 @@ class _Joined:
             if maker is None:
                 msg = f"{self._package.path}: no stage of the pipeline has its output {name}"
                 raise PackageError(msg)
-            outputs.append(self._made[name])
+            outputs.append(self._computed[name])
         outputs += [each for each in self._ends.values() if each not in outputs]
-        return tuple(outputs) or tuple(self._made.values())
+        return tuple(outputs) or tuple(self._computed.values())

@@ -185,8 +185,8 @@ class Samples(Iterable[dict[str, Any]]):
                 raise InputError(msg)
             counts[name] = shape[0]
         if len(set(counts.values())) > 1:
-            got = ", ".join(f"{count} of {name}" for name, count in counts.items())
-            msg = f"{source.place}: every input must have as many samples, got {got}"
+            listed = ", ".join(f"{count} of {name}" for name, count in counts.items())
+            msg = f"{source.place}: every input must have as many samples, got {listed}"
             raise InputError(msg)
         return next(iter(counts.values()))
 
