@@ -514,6 +514,18 @@ def test_a_parameter_that_is_not_covered_is_named_when_the_program_is_loaded(mak
     assert coverage(package).ops[0].uncovered == "mul with fuzz"
 
 
+def test_an_op_that_torch_has_not_for_a_type_is_named_when_it_runs(make):
+    def replace(model: Any) -> None:
+        op = model.mlProgram.functions["main"].block_specializations["CoreML8"].operations[-1]
+        op.type = "silu"
+        del op.inputs["y"]
+
+    program = load(edited(make(multiplying, ints(2)), replace))
+    with pytest.raises(UnsupportedOpError, match=r"main, op 'y'.*silu .*'Int'") as caught:
+        program(x=[1, 2])
+    assert caught.value.op == "silu"
+
+
 def test_an_unknown_precision_or_function_is_refused(make):
     path = make(multiplying, ints(2))
     with pytest.raises(ConfigError, match="precision"):

@@ -448,3 +448,20 @@ def test_a_range_shared_with_values_never_negative_has_an_offset():
     model, _ = prepared(Joined(), torch.zeros(1, 4), quantization_scheme="symmetric")
     schemes = [fake.scheme for fake in model.modules() if isinstance(fake, FakeQuantize)]
     assert schemes == [QuantizationScheme.symmetric, QuantizationScheme.affine]
+
+
+def test_inputs_come_first_and_are_rounded_behind_the_last_of_them():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x, y):
+            return self.first(x) + self.second(y)
+
+    config = Q.LinearQuantizerConfig.from_dict({"global_config": {}})
+    model = Q.LinearQuantizer(Sum(), config).prepare((torch.ones(2, 4), torch.ones(2, 4)))
+    kinds = [node.op for node in model.graph.nodes]
+    assert kinds[:2] == ["placeholder"] * 2
+    rounded = [node.args[0].name for node in list(model.graph.nodes)[2:4]]
+    assert sorted(rounded) == ["x", "y"]
