@@ -26,7 +26,8 @@ from milpress.formats import (
 from milpress.interpreter import load
 from milpress.mil.package import Package
 from milpress.torch import _relayout
-from milpress.torch._module_weights import KINDS, weights_of
+from milpress.torch._module_weights import weights_of
+from milpress.torch.registration import KINDS
 
 P, Q = cto.torch.palettization, cto.torch.quantization
 

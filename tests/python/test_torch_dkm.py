@@ -16,8 +16,9 @@ import milpress as cto
 from milpress.errors import ConfigError, LifecycleError, UnsupportedError
 from milpress.formats import PalettizeConfig, palettize
 from milpress.torch import _metadata
-from milpress.torch._module_weights import TRAINABLE, ModuleWeight, weights_of
+from milpress.torch._module_weights import ModuleWeight, weights_of
 from milpress.torch.palettization import _dkm
+from milpress.torch.registration import TRAINABLE
 
 P = cto.torch.palettization
 

@@ -14,7 +14,8 @@ from torch_models import IDS, layers
 
 import milpress as cto
 from milpress.errors import ConfigError, LifecycleError
-from milpress.torch._module_weights import TRAINABLE, weights_of
+from milpress.torch._module_weights import weights_of
+from milpress.torch.registration import TRAINABLE
 
 P = cto.torch.pruning
 

@@ -15,7 +15,8 @@ import milpress as cto
 from milpress import formats as f
 from milpress.formats import Masked
 from milpress.torch import _metadata
-from milpress.torch._module_weights import KINDS, ModuleWeight, weights_of
+from milpress.torch._module_weights import ModuleWeight, weights_of
+from milpress.torch.registration import KINDS
 
 Q = cto.torch.quantization
 

@@ -13,6 +13,7 @@ from milpress.torch import (
     quantization,
 )
 from milpress.torch.conversion import convert
+from milpress.torch.registration import register_module
 
 __all__ = [
     "base_model_optimizer",
@@ -22,4 +23,5 @@ __all__ = [
     "palettization",
     "pruning",
     "quantization",
+    "register_module",
 ]

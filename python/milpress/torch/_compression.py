@@ -23,6 +23,7 @@ from milpress.show import decibels
 from milpress.torch import _metadata
 from milpress.torch._metadata import Stored
 from milpress.torch._module_weights import ModuleWeight, is_spread, whole
+from milpress.torch._relayout import stacked
 from milpress.torch._report import Report
 
 _logger = logging.getLogger(__name__)
@@ -55,12 +56,32 @@ class WeightOutcome:
 Treat: TypeAlias = Callable[[ModuleWeight, Floats, Any], WeightOutcome]
 
 
+def each_matrix(treat: Treat) -> Treat:
+    """Return what treats each matrix of a stack by itself, and stacks what is made of them."""
+
+    def treat_each(weight: ModuleWeight, array: Floats, config: Any) -> WeightOutcome:
+        matrices = weight.matrices()
+        outcomes = [treat(matrix, array[matrix.index], config) for matrix in matrices]
+        if len(outcomes) == 1:
+            return outcomes[0]
+        shape = weight.shape[: len(matrices[0].index)]
+        return replace(
+            outcomes[0],
+            stored=Stored(stacked([outcome.stored.folded() for outcome in outcomes], shape)),
+            notes=tuple(dict.fromkeys(note for outcome in outcomes for note in outcome.notes)),
+            words=f"{outcomes[0].words}, {len(matrices)} matrices",
+        )
+
+    return treat_each
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A weight and the config of its module; ``None`` leaves it."""
+    """A weight, the config of its module, ``None`` to leave it, and why that can't be followed."""
 
     weight: ModuleWeight
     config: Any
+    reason: str = ""
 
 
 def compress_weights(
@@ -133,6 +154,8 @@ def asking(group: Sequence[Task]) -> Task:
 def compress_together(group: Sequence[Task], treat: Treat) -> tuple[dict[str, Any], WeightReport]:
     """Compress a parameter that some modules, mostly one, hold together; return its reports."""
     asked = asking(group)
+    if asked.reason:
+        return left(asked.weight, asked.reason)
     others = [task.weight.name for task in group if task is not asked]
     notes = [f"tied to {', '.join(others)}"] if others else []
     if _metadata.prefix_of(asked.weight.module) != _metadata.PREFIX:
@@ -159,12 +182,12 @@ def _compress(
     asked: Task, holders: list[ModuleWeight], treat: Treat
 ) -> tuple[WeightOutcome, dict[str, Any], float | None]:
     weight = asked.weight
-    tensor = weight.tensor
-    if tensor is None:
-        msg = f"{weight.parameter_name} is computed by the module, a parameter is expected"
-        raise UnsupportedError(msg)
+    tensor: Any = weight.tensor
     if nn.parameter.is_lazy(tensor):
         msg = "the parameter has no shape yet, run the model once"
+        raise UnsupportedError(msg)
+    if max(weight.axes) >= tensor.ndim > 1:
+        msg = f"register_module says that its axes are {weight.axes}, but it has {tensor.ndim}"
         raise UnsupportedError(msg)
     if weight.size == 0:
         msg = "the parameter has no elements"

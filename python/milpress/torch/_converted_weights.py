@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,6 @@ from milpress.compression.report import WeightReport
 from milpress.errors import UnsupportedError
 from milpress.formats import Compressed, Masked, Palette, Quantized
 from milpress.formats.fidelity import fidelity
-from milpress.formats.palette import fold
 from milpress.mil.encode import payload_bytes
 from milpress.mil.opset import Opset
 from milpress.mil.program import Weight
@@ -22,7 +21,8 @@ from milpress.show import decibels
 from milpress.torch import _metadata, _relayout
 from milpress.torch._compression import left
 from milpress.torch._metadata import Stored
-from milpress.torch._module_weights import RECURRENT, ModuleWeight, whole
+from milpress.torch._module_weights import ModuleWeight, whole
+from milpress.torch.registration import RECURRENT
 
 # Rounding tables and scales to float16 leaves an error of some 2^-22 of the power, and more where
 # scales are below its normal numbers.
@@ -78,16 +78,6 @@ class ConvertedWeight:
             snr_db=decibels(self.signal, self.noise) if self.signal else None,
         )
 
-    def value(self) -> Compressed:
-        """Return the value with its channel scales in its tables, as milpress stores them."""
-        value, scale = self.stored.value, self.stored.scale
-        if scale is None:
-            return value
-        output = next((i for i, n in enumerate(scale.shape) if n > 1), 0)
-        if isinstance(value, Masked):
-            return replace(value, value=fold(cast("Palette", value.value), scale, output))
-        return fold(cast("Palette", value), scale, output)
-
     def arranged_as(self, array: NDArray[Any]) -> Compressed | None:
         """Return the value as a constant of a model has it; ``None`` if it holds another weight."""
         tensor = self.weight.tensor
@@ -95,12 +85,21 @@ class ConvertedWeight:
         with np.errstate(over="ignore"):
             own = whole(tensor).float().numpy().astype(array.dtype)
         layout = _relayout.layout_of(own, array, in_rows=self.is_recurrent)
-        return None if layout is None else layout(self.value())
+        if layout is not None:
+            return layout(self.stored.folded())
+        for matrix in self.weight.matrices():
+            layout = _relayout.layout_of(own[matrix.index], array, in_rows=False)
+            if layout is not None:
+                return layout(_relayout.matrix_of(self.stored.folded(), matrix.index))
+        return None
 
     def may_be(self, shape: tuple[int, ...]) -> bool:
         """Whether a constant of a shape may hold the weight, or a part of it."""
         own = self.report.shape
-        return sorted(own) == sorted(shape) or (self.is_recurrent and own[1:] == shape[1:])
+        own_matrix = self.weight.matrices()[0].shape
+        return sorted(shape) in (sorted(own), sorted(own_matrix)) or (
+            self.is_recurrent and own[1:] == shape[1:]
+        )
 
     @property
     def is_recurrent(self) -> bool:

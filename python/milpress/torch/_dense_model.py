@@ -14,7 +14,7 @@ from torch import nn
 from milpress.errors import ConfigTypeError
 from milpress.torch import _metadata
 from milpress.torch._modes import evaluating
-from milpress.torch._module_weights import RECURRENT
+from milpress.torch.registration import RECURRENT
 
 Frontend: TypeAlias = Literal["export", "trace"]
 

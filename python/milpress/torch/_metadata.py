@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
@@ -30,7 +30,8 @@ from milpress.formats.joint import masked
 from milpress.formats.order import ascending
 from milpress.formats.palette import Bits, fold, reassigned
 from milpress.formats.rows import Floats, as_float, from_rows, normalized_axis, to_rows
-from milpress.torch._module_weights import RECURRENT, ModuleWeight, representable, whole
+from milpress.torch._module_weights import ModuleWeight, representable, whole
+from milpress.torch.registration import RECURRENT
 
 PREFIX = "_COREML_"
 # ``ct.convert`` fails on compressed weights of recurrent layers; it does not look at these buffers.
@@ -60,6 +61,16 @@ class Stored:
         """Return the weight."""
         dense = self.value.dense()
         return dense if self.scale is None else dense * self.scale
+
+    def folded(self) -> Compressed:
+        """Return the value with its channel scales in its tables, as milpress stores them."""
+        value, scale = self.value, self.scale
+        if scale is None:
+            return value
+        output = next((i for i, n in enumerate(scale.shape) if n > 1), 0)
+        if isinstance(value, Masked):
+            return replace(value, value=fold(cast("Palette", value.value), scale, output))
+        return fold(cast("Palette", value), scale, output)
 
     @property
     def n_bytes(self) -> int:

@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from milpress.formats.rows import Floats
-
-Kinds: TypeAlias = tuple[type[nn.Module], ...]
-
-CONVOLUTIONS: Kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED: Kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-RECURRENT: Kinds = (nn.LSTM, nn.GRU)
-KINDS: Kinds = (
-    nn.Linear,
-    nn.Embedding,
-    *CONVOLUTIONS,
-    *TRANSPOSED,
-    nn.MultiheadAttention,
-    *RECURRENT,
-)
-# Recurrent layers keep references to their weights, which no other tensor can take the place of.
-TRAINABLE: Kinds = tuple(kind for kind in KINDS if kind not in RECURRENT)
-
-_PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+from milpress.torch.registration import KINDS, Axes, Kinds, axes_of_weights
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleWeight:
-    """A parameter of a module.
+    """A parameter of a module, or a matrix of one that is a stack of them.
 
     Parameters
     ----------
@@ -41,22 +26,27 @@ class ModuleWeight:
         The module, and its name in the model, empty for the model itself.
     parameter_name
         Name in the module.
+    index
+        Which matrix of the stack; empty for the whole parameter.
     """
 
     module_name: str
     module: nn.Module
     parameter_name: str
+    index: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
         """Name in the model, as in its state dict."""
         parts = (self.module_name, self.parameter_name)
-        return ".".join(part for part in parts if part)
+        name = ".".join(part for part in parts if part)
+        return f"{name}{list(self.index)}" if self.index else name
 
     @property
     def tensor(self) -> torch.Tensor | None:
         """The parameter; ``None`` where the module computes its weight instead of holding it."""
-        return self.module._parameters.get(self.parameter_name)
+        parameter = self.module._parameters.get(self.parameter_name)
+        return parameter[self.index] if self.index and parameter is not None else parameter
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -75,22 +65,61 @@ class ModuleWeight:
         return math.prod(self.shape)
 
     @property
-    def axes(self) -> tuple[int, int]:
+    def axes(self) -> Axes:
         """Axes of output and input channels."""
-        return (1, 0) if isinstance(self.module, TRANSPOSED) else (0, 1)
+        output, inputs = axes_of_weights(self.module).get(self.parameter_name, (0, 1))
+        return output - len(self.index), inputs - len(self.index)
 
     @property
     def n_conv_groups(self) -> int:
         """Groups of a grouped convolution, which no vector may cross."""
         return int(getattr(self.module, "groups", 1))
 
+    def matrices(self) -> list[ModuleWeight]:
+        """Return the matrices of a stack, of which each is a weight; else the weight itself."""
+        n_axes = min(self.axes)
+        return [replace(self, index=index) for index in np.ndindex(self.shape[:n_axes])]
+
 
 def weights_of(model: nn.Module, kinds: Kinds) -> Iterator[ModuleWeight]:
-    """Yield the weights of the modules of some kinds, in order, each module once."""
+    """Yield the weights of the modules of some kinds, in order, each module once.
+
+    Those of registered classes, and of layers of transformers, are among them.
+    """
     for name, module in model.named_modules():
-        if isinstance(module, kinds):
-            for parameter_name in _parameter_names(module):
-                yield ModuleWeight(name, module, parameter_name)
+        for parameter_name in axes_of_weights(module, kinds):
+            yield ModuleWeight(name, module, parameter_name)
+
+
+def others_of(
+    model: nn.Module, weights: Iterable[ModuleWeight]
+) -> Iterator[tuple[ModuleWeight, str]]:
+    """Yield the floating parameters of two and more axes that are not among some weights, and why.
+
+    Tied ones are yielded once.
+    """
+    known = {id(weight.tensor) for weight in weights}
+    for name, module in model.named_modules():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            is_weight = parameter.is_floating_point() and not nn.parameter.is_lazy(parameter)
+            if is_weight and parameter.ndim > 1 and id(parameter) not in known:
+                known.add(id(parameter))
+                weight = ModuleWeight(name, module, parameter_name)
+                yield weight, _why_other(weight)
+
+
+def _why_other(weight: ModuleWeight) -> str:
+    module = weight.module
+    kind = type(module).__name__
+    if isinstance(module, parametrize.ParametrizationList):
+        owner, _, computed = weight.module_name.partition("parametrizations.")
+        return f"{owner}{computed} is computed from it, by a parametrization"
+    computed = next((n for n in axes_of_weights(module) if n not in module._parameters), "")
+    if computed:
+        return f"{computed} is computed from it"
+    if isinstance(module, KINDS):
+        return f"it is no weight that {kind} multiplies by"
+    return f"what {kind} multiplies by is not known, milpress.torch.register_module says it"
 
 
 def attention_around(model: nn.Module, name: str) -> tuple[str, nn.Module] | None:
@@ -98,15 +127,6 @@ def attention_around(model: nn.Module, name: str) -> tuple[str, nn.Module] | Non
     holder, _, own_name = name.rpartition(".")
     module = model.get_submodule(holder) if own_name == "out_proj" else None
     return (holder, module) if isinstance(module, nn.MultiheadAttention) else None
-
-
-def _parameter_names(module: nn.Module) -> tuple[str, ...]:
-    if isinstance(module, nn.MultiheadAttention):
-        return tuple(name for name in _PROJECTIONS if getattr(module, name, None) is not None)
-    if isinstance(module, RECURRENT):
-        names = [name for name, _ in module.named_parameters(recurse=False)]
-        return tuple(name for name in names if name.startswith("weight_"))
-    return ("weight",)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

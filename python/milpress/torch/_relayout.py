@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
 
@@ -68,7 +68,7 @@ def layout_of(
     """
     if np.array_equal(own, array):
         return lambda value: value
-    if own.ndim == 2 and np.array_equal(own.T, array):
+    if own.ndim > 1 and np.array_equal(own.swapaxes(*_matrix_axes(own.ndim)), array):
         return transposed
     rows = _rows_of(array, own) if in_rows else None
     return None if rows is None else functools.partial(taken, rows=rows)
@@ -88,16 +88,30 @@ def _rows_of(array: NDArray[Any], own: NDArray[Any]) -> NDArray[np.intp] | None:
     return np.array(rows, np.intp)
 
 
+def _matrix_axes(rank: int) -> tuple[int, int]:
+    """Return the axes of a matrix, or of each of a stack of them."""
+    return rank - 2, rank - 1
+
+
 def transposed(value: Compressed) -> Compressed:
-    """Return the value of a transposed matrix."""
-    value = _arranged(value, _swapped, _swapped)
-    if isinstance(value, Palette) and value.vector_axis is not None:
-        return replace(value, vector_axis=1 - value.vector_axis)
-    return value
+    """Return the value of a transposed matrix, or of a stack of which each is transposed."""
+    axes = _matrix_axes(len(value.shape))
+
+    def swapped(array: NDArray[Any]) -> NDArray[Any]:
+        return np.ascontiguousarray(np.swapaxes(array, *axes))
+
+    return _arranged(
+        value, swapped, swapped, lambda axis: sum(axes) - axis if axis in axes else axis
+    )
 
 
-def _swapped(array: NDArray[Any]) -> NDArray[Any]:
-    return np.ascontiguousarray(np.swapaxes(array, 0, 1))
+def matrix_of(value: Compressed, index: tuple[int, ...]) -> Compressed:
+    """Return the value of a matrix of a stack, none of which shares a group with another."""
+
+    def at_index(array: NDArray[Any]) -> NDArray[Any]:
+        return np.ascontiguousarray(array[index])
+
+    return _arranged(value, at_index, at_index, lambda axis: axis - len(index))
 
 
 def taken(value: Compressed, rows: NDArray[np.intp]) -> Compressed:
@@ -133,18 +147,58 @@ def _taken_groups(array: NDArray[Any], rows: NDArray[np.intp], n_rows: int) -> N
     return np.ascontiguousarray(array[groups[::size]])
 
 
-def _arranged(value: Compressed, of_codes: _Relayout, of_groups: _Relayout) -> Compressed:
-    """Return a value with its codes, and what belongs to groups of them, made into others."""
+def stacked(values: Sequence[Compressed], shape: tuple[int, ...]) -> Compressed:
+    """Return the values of matrices as that of a stack of them, whose first axes have a shape."""
+    first = values[0]
+
+    def stack(arrays: Iterable[NDArray[Any]]) -> NDArray[Any]:
+        parts = list(arrays)
+        return np.stack(parts).reshape(*shape, *parts[0].shape)
+
+    if isinstance(first, Sparse):
+        return sparsify(stack(value.dense() for value in values), PruneConfig(threshold=0.0))
+    parts: Any = values
+    if isinstance(first, Masked):
+        codes: Any = stacked([part.value for part in parts], shape)
+        return masked(codes, stack(part.mask() for part in parts))
+    codes = stack(part.codes for part in parts)
+    if isinstance(first, Quantized):
+        scale, offset = stack(part.scale for part in parts), None
+        if any(part.offset is not None for part in parts):
+            none = np.zeros(first.scale.shape, first.codes.dtype)
+            offset = stack(none if part.offset is None else part.offset for part in parts)
+        return replace(first, codes=codes, scale=scale, offset=offset)
+    is_quantized = isinstance(first.lut, Quantized)
+    lut: Any = (
+        stacked([p.lut for p in parts], shape) if is_quantized else stack(p.lut for p in parts)
+    )
+    axis = None if first.vector_axis is None else first.vector_axis + len(shape)
+    return replace(first, codes=codes, lut=lut, vector_axis=axis)
+
+
+def _arranged(
+    value: Compressed,
+    of_codes: _Relayout,
+    of_groups: _Relayout,
+    of_axis: Callable[[int], int] = lambda axis: axis,
+) -> Compressed:
+    """Return a value with its codes, and what belongs to groups of them, made into others.
+
+    ``of_axis`` returns where an axis of the codes is then.
+    """
     if isinstance(value, Masked):
-        codes = _codes_arranged(value.value, of_codes, of_groups)
+        codes = _codes_arranged(value.value, of_codes, of_groups, of_axis)
         return masked(codes, of_codes(value.mask()))
     if isinstance(value, Sparse):
         return sparsify(of_codes(value.dense()), PruneConfig(threshold=0.0))
-    return _codes_arranged(value, of_codes, of_groups)
+    return _codes_arranged(value, of_codes, of_groups, of_axis)
 
 
 def _codes_arranged(
-    value: Palette | Quantized, of_codes: _Relayout, of_groups: _Relayout
+    value: Palette | Quantized,
+    of_codes: _Relayout,
+    of_groups: _Relayout,
+    of_axis: Callable[[int], int],
 ) -> Palette | Quantized:
     if isinstance(value, Quantized):
         offset = None if value.offset is None else of_groups(value.offset)
@@ -152,5 +206,6 @@ def _codes_arranged(
         return replace(value, codes=of_codes(value.codes), scale=scale, offset=offset)
     lut: Any = value.lut
     is_quantized = isinstance(lut, Quantized)
-    lut = _codes_arranged(lut, of_groups, of_groups) if is_quantized else of_groups(lut)
-    return replace(value, codes=of_codes(value.codes), lut=lut)
+    lut = _codes_arranged(lut, of_groups, of_groups, of_axis) if is_quantized else of_groups(lut)
+    axis = None if value.vector_axis is None else of_axis(value.vector_axis)
+    return replace(value, codes=of_codes(value.codes), lut=lut, vector_axis=axis)

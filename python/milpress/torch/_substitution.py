@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from milpress.torch._module_weights import Kinds, ModuleWeight, attention_around, weights_of
+from milpress.torch._module_weights import ModuleWeight, attention_around, weights_of
+from milpress.torch.registration import Kinds
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -14,10 +14,11 @@ import torch
 from milpress.errors import ConfigError, ConfigTypeError
 from milpress.torch import _metadata
 from milpress.torch._compression import Task
-from milpress.torch._module_weights import Kinds, ModuleWeight, weights_of
+from milpress.torch._module_weights import ModuleWeight, others_of, weights_of
 from milpress.torch._report import Report
 from milpress.torch._substitution import plain
 from milpress.torch.optimization_config import OptimizationConfig
+from milpress.torch.registration import Kinds, registered
 
 __all__ = [
     "BaseDataCalibratedModelOptimizer",
@@ -61,14 +62,24 @@ class BaseModelOptimizer(ABC):
     @property
     def supported_modules(self) -> Kinds:
         """The classes of modules whose weights can be compressed."""
-        return self._supported_modules
+        return (*self._supported_modules, *registered())
 
     def _get_model_for_compression(self, inplace: bool) -> torch.nn.Module:
-        return self._source if inplace else copy.deepcopy(self._source)
+        return self._source if inplace else _copied(self._source)
 
     def _warn_of_typos(self) -> None:
         for key in self._config.unmatched(self._model.named_modules()):
             _logger.warning("the config names %r, which nothing in the model matches", key)
+
+
+def _copied(model: torch.nn.Module) -> torch.nn.Module:
+    """Return a copy of a model, with such tensors in its modules that torch refuses to copy.
+
+    They were computed of parameters, as by ``torch.nn.utils.weight_norm``.
+    """
+    held = (value for module in model.modules() for value in vars(module).values())
+    computed = [t for t in held if isinstance(t, torch.Tensor) and not t.is_leaf]
+    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
 
 
 def _is_of_coremltools(config: Any, name: str) -> bool:
@@ -96,9 +107,11 @@ class _OneShotOptimizer(BaseModelOptimizer):
         return self._model
 
     def _tasks(self, model: torch.nn.Module) -> list[Task]:
-        return [
-            Task(weight, self._config_for(weight, model))
-            for weight in weights_of(model, self._supported_modules)
+        weights = [w for w in weights_of(model, self._supported_modules) if w.tensor is not None]
+        tasks = [Task(weight, self._config_for(weight, model)) for weight in weights]
+        return tasks + [
+            Task(weight, self._config_for(weight, model), reason)
+            for weight, reason in others_of(model, weights)
         ]
 
     def _config_for(self, weight: ModuleWeight, _model: torch.nn.Module) -> Any:

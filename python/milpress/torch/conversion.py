@@ -110,7 +110,7 @@ def _check_target(target: Any, compressed: list[ConvertedWeight]) -> None:
     if target >= ct.target.iOS18:
         return
     for item in compressed:
-        reason = needs_ios18(item.value())
+        reason = needs_ios18(item.stored.folded())
         if reason:
             msg = (
                 f"{item.weight.name}: {reason} must be stored in an iOS18 model; raise "

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from milpress.interpreter.products import Products, windows
-from milpress.torch._module_weights import CONVOLUTIONS, Kinds
+from milpress.torch.registration import CONVOLUTIONS, Kinds
 
 LAYERS: Kinds = (nn.Linear, *CONVOLUTIONS)
 

@@ -19,7 +19,7 @@ from milpress.plain import fields
 from milpress.torch import _metadata
 from milpress.torch._compression import Progress, Task, left, tied
 from milpress.torch._modes import evaluating, exact, on_device
-from milpress.torch._module_weights import KINDS, weights_of
+from milpress.torch._module_weights import weights_of
 from milpress.torch._report import Report
 from milpress.torch.base_model_optimizer import BaseDataCalibratedModelOptimizer
 from milpress.torch.layerwise_compression._configs import (
@@ -38,6 +38,7 @@ from milpress.torch.layerwise_compression.input_cacher import (
     moved,
 )
 from milpress.torch.optimization_config import OptimizationConfig
+from milpress.torch.registration import KINDS
 
 __all__ = ["LayerwiseCompressor", "LayerwiseCompressorConfig"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, cast
 
@@ -63,18 +64,21 @@ class FakePalettize(nn.Module):
         self.enable_per_channel_scale: bool = config.enable_per_channel_scale
         self.lut_dtype: str = config.lut_dtype
         self.output = weight.axes[0]
-        self.treatment, self.notes = _treatment(weight, config, bits)
-        self.axis: int = self.treatment.channel_axis or 0
+        matrix = weight.matrices()[0]
+        self.treatment, self.notes = _treatment(matrix, config, bits)
         self.shape = weight.shape
+        self.stack = self.shape[: len(matrix.index)]
+        self.axis: int = len(self.stack) + (self.treatment.channel_axis or 0)
         n_channels = self.shape[self.axis]
-        self.n_groups = n_channels // (self.treatment.group_size or n_channels)
+        n_of_matrix = n_channels // (self.treatment.group_size or n_channels)
+        self.n_groups = math.prod(self.stack) * n_of_matrix
         # Named as in coremltools' state.
         self.palett = nn.Module()
         blank = torch.full((self.n_groups, self.n_clusters, self.cluster_dim), torch.nan)
         self.palett.register_buffer("centroids", blank)
         scale = None
         if self.treatment.channel_scale:
-            sizes = [1] * len(self.shape)
+            sizes = [*self.stack, *[1] * (len(self.shape) - len(self.stack))]
             sizes[self.output] = self.shape[self.output]
             scale = torch.full(sizes, torch.nan)
         self.register_buffer("per_channel_scaling_factor", scale)
@@ -180,7 +184,7 @@ class FakePalettize(nn.Module):
             msg = "a weight that is not finite (NaN or infinity) can't be palettized"
             raise UnsupportedError(msg)
         if self.per_channel_scaling_factor is not None:
-            axes = [axis for axis in range(wide.ndim) if axis != self.output]
+            axes = [axis for axis in range(len(self.stack), wide.ndim) if axis != self.output]
             if self.config.per_channel_scaling_factor_scheme == "abs":
                 scale = wide.abs().amax(dim=axes, keepdim=True)
             else:
@@ -220,8 +224,8 @@ class FakePalettize(nn.Module):
         tables = self.centroids.cpu().float().numpy().astype(array.dtype)
         if self.cluster_dim == 1:
             tables = ascending(tables, axis=1)
-        grid = [1] * array.ndim
-        grid[self.axis] = self.n_groups
+        grid = [*self.stack, *[1] * (array.ndim - len(self.stack))]
+        grid[self.axis] = self.n_groups // math.prod(self.stack)
         lut = np.ascontiguousarray(tables.reshape(*grid, self.n_clusters, self.cluster_dim))
         code_shape = list(self.shape)
         code_shape[self.axis] //= self.cluster_dim
@@ -262,16 +266,18 @@ class FakePalettize(nn.Module):
 
     def _rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the elements as groups of vectors."""
-        front = tensor.movedim(self.axis, 0)
-        parts = front.reshape(self.n_groups, -1, self.cluster_dim, front[0].numel())
+        n_axes = len(self.stack)
+        front = tensor.movedim(self.axis, n_axes)
+        inner = math.prod(front.shape[n_axes + 1 :])
+        parts = front.reshape(self.n_groups, -1, self.cluster_dim, inner)
         return parts.movedim(2, 3).reshape(self.n_groups, -1, self.cluster_dim)
 
     def _unrows(self, rows: torch.Tensor) -> torch.Tensor:
         """Undo `_rows`."""
-        rest = [size for axis, size in enumerate(self.shape) if axis != self.axis]
-        inner = int(np.prod(rest, dtype=int))
-        parts = rows.reshape(self.n_groups, -1, inner, self.cluster_dim).movedim(3, 2)
-        return parts.reshape(self.shape[self.axis], *rest).movedim(0, self.axis)
+        n_axes = len(self.stack)
+        rest = [n for axis, n in enumerate(self.shape) if axis >= n_axes and axis != self.axis]
+        parts = rows.reshape(self.n_groups, -1, math.prod(rest), self.cluster_dim).movedim(3, 2)
+        return parts.reshape(*self.stack, -1, *rest).movedim(n_axes, self.axis)
 
     def _rounding(self, tables: torch.Tensor) -> torch.Tensor:
         """Return tables as they will be stored."""

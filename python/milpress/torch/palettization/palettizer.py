@@ -11,12 +11,7 @@ from torch import nn
 
 from milpress.errors import UnsupportedError
 from milpress.torch._compression import WeightOutcome, compress_faked
-from milpress.torch._module_weights import (
-    TRAINABLE,
-    ModuleWeight,
-    attention_around,
-    weights_of,
-)
+from milpress.torch._module_weights import ModuleWeight, attention_around, weights_of
 from milpress.torch._report import Report
 from milpress.torch._substitution import Substitution, places
 from milpress.torch.base_model_optimizer import BaseTrainingTimeModelOptimizer
@@ -24,6 +19,7 @@ from milpress.torch.optimization_config import OptimizationConfig
 from milpress.torch.palettization.fake_palettize import FakePalettize
 from milpress.torch.palettization.palettization_config import DKMPalettizerConfig
 from milpress.torch.pruning.magnitude_pruner import check_unpruned, kept_of, masks_lifted
+from milpress.torch.registration import TRAINABLE
 
 __all__ = ["DKMPalettizer"]
 

@@ -6,11 +6,11 @@ import torch
 from attrs import define, field
 
 from milpress.plain import fields
-from milpress.torch._compression import Progress, compress_weights
-from milpress.torch._module_weights import KINDS
+from milpress.torch._compression import Progress, compress_weights, each_matrix
 from milpress.torch._palettes import ModulePaletteConfig, palettized
 from milpress.torch.base_model_optimizer import BasePostTrainingModelOptimizer
 from milpress.torch.optimization_config import OptimizationConfig
+from milpress.torch.registration import KINDS
 
 __all__ = [
     "ModulePostTrainingPalettizerConfig",
@@ -126,5 +126,7 @@ class PostTrainingPalettizer(BasePostTrainingModelOptimizer):
             are in buffers of the modules.
         """
         model = self._begin(inplace)
-        self._report = compress_weights(model, self._tasks(model), palettized, progress)
+        self._report = compress_weights(
+            model, self._tasks(model), each_matrix(palettized), progress
+        )
         return model

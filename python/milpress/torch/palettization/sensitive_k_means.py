@@ -19,13 +19,14 @@ from attrs import define, field
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.formats.rows import Floats
 from milpress.plain import fields
-from milpress.torch._compression import Progress, WeightOutcome, compress_weights
-from milpress.torch._module_weights import KINDS, ModuleWeight
+from milpress.torch._compression import Progress, WeightOutcome, compress_weights, each_matrix
+from milpress.torch._module_weights import ModuleWeight
 from milpress.torch._palettes import ModulePaletteConfig, palettized
 from milpress.torch.base_model_optimizer import BaseDataCalibratedModelOptimizer
 from milpress.torch.optimization_config import OptimizationConfig
 from milpress.torch.palettization import _sensitivity, _workers
 from milpress.torch.palettization._sensitivity import LossFunction
+from milpress.torch.registration import KINDS
 
 __all__ = ["ModuleSKMPalettizerConfig", "SKMPalettizer", "SKMPalettizerConfig"]
 
@@ -210,11 +211,15 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
         def treat(
             weight: ModuleWeight, array: Floats, config: ModuleSKMPalettizerConfig
         ) -> WeightOutcome:
-            name = next((n for n in names[id(weight.tensor)] if n in sensitivities), None)
+            whole = replace(weight, index=())
+            name = next((n for n in names[id(whole.tensor)] if n in sensitivities), None)
             if name is None:
-                msg = f"no sensitivities are given for {weight.name}"
+                msg = f"no sensitivities are given for {whole.name}"
                 raise UnsupportedError(msg)
-            values, in_use = _sensitivity.normalized(sensitivities[name].float())
+            squares = sensitivities[name].float()
+            if tuple(squares.shape) == whole.shape:
+                squares = squares[weight.index]
+            values, in_use = _sensitivity.normalized(squares)
             importance = values.numpy()
             if importance.shape != array.shape:
                 msg = f"sensitivities must be of the shape {array.shape}, got {importance.shape}"
@@ -230,7 +235,7 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
         names: dict[int, list[str]] = {}
         for task in tasks:
             names.setdefault(id(task.weight.tensor), []).append(task.weight.name)
-        self._report = compress_weights(model, tasks, treat, progress, notes)
+        self._report = compress_weights(model, tasks, each_matrix(treat), progress, notes)
         return model
 
     def _sums(

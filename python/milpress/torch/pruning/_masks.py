@@ -35,7 +35,7 @@ def mask_of(
             around = _around(scores, weight.axes[config.dim])
             bitmask = _core.keep_n_m(scores.reshape(-1), *around, n_zeros, config.n_m_ratio[1])
             return torch.from_numpy(_unpacked(bitmask, scores)).to(tensor)
-    elif config.granularity != "per_scalar" and array.ndim > 2:
+    elif config.granularity != "per_scalar" and array.ndim - min(weight.axes) > 2:
         scores = _norms(scores, weight, config.granularity)
     n_zeros = n_pruned(scores.size, sparsity)
     if config.n_m_ratio is not None or array.ndim == 1 or config.block_size == 1:
@@ -61,11 +61,11 @@ def _unpacked(bitmask: NDArray[np.uint8], scores: Floats) -> NDArray[np.bool_]:
 def _norms(scores: Floats, weight: ModuleWeight, granularity: str) -> Floats:
     """Return the Euclidean norms of kernels or output channels, with axes of length 1 beside."""
     squares = np.square(scores.astype(np.float64))
-    inner = tuple(range(2, scores.ndim))
     output, inputs = weight.axes
+    inner = tuple(range(max(weight.axes) + 1, scores.ndim))
     if granularity == "per_kernel":
         sums = squares.sum(axis=inner, keepdims=True)
-    elif output == 0:
+    elif output == 0 or weight.n_conv_groups == 1:
         sums = squares.sum(axis=(inputs, *inner), keepdims=True)
     else:
         # A grouped transposed convolution has its output channels in each group of input channels.

@@ -17,7 +17,7 @@ from torch import nn
 from milpress.errors import ConfigError, LifecycleError
 from milpress.plain import fields
 from milpress.torch import _fields, _metadata
-from milpress.torch._module_weights import TRAINABLE, ModuleWeight
+from milpress.torch._module_weights import ModuleWeight
 from milpress.torch._report import Report
 from milpress.torch._substitution import Substitution, places, plain
 from milpress.torch.base_model_optimizer import BaseTrainingTimeModelOptimizer
@@ -28,6 +28,7 @@ from milpress.torch.pruning.pruning_scheduler import (
     is_scheduler,
     to_scheduler,
 )
+from milpress.torch.registration import TRAINABLE
 
 __all__ = ["MagnitudePruner", "MagnitudePrunerConfig", "ModuleMagnitudePrunerConfig"]
 

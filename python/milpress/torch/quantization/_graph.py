@@ -18,12 +18,12 @@ from torch import fx, nn
 from torch.nn import functional
 
 from milpress.torch._modes import evaluating
-from milpress.torch._module_weights import CONVOLUTIONS, TRANSPOSED, Kinds
 from milpress.torch.quantization._fake_quantize import FakeQuantize, FixedQuantize
 from milpress.torch.quantization.quantization_config import (
     ModuleLinearQuantizerConfig,
     QuantizationScheme,
 )
+from milpress.torch.registration import CONVOLUTIONS, TRANSPOSED, Kinds
 
 WEIGHTED: Kinds = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, nn.Embedding)
 

@@ -14,9 +14,9 @@ from milpress.formats.quantized import Granularity, IntDType
 from milpress.formats.rows import Floats, divisor_of
 from milpress.plain import fields
 from milpress.torch import _fields, _metadata
-from milpress.torch._compression import Progress, WeightOutcome, compress_weights
+from milpress.torch._compression import Progress, WeightOutcome, compress_weights, each_matrix
 from milpress.torch._metadata import Stored
-from milpress.torch._module_weights import KINDS, ModuleWeight, attention_around
+from milpress.torch._module_weights import ModuleWeight, attention_around
 from milpress.torch.base_model_optimizer import BasePostTrainingModelOptimizer
 from milpress.torch.optimization_config import (
     ModuleOptimizationConfig,
@@ -24,6 +24,7 @@ from milpress.torch.optimization_config import (
     QuantizationGranularity,
 )
 from milpress.torch.quantization.quantization_config import QuantizationScheme
+from milpress.torch.registration import KINDS
 
 __all__ = [
     "ModulePostTrainingQuantizerConfig",
@@ -187,7 +188,9 @@ class PostTrainingQuantizer(BasePostTrainingModelOptimizer):
             scales are in buffers of the modules.
         """
         model = self._begin(inplace)
-        self._report = compress_weights(model, self._tasks(model), _quantized, progress)
+        self._report = compress_weights(
+            model, self._tasks(model), each_matrix(_quantized), progress
+        )
         return model
 
     def _config_for(self, weight: ModuleWeight, model: torch.nn.Module) -> Any:
