@@ -113,10 +113,13 @@ def _why_other(weight: ModuleWeight) -> str:
     kind = type(module).__name__
     if isinstance(module, parametrize.ParametrizationList):
         owner, _, computed = weight.module_name.partition("parametrizations.")
-        return f"{owner}{computed} is computed from it, by a parametrization"
+        return (
+            f"{owner}{computed} is computed from it, by a parametrization; "
+            "torch.nn.utils.parametrize.remove_parametrizations makes that a weight"
+        )
     computed = next((n for n in axes_of_weights(module) if n not in module._parameters), "")
     if computed:
-        return f"{computed} is computed from it"
+        return f"{computed} is computed from it; make that a parameter of its own first"
     if isinstance(module, KINDS):
         return f"it is no weight that {kind} multiplies by"
     return f"what {kind} multiplies by is not known, milpress.torch.register_module says it"
