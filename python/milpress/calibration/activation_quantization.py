@@ -24,7 +24,7 @@ from milpress.mil.graph import Value
 from milpress.mil.package import Package
 from milpress.mil.program import ProgramGraph
 from milpress.mil.records import ActivationRecord
-from milpress.progress import Progress
+from milpress.progress import Progress, shown
 from milpress.samples.data import Data, RandomSamples, Samples, opened
 
 # Gives the codes of the activations of an op, by its name and type; None to leave it.
@@ -46,7 +46,7 @@ def quantize_activations(
     calibration: CalibrationConfig | None = None,
     function: str | None = None,
     values_at_once: int = -1,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> ActivationReport:
     """Quantize the activations of an open package, in its model in memory.
 
@@ -68,7 +68,8 @@ def quantize_activations(
         How many intermediate values are observed in a run; -1 for all. With fewer, there are more
         runs, and the same results.
     progress
-        Called with samples done, samples in all (0 if that is not known) and what is at hand.
+        ``True`` shows a bar; a function is called with samples done, samples in all (0 if that is
+        not known) and what is at hand.
 
     Returns
     -------
@@ -305,7 +306,7 @@ def _observe(
     samples: Data,
     observers: Mapping[str, Observer],
     values_at_once: int,
-    progress: Progress | None,
+    progress: Progress | bool | None,
     notes: list[str],
 ) -> int:
     """Show intermediate values to observers; return the number of samples, and add remarks."""
@@ -317,23 +318,23 @@ def _observe(
         samples = Samples(samples, engine.inputs)
         notes.extend(samples.notes)
     notes.extend(engine.notes)
-    note = progress or (lambda *_: None)
     total = len(samples) if isinstance(samples, Sized) else 0
     names = list(observers)
     size = len(names) if values_at_once == -1 else values_at_once
     n_samples = 0
-    for sample in samples:
-        note(n_samples, total, f"sample {n_samples + 1}")
-        inputs, _ = opened(
-            named(sample, [feature.name for feature in engine.inputs]), engine.inputs
-        )
-        for start in range(0, len(names), max(size, 1)):
-            engine.intermediate(inputs, names[start : start + size], observe)
-        n_samples += 1
-    if not n_samples:
-        msg = "there are no samples: give at least one"
-        raise InputError(msg)
-    note(n_samples, total, "")
+    with shown(progress) as note:
+        for sample in samples:
+            note(n_samples, total, f"sample {n_samples + 1}")
+            inputs, _ = opened(
+                named(sample, [feature.name for feature in engine.inputs]), engine.inputs
+            )
+            for start in range(0, len(names), max(size, 1)):
+                engine.intermediate(inputs, names[start : start + size], observe)
+            n_samples += 1
+        if not n_samples:
+            msg = "there are no samples: give at least one"
+            raise InputError(msg)
+        note(n_samples, total, "")
     return n_samples
 
 

@@ -15,7 +15,7 @@ from milpress.engines.programs import suited_programs
 from milpress.errors import ConfigError
 from milpress.mil.digest import content_digest
 from milpress.mil.package import Package
-from milpress.progress import Progress
+from milpress.progress import Progress, shown
 from milpress.samples.data import Data
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def calibrate(
     *,
     mask: str | None = None,
     cache: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Calibration:
     """Run a model on samples, and add up the inputs of its layers.
 
@@ -54,7 +54,8 @@ def calibrate(
         An ``.npz`` file to keep the result in. If it holds that of the same package and samples,
         nothing is run.
     progress
-        Called with samples done, samples in all and what is at hand.
+        ``True`` shows a bar; a function is called with samples done, samples in all and what is at
+        hand.
 
     Returns
     -------
@@ -93,18 +94,18 @@ def calibrate(
         calibration = Calibration.load(cache)
         if (calibration.package, calibration.data) == key:
             return calibration
-    note = progress or (lambda *_: None)
     total = sum(len(each.samples) for each in programs)
     n_samples = 0
     layers: list[InputStatistics] = []
-    for program, samples, prefixes in programs:
-        sums = _LayerSums(program, mask)
-        for sample in samples:
-            note(n_samples, total, "calibrating")
-            sums.add(sample)
-            n_samples += 1
-        layers.extend(sums.statistics(prefixes))
-    note(total, total, "")
+    with shown(progress) as note:
+        for program, samples, prefixes in programs:
+            sums = _LayerSums(program, mask)
+            for sample in samples:
+                note(n_samples, total, "calibrating")
+                sums.add(sample)
+                n_samples += 1
+            layers.extend(sums.statistics(prefixes))
+        note(total, total, "")
     calibration = Calibration(
         package=key[0],
         data=key[1],

@@ -9,7 +9,7 @@ import typer
 
 from milpress.cli import options as opt
 from milpress.cli.options import option
-from milpress.cli.terminal import print_json, print_result, print_text, with_progress
+from milpress.cli.terminal import print_json, print_result, print_text
 from milpress.errors import ConfigError
 from milpress.plain.files import check_free
 
@@ -88,17 +88,15 @@ def run_packages(
             msg = "--recorded has no effect without --driver replay"
             raise ConfigError(msg)
         plan = _plan(warmup, per_round, min_rounds, max_rounds, precision, timeout, at_once, energy)
-        result = with_progress(
-            lambda progress: device.run(
-                packages or [],
-                driver=driver,
-                units=units or (),
-                data=data,
-                seed=seed,
-                plan=plan,
-                options=_options(driver, function, team, bundle),
-                progress=progress,
-            )
+        result = device.run(
+            packages or [],
+            driver=driver,
+            units=units or (),
+            data=data,
+            seed=seed,
+            plan=plan,
+            options=_options(driver, function, team, bundle),
+            progress=True,
         )
     device.save(result, output)
     _print_run(result, output, as_json=as_json)
@@ -133,21 +131,17 @@ def run_suite(
     from milpress.device import suite
     from milpress.page import build
 
-    result = with_progress(
-        lambda progress: suite.run(
-            model,
-            folder,
-            suite=suite.Suite.from_yaml(grid),
-            driver=driver,
-            units=units or (),
-            data=data,
-            seed=seed,
-            plan=_plan(
-                warmup, per_round, min_rounds, max_rounds, precision, timeout, at_once, energy
-            ),
-            options=_options(driver, function, team, bundle),
-            progress=progress,
-        )
+    result = suite.run(
+        model,
+        folder,
+        suite=suite.Suite.from_yaml(grid),
+        driver=driver,
+        units=units or (),
+        data=data,
+        seed=seed,
+        plan=_plan(warmup, per_round, min_rounds, max_rounds, precision, timeout, at_once, energy),
+        options=_options(driver, function, team, bundle),
+        progress=True,
     )
     sources = [
         folder / suite.RESULTS,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 from milpress.cli import options as opt
 from milpress.cli.options import option
 from milpress.cli.recipes import recipe_from
-from milpress.cli.terminal import print_found, print_json, print_result, print_text, with_progress
+from milpress.cli.terminal import print_found, print_json, print_result, print_text
 
 if TYPE_CHECKING:
     from milpress.compression.report import Report
@@ -181,26 +181,24 @@ def compress(
             threads=threads,
         ),
     )
-    report = with_progress(
-        lambda progress: compress_package(
-            source,
-            destination,
-            chosen,
-            on_unsupported="error" if strict else "leave",
-            verify=verify,
-            progress=progress,
-            threads=threads,
-            device=cast("DeviceName", device),
-            force=force,
-            dry_run=dry_run,
-            sample_data=calibration_data,
-            calibration_cache=calibration_cache,
-            calibration_mask=calibration_mask,
-            bias_correction=bias_correction,
-            feedback=feedback,
-            feedback_memory=None if feedback_memory is None else opt.n_bytes_of(feedback_memory),
-            checkpoint=checkpoint,
-        )
+    report = compress_package(
+        source,
+        destination,
+        chosen,
+        on_unsupported="error" if strict else "leave",
+        verify=verify,
+        progress=True,
+        threads=threads,
+        device=cast("DeviceName", device),
+        force=force,
+        dry_run=dry_run,
+        sample_data=calibration_data,
+        calibration_cache=calibration_cache,
+        calibration_mask=calibration_mask,
+        bias_correction=bias_correction,
+        feedback=feedback,
+        feedback_memory=None if feedback_memory is None else opt.n_bytes_of(feedback_memory),
+        checkpoint=checkpoint,
     )
     hint = "" if recipe is not None else "; see --weight-threshold"
     _print_report(report, as_json=as_json, is_dry=dry_run, hint=hint)
@@ -219,7 +217,9 @@ def decompress(
     """Store all weights of a package uncompressed."""
     from milpress.compression.packages import decompress as decompress_package
 
-    report = decompress_package(source, destination, force=force, verify=verify, threads=threads)
+    report = decompress_package(
+        source, destination, verify=verify, progress=True, threads=threads, force=force
+    )
     _print_report(report, as_json=as_json)
 
 

@@ -9,7 +9,7 @@ import typer
 
 from milpress.cli import options as opt
 from milpress.cli.options import option
-from milpress.cli.terminal import print_found, print_json, print_result, print_text, with_progress
+from milpress.cli.terminal import print_found, print_json, print_result, print_text
 from milpress.errors import printable
 from milpress.plain.files import check_free, write_whole
 
@@ -173,14 +173,12 @@ def _plan(
     from milpress.planner import plan as make_plan
     from milpress.recipe import DEFAULT_MIN_SIZE
 
-    return with_progress(
-        lambda progress: make_plan(
-            model,
-            target_size=None if target_size is None else opt.n_bytes_of(target_size),
-            min_size=DEFAULT_MIN_SIZE if weight_threshold is None else weight_threshold + 1,
-            progress=progress,
-            **settings,
-        )
+    return make_plan(
+        model,
+        target_size=None if target_size is None else opt.n_bytes_of(target_size),
+        min_size=DEFAULT_MIN_SIZE if weight_threshold is None else weight_threshold + 1,
+        progress=True,
+        **settings,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, cast
 
 from milpress.cli import options as opt
 from milpress.cli.options import option
-from milpress.cli.terminal import print_result, print_table, print_text, with_progress
+from milpress.cli.terminal import print_result, print_table, print_text
 from milpress.errors import ConfigError, InputError
 
 
@@ -82,18 +82,16 @@ def evaluate(
     if data is not None and random is not None:
         msg = "--data and --random can't be combined: give one of them"
         raise ConfigError(msg)
-    evaluation = with_progress(
-        lambda progress: evaluate_packages(
-            original,
-            compressed,
-            samples,
-            metrics=cast("Any", metrics or METRICS),
-            per_op=per_op,
-            function=function,
-            precision=cast("Any", precision),
-            seed=seed,
-            progress=progress,
-        )
+    evaluation = evaluate_packages(
+        original,
+        compressed,
+        samples,
+        metrics=cast("Any", metrics or METRICS),
+        per_op=per_op,
+        function=function,
+        precision=cast("Any", precision),
+        seed=seed,
+        progress=True,
     )
     print_result(evaluation, *evaluation.notes, as_json=as_json, heading=str(compressed))
     if per_op and not as_json:

@@ -1,4 +1,4 @@
-"""What commands show on a terminal: progress, tables, lines, JSON."""
+"""What commands show on a terminal: tables, lines, JSON."""
 
 from __future__ import annotations
 
@@ -6,34 +6,13 @@ import contextlib
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import typer
 
 from milpress.errors import StorageError, printable
 from milpress.plain import json
-
-_Result = TypeVar("_Result")
-
-
-def with_progress(work: Callable[[Any], _Result]) -> _Result:
-    """Run long work under a progress bar, if standard error is a terminal."""
-    if not sys.stderr.isatty():
-        return work(None)
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from milpress.show import escaped
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-
-        def show(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=escaped(name))
-
-        return work(show)
 
 
 def print_found(heading: str | None, table: Any, summary: str) -> None:

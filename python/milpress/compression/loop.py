@@ -23,7 +23,7 @@ from milpress.mil.graph import Node
 from milpress.mil.package import Package
 from milpress.mil.program import ProgramGraph, Weight
 from milpress.mil.records import WeightRecords
-from milpress.progress import Progress
+from milpress.progress import Progress, shown
 from milpress.recipe import describe, treatment_dict
 
 # What came of a job, or why nothing did; nothing for one that shares the result of another.
@@ -43,7 +43,8 @@ class Loop:
     make
         Compresses a weight, on any thread.
     progress
-        Called with bytes done, bytes in all and the name of the weight at hand.
+        ``True`` shows a bar; a function is called with bytes done, bytes in all and the name of the
+        weight at hand.
     advice
         What samples say.
     strict
@@ -55,21 +56,20 @@ class Loop:
     package: Package
     decisions: Mapping[Node, Decision]
     make: Make
-    progress: Progress | None = None
+    progress: Progress | bool | None = None
     advice: Advice | None = None
     strict: bool = False
     may_grow: bool = False
 
     def run(self, writer: WeightWriter) -> list[WeightReport]:
         """Write all weights, and record in the model what was done and is promised of it."""
-        progress = self.progress or (lambda *_: None)
         sizes = {node: decision.weight.n_bytes for node, decision in self.decisions.items()}
         jobs = self._jobs(sizes)
         records = WeightRecords.of(self.package.model)
         reports: list[WeightReport] = []
         n_done, n_bytes = 0, sum(sizes.values())
         results = in_order(self._result, jobs.items(), _n_threads(jobs.values()))
-        with contextlib.closing(results):
+        with contextlib.closing(results), shown(self.progress) as note:
             for graph in self.package.graphs:
                 graph_pass = _GraphPass(self, graph, writer, records, jobs, results)
                 for node in graph.nodes:
@@ -77,13 +77,13 @@ class Loop:
                     if decision is None:
                         graph_pass.copy(node)
                         continue
-                    progress(n_done, n_bytes, decision.weight.name)
+                    note(n_done, n_bytes, decision.weight.name)
                     reports.append(graph_pass.write(decision, sizes[node]))
                     n_done += sizes[node]
                 graph_pass.end()
+            note(n_bytes, n_bytes, "")
         if any(report.status == "compressed" for report in reports):
             records.write(self.package.model)
-        progress(n_bytes, n_bytes, "")
         return reports
 
     def _jobs(self, sizes: Mapping[Node, int]) -> dict[Node, Job]:

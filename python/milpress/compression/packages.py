@@ -30,7 +30,7 @@ from milpress.mil.package import Package, n_package_bytes
 from milpress.mil.raising import raise_opsets
 from milpress.mil.records import TREATMENTS, forget
 from milpress.mil.staging import check_destination
-from milpress.progress import Progress
+from milpress.progress import Progress, shown
 from milpress.recipe import Recipe
 from milpress.samples.data import Data
 
@@ -47,7 +47,7 @@ def compress(
     *,
     on_unsupported: OnUnsupported = "leave",
     verify: bool = True,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     threads: int | None = None,
     device: DeviceName = "cpu",
     force: bool = False,
@@ -78,7 +78,8 @@ def compress(
     verify
         Whether to read the result back and compare it with the source.
     progress
-        Called with bytes done, bytes in all and the name of the weight at hand.
+        ``True`` shows a bar; a function is called with bytes done, bytes in all and the name of the
+        weight at hand.
     threads
         Threads to use; ``None`` for MILPRESS_NUM_THREADS or the number of cores.
     device
@@ -173,7 +174,7 @@ def compress(
 
 
 def _activations(
-    recipe: Recipe, data: Data | Calibration, progress: Progress | None
+    recipe: Recipe, data: Data | Calibration, progress: Progress | bool | None
 ) -> Callable[[Package], ActivationReport] | None:
     step = recipe.activations
     if step is None:
@@ -291,6 +292,7 @@ def decompress(
     destination: str | os.PathLike[str],
     *,
     verify: bool = True,
+    progress: Progress | bool | None = None,
     threads: int | None = None,
     force: bool = False,
 ) -> Report:
@@ -304,6 +306,9 @@ def decompress(
         Paths of the ``.mlpackage`` to read and of the one to write.
     verify
         Whether to read the result back and compare it with the source.
+    progress
+        ``True`` shows a bar; a function is called with bytes done, bytes in all and the name of the
+        weight at hand.
     threads
         Threads to use; ``None`` for MILPRESS_NUM_THREADS or the number of cores.
     force
@@ -321,7 +326,7 @@ def decompress(
     CompressionError
         Whatever else `compress` raises.
     """
-    run = Run(verify=verify, threads=threads, force=force)
+    run = Run(verify=verify, progress=progress, threads=threads, force=force)
     return decompress_package(Package(source), destination, run)
 
 
@@ -336,7 +341,8 @@ def decompress_package(
     started = time.perf_counter()
     run = run or Run()
     with run.limits(), rewriting(package, destination, run) as writer:
-        weights = _decompress_weights(package, writer)
+        with shown(run.progress) as note:
+            weights = _decompress_weights(package, writer, note)
         if not may_be_idle and not weights:
             msg = f"{package.path}: no weight is compressed, so there is nothing to decompress"
             raise UnsupportedError(msg)
@@ -375,12 +381,17 @@ def save_package(
         return writer.commit(compare_packages if verify else None)[0]
 
 
-def _decompress_weights(package: Package, writer: WeightWriter) -> list[WeightReport]:
+def _decompress_weights(
+    package: Package, writer: WeightWriter, note: Progress
+) -> list[WeightReport]:
     reports: list[WeightReport] = []
-    for graph in package.graphs:
-        compressed = {
-            weight.node: weight for weight in graph.find_weights(0) if is_constexpr(weight.node)
-        }
+    by_graph = [
+        {weight.node: weight for weight in graph.find_weights(0) if is_constexpr(weight.node)}
+        for graph in package.graphs
+    ]
+    total = sum(weight.n_bytes for compressed in by_graph for weight in compressed.values())
+    n_done = 0
+    for graph, compressed in zip(package.graphs, by_graph, strict=True):
         parts = [node for node in graph.nodes if is_part(node)]
         for node in graph.nodes:
             weight = compressed.get(node)
@@ -390,7 +401,9 @@ def _decompress_weights(package: Package, writer: WeightWriter) -> list[WeightRe
                 continue
             with weight_errors(weight.name):
                 n_bytes = weight.n_bytes
+                note(n_done, total, weight.name)
                 n_bytes_after = writer.decompress(weight)
+                n_done += n_bytes
             reports.append(
                 WeightReport(
                     name=weight.name,
@@ -409,6 +422,7 @@ def _decompress_weights(package: Package, writer: WeightWriter) -> list[WeightRe
                 writer.copy(part)
         graph.remove(parts)
         graph.apply()
+    note(total, total, "")
     return reports
 
 

@@ -22,7 +22,7 @@ class Run:
     """
 
     verify: bool = True
-    progress: Progress | None = None
+    progress: Progress | bool | None = None
     threads: int | None = None
     device: DeviceName = "cpu"
     force: bool = False

@@ -34,7 +34,7 @@ def linear_quantize_activations(
     engine: Engine = "interpreter",
     function: str | None = None,
     destination: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Any:
     """Quantize what the model computes to 8 bits, by pairs of ``quantize`` and ``dequantize``.
 
@@ -70,7 +70,8 @@ def linear_quantize_activations(
     destination
         Where to write the package; ``None`` for a temporary one that lives with the result.
     progress
-        Called with samples done, samples in all (0 if that is not known) and what is at hand.
+        ``True`` shows a bar; a function is called with samples done, samples in all (0 if that is
+        not known) and what is at hand.
 
     Returns
     -------

@@ -43,7 +43,7 @@ def palettize_weights(
     *,
     destination: Destination = None,
     on_unsupported: OnUnsupported = "leave",
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     seed: int = 0,
     threads: int | None = None,
     device: DeviceName = "cpu",
@@ -68,7 +68,8 @@ def palettize_weights(
         What to do with a weight that does not suit its config: ``"leave"`` it, with a warning that
         names it, or raise an ``"error"``.
     progress
-        Called with bytes done, bytes in all and the name of the weight at hand.
+        ``True`` shows a bar; a function is called with bytes done, bytes in all and the name of the
+        weight at hand.
     seed
         Of the k-means++ that starts the tables of vectors.
     threads
@@ -112,7 +113,7 @@ def linear_quantize_weights(
     *,
     destination: Destination = None,
     on_unsupported: OnUnsupported = "leave",
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     threads: int | None = None,
     device: DeviceName = "cpu",
     sample_data: Data | Calibration | None = None,
@@ -162,7 +163,7 @@ def prune_weights(
     *,
     destination: Destination = None,
     on_unsupported: OnUnsupported = "leave",
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     threads: int | None = None,
     device: DeviceName = "cpu",
 ) -> Any:
@@ -198,7 +199,11 @@ def prune_weights(
 
 
 def decompress_weights(
-    mlmodel: Any, *, destination: Destination = None, threads: int | None = None
+    mlmodel: Any,
+    *,
+    destination: Destination = None,
+    progress: Progress | bool | None = None,
+    threads: int | None = None,
 ) -> Any:
     """Store every compressed weight densely, as it is decoded.
 
@@ -206,7 +211,7 @@ def decompress_weights(
     ----------
     mlmodel
         A coremltools ``MLModel``, or the path of an ``.mlpackage``. It is not changed.
-    destination, threads
+    destination, progress, threads
         As of `palettize_weights`.
 
     Returns
@@ -220,10 +225,9 @@ def decompress_weights(
         If the model is damaged, or not made of ML programs.
     """
     package = opened(mlmodel)
+    run = Run(progress=progress, threads=threads)
     return _written(
-        mlmodel,
-        destination,
-        lambda path: decompress_package(package, path, Run(threads=threads), may_be_idle=True),
+        mlmodel, destination, lambda path: decompress_package(package, path, run, may_be_idle=True)
     )
 
 

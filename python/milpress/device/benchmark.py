@@ -25,7 +25,7 @@ from milpress.engines.features import features_of
 from milpress.errors import ConfigError, DriverError
 from milpress.mil.package import Package
 from milpress.plain.structure import structured
-from milpress.progress import Progress
+from milpress.progress import Progress, shown
 from milpress.samples.data import RandomSamples, Samples
 from milpress.samples.files import write_samples
 
@@ -46,7 +46,7 @@ def run(
     options: Mapping[str, Any] | None = None,
     open_session: OpenSession | None = None,
     clock: Clock | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Result:
     """Run packages in every configuration, and compare outputs with the interpreter's.
 
@@ -71,7 +71,8 @@ def run(
     clock
         What waits.
     progress
-        Called with steps done, steps in all and what is at hand.
+        ``True`` shows a bar; a function is called with steps done, steps in all and what is at
+        hand.
 
     Returns
     -------
@@ -116,8 +117,8 @@ def run(
         )
         write_samples(path, samples)
         jobs = _jobs(candidates, units, folder)
-        runner = Runner(open_session, str(path), plan, clock or time, progress or (lambda *_: None))
-        findings = runner.run(list(jobs))
+        with shown(progress) as note:
+            findings = Runner(open_session, str(path), plan, clock or time, note).run(list(jobs))
         references = References(folder, path, function)
         if driver == "interpreter":
             for each in findings:

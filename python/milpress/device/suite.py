@@ -19,7 +19,7 @@ from milpress.errors import CompressionError, ConfigError, DestinationError
 from milpress.mil.package import Package
 from milpress.plain import json, yaml
 from milpress.plain.files import system_errors, write_whole
-from milpress.progress import Progress
+from milpress.progress import Progress, shown
 from milpress.recipe import Recipe, describe
 from milpress.samples.data import RandomSamples
 
@@ -121,7 +121,7 @@ def run(
     plan: Plan | None = None,
     options: dict[str, Any] | None = None,
     open_session: benchmark.OpenSession | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Result:
     """Make every variant of a model, run it in every unit, and write all that was found.
 
@@ -157,22 +157,22 @@ def run(
     with system_errors(folder):
         for name in ("models", "reports"):
             (folder / name).mkdir(parents=True)
-    note = progress or (lambda *_: None)
     source = Path(model)
     candidates: list[Candidate] = []
     failed: list[tuple[str, str]] = []
-    for i, variant in enumerate(suite.variants):
-        note(i, len(suite.variants), f"making {variant.name}")
-        path = folder / "models" / f"{variant.name}.mlpackage"
-        try:
-            treatment = _make(source, path, folder / "reports", variant, data, seed)
-        except CompressionError as error:
-            failed.append((variant.name, str(error)))
-            continue
-        candidates.append(Candidate(package=path, name=variant.name, treatment=treatment))
-        if variant.recipe is None:
-            # The others are made of the copy, so that reports and results name one original.
-            source = path
+    with shown(progress) as note:
+        for i, variant in enumerate(suite.variants):
+            note(i, len(suite.variants), f"making {variant.name}")
+            path = folder / "models" / f"{variant.name}.mlpackage"
+            try:
+                treatment = _make(source, path, folder / "reports", variant, data, seed)
+            except CompressionError as error:
+                failed.append((variant.name, str(error)))
+                continue
+            candidates.append(Candidate(package=path, name=variant.name, treatment=treatment))
+            if variant.recipe is None:
+                # The others are made of the copy, so that reports and results name one original.
+                source = path
     if not candidates:
         msg = f"no variant of the suite is possible: {'; '.join(why for _, why in failed)}"
         raise ConfigError(msg)

@@ -11,7 +11,7 @@ from milpress.evaluation.boxes import Boxes
 from milpress.evaluation.inside import IntermediateValues
 from milpress.evaluation.metrics import OutputErrors
 from milpress.evaluation.results import METRICS, Evaluation, Metric
-from milpress.progress import Progress
+from milpress.progress import Progress, shown
 from milpress.samples.data import Data, Samples
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def evaluate(
     function: str | None = None,
     precision: Literal["float32", "float16"] = "float32",
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Evaluation:
     """Run a model and its compressed version on samples, and compare.
 
@@ -56,7 +56,8 @@ def evaluate(
     seed
         Where random numbers start from in each run.
     progress
-        Called with samples done, samples in all and what is at hand.
+        ``True`` shows a bar; a function is called with samples done, samples in all and what is at
+        hand.
 
     Returns
     -------
@@ -90,16 +91,16 @@ def evaluate(
     outputs = {feature.name: OutputErrors() for feature in one.outputs}
     boxes = Boxes(one, other)
     inside = IntermediateValues(one, other, boxes) if per_op else None
-    note = progress or (lambda *_: None)
-    for i, sample in enumerate(samples):
-        note(i, len(samples), "comparing")
-        if inside is None:
-            expected, given = boxes.original(sample).outputs, boxes.compressed(sample).outputs
-        else:
-            expected, given = inside.run(sample)
-        for name, output in outputs.items():
-            output.add(expected[name], given[name])
-    note(len(samples), len(samples), "")
+    with shown(progress) as note:
+        for i, sample in enumerate(samples):
+            note(i, len(samples), "comparing")
+            if inside is None:
+                expected, given = boxes.original(sample).outputs, boxes.compressed(sample).outputs
+            else:
+                expected, given = inside.run(sample)
+            for name, output in outputs.items():
+                output.add(expected[name], given[name])
+        note(len(samples), len(samples), "")
     return Evaluation(
         original=str(original),
         compressed=str(compressed),

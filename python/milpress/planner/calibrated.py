@@ -19,7 +19,7 @@ from milpress.mil.package import Package
 from milpress.planner.cache import ScoreCache, cache_key
 from milpress.planner.groups import WeightGroup, axes_of
 from milpress.planner.menu import KEEP
-from milpress.progress import Progress
+from milpress.progress import Progress, shown
 from milpress.recipe import treatment_dict
 from milpress.samples.data import Data
 
@@ -54,7 +54,7 @@ def calibrate(
     exact: bool,
     choose: Choose,
     cache: ScoreCache,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Calibrated:
     """Return the error of the outputs that each format of each group makes by itself.
 
@@ -76,7 +76,8 @@ def calibrate(
     cache
         Where errors are remembered.
     progress
-        Called with what is done, how much there is in all and what is at hand.
+        ``True`` shows a bar; a function is called with what is done, how much there is in all and
+        what is at hand.
 
     Raises
     ------
@@ -90,27 +91,25 @@ def calibrate(
     source = package.reopened()
     suited = list(suited_programs(source, data))
     digests = [each.samples.digest() for each in suited]
-    model = _Model(
-        [
-            _Function(
-                OutputError(each.program, each.samples, metric),
-                {v: k for k, v in each.prefixes.items()},
-            )
-            for each in suited
-        ],
-        cache_key(_VERSION, content_digest(source), *digests, metric),
-        cache,
-        progress or (lambda *_: None),
-    )
-    used = [i for i, group in enumerate(groups) if model.uses(group)]
-    run = [groups[i] for i in used]
-    scale = _Scale(groups)
-    if exact:
-        errors, note = _exact(model, run)
-    else:
-        errors, note = _corrected(
-            model, run, lambda some: [choose(scale.filled(used, some))[i] for i in used]
+    functions = [
+        _Function(
+            OutputError(each.program, each.samples, metric),
+            {v: k for k, v in each.prefixes.items()},
         )
+        for each in suited
+    ]
+    key = cache_key(_VERSION, content_digest(source), *digests, metric)
+    scale = _Scale(groups)
+    with shown(progress) as told:
+        model = _Model(functions, key, cache, told)
+        used = [i for i, group in enumerate(groups) if model.uses(group)]
+        run = [groups[i] for i in used]
+        if exact:
+            errors, note = _exact(model, run)
+        else:
+            errors, note = _corrected(
+                model, run, lambda some: [choose(scale.filled(used, some))[i] for i in used]
+            )
     reached = {i for i, some in zip(used, errors, strict=True) if scale.is_reached(i, some)}
     if not reached:
         msg = (

@@ -17,7 +17,7 @@ from milpress.planner.cache import ScoreCache, cache_key
 from milpress.planner.groups import WeightGroup, axes_of
 from milpress.planner.menu import KEEP
 from milpress.planner.scores import Score
-from milpress.progress import Progress
+from milpress.progress import Progress, shown
 from milpress.recipe import treatment_dict
 
 
@@ -27,10 +27,9 @@ def measure(
     cache: ScoreCache,
     *,
     exact: bool,
-    progress: Progress | None,
+    progress: Progress | bool | None,
 ) -> None:
     """Score each format of each group; a group that is not finite loses its choices."""
-    note = progress or (lambda *_: None)
     sample_size = None if exact else scores.SAMPLE_SIZE
 
     def scored(
@@ -44,7 +43,7 @@ def measure(
 
     n_elements = sum(group.size for group in groups)
     n_scored = 0
-    with contextlib.closing(in_order(scored, groups)) as results:
+    with shown(progress) as note, contextlib.closing(in_order(scored, groups)) as results:
         for group, result in zip(groups, results, strict=True):
             if isinstance(result, UnsupportedError):
                 group.choices, group.reason = {}, str(result)
@@ -53,7 +52,7 @@ def measure(
                 cache.put(computed)
             note(n_scored, n_elements, group.name)
             n_scored += group.size
-    note(n_elements, n_elements, "")
+        note(n_elements, n_elements, "")
 
 
 def _scores_of(

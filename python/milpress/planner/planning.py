@@ -46,7 +46,7 @@ def plan(
     facts: Sequence[str | os.PathLike[str]] = (),
     use_cache: bool = True,
     threads: int | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Plan:
     """Choose a treatment for each weight such that the error is least within a budget.
 
@@ -102,7 +102,8 @@ def plan(
     threads
         Threads to use; ``None`` for MILPRESS_NUM_THREADS or the number of cores.
     progress
-        Called with what is done, how much there is in all and the name of the weight at hand.
+        ``True`` shows a bar; a function is called with what is done, how much there is in all and
+        the name of the weight at hand.
 
     Returns
     -------

@@ -18,6 +18,7 @@ from milpress.errors import UnsupportedError
 from milpress.formats import Masked, Palette, Quantized, Sparse, Treatment
 from milpress.formats.fidelity import fidelity
 from milpress.formats.rows import Floats, as_float
+from milpress.progress import Progress, shown
 from milpress.recipe import describe
 from milpress.show import decibels
 from milpress.torch import _metadata
@@ -27,8 +28,6 @@ from milpress.torch._relayout import stacked
 from milpress.torch._report import Report
 
 _logger = logging.getLogger(__name__)
-
-Progress: TypeAlias = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +87,7 @@ def compress_weights(
     model: nn.Module,
     tasks: Sequence[Task],
     treat: Treat,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     notes: Sequence[str] = (),
 ) -> Report:
     """Compress the weights of a model in place, and say so in the buffers of its modules.
@@ -103,7 +102,8 @@ def compress_weights(
         Makes of a weight and its config what is to be stored. What it raises an `UnsupportedError`
         for is left.
     progress
-        Called with elements done, elements in all and the name of the weight at hand.
+        ``True`` shows a bar; a function is called with elements done, elements in all and the name
+        of the weight at hand.
     notes
         What the report is to say of all weights.
     """
@@ -112,27 +112,31 @@ def compress_weights(
     n_done = 0
     rows: dict[str, dict[str, Any]] = {}
     weights: list[WeightReport] = []
-    for group in groups:
-        if progress is not None:
-            progress(n_done, total, group[0].weight.name)
-        row, weight = compress_together(group, treat)
-        rows.update({task.weight.name: dict(row) for task in group})
-        weights.append(weight)
-        if weight.status == "left":
-            _logger.warning("%s: %s. Left as it is.", weight.name, weight.note)
-        n_done += group[0].weight.size
-    if progress is not None:
-        progress(total, total, "")
+    with shown(progress) as note:
+        for group in groups:
+            note(n_done, total, group[0].weight.name)
+            row, weight = compress_together(group, treat)
+            rows.update({task.weight.name: dict(row) for task in group})
+            weights.append(weight)
+            if weight.status == "left":
+                _logger.warning("%s: %s. Left as it is.", weight.name, weight.note)
+            n_done += group[0].weight.size
+        note(total, total, "")
     if any(weight.status == "compressed" for weight in weights):
         _metadata.register_version(model)
     return Report(rows, weights, notes)
 
 
-def compress_faked(model: nn.Module, weights: Sequence[ModuleWeight], treat: Treat) -> None:
+def compress_faked(
+    model: nn.Module,
+    weights: Sequence[ModuleWeight],
+    treat: Treat,
+    progress: Progress | bool | None = None,
+) -> None:
     """Compress weights as the layers do that faked it in training, and take these layers out."""
     names = [f"{weight.parameter_name}_fake_quant" for weight in weights]
     tasks = [Task(w, getattr(w.module, name)) for w, name in zip(weights, names, strict=True)]
-    compress_weights(model, tasks, treat)
+    compress_weights(model, tasks, treat, progress)
     for weight, name in zip(weights, names, strict=True):
         delattr(weight.module, name)
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from milpress.errors import ConfigError, ConfigTypeError
+from milpress.progress import Progress
 from milpress.torch import _metadata
 from milpress.torch._compression import Task
 from milpress.torch._module_weights import ModuleWeight, others_of, weights_of
@@ -161,7 +162,11 @@ class BaseTrainingTimeModelOptimizer(BaseModelOptimizer):
 
     @abstractmethod
     def finalize(
-        self, model: torch.nn.Module | None = None, inplace: bool = False
+        self,
+        model: torch.nn.Module | None = None,
+        inplace: bool = False,
+        *,
+        progress: Progress | bool | None = None,
     ) -> torch.nn.Module:
         """Return the trained model in the form that can be converted.
 
@@ -172,6 +177,9 @@ class BaseTrainingTimeModelOptimizer(BaseModelOptimizer):
             ``torch.compile`` or ``DistributedDataParallel`` made of it is taken, too.
         inplace
             Whether to change that model itself.
+        progress
+            ``True`` shows a bar; a function is called with elements done (of the pruner: weights),
+            how many there are in all and the name of the weight at hand.
         """
 
     @contextlib.contextmanager

@@ -20,6 +20,7 @@ from milpress.compression.writer import rewriting
 from milpress.engines.mlmodel import opened, written
 from milpress.errors import ConfigError, ConfigTypeError, UnsupportedError, VerificationError
 from milpress.mil.package import Package, n_package_bytes
+from milpress.progress import Progress, shown
 from milpress.torch._converted_weights import (
     ConvertedWeight,
     compressed_weights,
@@ -38,6 +39,7 @@ def convert(
     *,
     frontend: Frontend | None = None,
     dynamic_shapes: Any = None,
+    progress: Progress | bool | None = None,
     **settings: Any,
 ) -> Any:
     """Convert a compressed module to a Core ML model.
@@ -61,6 +63,9 @@ def convert(
         the former, or the latter for recurrent layers, which coremltools can't convert otherwise.
     dynamic_shapes
         As ``torch.export.export`` takes it.
+    progress
+        Once coremltools is done, which shows bars of its own: ``True`` shows a bar; a function is
+        called with weights done, weights in all and the name of the weight at hand.
     **settings
         Further arguments of ``coremltools.convert``. The default target is iOS18; it must be an ML
         program.
@@ -97,8 +102,9 @@ def convert(
     if "minimum_deployment_target" in settings:
         _check_target(settings["minimum_deployment_target"], compressed)
     dense = dense_model(module, example_inputs, frontend, dynamic_shapes, settings)
-    write = functools.partial(_write, opened(dense), compressed)
-    model, report = written(dense, destination, write, load=load)
+    with shown(progress) as note:
+        write = functools.partial(_write, opened(dense), compressed, note)
+        model, report = written(dense, destination, write, load=load)
     model.compression_report = replace(report, seconds=time.perf_counter() - started)
     return model
 
@@ -119,7 +125,9 @@ def _check_target(target: Any, compressed: list[ConvertedWeight]) -> None:
             raise ConfigError(msg)
 
 
-def _write(package: Package, compressed: list[ConvertedWeight], destination: Path) -> Report:
+def _write(
+    package: Package, compressed: list[ConvertedWeight], note: Progress, destination: Path
+) -> Report:
     """Write a dense package with compressed weights in the place of their constants."""
     expected: dict[str, bytes] = {}
 
@@ -127,11 +135,15 @@ def _write(package: Package, compressed: list[ConvertedWeight], destination: Pat
         compare_packages(source, result)
         _check(result, expected)
 
+    n_done, total = 0, sum(len(graph.weights) for graph in package.graphs)
     with rewriting(package, destination, Run()) as writer:
         for graph in package.graphs:
             constants = {constant.node: constant for constant in graph.weights}
             for node in graph.nodes:
                 constant = constants.get(node)
+                if constant is not None:
+                    note(n_done, total, constant.name)
+                    n_done += 1
                 value = None if constant is None else replacement(constant, compressed)
                 if constant is None or value is None:
                     writer.copy(node)
@@ -139,6 +151,7 @@ def _write(package: Package, compressed: list[ConvertedWeight], destination: Pat
                 expected[constant.name] = _digest(value.dense())
                 writer.store(constant, value)
             graph.apply()
+        note(total, total, "")
         _, size = writer.commit(check)
     return Report(
         source=str(package.path),

@@ -16,8 +16,9 @@ from torch import nn
 
 from milpress.errors import ConfigError, ConfigTypeError
 from milpress.plain import fields
+from milpress.progress import Progress, shown
 from milpress.torch import _metadata
-from milpress.torch._compression import Progress, Task, left, tied
+from milpress.torch._compression import Task, left, tied
 from milpress.torch._modes import evaluating, exact, on_device
 from milpress.torch._module_weights import weights_of
 from milpress.torch._report import Report
@@ -140,7 +141,7 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
         device: str | torch.device = "cpu",
         inplace: bool = False,
         *,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
     ) -> nn.Module:
         """Compress the layers.
@@ -185,12 +186,11 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
                 layer.restore(state)
         total = sum(layer.weight.size for layer in layers)
         few = []
-        with on_device(model, device), evaluating(model), exact():
+        with on_device(model, device), evaluating(model), exact(), shown(progress) as note:
             calls, masks = self._calls(model, parents, dataloader, device)
             for layer in in_order(layers, calls, masks):
-                if progress is not None:
-                    n_done = sum(each.weight.size for each in layers if each.is_done)
-                    progress(n_done, total, layer.weight.name)
+                n_done = sum(each.weight.size for each in layers if each.is_done)
+                note(n_done, total, layer.weight.name)
                 identity = files.identity(layer.weight, layer.asked.config)
                 layer.compress()
                 files.save(layer.number, identity, layer.state())
@@ -198,12 +198,11 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
                 n_inputs = math.prod(layer.weight.shape[1:])
                 if moments is not None and moments.n_positions < _ENOUGH * n_inputs:
                     few.append(layer.weight.name)
+            note(total, total, "")
         for layer in layers:
             if not layer.is_done:
                 reason = "no sample came to the layer by a call of its module"
                 layer.settle(left(layer.weight, reason))
-        if progress is not None:
-            progress(total, total, "")
         self._report = _report(layers, few)
         if len(self._report.left) < len(self._report.weights):
             _metadata.register_version(model)

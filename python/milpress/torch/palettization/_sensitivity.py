@@ -16,6 +16,7 @@ from torch import distributed, nn
 
 from milpress.errors import ConfigError, ConfigTypeError, UnsupportedError
 from milpress.plain.files import draft_in_place_of
+from milpress.progress import Progress, shown
 from milpress.torch._modes import evaluating
 from milpress.torch._module_weights import is_spread, whole
 
@@ -59,6 +60,7 @@ def sum_squared_gradients(
     n_samples: int,
     per_sample: bool,
     path: Path | None = None,
+    progress: Progress | bool | None = None,
 ) -> GradientSums:
     """Sum the squares of the gradients that samples give.
 
@@ -78,6 +80,8 @@ def sum_squared_gradients(
         Whether batches are split into samples.
     path
         Where to keep the sums along the way; if a run was interrupted, go on from there.
+    progress
+        As of `SKMPalettizer.compute_sensitivity`.
 
     Raises
     ------
@@ -100,17 +104,24 @@ def sum_squared_gradients(
             _resume(sums, sums.kept, n_ranks)
     save_every = max(1, n_samples // _N_SAVES)
     seen = 0
-    with _prepared(model, weights), _squaring(weights, sums.squares), torch.enable_grad():
+    with (
+        shown(None if rank else progress) as note,
+        _prepared(model, weights),
+        _squaring(weights, sums.squares),
+        torch.enable_grad(),
+    ):
         samples = islice(_samples(dataloader, per_sample=per_sample), n_samples)
         for seen, (sample, is_whole) in enumerate(samples, start=1):
             if seen <= sums.n_samples:
                 continue
+            note(seen - 1, n_samples, f"sample {seen}")
             if sharded or seen % n_ranks == rank:
                 _backward(model, sample, loss_fn, seen)
             sums.n_samples = seen
             sums.n_whole += is_whole
             if sums.kept is not None and seen % save_every == 0:
                 _save(sums, sums.kept, n_ranks)
+        note(seen, seen, "")
     if seen == 0:
         msg = "dataloader gives no sample"
         raise ConfigError(msg)

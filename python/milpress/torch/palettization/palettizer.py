@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from milpress.errors import UnsupportedError
+from milpress.progress import Progress
 from milpress.torch._compression import WeightOutcome, compress_faked
 from milpress.torch._module_weights import ModuleWeight, attention_around, weights_of
 from milpress.torch._report import Report
@@ -143,12 +144,18 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
             if isinstance(module, FakePalettize):
                 module.enable_fake_palett(flag)
 
-    def finalize(self, model: nn.Module | None = None, inplace: bool = False) -> nn.Module:
+    def finalize(
+        self,
+        model: nn.Module | None = None,
+        inplace: bool = False,
+        *,
+        progress: Progress | bool | None = None,
+    ) -> nn.Module:
         """Replace the weights by entries of their tables, and say so in the buffers of the modules.
 
         Parameters
         ----------
-        model, inplace
+        model, inplace, progress
             As of `BaseTrainingTimeModelOptimizer.finalize`.
 
         Returns
@@ -164,7 +171,7 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
                     hook.detach(host)
             weights = [weight for weight, _ in self._faked(finalized)]
             with masks_lifted(finalized):
-                compress_faked(finalized, weights, _palettized)
+                compress_faked(finalized, weights, _palettized, progress)
         return finalized
 
     def report(self) -> Report:

@@ -6,7 +6,8 @@ import torch
 from attrs import define, field
 
 from milpress.plain import fields
-from milpress.torch._compression import Progress, compress_weights, each_matrix
+from milpress.progress import Progress
+from milpress.torch._compression import compress_weights, each_matrix
 from milpress.torch._palettes import ModulePaletteConfig, palettized
 from milpress.torch.base_model_optimizer import BasePostTrainingModelOptimizer
 from milpress.torch.optimization_config import OptimizationConfig
@@ -106,7 +107,7 @@ class PostTrainingPalettizer(BasePostTrainingModelOptimizer):
         num_kmeans_workers: int = 1,  # noqa: ARG002
         inplace: bool = False,
         *,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
     ) -> torch.nn.Module:
         """Palettize the weights.
 
@@ -117,7 +118,8 @@ class PostTrainingPalettizer(BasePostTrainingModelOptimizer):
         inplace
             Whether to change the model itself, which copies nothing of it.
         progress
-            Called with elements done, elements in all and the name of the weight at hand.
+            ``True`` shows a bar; a function is called with elements done, elements in all and the
+            name of the weight at hand.
 
         Returns
         -------

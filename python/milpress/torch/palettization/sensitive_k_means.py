@@ -19,7 +19,8 @@ from attrs import define, field
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.formats.rows import Floats
 from milpress.plain import fields
-from milpress.torch._compression import Progress, WeightOutcome, compress_weights, each_matrix
+from milpress.progress import Progress
+from milpress.torch._compression import WeightOutcome, compress_weights, each_matrix
 from milpress.torch._module_weights import ModuleWeight
 from milpress.torch._palettes import ModulePaletteConfig, palettized
 from milpress.torch.base_model_optimizer import BaseDataCalibratedModelOptimizer
@@ -102,6 +103,8 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
         sensitivity_path: str | os.PathLike[str] | None = None,
         num_sensitivity_workers: int = 1,
         fsdp_auto_wrap_policy: Any = None,
+        *,
+        progress: Progress | bool | None = None,
     ) -> dict[str, torch.Tensor]:
         """Compute how much the loss depends on each weight that is to be palettized.
 
@@ -127,6 +130,10 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
         fsdp_auto_wrap_policy
             Which modules to spread over these processes, as torch's FSDP takes it; ``None`` gives
             each process the whole model.
+        progress
+            ``True`` shows a bar; a function is called with samples done, the most that are taken
+            and what is at hand. In a process group, by its first process; of
+            ``num_sensitivity_workers`` processes that are started, too, to which it is sent.
 
         Returns
         -------
@@ -143,9 +150,9 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
         path = None if sensitivity_path is None else Path(sensitivity_path)
         if num_sensitivity_workers > 1 and not torch.distributed.is_initialized():
             return self._by_workers(
-                dataloader, loss_fn, path, num_sensitivity_workers, fsdp_auto_wrap_policy
+                dataloader, loss_fn, path, num_sensitivity_workers, fsdp_auto_wrap_policy, progress
             )
-        sums = self._sums(self._model, dataloader, loss_fn, path)
+        sums = self._sums(self._model, dataloader, loss_fn, path, progress)
         sensitivities = {
             name: _sensitivity.normalized(squares)[0] for name, squares in sums.squares.items()
         }
@@ -165,7 +172,7 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
         inplace: bool = False,
         fsdp_auto_wrap_policy: Any = None,
         *,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
     ) -> torch.nn.Module:
         """Palettize the weights.
 
@@ -175,8 +182,10 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
             As of `compute_sensitivity`; unused if ``sensitivity_path`` is given.
         sensitivity_path
             Where `compute_sensitivity` saved its result.
-        num_kmeans_workers, inplace, progress
+        num_kmeans_workers, inplace
             As of `PostTrainingPalettizer.compress`.
+        progress
+            As of `compute_sensitivity`, and then as of `PostTrainingPalettizer.compress`.
 
         Returns
         -------
@@ -199,11 +208,11 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
             raise ConfigError(msg)
         elif num_sensitivity_workers > 1 and not torch.distributed.is_initialized():
             sensitivities = self._by_workers(
-                dataloader, loss_fn, None, num_sensitivity_workers, fsdp_auto_wrap_policy
+                dataloader, loss_fn, None, num_sensitivity_workers, fsdp_auto_wrap_policy, progress
             )
         else:
             # Of the model that was given: a sharded one can't be copied.
-            sums = self._sums(self._source, dataloader, loss_fn, None)
+            sums = self._sums(self._source, dataloader, loss_fn, None, progress)
             sensitivities = sums.squares
             notes = sums.notes
         model = self._begin(inplace)
@@ -244,6 +253,7 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
         dataloader: Iterable[Any],
         loss_fn: LossFunction,
         path: Path | None,
+        progress: Progress | bool | None,
     ) -> _sensitivity.GradientSums:
         weights: dict[int, tuple[str, Any]] = {}
         for task in self._tasks(model):
@@ -258,6 +268,7 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
             n_samples=self._config.calibration_nsamples,
             per_sample=self._config.per_sample,
             path=path,
+            progress=progress,
         )
 
     def _by_workers(
@@ -267,17 +278,23 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
         path: Path | None,
         n_workers: int,
         policy: Any,
+        progress: Progress | bool | None,
     ) -> dict[str, torch.Tensor]:
         with tempfile.TemporaryDirectory() as folder:
             saved = Path(folder) / "sensitivity.pt" if path is None else path
             batches = list(islice(dataloader, self._config.calibration_nsamples))
-            compute = functools.partial(_compute, self._config, batches, loss_fn, saved)
+            compute = functools.partial(_compute, self._config, batches, loss_fn, saved, progress)
             _workers.run(n_workers, compute, self._source, policy)
             # The file goes, so its content must not stay in it.
             return {name: values.clone() for name, values in _sensitivity.load(saved).items()}
 
 
 def _compute(
-    config: Any, batches: list[Any], loss_fn: LossFunction, path: Path, model: torch.nn.Module
+    config: Any,
+    batches: list[Any],
+    loss_fn: LossFunction,
+    path: Path,
+    progress: Progress | bool | None,
+    model: torch.nn.Module,
 ) -> None:
-    SKMPalettizer(model, config).compute_sensitivity(batches, loss_fn, path)
+    SKMPalettizer(model, config).compute_sensitivity(batches, loss_fn, path, progress=progress)

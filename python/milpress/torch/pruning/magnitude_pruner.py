@@ -16,6 +16,7 @@ from torch import nn
 
 from milpress.errors import ConfigError, LifecycleError
 from milpress.plain import fields
+from milpress.progress import Progress, shown
 from milpress.torch import _fields, _metadata
 from milpress.torch._module_weights import ModuleWeight
 from milpress.torch._report import Report
@@ -320,12 +321,18 @@ class MagnitudePruner(BaseTrainingTimeModelOptimizer):
                 pruned.method.update(pruned.weight, sparsity)
             pruned.sparsity_level = sparsity
 
-    def finalize(self, model: nn.Module | None = None, inplace: bool = False) -> nn.Module:
+    def finalize(
+        self,
+        model: nn.Module | None = None,
+        inplace: bool = False,
+        *,
+        progress: Progress | bool | None = None,
+    ) -> nn.Module:
         """Multiply the weights by their masks for good, and say so in the buffers of the modules.
 
         Parameters
         ----------
-        model, inplace
+        model, inplace, progress
             As of `BaseTrainingTimeModelOptimizer.finalize`.
 
         Returns
@@ -345,11 +352,14 @@ class MagnitudePruner(BaseTrainingTimeModelOptimizer):
                 "prepared for it"
             )
             raise LifecycleError(msg)
-        with self._finalizing(model, inplace) as finalized:
-            for weights, host, _ in places(finalized, self._supported_modules):
+        with self._finalizing(model, inplace) as finalized, shown(progress) as note:
+            held = places(finalized, self._supported_modules)
+            for i, (weights, host, _) in enumerate(held):
+                note(i, len(held), weights[0].name)
                 method = getattr(weights[0].module, "pruning_method", None)
                 if isinstance(method, PruningMethod):
                     method.remove(weights[0], host)
+            note(len(held), len(held), "")
         return finalized
 
     def load_state_dict(self, state_dict: Any) -> None:

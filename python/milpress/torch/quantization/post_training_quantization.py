@@ -13,8 +13,9 @@ from milpress.formats.joint import masked
 from milpress.formats.quantized import Granularity, IntDType
 from milpress.formats.rows import Floats, divisor_of
 from milpress.plain import fields
+from milpress.progress import Progress
 from milpress.torch import _fields, _metadata
-from milpress.torch._compression import Progress, WeightOutcome, compress_weights, each_matrix
+from milpress.torch._compression import WeightOutcome, compress_weights, each_matrix
 from milpress.torch._metadata import Stored
 from milpress.torch._module_weights import ModuleWeight, attention_around
 from milpress.torch.base_model_optimizer import BasePostTrainingModelOptimizer
@@ -172,7 +173,7 @@ class PostTrainingQuantizer(BasePostTrainingModelOptimizer):
     _config_class = PostTrainingQuantizerConfig
 
     def compress(  # type: ignore[override]
-        self, inplace: bool = False, *, progress: Progress | None = None
+        self, inplace: bool = False, *, progress: Progress | bool | None = None
     ) -> torch.nn.Module:
         """Quantize the weights.
 

@@ -16,6 +16,7 @@ from milpress.errors import ConfigError, UnsupportedError
 from milpress.formats import Blocks, PerChannel, PerTensor, QuantizeConfig, Quantized
 from milpress.formats.joint import masked
 from milpress.formats.rows import Floats
+from milpress.progress import Progress
 from milpress.torch._compression import WeightOutcome, compress_faked
 from milpress.torch._metadata import Stored
 from milpress.torch._modes import device_of
@@ -202,12 +203,18 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
         if self._is_prepared and 0 <= freeze_at < self._step_count:
             freeze(self._model)
 
-    def finalize(self, model: nn.Module | None = None, inplace: bool = False) -> nn.Module:
+    def finalize(
+        self,
+        model: nn.Module | None = None,
+        inplace: bool = False,
+        *,
+        progress: Progress | bool | None = None,
+    ) -> nn.Module:
         """Round the weights for good, and put ops that round where layers did.
 
         Parameters
         ----------
-        model, inplace
+        model, inplace, progress
             As of `BaseTrainingTimeModelOptimizer.finalize`.
 
         Returns
@@ -234,7 +241,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
             with masks_lifted(finalized):
                 for name, layer in norms.items():
                     fold(layer, finalized.get_submodule(name))
-                compress_faked(finalized, weights, _quantized)
+                compress_faked(finalized, weights, _quantized, progress)
             _replace(finalized, set(norms))
         return finalized
 
