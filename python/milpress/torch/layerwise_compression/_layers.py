@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -35,10 +35,6 @@ class CalibratedLayer:
         Its place in the model.
     tasks
         What is asked for it, for each module that holds it.
-    n_calls
-        How often a sample comes to it.
-    seen
-        Calls so far, by the number of the sample.
     algorithm
         What its inputs go to, if it has begun.
     row, report
@@ -47,8 +43,6 @@ class CalibratedLayer:
 
     number: int
     tasks: list[Task]
-    n_calls: int = 1
-    seen: dict[int, int] = field(default_factory=dict)
     algorithm: Any = None
     row: dict[str, Any] | None = None
     report: WeightReport | None = None

@@ -11,14 +11,20 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 
+from milpress.torch.layerwise_compression._caller_modes import CallerModes
+
 _N_UNTRIMMED = 8  # runs between two calls of `_trim`
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+# Called where a run gives way; returns what is called where it goes on.
+Leave: TypeAlias = Callable[[], Callable[[], None]]
 
 
 class _Cancelled(BaseException):
@@ -34,10 +40,23 @@ class Stop:
 
 
 class Lockstep:
-    """Runs of a program, of which one at a time is at work; what each does may call `wait`."""
+    """Runs of a program, of which one at a time is at work; what each does may call `wait`.
 
-    def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
-        self._runs = [_PausedCall(call) for call in calls]
+    Parameters
+    ----------
+    calls
+        What each run does.
+    leave
+        Called by a run that gives way or ends; what it returns, when the run goes on.
+    """
+
+    def __init__(
+        self,
+        calls: Sequence[Callable[[], object]],
+        leave: Leave = lambda: _stay,
+    ) -> None:
+        modes = CallerModes()
+        self._runs = [_PausedCall(partial(modes.call, call), leave) for call in calls]
         self._numbers = {run.thread: i for i, run in enumerate(self._runs)}
 
     def wait(self, place: int, content: Any) -> None:
@@ -50,12 +69,17 @@ class Lockstep:
         """Return the number of the run that calls this; ``None`` outside of them."""
         return self._numbers.get(threading.current_thread())
 
-    def stops(self) -> Iterator[tuple[int, dict[int, Any]]]:
-        """Yield each place where runs wait, the lowest first, with what each of them brings."""
+    def stops(
+        self, choose: Callable[[Mapping[int, int]], int]
+    ) -> Iterator[tuple[int, dict[int, Any]]]:
+        """Yield a place where runs wait, with what each of them brings, until all have ended.
+
+        ``choose`` returns which, of the places where each run waits.
+        """
         try:
             self._resume(self._runs)
             while places := {i: run.stop.place for i, run in enumerate(self._runs) if run.stop}:
-                place = min(places.values())
+                place = choose(places)
                 here = {i: self._runs[i] for i in places if places[i] == place}
                 yield place, {i: run.stop.content for i, run in here.items() if run.stop}
                 self._resume(list(here.values()))
@@ -70,6 +94,10 @@ class Lockstep:
                 _trim()
 
 
+def _stay() -> None:
+    """Do nothing."""
+
+
 def _trim() -> None:
     """Give back what threads have freed: glibc keeps it for each of them, and they all wait."""
     trim = getattr(_LIBC, "malloc_trim", None)
@@ -80,8 +108,9 @@ def _trim() -> None:
 class _PausedCall:
     """A call in a thread of its own, which is at work only while someone waits for it."""
 
-    def __init__(self, call: Callable[[], object]) -> None:
+    def __init__(self, call: Callable[[], object], leave: Leave) -> None:
         self._call: Callable[[], object] | None = call
+        self._leave = leave
         self._go = threading.Semaphore(0)
         self._back = threading.Semaphore(0)
         self._cancelled = False
@@ -102,10 +131,12 @@ class _PausedCall:
 
     def wait(self, stop: Stop) -> None:
         """Give way until `resume` is called again."""
+        go_on = self._leave()
         self.stop = stop
         del stop
         self._back.release()
         self._go.acquire()
+        go_on()
         if self._cancelled:
             raise _Cancelled
 
@@ -122,8 +153,11 @@ class _PausedCall:
         call, self._call = self._call, None
         try:
             if not self._cancelled and call is not None:
-                with torch.no_grad():
-                    call()
+                try:
+                    with torch.no_grad():
+                        call()
+                finally:
+                    self._leave()
         except _Cancelled:
             pass
         except BaseException as error:

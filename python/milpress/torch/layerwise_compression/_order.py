@@ -12,11 +12,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from milpress.torch.layerwise_compression._held_state import HeldState
 from milpress.torch.layerwise_compression._layers import CalibratedLayer
 from milpress.torch.layerwise_compression._lockstep import Lockstep
+from milpress.torch.layerwise_compression._paths import Paths
 from milpress.torch.layerwise_compression.algorithms import OBSCompressionAlgorithm
 
-_Trace: TypeAlias = tuple["weakref.ref[torch.Tensor]", int]
+_Trace: TypeAlias = tuple["weakref.ref[torch.Tensor]", int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,58 +38,137 @@ class _LayerInput:
 
     def trace(self) -> _Trace:
         """Return what tells it from others without keeping it alive."""
-        return weakref.ref(self.value), self.value._version
+        # torch does not count changes of tensors that were made in inference mode.
+        return weakref.ref(self.value), None if self.value.is_inference() else self.value._version
 
     def has_left(self, trace: _Trace) -> bool:
         """Whether a trace is its own."""
-        value, version = trace
-        return value() is self.value and version == self.value._version
+        return trace[1] is not None and trace[0]() is self.value and trace == self.trace()
 
 
-def in_order(
-    layers: Sequence[CalibratedLayer],
-    calls: Sequence[Callable[[], Any]],
-    masks: Sequence[torch.Tensor | None],
-) -> Iterator[CalibratedLayer]:
-    """Yield layers as samples come to them, with an algorithm that has seen what they bring.
+class Order:
+    """Layers as samples come to them.
 
-    A layer that a sample comes to several times is yielded at the last time.
+    Parameters
+    ----------
+    model, layers
+        The model, and those of its layers that are to be compressed, if samples come to them.
+    calls
+        What runs each sample.
+    masks
+        Which part of each is no padding; ``None`` for all.
     """
-    _count_calls(layers, calls[0])
-    runs = Lockstep(calls)
 
-    def arrive(layer: CalibratedLayer, module: nn.Module, value: torch.Tensor) -> None:
-        number = runs.current()
-        if layer.is_done or number is None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[CalibratedLayer],
+        calls: Sequence[Callable[[], Any]],
+        masks: Sequence[torch.Tensor | None],
+    ) -> None:
+        self._layers = layers
+        self._calls = calls
+        self._masks = masks
+        self._held = HeldState(model)
+        self._runs = Lockstep(calls, self._held.leave)
+        self._record: list[int] | None = None
+        self._late: dict[int, set[int]] = {}
+
+    def __iter__(self) -> Iterator[CalibratedLayer]:
+        """Yield layers as samples come to them, with an algorithm that has seen what they bring.
+
+        A layer that a sample comes to several times is yielded at the last time.
+        """
+        last: Any = None
+        traces: dict[int, _Trace] = {}
+        with self._arriving():
+            self._paths = Paths(len(self._calls), self._path)
+            for place, inputs in self._runs.stops(self._paths.choose):
+                layer = self._layers[place]
+                new_traces = {number: layer_input.trace() for number, layer_input in inputs.items()}
+                is_first = layer.algorithm is None
+                algorithm = layer.begin()
+                is_same = traces.keys() == new_traces.keys() and all(
+                    layer_input.has_left(traces[number]) for number, layer_input in inputs.items()
+                )
+                if is_same and is_first and _can_share(algorithm, last):
+                    algorithm.share(last)
+                else:
+                    last = None
+                    for layer_input in inputs.values():
+                        layer_input.add_to(algorithm)
+                inputs.clear()
+                yield layer
+                self._late[place] = set()
+                last, traces, layer.algorithm = algorithm, new_traces, None
+                self._held.refresh()
+                torch.clear_autocast_cache()
+
+    def notes(self) -> list[str]:
+        """Return what of the order is to be known."""
+        late = [
+            f"{self._layers[place].weight.name} ({len(numbers)})"
+            for place, numbers in self._late.items()
+            if numbers
+        ]
+        crossed = [self._layers[place].weight.name for place in self._paths.crossed]
+        notes = []
+        if crossed:
+            notes.append(
+                "Layers that were compressed before all samples came to them, as samples come to "
+                f"them in different orders: {', '.join(crossed)}."
+            )
+        if late:
+            notes.append(
+                "Layers that samples came to when they were compressed already, so that these did "
+                f"not count, and how many: {', '.join(late)}."
+            )
+        return notes
+
+    def _path(self, number: int) -> list[int]:
+        """Return the places that a sample comes to when it is run alone."""
+        path: list[int] = []
+        self._record = path
+        try:
+            with torch.no_grad():
+                self._calls[number]()
+        finally:
+            self._record = None
+            self._held.leave()
+        return path
+
+    def _arrive(self, layer: CalibratedLayer, module: nn.Module, value: torch.Tensor) -> None:
+        """Do what is to be done where a layer is about to be run."""
+        number = self._runs.current()
+        if self._record is not None and not layer.is_done:
+            self._record.append(layer.number)
+        if number is None:
             return
-        layer_input = _LayerInput(module, value, masks[number])
-        seen = layer.seen[number] = layer.seen.get(number, 0) + 1
-        if seen < layer.n_calls:
+        if layer.is_done:
+            if layer.number in self._late:
+                self._late[layer.number].add(number)
+            return
+        layer_input = _LayerInput(module, value, self._masks[number])
+        if self._paths.comes_again(number, layer.number):
             layer_input.add_to(layer.begin())
         else:
-            runs.wait(layer.number, layer_input)
+            self._runs.wait(layer.number, layer_input)
 
-    last: Any = None
-    traces: dict[int, _Trace] = {}
-    with _arriving(layers, arrive):
-        for place, inputs in runs.stops():
-            layer = layers[place]
-            if layer.is_done:
-                continue
-            new_traces = {number: layer_input.trace() for number, layer_input in inputs.items()}
-            algorithm = layer.begin()
-            is_same = traces.keys() == new_traces.keys() and all(
-                layer_input.has_left(traces[number]) for number, layer_input in inputs.items()
-            )
-            if is_same and layer.n_calls == 1 and _can_share(algorithm, last):
-                algorithm.share(last)
-            else:
-                last = None
-                for layer_input in inputs.values():
-                    layer_input.add_to(algorithm)
-            inputs.clear()
-            yield layer
-            last, traces, layer.algorithm = algorithm, new_traces, None
+    @contextlib.contextmanager
+    def _arriving(self) -> Iterator[None]:
+        """Look at what goes into the layers."""
+
+        def hook(
+            layer: CalibratedLayer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> None:
+            self._arrive(layer, module, args[0] if args else kwargs["input"])
+
+        with contextlib.ExitStack() as stack:
+            for layer in self._layers:
+                for task in layer.tasks:
+                    register = task.weight.module.register_forward_pre_hook
+                    stack.enter_context(register(partial(hook, layer), with_kwargs=True))
+            yield
 
 
 def _can_share(algorithm: Any, last: Any) -> bool:
@@ -95,36 +176,3 @@ def _can_share(algorithm: Any, last: Any) -> bool:
         isinstance(each, OBSCompressionAlgorithm) and isinstance(each.weight.module, nn.Linear)
         for each in (algorithm, last)
     )
-
-
-def _count_calls(layers: Sequence[CalibratedLayer], first: Callable[[], Any]) -> None:
-    """Find how often a sample comes to each layer."""
-    counts = [0] * len(layers)
-
-    def arrive(layer: CalibratedLayer, _module: nn.Module, _value: torch.Tensor) -> None:
-        counts[layer.number] += 1
-
-    with _arriving(layers, arrive), torch.no_grad():
-        first()
-    for layer, count in zip(layers, counts, strict=True):
-        layer.n_calls = max(1, count)
-
-
-@contextlib.contextmanager
-def _arriving(
-    layers: Sequence[CalibratedLayer],
-    arrive: Callable[[CalibratedLayer, nn.Module, torch.Tensor], None],
-) -> Iterator[None]:
-    """Call a function whenever a layer is about to be run."""
-
-    def hook(
-        layer: CalibratedLayer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        arrive(layer, module, args[0] if args else kwargs["input"])
-
-    with contextlib.ExitStack() as stack:
-        for layer in layers:
-            for task in layer.tasks:
-                register = task.weight.module.register_forward_pre_hook
-                stack.enter_context(register(partial(hook, layer), with_kwargs=True))
-        yield

@@ -30,7 +30,7 @@ from milpress.torch.layerwise_compression._configs import (
 from milpress.torch.layerwise_compression._layer_files import LayerFiles
 from milpress.torch.layerwise_compression._layer_moments import LAYERS
 from milpress.torch.layerwise_compression._layers import CalibratedLayer
-from milpress.torch.layerwise_compression._order import in_order
+from milpress.torch.layerwise_compression._order import Order
 from milpress.torch.layerwise_compression.input_cacher import (
     DefaultInputCacher,
     FirstLayerInputCacher,
@@ -188,7 +188,8 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
         few = []
         with on_device(model, device), evaluating(model), exact(), shown(progress) as note:
             calls, masks = self._calls(model, parents, dataloader, device)
-            for layer in in_order(layers, calls, masks):
+            order = Order(model, layers, calls, masks)
+            for layer in order:
                 n_done = sum(each.weight.size for each in layers if each.is_done)
                 note(n_done, total, layer.weight.name)
                 identity = files.identity(layer.weight, layer.asked.config)
@@ -203,7 +204,7 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
             if not layer.is_done:
                 reason = "no sample came to the layer by a call of its module"
                 layer.settle(left(layer.weight, reason))
-        self._report = _report(layers, few)
+        self._report = _report(layers, [*_notes_of(few), *order.notes()])
         if len(self._report.left) < len(self._report.weights):
             _metadata.register_version(model)
         files.clear()
@@ -279,12 +280,15 @@ def _is_within(name: str, parents: Iterable[str]) -> bool:
     return any(name == parent or name.startswith(f"{parent}.") or not parent for parent in parents)
 
 
-def _report(layers: Sequence[CalibratedLayer], few: Sequence[str]) -> Report:
+def _report(layers: Sequence[CalibratedLayer], notes: Sequence[str]) -> Report:
     rows = {task.weight.name: dict(layer.row or {}) for layer in layers for task in layer.tasks}
-    notes = []
-    if few:
-        notes.append(
-            f"Layers that had fewer than {_ENOUGH} positions of samples for each input, "
-            f"which is few: {', '.join(few)}."
-        )
     return Report(rows, [layer.report for layer in layers if layer.report is not None], notes)
+
+
+def _notes_of(few: Sequence[str]) -> list[str]:
+    if not few:
+        return []
+    return [
+        f"Layers that had fewer than {_ENOUGH} positions of samples for each input, "
+        f"which is few: {', '.join(few)}."
+    ]
