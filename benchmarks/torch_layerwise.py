@@ -1,11 +1,16 @@
 """GPTQ of a decoder by milpress.torch and by coremltools: time, memory and error.
 
 The decoder has random weights and samples of random tokens: their content makes no difference to
-time and memory. Each library has a process of its own, imports and the model left out; the error is
-that of the logits for one sample, relative to their power.
+time and memory. Each library has a process of its own; time and added memory leave out imports and
+the model, the peak is of all. The error is that of the logits for one sample, relative to their
+power.
 
     python -m benchmarks.torch_layerwise [--blocks 12] [--width 768] [--samples 128]
-        [--tokens 512] [--threads 2] [--block-size 32]
+        [--tokens 512] [--threads 2] [--block-size 32] [--activation-memory MB] [--only milpress]
+
+A block of width 2048 in bounded memory:
+
+    python -m benchmarks.torch_layerwise --blocks 1 --width 2048 --only milpress
 """
 
 from __future__ import annotations
@@ -24,6 +29,8 @@ import torch
 
 from benchmarks.torch_modules import peak
 from benchmarks.torch_quality import BLOCKS, Decoder, decibels, outputs
+
+LIBRARIES = ("milpress", "coremltools")
 
 warnings.simplefilter("ignore")
 logging.disable(logging.WARNING)
@@ -55,11 +62,13 @@ def measure(library: str, options: argparse.Namespace) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")
     resident = peak()
     started, cpu = time.perf_counter(), time.process_time()
-    made = compressor.compress(batches, device="cpu", inplace=True)
+    memory = {} if library != "milpress" else {"activation_memory": options.activation_memory << 20}
+    made = compressor.compress(batches, device="cpu", inplace=True, **memory)
     return {
         "seconds": time.perf_counter() - started,
         "cpu": time.process_time() - cpu,
         "extra_mb": peak() - resident,
+        "peak_mb": peak(),
         "error_db": decibels(outputs(made, batches[:1]), before),
     }
 
@@ -68,9 +77,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name, default in (
         ("blocks", 12), ("width", 768), ("samples", 128), ("tokens", 512), ("threads", 2),
-        ("block-size", 32),
+        ("block-size", 32), ("activation-memory", 1024),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--only", choices=LIBRARIES, help="measure one library")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -81,7 +91,7 @@ def main() -> None:
         f"{options.tokens} tokens, {options.threads} threads"
     )
     found = {}
-    for library in ("milpress", "coremltools"):
+    for library in (options.only,) if options.only else LIBRARIES:
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.torch_layerwise", *sys.argv[1:], "--one", library],
             check=True,
@@ -97,9 +107,12 @@ def main() -> None:
         line = found[library]
         print(
             f"{library:12} {line['seconds']:8.1f} s {line['cpu']:8.1f} CPU s "
-            f"{line['extra_mb']:8.0f} MB {line['error_db']:8.2f} dB",
+            f"{line['extra_mb']:8.0f} MB, {line['peak_mb']:.0f} MB in all "
+            f"{line['error_db']:8.2f} dB",
             flush=True,
         )
+    if options.only:
+        return
     ratios = [found["coremltools"][key] / found["milpress"][key] for key in ("seconds", "cpu")]
     print(f"{ratios[0]:.2f} times faster, {ratios[1]:.2f} times less CPU time")
 

@@ -349,6 +349,19 @@ def test_a_file_that_is_no_layer_is_refused(tmp_path):
         LayerwiseCompressor(graph(), config()).compress(ids(), checkpoint=tmp_path)
 
 
+def test_what_has_its_place_stays_there_and_is_left_if_it_has_no_values(monkeypatch):
+    monkeypatch.setattr(nn.Module, "to", lambda *_: pytest.fail("the model was moved"))
+    for mark in ("_hf_hook", "hf_device_map", "none"):  # the first two are accelerate's
+        model = graph()
+        model.spare = nn.Linear(4, 4, device="cpu" if mark == "_hf_hook" else "meta")
+        setattr(model, mark, {})
+        compressor = LayerwiseCompressor(model, config())
+        compressor.compress(ids(), device="cpu:0", inplace=True)
+        assert list(compressor.report().left) == ["spare.weight"]
+        if mark != "_hf_hook":
+            assert "load them before" in compressor.report().left["spare.weight"]
+
+
 def test_progress_counts_all_elements_once():
     model, calls = graph(), []
     LayerwiseCompressor(model, config()).compress(ids(), progress=lambda *a: calls.append(a))

@@ -47,7 +47,7 @@ class Lockstep:
     calls
         What each run does.
     leave
-        Called by a run that gives way or ends; what it returns, when the run goes on.
+        Called by a run that gives way; what it returns, when the run goes on.
     """
 
     def __init__(
@@ -153,11 +153,8 @@ class _PausedCall:
         call, self._call = self._call, None
         try:
             if not self._cancelled and call is not None:
-                try:
-                    with torch.no_grad():
-                        call()
-                finally:
-                    self._leave()
+                with torch.no_grad():
+                    call()
         except _Cancelled:
             pass
         except BaseException as error:

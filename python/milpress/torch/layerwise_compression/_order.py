@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from milpress.torch.layerwise_compression._activations import Activations
 from milpress.torch.layerwise_compression._held_state import HeldState
 from milpress.torch.layerwise_compression._layers import CalibratedLayer
 from milpress.torch.layerwise_compression._lockstep import Lockstep
@@ -29,12 +30,14 @@ class _LayerInput:
     value: torch.Tensor
     mask: torch.Tensor | None
 
-    def add_to(self, algorithm: Any) -> None:
+    def add_to(self, algorithm: Any, activations: Activations | None) -> None:
         """Give it to the algorithm of the layer."""
+        value = self.value if activations is None else activations.fetched(self.value)
         if isinstance(algorithm, OBSCompressionAlgorithm):
-            algorithm.add_batch(self.value, mask=self.mask)
+            algorithm.add_batch(value, mask=self.mask)
         else:
-            algorithm.add_batch(self.value, self.module.forward(self.value))
+            value = value.clone()  # which the algorithm may keep
+            algorithm.add_batch(value, self.module.forward(value))
 
     def trace(self) -> _Trace:
         """Return what tells it from others without keeping it alive."""
@@ -57,6 +60,8 @@ class Order:
         What runs each sample.
     masks
         Which part of each is no padding; ``None`` for all.
+    activation_memory
+        Bytes that waiting samples may take in memory; ``None`` for any.
     """
 
     def __init__(
@@ -65,12 +70,14 @@ class Order:
         layers: Sequence[CalibratedLayer],
         calls: Sequence[Callable[[], Any]],
         masks: Sequence[torch.Tensor | None],
+        activation_memory: int | None,
     ) -> None:
         self._layers = layers
         self._calls = calls
         self._masks = masks
         self._held = HeldState(model)
-        self._runs = Lockstep(calls, self._held.leave)
+        self._activations = None if activation_memory is None else Activations(activation_memory)
+        self._runs = Lockstep([partial(self._run, i) for i in range(len(calls))], self._leave)
         self._record: list[int] | None = None
         self._late: dict[int, set[int]] = {}
 
@@ -81,7 +88,9 @@ class Order:
         """
         last: Any = None
         traces: dict[int, _Trace] = {}
-        with self._arriving():
+        with self._arriving(), ExitStack() as stack:
+            if self._activations is not None:
+                stack.callback(self._activations.clear)
             self._paths = Paths(len(self._calls), self._path)
             for place, inputs in self._runs.stops(self._paths.choose):
                 layer = self._layers[place]
@@ -96,13 +105,12 @@ class Order:
                 else:
                     last = None
                     for layer_input in inputs.values():
-                        layer_input.add_to(algorithm)
+                        layer_input.add_to(algorithm, self._activations)
                 inputs.clear()
                 yield layer
                 self._late[place] = set()
                 last, traces, layer.algorithm = algorithm, new_traces, None
                 self._held.refresh()
-                torch.clear_autocast_cache()
 
     def notes(self) -> list[str]:
         """Return what of the order is to be known."""
@@ -124,6 +132,33 @@ class Order:
                 f"not count, and how many: {', '.join(late)}."
             )
         return notes
+
+    def _run(self, number: int) -> None:
+        """Run a sample, which waits at layers."""
+        if self._activations is None:
+            recording: AbstractContextManager[None] = nullcontext()
+        else:
+            recording = self._activations.recording(number)
+        try:
+            with recording:
+                self._calls[number]()
+        finally:
+            self._held.leave()
+
+    def _leave(self) -> Callable[[], None]:
+        """Do what is to be done where a run gives way; return what it does when it goes on."""
+        torch.clear_autocast_cache()  # which all threads share, of weights as they were
+        put_back = self._held.leave()
+        number = self._runs.current()
+        if self._activations is None or number is None:
+            return put_back
+        read_back = self._activations.leave(number)
+
+        def go_on() -> None:
+            read_back()
+            put_back()
+
+        return go_on
 
     def _path(self, number: int) -> list[int]:
         """Return the places that a sample comes to when it is run alone."""
@@ -150,11 +185,12 @@ class Order:
             return
         layer_input = _LayerInput(module, value, self._masks[number])
         if self._paths.comes_again(number, layer.number):
-            layer_input.add_to(layer.begin())
+            with nullcontext() if self._activations is None else self._activations.not_recording():
+                layer_input.add_to(layer.begin(), self._activations)
         else:
             self._runs.wait(layer.number, layer_input)
 
-    @contextlib.contextmanager
+    @contextmanager
     def _arriving(self) -> Iterator[None]:
         """Look at what goes into the layers."""
 
@@ -163,7 +199,7 @@ class Order:
         ) -> None:
             self._arrive(layer, module, args[0] if args else kwargs["input"])
 
-        with contextlib.ExitStack() as stack:
+        with ExitStack() as stack:
             for layer in self._layers:
                 for task in layer.tasks:
                     register = task.weight.module.register_forward_pre_hook

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -143,11 +144,13 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
         *,
         progress: Progress | bool | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
+        activation_memory: int | None = 2**30,
     ) -> nn.Module:
         """Compress the layers.
 
-        Beside the model, memory holds what is between two layers, for all samples, and the second
-        moments of one layer.
+        Beside the model and the samples, memory holds the second moments of a layer, what is
+        between two layers for one sample, and as much of it as ``activation_memory`` allows for the
+        others, which wait.
 
         Parameters
         ----------
@@ -155,12 +158,16 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
             Batches that the model is called with: tensors, or arguments in a tuple, list or
             mapping.
         device
-            Where to run the model.
+            Where to run the model. One that accelerate has placed stays where it is.
         inplace, progress
             As of `PostTrainingPalettizer.compress`.
         checkpoint
             A folder to keep compressed layers in until all are done. If a run was interrupted, it
             goes on from there, provided that the dataloader gives the same batches again.
+        activation_memory
+            Bytes that samples which wait at a layer may take in memory. What is beyond is in
+            temporary files, in the folder that ``TMPDIR`` names: 0 puts all of it there, ``None``
+            nothing. It makes no difference to the result.
 
         Returns
         -------
@@ -171,8 +178,14 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
         Raises
         ------
         ConfigError
-            If there is no sample, or what was kept is of another model or other settings.
+            If there is no sample, what was kept is of another model or other settings, or
+            ``activation_memory`` is negative.
+        StorageError
+            If the system refuses to write files.
         """
+        if activation_memory is not None and activation_memory < 0:
+            msg = f"activation_memory must be at least 0, got {activation_memory}"
+            raise ConfigError(msg)
         # Of the model that was given: modules in the config are of it, not of a copy.
         parents = [name for name, _ in self._config.get_layers(self._source)]
         model = self._begin(inplace)
@@ -186,9 +199,10 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
                 layer.restore(state)
         total = sum(layer.weight.size for layer in layers)
         few = []
-        with on_device(model, device), evaluating(model), exact(), shown(progress) as note:
+        placed = nullcontext() if _is_placed(model) else on_device(model, device)
+        with placed, evaluating(model), exact(), shown(progress) as note:
             calls, masks = self._calls(model, parents, dataloader, device)
-            order = Order(model, layers, calls, masks)
+            order = Order(model, layers, calls, masks, activation_memory)
             for layer in order:
                 n_done = sum(each.weight.size for each in layers if each.is_done)
                 note(n_done, total, layer.weight.name)
@@ -232,6 +246,10 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
             except ValueError as error:
                 layer.settle(left(layer.weight, str(error)))
                 continue
+            if layer.weight.tensor is not None and layer.weight.tensor.is_meta:
+                reason = "its values are not in memory but on the device meta: load them before"
+                layer.settle(left(layer.weight, reason))
+                continue
             other = others.get(id(layer.weight.tensor))
             if other is not None:
                 reason = f"tied to {other}, to which errors are not fed back"
@@ -265,6 +283,15 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
         name = self._config.mask
         masks = [batch.get(name) if isinstance(batch, Mapping) else None for batch in batches]
         return calls, masks
+
+
+def _is_placed(model: nn.Module) -> bool:
+    """Whether a model is where it has to stay: placed by accelerate, or in part without values."""
+    return (
+        hasattr(model, "hf_device_map")
+        or any(hasattr(module, "_hf_hook") for module in model.modules())
+        or any(parameter.is_meta for parameter in model.parameters())
+    )
 
 
 def _run(model: nn.Module, batch: Any, device: str | torch.device) -> None:
