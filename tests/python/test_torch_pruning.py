@@ -13,7 +13,7 @@ from torch import nn
 from torch_models import IDS, layers
 
 import milpress as cto
-from milpress.errors import ConfigError, LifecycleError
+from milpress.errors import ConfigError
 from milpress.torch._module_weights import weights_of
 from milpress.torch.registration import TRAINABLE
 
@@ -291,16 +291,3 @@ def test_a_config_of_coremltools_is_taken():
     pruner.step()
     pruner.step()
     assert int((pruner.finalize().weight == 0).sum()) == 4
-
-
-def test_a_model_prepared_for_something_else_is_pruned_in_place_only():
-    model = nn.Linear(4, 4)
-    model.weight_fake_quant = nn.Identity()
-    with pytest.raises(LifecycleError, match="inplace=True"):
-        P.MagnitudePruner(model).prepare()
-    pruner = P.MagnitudePruner(model)
-    pruner.prepare(inplace=True)
-    with pytest.raises(
-        LifecycleError, match="finalize palettization or quantization before pruning"
-    ):
-        pruner.finalize()

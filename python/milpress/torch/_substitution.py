@@ -12,11 +12,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from itertools import groupby
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 
+from milpress.torch import _metadata
 from milpress.torch._module_weights import ModuleWeight, attention_around, weights_of
 from milpress.torch.registration import Kinds
 
@@ -65,9 +66,32 @@ class Substitution(Hooks):
         The weights.
     """
 
+    # What the model is prepared for.
+    purpose: ClassVar[str]
+
     def __init__(self, path: str, names: tuple[str, ...]) -> None:
         self.path = path
         self.names = names
+        # Those that were pruned for good: what is zero stays zero.
+        self.sparse: tuple[str, ...] = ()
+
+    def attach(self, host: nn.Module, *, first: bool = False) -> None:
+        """Do it whenever a module runs; ``first`` lets other hooks come later."""
+        owner = host.get_submodule(self.path)
+        weights = [ModuleWeight("", owner, name) for name in self.names]
+        self.sparse = tuple(w.parameter_name for w in weights if _metadata.is_pruned(w))
+        super().attach(host, first=first)
+
+    def original(self, owner: nn.Module, name: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return a weight, and 0 where it is pruned, else 1; ``None`` where it is not.
+
+        What is zero for good gets no gradient.
+        """
+        weight: torch.Tensor = getattr(owner, name)
+        if name not in self.sparse:
+            return weight, owner._buffers.get(f"{name}_mask")
+        kept = weight.detach().ne(0).to(weight.dtype)
+        return weight * kept, kept
 
     @abstractmethod
     def substitute(self, owner: nn.Module, name: str) -> torch.Tensor:
@@ -86,6 +110,18 @@ class Substitution(Hooks):
         for name in self.names:
             if name in owner.__dict__:
                 object.__delattr__(owner, name)
+
+
+class ZerosKept(Substitution):
+    """Keeps what was pruned for good at zero while something else of the model is trained."""
+
+    def __init__(self, path: str, names: tuple[str, ...], purpose: str) -> None:
+        super().__init__(path, names)
+        self.purpose = purpose  # type: ignore[misc]
+
+    def substitute(self, owner: nn.Module, name: str) -> torch.Tensor:
+        """Return a weight that gets no gradient where it is zero."""
+        return self.original(owner, name)[0]
 
 
 def places(model: nn.Module, kinds: Kinds) -> list[tuple[list[ModuleWeight], nn.Module, str]]:

@@ -13,11 +13,11 @@ import torch
 
 from milpress.errors import ConfigError, ConfigTypeError
 from milpress.progress import Progress
-from milpress.torch import _metadata
+from milpress.torch import _lifecycle, _metadata
 from milpress.torch._compression import Task
 from milpress.torch._module_weights import ModuleWeight, others_of, weights_of
 from milpress.torch._report import Report
-from milpress.torch._substitution import plain
+from milpress.torch._substitution import Substitution, ZerosKept, places, plain
 from milpress.torch.optimization_config import OptimizationConfig
 from milpress.torch.registration import Kinds, registered
 
@@ -148,9 +148,12 @@ class BaseTrainingTimeModelOptimizer(BaseModelOptimizer):
     optimizer, ``finalize`` makes of the trained model one that can be converted.
     """
 
+    _purpose: ClassVar[str]
+
     def __init__(self, model: torch.nn.Module, config: OptimizationConfig | None = None) -> None:
         super().__init__(model, config)
         self._step_count = 0
+        self._has_changed_model = False
 
     @abstractmethod
     def prepare(self, *args: Any, inplace: bool = False, **kwargs: Any) -> torch.nn.Module:
@@ -180,15 +183,44 @@ class BaseTrainingTimeModelOptimizer(BaseModelOptimizer):
         progress
             ``True`` shows a bar; a function is called with elements done (of the pruner: weights),
             how many there are in all and the name of the weight at hand.
+
+        Raises
+        ------
+        LifecycleError
+            If the model is not prepared, or was finalized already.
         """
+
+    def _begin(self, inplace: bool) -> torch.nn.Module:
+        """Return the model to prepare, if it may be."""
+        _lifecycle.check_joining(self._source, self._purpose, inplace=inplace)
+        return self._get_model_for_compression(inplace)
+
+    def _take(self, model: torch.nn.Module) -> torch.nn.Module:
+        """Have a model that is prepared as the one to be trained."""
+        for weights, host, path in places(model, self._supported_modules):
+            hooks = [hook for hook in Substitution.of(host) if hook.path == path]
+            substituted = {name for hook in hooks for name in hook.names}
+            pruned = [w.parameter_name for w in weights if _metadata.is_pruned(w)]
+            names = tuple(name for name in pruned if name not in substituted)
+            if names:
+                ZerosKept(path, names, self._purpose).attach(host)
+        self._model = model
+        self._has_changed_model = self._purpose in _lifecycle.purposes(model)
+        return model
 
     @contextlib.contextmanager
     def _finalizing(
         self, model: torch.nn.Module | None, inplace: bool
     ) -> Iterator[torch.nn.Module]:
         """Have the trained model, or a copy, out of its wrappers, to be made what is converted."""
-        model = plain(self._model if model is None else model)
+        model = plain(_lifecycle.latest(self._model) if model is None else model)
+        if self._has_changed_model:
+            _lifecycle.check_prepared(model, self._purpose)
         finalized = model if inplace else copy.deepcopy(model)
+        for module in finalized.modules():
+            for hook in ZerosKept.of(module):
+                if hook.purpose == self._purpose:
+                    hook.detach(module)
         yield finalized
         _metadata.register_version(finalized)
 

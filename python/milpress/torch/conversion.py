@@ -28,6 +28,7 @@ from milpress.torch._converted_weights import (
     replacement,
 )
 from milpress.torch._dense_model import Frontend, dense_model
+from milpress.torch._lifecycle import check_finalized
 
 __all__ = ["convert"]
 
@@ -79,6 +80,8 @@ def convert(
     ------
     ConfigError
         If an argument is wrong by itself.
+    LifecycleError
+        If the module is prepared for training, and not finalized.
     UnsupportedError
         If no weight is compressed, or one was changed since, or needs a later target.
     VerificationError
@@ -95,6 +98,7 @@ def convert(
     if not isinstance(example_inputs, tuple):
         msg = f"example_inputs must be a tuple, got {type(example_inputs).__name__}"
         raise ConfigTypeError(msg)
+    check_finalized(module)
     compressed = compressed_weights(module)
     if not compressed:
         msg = "no weight of the module is compressed"

@@ -18,6 +18,7 @@ from milpress.formats.order import ascending
 from milpress.formats.palette import Bits
 from milpress.formats.rows import Floats, as_float
 from milpress.torch import _metadata
+from milpress.torch._lifecycle import PALETTIZATION, Fake
 from milpress.torch._metadata import Stored
 from milpress.torch._module_weights import ModuleWeight, representable, whole
 from milpress.torch._palettes import fitted, folded, with_integer_lut
@@ -30,7 +31,7 @@ from milpress.torch.palettization.palettization_config import (
 __all__ = ["FakePalettize"]
 
 
-class FakePalettize(nn.Module):
+class FakePalettize(Fake):
     """Replaces each weight by a mixture of the entries of its table, or in evaluation by one entry.
 
     Until it is enabled it returns weights as they are. The tables begin as the exact k-means tables
@@ -48,6 +49,8 @@ class FakePalettize(nn.Module):
     UnsupportedError
         If groups or vectors don't fit the weight.
     """
+
+    purpose = PALETTIZATION
 
     fake_palett_enabled: torch.Tensor
     per_channel_scaling_factor: torch.Tensor | None
@@ -129,7 +132,7 @@ class FakePalettize(nn.Module):
         UnsupportedError
             If single weights are pruned where an index stands for several, or are not finite.
         """
-        if not self._enabled:
+        if self.is_asleep or not self._enabled:
             return weights
         if kept is not None:
             if self.cluster_dim > 1:

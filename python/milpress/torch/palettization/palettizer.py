@@ -11,6 +11,7 @@ from torch import nn
 
 from milpress.errors import UnsupportedError
 from milpress.progress import Progress
+from milpress.torch import _lifecycle
 from milpress.torch._compression import WeightOutcome, compress_faked
 from milpress.torch._module_weights import ModuleWeight, attention_around, weights_of
 from milpress.torch._report import Report
@@ -19,7 +20,7 @@ from milpress.torch.base_model_optimizer import BaseTrainingTimeModelOptimizer
 from milpress.torch.optimization_config import OptimizationConfig
 from milpress.torch.palettization.fake_palettize import FakePalettize
 from milpress.torch.palettization.palettization_config import DKMPalettizerConfig
-from milpress.torch.pruning.magnitude_pruner import check_unpruned, kept_of, masks_lifted
+from milpress.torch.pruning.magnitude_pruner import kept_of, masks_lifted
 from milpress.torch.registration import TRAINABLE
 
 __all__ = ["DKMPalettizer"]
@@ -30,10 +31,12 @@ _logger = logging.getLogger(__name__)
 class _Palettized(Substitution):
     """Lets a module compute with what its `FakePalettize` layers make of its weights."""
 
+    purpose = _lifecycle.PALETTIZATION
+
     def substitute(self, owner: nn.Module, name: str) -> torch.Tensor:
         """Return what a module is to compute with instead of one of its weights."""
         fake = getattr(owner, f"{name}_fake_quant")
-        mixture: torch.Tensor = fake(getattr(owner, name), owner._buffers.get(f"{name}_mask"))
+        mixture: torch.Tensor = fake(*self.original(owner, name))
         return mixture
 
 
@@ -63,6 +66,7 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
 
     _supported_modules = (*TRAINABLE, nn.LayerNorm)
     _config_class = DKMPalettizerConfig
+    _purpose = _lifecycle.PALETTIZATION
 
     def __init__(self, model: nn.Module, config: OptimizationConfig | None = None) -> None:
         super().__init__(model, config)
@@ -86,21 +90,28 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
         Raises
         ------
         LifecycleError
-            If the model is prepared for pruning: palettization is to be prepared first.
+            If the model is prepared for pruning: palettization is to be prepared first. If it is
+            prepared for quantization, and ``inplace`` is not set or a weight is asked for that is
+            quantized.
         """
         if self._milestones:
             _logger.warning("the model has been prepared already: nothing is changed")
             return self._model
-        check_unpruned(self._model, "palettization")
-        self._model = self._get_model_for_compression(inplace)
+        self._model = self._begin(inplace)
         if not self._config.is_default:
             self._warn_of_typos()
+        asked = [
+            (weights, host, path, config)
+            for weights, host, path in places(self._model, self._supported_modules)
+            if (config := self._chosen(weights)) is not None
+        ]
+        for weights, *_ in asked:
+            _lifecycle.check_unclaimed(weights, self._purpose)
         fakes: dict[int, FakePalettize] = {}
-        for weights, host, path in places(self._model, self._supported_modules):
-            config = self._chosen(weights)
+        for weights, host, path, config in asked:
             names = []
             for weight in weights:
-                if config is None or weight.tensor is None:
+                if weight.tensor is None:
                     continue
                 try:
                     fake = fakes.get(id(weight.tensor)) or FakePalettize(weight, config)
@@ -116,7 +127,7 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
                 names.append(weight.parameter_name)
             if names:
                 _Palettized(path, tuple(names)).attach(host)
-        return self._model.train()
+        return self._take(self._model.train())
 
     def _chosen(self, weights: list[ModuleWeight]) -> Any:
         """Return the config of a module: of a list, that of the greatest threshold exceeded."""

@@ -14,13 +14,13 @@ import torch
 from attrs import define, field
 from torch import nn
 
-from milpress.errors import ConfigError, LifecycleError
+from milpress.errors import ConfigError
 from milpress.plain import fields
 from milpress.progress import Progress, shown
-from milpress.torch import _fields, _metadata
+from milpress.torch import _fields, _lifecycle, _metadata
 from milpress.torch._module_weights import ModuleWeight
 from milpress.torch._report import Report
-from milpress.torch._substitution import Substitution, places, plain
+from milpress.torch._substitution import Substitution, places
 from milpress.torch.base_model_optimizer import BaseTrainingTimeModelOptimizer
 from milpress.torch.optimization_config import ModuleOptimizationConfig, OptimizationConfig
 from milpress.torch.pruning import _masks
@@ -133,6 +133,8 @@ class PruningMethod(Substitution):
     ``weight_mask`` and ``weight_amount``, the sparsity that the mask was made for.
     """
 
+    purpose = _lifecycle.PRUNING
+
     def __init__(self, path: str, names: tuple[str, ...], config: Any) -> None:
         super().__init__(path, names)
         self.config = config
@@ -155,6 +157,7 @@ class PruningMethod(Substitution):
             owner.register_buffer(f"{name}_mask", torch.ones(()))
             owner.register_buffer(f"{name}_amount", torch.tensor(0.0))
         object.__setattr__(owner, "pruning_method", self)
+        owner.register_load_state_dict_pre_hook(_loading)  # type: ignore[no-untyped-call]
         owner.register_load_state_dict_post_hook(_loaded)  # type: ignore[no-untyped-call]
         self.attach(host, first=True)
         self.update(weight, self.config.initial_sparsity, anew=True)
@@ -183,6 +186,20 @@ class PruningMethod(Substitution):
             object.__setattr__(owner, name, self.substitute(owner, name).detach())
 
     @torch.no_grad()
+    def adopt(self, owner: nn.Module, state: dict[str, Any], prefix: str) -> None:
+        """Make of the state of a module that is not pruned one that is, with masks for it."""
+        for name in self.names:
+            own = [prefix + name + ending for ending in ("_orig", "_mask", "_amount")]
+            if prefix + name not in state or any(key in state for key in own):
+                continue
+            orig = state.pop(prefix + name)
+            mask, amount = owner.get_buffer(f"{name}_mask"), owner.get_buffer(f"{name}_amount")
+            if orig.shape == owner.get_parameter(f"{name}_orig").shape:
+                weight = ModuleWeight("", owner, name)
+                mask = _masks.mask_of(weight, orig, self.config, amount.item())
+            state.update(zip(own, (orig, mask, amount), strict=True))
+
+    @torch.no_grad()
     def _give_back(self, owner: nn.Module, name: str) -> None:
         object.__delattr__(owner, name)
         orig = owner.get_parameter(f"{name}_orig")
@@ -209,10 +226,18 @@ class PruningMethod(Substitution):
             del owner._parameters[f"{name}_orig"]
             del owner._buffers[f"{name}_mask"], owner._buffers[f"{name}_amount"]
             _metadata.register_pruning(ModuleWeight(weight.module_name, owner, name))
-        for key, hook in list(owner._load_state_dict_post_hooks.items()):
-            if hook is _loaded:
-                del owner._load_state_dict_post_hooks[key]
+        hooks: Any
+        for hooks in (owner._load_state_dict_pre_hooks, owner._load_state_dict_post_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "hook", hook) in (_loading, _loaded):
+                    del hooks[key]
         del owner.pruning_method
+
+
+def _loading(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    method = getattr(module, "pruning_method", None)
+    if isinstance(method, PruningMethod):
+        method.adopt(module, state, prefix)
 
 
 def _loaded(module: nn.Module, _keys: Any) -> None:
@@ -250,6 +275,7 @@ class MagnitudePruner(BaseTrainingTimeModelOptimizer):
 
     _supported_modules = TRAINABLE
     _config_class = MagnitudePrunerConfig
+    _purpose = _lifecycle.PRUNING
 
     def __init__(self, model: nn.Module, config: OptimizationConfig | None = None) -> None:
         super().__init__(model, config)
@@ -273,24 +299,23 @@ class MagnitudePruner(BaseTrainingTimeModelOptimizer):
         ------
         LifecycleError
             If the model is prepared for palettization or quantization and ``inplace`` is not set:
-            both must work on the same model.
+            both must work on the same model. If it is prepared for pruning, or a weight is
+            compressed already.
         """
         if self._pruner_info:
             _logger.warning("the model has been prepared for pruning already: nothing is changed")
             return self._model
-        if is_fake_quantized(self._model) and not inplace:
-            msg = (
-                "a model that is prepared for palettization or quantization must be pruned with "
-                "inplace=True, so that both work on the same model"
-            )
-            raise LifecycleError(msg)
-        self._model = self._get_model_for_compression(inplace)
+        self._model = self._begin(inplace)
         self._warn_of_typos()
-        for weights, host, path in places(self._model, self._supported_modules):
+        asked = [
+            (weights, host, path, config)
+            for weights, host, path in places(self._model, self._supported_modules)
+            if (config := self._config_of(weights[0])) is not None
+        ]
+        for weights, *_ in asked:
+            _lifecycle.check_unclaimed(weights, self._purpose)
+        for weights, host, path, config in asked:
             weight = weights[0]
-            config = self._config.get_module_config(weight.module_name, weight.module)
-            if config is None:
-                continue
             names = tuple(weight.parameter_name for weight in weights)
             if config.param_name != "weight":
                 names = (config.param_name,)
@@ -301,7 +326,10 @@ class MagnitudePruner(BaseTrainingTimeModelOptimizer):
             method.install(weight, host)
             pruned = _Pruned(weight, method, config.initial_sparsity)
             self._pruner_info[weight.module_name] = pruned
-        return self._model
+        return self._take(self._model)
+
+    def _config_of(self, weight: ModuleWeight) -> Any:
+        return self._config.get_module_config(weight.module_name, weight.module)
 
     def step(self) -> None:
         """Go one step further in the schedules, and make new masks where the sparsity changes."""
@@ -344,14 +372,9 @@ class MagnitudePruner(BaseTrainingTimeModelOptimizer):
         ------
         LifecycleError
             If the model is still prepared for palettization or quantization: that is to be
-            finalized first.
+            finalized first. If it is not prepared for pruning.
         """
-        if is_fake_quantized(self._model if model is None else model):
-            msg = (
-                "finalize palettization or quantization before pruning: this model is still "
-                "prepared for it"
-            )
-            raise LifecycleError(msg)
+        _lifecycle.check_last(self._model if model is None else model, self._purpose)
         with self._finalizing(model, inplace) as finalized, shown(progress) as note:
             held = places(finalized, self._supported_modules)
             for i, (weights, host, _) in enumerate(held):
@@ -393,23 +416,13 @@ class MagnitudePruner(BaseTrainingTimeModelOptimizer):
         return Report(rows)
 
 
-def is_fake_quantized(model: nn.Module) -> bool:
-    """Whether a model is prepared for palettization or quantization."""
-    return any(name.endswith("_fake_quant") for name, _ in plain(model).named_modules())
-
-
-def check_unpruned(model: nn.Module, what: str) -> None:
-    """Raise `LifecycleError` if a model is prepared for pruning, and not for something else."""
-    if any(hasattr(module, "pruning_method") for module in plain(model).modules()):
-        msg = f"prepare {what} before pruning: this model is prepared for pruning already"
-        raise LifecycleError(msg)
-
-
 def kept_of(weight: ModuleWeight) -> torch.Tensor | None:
-    """Return 0 where a weight is pruned while it is trained, else 1, in its shape."""
+    """Return 0 where a weight is pruned, while it is trained or for good, else 1, in its shape."""
+    values = getattr(weight.module, weight.parameter_name).detach()
     mask = weight.module._buffers.get(f"{weight.parameter_name}_mask")
-    shape = getattr(weight.module, weight.parameter_name).shape
-    return None if mask is None else mask.expand(shape)
+    if mask is not None:
+        return mask.expand(values.shape)
+    return values.ne(0).to(values.dtype) if _metadata.is_pruned(weight) else None
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
+from milpress.torch._lifecycle import QUANTIZATION, Fake, Final
 from milpress.torch.quantization.quantization_config import ObserverType, QuantizationScheme
 
 # How far a range follows one pass: `torch.ao` and coremltools have these.
@@ -62,7 +63,7 @@ class RangeObserver(nn.Module):
             )
 
 
-class FakeQuantize(nn.Module):
+class FakeQuantize(Fake):
     """Rounds values to integers and back; gradients pass where nothing is clipped.
 
     Parameters
@@ -80,6 +81,8 @@ class FakeQuantize(nn.Module):
     is_learnable
         Whether scales, and offsets if the range has them, are parameters to train.
     """
+
+    purpose = QUANTIZATION
 
     fake_quant_enabled: torch.Tensor
     observer_enabled: torch.Tensor
@@ -147,6 +150,8 @@ class FakeQuantize(nn.Module):
     def forward(self, values: torch.Tensor) -> torch.Tensor:
         """Return values rounded to what the integers stand for."""
         if not isinstance(values, torch.Tensor) or not values.is_floating_point():
+            return values
+        if self.is_asleep:
             return values
         # In evaluation nothing changes, except that a scale is needed to begin with.
         if self._follows and (self.training or not self.is_begun):
@@ -243,7 +248,7 @@ class FixedQuantize(FakeQuantize):
         """Do nothing: the range is known."""
 
 
-class QuantizeDequantize(nn.Module):
+class QuantizeDequantize(Final):
     """Rounds values to integers and back as another layer does, by ops that a Core ML model has."""
 
     def __init__(self, fake: FakeQuantize) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from milpress.torch._lifecycle import QUANTIZATION
 from milpress.torch._module_weights import ModuleWeight
 from milpress.torch._substitution import Hooks, Substitution, plain
 
@@ -19,6 +20,8 @@ class RoundedWeight(Substitution):
     module of this layer, which must not own it.
     """
 
+    purpose = QUANTIZATION
+
     def __init__(self, norm: nn.Module | None, output: int) -> None:
         super().__init__("", ("weight",))
         self.norm = norm
@@ -26,7 +29,7 @@ class RoundedWeight(Substitution):
 
     def substitute(self, owner: nn.Module, name: str) -> torch.Tensor:
         """Return the rounded weight."""
-        weight = getattr(owner, name)
+        weight, _ = self.original(owner, name)
         fake: Any = owner.weight_fake_quant
         if self.norm is None:
             rounded: torch.Tensor = fake(weight)

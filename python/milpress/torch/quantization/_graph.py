@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
+from milpress.torch._lifecycle import asleep
 from milpress.torch._modes import evaluating
 from milpress.torch.quantization._fake_quantize import FakeQuantize, FixedQuantize
 from milpress.torch.quantization.quantization_config import (
@@ -110,10 +111,25 @@ class _Tracer(fx.Tracer):
         return is_named or super().is_leaf_module(m, module_qualified_name)
 
 
+class _Unused:
+    """Names in the state of a model that its graph does not have, as nothing computes with them."""
+
+    def __init__(self, names: set[str]) -> None:
+        self.names = names
+
+    def drop(self, _model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Take them out of a checkpoint of the model."""
+        for name in self.names:
+            state.pop(prefix + name, None)
+
+
 def traced(model: nn.Module, leaves: Iterable[str]) -> fx.GraphModule:
-    """Return a model as a graph, with the same modules."""
-    graph = _Tracer(leaves).trace(model)
-    return fx.GraphModule(model, graph, type(model).__name__)
+    """Return a model as a graph, with the same modules, that loads the model's checkpoints."""
+    graph = fx.GraphModule(model, _Tracer(leaves).trace(model), type(model).__name__)
+    unused = model.state_dict().keys() - graph.state_dict().keys()
+    if unused:
+        graph.register_load_state_dict_pre_hook(_Unused(unused).drop)  # type: ignore[no-untyped-call]
+    return graph
 
 
 def ranks(model: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[fx.Node, int | None]:
@@ -131,7 +147,7 @@ def ranks(model: fx.GraphModule, inputs: tuple[Any, ...]) -> dict[fx.Node, int |
             return output
 
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), asleep(model), torch.no_grad():
             Runner(model).run(*inputs)
     except Exception:  # whatever a user's own model raises
         ranks_of.clear()

@@ -17,6 +17,7 @@ from milpress.formats import Blocks, PerChannel, PerTensor, QuantizeConfig, Quan
 from milpress.formats.joint import masked
 from milpress.formats.rows import Floats
 from milpress.progress import Progress
+from milpress.torch import _lifecycle
 from milpress.torch._compression import WeightOutcome, compress_faked
 from milpress.torch._metadata import Stored
 from milpress.torch._modes import device_of
@@ -24,7 +25,7 @@ from milpress.torch._module_weights import ModuleWeight
 from milpress.torch._report import Report
 from milpress.torch.base_model_optimizer import BaseTrainingTimeModelOptimizer
 from milpress.torch.optimization_config import OptimizationConfig
-from milpress.torch.pruning.magnitude_pruner import check_unpruned, kept_of, masks_lifted
+from milpress.torch.pruning.magnitude_pruner import kept_of, masks_lifted
 from milpress.torch.quantization import _graph
 from milpress.torch.quantization._fake_quantize import FakeQuantize, QuantizeDequantize
 from milpress.torch.quantization._folding import (
@@ -72,6 +73,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
 
     _supported_modules = _graph.WEIGHTED
     _config_class = LinearQuantizerConfig
+    _purpose = _lifecycle.QUANTIZATION
 
     def __init__(self, model: nn.Module, config: OptimizationConfig | None = None) -> None:
         super().__init__(model, config)
@@ -100,15 +102,16 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
         Raises
         ------
         LifecycleError
-            If the model is prepared for pruning: quantization is to be prepared first.
+            If the model is prepared for pruning: quantization is to be prepared first. If it is
+            prepared for palettization, and ``inplace`` is not set or a weight is asked for that is
+            palettized.
         UnsupportedError
             If ``torch.fx`` can't trace the model.
         """
         if self._is_prepared:
             _logger.warning("the model has been prepared already: nothing is changed")
             return self._model
-        check_unpruned(self._model, "quantization")
-        source = self._get_model_for_compression(inplace)
+        source = self._begin(inplace)
         self._warn_of_typos()
         try:
             model = _graph.traced(source, self._config.non_traceable_module_names)
@@ -119,9 +122,16 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
             )
             raise UnsupportedError(msg) from error
         placing = _graph.Placing(model, self._config_of, _graph.ranks(model, example_inputs))
+        layers: dict[str, _graph.RoundedLayer] = {}
+        for layer in placing.layers:
+            layers.setdefault(layer.name, layer)
+        _lifecycle.check_unclaimed(
+            [ModuleWeight(name, model.get_submodule(name), "weight") for name in layers],
+            self._purpose,
+        )
         placing.insert()
         shared: dict[int, FakeQuantize] = {}
-        for layer in placing.layers:
+        for layer in layers.values():
             self._attach(model, layer, shared)
         for fake in _fakes(model):
             fake.follows_once = fake.is_learnable and self._milestones is None
@@ -129,9 +139,9 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
                 fake.enable_observer(False)
                 fake.enable_fake_quant(False)
         self._preserve(source, model)
-        self._model = model.train().to(device_of(source))
         self._is_prepared = True
-        return self._model
+        _lifecycle.succeed(source, model)
+        return self._take(model.train().to(device_of(source)))
 
     def _config_of(self, name: str, module: Any) -> Any:
         if isinstance(module, nn.Module):
@@ -143,8 +153,6 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
     ) -> None:
         """Let a layer compute with a rounded weight; layers that share a weight share how."""
         module = model.get_submodule(layer.name)
-        if hasattr(module, "weight_fake_quant"):
-            return
         weight = ModuleWeight(layer.name, module, "weight")
         try:
             fake = shared.get(id(weight.tensor)) or _weight_layer(weight, layer.config)
