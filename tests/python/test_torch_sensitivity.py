@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
 from collections import UserDict, namedtuple
 
 import numpy as np
@@ -16,8 +17,15 @@ from torch.multiprocessing.spawn import spawn
 from torch_processes import batches, build, loss_fn, work_in_a_group
 
 import milpress as cto
-from milpress.errors import ConfigError, ConfigTypeError, UnsupportedError
+from milpress.errors import (
+    ConfigError,
+    ConfigTypeError,
+    PackageNotFoundError,
+    StorageError,
+    UnsupportedError,
+)
 from milpress.torch.palettization import _sensitivity
+from milpress.torch.palettization._tensor_file import TensorFile
 
 P = cto.torch.palettization
 
@@ -185,6 +193,75 @@ def test_an_interrupted_run_goes_on_where_it_was_and_ends_bit_for_bit_the_same(t
     for name, values in whole.items():
         assert torch.equal(resumed[name], values), name
     assert [file.name for file in tmp_path.iterdir()] == ["sensitivity.pt"]
+
+
+def test_sums_in_a_file_are_those_in_memory_bit_for_bit(tmp_path):
+    model = build()
+    found = P.SKMPalettizer(model, config()).compute_sensitivity(batches(), loss_fn, tmp_path / "s")
+    alone = copy.deepcopy(model).eval().requires_grad_(True)
+    sums = {name: torch.zeros_like(alone.get_parameter(name)).detach() for name in WEIGHTS}
+    for ids, y in batches():
+        for i in range(len(y)):
+            alone.zero_grad()
+            loss_fn(alone, (ids[i : i + 1], y[i : i + 1])).backward()
+            for name, total in sums.items():
+                gradient = alone.get_parameter(name).grad
+                if gradient is not None:
+                    total.addcmul_(gradient, gradient)
+    saved = torch.load(tmp_path / "s", weights_only=True)
+    for name, total in sums.items():
+        expected, _ = _sensitivity.normalized(total)
+        assert torch.equal(found[name], expected), name
+        assert torch.equal(saved[name], expected), name
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
+
+
+def test_sums_of_one_weight_are_in_memory_at_a_time(tmp_path, monkeypatch):
+    read, alive = [], []
+    original = TensorFile.__getitem__
+
+    def watched(self, name):
+        alive.append(sum(tensor() is not None for tensor in read))
+        tensor = original(self, name)
+        read.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(TensorFile, "__getitem__", watched)
+    model = nn.Sequential(*[nn.Linear(8, 8, bias=False) for _ in range(4)])
+    data = [torch.ones(4, 8)]
+
+    def loss(model, batch):
+        return model(batch).square().sum()
+
+    for path in (None, tmp_path / "s.pt"):  # with a path, copied to be gone on from, too
+        P.SKMPalettizer(model, config(calibration_nsamples=4)).compute_sensitivity(data, loss, path)
+    P.SKMPalettizer(model).compress(data, loss)
+    assert len(alive) > 3 * 4 * 4
+    assert set(alive) == {0}
+
+
+def test_a_weight_without_elements_has_no_sensitivity():
+    model = nn.Sequential(nn.Linear(4, 0), nn.Linear(0, 4))
+    model.append(nn.Linear(4, 4))
+    palettizer = P.SKMPalettizer(model)
+    found = palettizer.compute_sensitivity([torch.ones(1, 4)], lambda m, x: m(x).square().sum())
+    assert list(found) == ["2.weight"]
+
+
+def test_a_missing_folder_is_found_out_before_any_sample_is_taken(tmp_path):
+    with pytest.raises(PackageNotFoundError, match=r"the folder .*none does not exist"):
+        P.SKMPalettizer(build()).compute_sensitivity(None, loss_fn, tmp_path / "none" / "s.pt")
+
+
+def test_a_file_of_sums_that_was_cut_says_so(tmp_path):
+    file = TensorFile.create(tmp_path / "s.pt", {"weight": (4, 4), "empty": (0, 4)})
+    file["weight"] = torch.ones(4, 4)
+    assert torch.equal(file["weight"], torch.ones(4, 4))
+    assert file["empty"].shape == (0, 4)
+    data = file.path.read_bytes()
+    file.path.write_bytes(data[: data.index(np.float32(1).tobytes() * 16) + 8])
+    with pytest.raises(StorageError, match="weight ends too early"):
+        file["weight"]
 
 
 def test_sums_of_other_weights_are_not_taken_up(tmp_path):

@@ -19,6 +19,7 @@ from milpress.plain.files import draft_in_place_of
 from milpress.progress import Progress, shown
 from milpress.torch._modes import evaluating
 from milpress.torch._module_weights import is_spread, whole
+from milpress.torch.palettization._tensor_file import TensorFile
 
 LossFunction: TypeAlias = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -27,13 +28,15 @@ _N_SAVES = 8  # along a run that can be resumed
 
 
 @dataclass(slots=True)
-class GradientSums:
-    """Sums of squared gradients.
+class GradientSums(Mapping[str, torch.Tensor]):
+    """Sums of squared gradients, by the names of weights, in a file.
 
     Parameters
     ----------
+    weights
+        The weights.
     squares
-        For each weight, by its name, of its shape; in float32.
+        For each of them, of its shape, or that of this process' part of it.
     n_samples
         How many samples were seen, by all processes together.
     n_whole
@@ -44,11 +47,90 @@ class GradientSums:
         The file they are in along the way; to be deleted once what is made of them is safe.
     """
 
-    squares: dict[str, torch.Tensor]
+    weights: Mapping[str, nn.Parameter]
+    squares: TensorFile
     n_samples: int = 0
     n_whole: int = 0
     notes: list[str] = field(default_factory=list)
     kept: Path | None = None
+
+    @classmethod
+    def create(cls, path: Path, weights: Mapping[str, nn.Parameter]) -> GradientSums:
+        """Make a file of sums that are zero."""
+        shapes = {name: tuple(_local(weight).shape) for name, weight in weights.items()}
+        return cls(weights, TensorFile.create(path, shapes))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Return the sums of a weight, of all processes together."""
+        weight = self.weights[name]
+        if not is_spread(weight):
+            return self.squares[name]
+        total = torch.zeros_like(weight, dtype=torch.float32).detach()
+        _local(total).copy_(self.squares[name])
+        return whole(total)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    @torch.no_grad()
+    def add(self, name: str, weight: Any) -> None:
+        """Add the square of a weight's gradient, and drop the gradient."""
+        gradient: Any = weight.grad
+        weight.grad = None
+        if gradient is None:
+            return
+        if is_spread(gradient):
+            gradient = gradient.redistribute(placements=weight.placements).to_local()
+        gradient = gradient.to_dense() if gradient.is_sparse else gradient
+        gradient = gradient.float().cpu()
+        self.squares[name] = self.squares[name].addcmul_(gradient, gradient)
+
+    def add_up(self) -> None:
+        """Add the sums of all processes."""
+        for name, weight in self.weights.items():
+            total = self.squares[name].to(weight.device)
+            distributed.all_reduce(total)
+            self.squares[name] = total.cpu()
+
+    def keep(self, n_ranks: int) -> None:
+        """Copy the sums to where they are kept."""
+        if self.kept is None:
+            return
+        counts = {"n_samples": self.n_samples, "n_whole": self.n_whole, "n_ranks": n_ranks}
+        with draft_in_place_of(self.kept) as draft:
+            copy = TensorFile.create(
+                draft, self.squares.shapes, lambda tensors: {**counts, "squares": tensors}
+            )
+            for name in self.squares:
+                copy[name] = self.squares[name]
+
+    def resume(self, n_ranks: int) -> None:
+        """Go on from the sums that are kept, if any are.
+
+        Raises
+        ------
+        ConfigError
+            If they are of other weights or another number of processes, or no sums.
+        """
+        if self.kept is None or not self.kept.exists():
+            return
+        state = _loaded(self.kept)
+        squares = state.get("squares") if isinstance(state, dict) else None
+        squares = squares if isinstance(squares, dict) else {}
+        shapes = {name: tuple(tensor.shape) for name, tensor in squares.items()}
+        if shapes != self.squares.shapes or state["n_ranks"] != n_ranks:
+            msg = (
+                f"{self.kept}: of an interrupted run with other weights or another number of "
+                "processes; delete the file to begin anew"
+            )
+            raise ConfigError(msg)
+        kept = TensorFile(self.kept, shapes)
+        for name in kept:
+            self.squares[name] = kept[name]
+        self.n_samples, self.n_whole = state["n_samples"], state["n_whole"]
 
 
 def sum_squared_gradients(
@@ -56,6 +138,7 @@ def sum_squared_gradients(
     weights: Mapping[str, nn.Parameter],
     dataloader: Iterable[Any],
     loss_fn: LossFunction,
+    file: Path,
     *,
     n_samples: int,
     per_sample: bool,
@@ -65,7 +148,7 @@ def sum_squared_gradients(
     """Sum the squares of the gradients that samples give.
 
     The model is in evaluation mode meanwhile; its gradients, flags and modes are as before
-    afterwards. Of the gradients, only those of one layer are kept at a time. In a process group,
+    afterwards. Memory holds the gradient and the sums of one weight at a time. In a process group,
     each process takes its share of the samples, or, if the model is sharded, its share of all.
 
     Parameters
@@ -76,10 +159,13 @@ def sum_squared_gradients(
         Batches, and where to stop. Every process gives the same ones.
     loss_fn
         Takes the model and a batch, returns the loss.
+    file
+        Where to have the sums; each process in a file of its own.
     per_sample
         Whether batches are split into samples.
     path
-        Where to keep the sums along the way; if a run was interrupted, go on from there.
+        The file that the sums are kept beside along the way; if a run was interrupted, go on from
+        there.
     progress
         As of `SKMPalettizer.compute_sensitivity`.
 
@@ -92,22 +178,16 @@ def sum_squared_gradients(
     """
     sharded = any(is_spread(weight) for weight in weights.values())
     rank, n_ranks = rank_and_size()
-    sums = GradientSums(
-        {
-            name: torch.zeros_like(weight, dtype=torch.float32).detach()
-            for name, weight in weights.items()
-        }
-    )
+    sums = GradientSums.create(file, weights)
     if path is not None:
         sums.kept = path.with_name(f"{path.name}.partial{rank or ''}")
-        if sums.kept.exists():
-            _resume(sums, sums.kept, n_ranks)
+    sums.resume(n_ranks)
     save_every = max(1, n_samples // _N_SAVES)
     seen = 0
     with (
         shown(None if rank else progress) as note,
         _prepared(model, weights),
-        _squaring(weights, sums.squares),
+        _squaring(sums),
         torch.enable_grad(),
     ):
         samples = islice(_samples(dataloader, per_sample=per_sample), n_samples)
@@ -119,15 +199,14 @@ def sum_squared_gradients(
                 _backward(model, sample, loss_fn, seen)
             sums.n_samples = seen
             sums.n_whole += is_whole
-            if sums.kept is not None and seen % save_every == 0:
-                _save(sums, sums.kept, n_ranks)
+            if seen % save_every == 0:
+                sums.keep(n_ranks)
         note(seen, seen, "")
     if seen == 0:
         msg = "dataloader gives no sample"
         raise ConfigError(msg)
     if n_ranks > 1 and not sharded:
-        for total in sums.squares.values():
-            distributed.all_reduce(total)
+        sums.add_up()
     if sums.n_whole and per_sample:
         sums.notes.append(
             f"{sums.n_whole} of {sums.n_samples} batches were used as given: "
@@ -136,18 +215,34 @@ def sum_squared_gradients(
     return sums
 
 
-def normalized(squares: torch.Tensor) -> tuple[torch.Tensor, bool]:
+def normalized(values: torch.Tensor) -> tuple[torch.Tensor, bool]:
     """Return sensitivities from 0 to 1, none of them 0, and whether the loss depends on any.
 
     Where it does not, all are 1.
     """
-    values = whole(squares)
     greatest = values.max()
     if greatest == 0:
         return torch.ones_like(values), False
     values = values / greatest
     least = torch.where(values > 0, values, 1.0).min()
     return values.clamp_(min=max(float(least), _LEAST)), True
+
+
+class Saved(Mapping[str, torch.Tensor]):
+    """Sensitivities in a file, of which memory holds those of one weight at a time."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path = path
+        self._names = list(load(path))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return load(self._path)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
@@ -158,11 +253,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     ConfigError
         If it is no file of named tensors.
     """
-    try:
-        sensitivities = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-    except Exception as error:
-        msg = f"{path}: sensitivities must be a dictionary of tensors that torch saved, got {error}"
-        raise ConfigError(msg) from error
+    sensitivities = _loaded(path)
     if not isinstance(sensitivities, dict) or not all(map(torch.is_tensor, sensitivities.values())):
         kind = type(sensitivities).__name__
         msg = f"{path}: sensitivities must be a dictionary of tensors, got {kind}"
@@ -170,10 +261,21 @@ def load(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     return sensitivities
 
 
-def save(content: Any, path: Path) -> None:
-    """Write a file by torch, as a whole or not at all."""
+def save(sums: GradientSums, path: Path) -> None:
+    """Write the sensitivities that sums amount to, one weight after the other."""
+    shapes = {name: tuple(weight.shape) for name, weight in sums.weights.items()}
     with draft_in_place_of(path) as draft:
-        torch.save(content, draft)
+        file = TensorFile.create(draft, shapes)
+        for name in sums:
+            file[name] = normalized(sums[name])[0]
+
+
+def _loaded(path: str | os.PathLike[str]) -> Any:
+    try:
+        return torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except Exception as error:
+        msg = f"{path}: sensitivities must be a dictionary of tensors that torch saved, got {error}"
+        raise ConfigError(msg) from error
 
 
 def split(batch: Any) -> list[Any] | None:
@@ -258,49 +360,15 @@ def _prepared(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator
 
 
 @contextlib.contextmanager
-def _squaring(
-    weights: Mapping[str, nn.Parameter], squares: dict[str, torch.Tensor]
-) -> Iterator[None]:
-    """Add the square of each gradient to a sum as soon as it is complete, and drop it."""
+def _squaring(sums: GradientSums) -> Iterator[None]:
+    """Add the square of each gradient to its sum as soon as it is complete."""
     with contextlib.ExitStack() as stack:
-        for name, weight in weights.items():
-            hook = partial(_add_square, squares[name])
+        for name, weight in sums.weights.items():
+            hook = partial(sums.add, name)
             stack.enter_context(weight.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
         yield
-
-
-@torch.no_grad()
-def _add_square(total: torch.Tensor, parameter: torch.Tensor) -> None:
-    gradient = parameter.grad
-    parameter.grad = None
-    if gradient is not None:
-        gradient = gradient.to_dense() if gradient.is_sparse else gradient
-        gradient = gradient.float()
-        total.addcmul_(gradient, gradient)
-
-
-def _save(sums: GradientSums, path: Path, n_ranks: int) -> None:
-    local = {name: _local(total) for name, total in sums.squares.items()}
-    counts = {"n_samples": sums.n_samples, "n_whole": sums.n_whole, "n_ranks": n_ranks}
-    save({**counts, "squares": local}, path)
 
 
 def _local(tensor: Any) -> torch.Tensor:
     local: torch.Tensor = tensor.to_local() if is_spread(tensor) else tensor
     return local
-
-
-def _resume(sums: GradientSums, path: Path, n_ranks: int) -> None:
-    state = torch.load(path, weights_only=True, map_location="cpu")
-    squares = state.get("squares", {}) if isinstance(state, dict) else {}
-    shapes = {name: tuple(tensor.shape) for name, tensor in squares.items()}
-    expected = {name: tuple(_local(total).shape) for name, total in sums.squares.items()}
-    if shapes != expected or state["n_ranks"] != n_ranks:
-        msg = (
-            f"{path}: of an interrupted run with other weights or another number of processes; "
-            "delete the file to begin anew"
-        )
-        raise ConfigError(msg)
-    for name, total in sums.squares.items():
-        _local(total).copy_(squares[name])
-    sums.n_samples, sums.n_whole = state["n_samples"], state["n_whole"]

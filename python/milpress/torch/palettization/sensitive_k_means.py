@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from attrs import define, field
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.formats.rows import Floats
 from milpress.plain import fields
+from milpress.plain.files import DRAFT_MARK, check_free
 from milpress.progress import Progress
 from milpress.torch._compression import WeightOutcome, compress_weights, each_matrix
 from milpress.torch._module_weights import ModuleWeight
@@ -110,8 +112,11 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
 
         The model is in evaluation mode meanwhile, and frozen weights count like others. In a
         process group, each process takes its share of the samples; a model that ``fully_shard`` has
-        spread stays so. Beside the model, memory holds a sum for each weight, in float32, and the
-        gradient of one weight at a time.
+        spread stays so. Beside the model, memory holds the gradient of one weight at a time, its
+        sum of squares in float32, and what the forward pass keeps for the gradients. The sums of
+        all weights, 4 bytes an element, are in a file: beside ``sensitivity_path``, else in a
+        temporary folder (``TMPDIR`` says where). A file that is kept for a run that may be
+        interrupted takes as much again.
 
         Parameters
         ----------
@@ -122,8 +127,9 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
         loss_fn
             Takes the model and a batch, returns the loss.
         sensitivity_path
-            Where to save what is returned. If a run was interrupted, it goes on from what is beside
-            this file, provided that the dataloader gives the same batches again.
+            Where to save what is returned, as ``torch.save`` does. If a run was interrupted, it
+            goes on from what is beside this file, provided that the dataloader gives the same
+            batches again.
         num_sensitivity_workers
             Processes to start for the purpose, if the program is not one of a process group
             already. The model, the batches and ``loss_fn`` must be picklable.
@@ -138,29 +144,36 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
         Returns
         -------
         dict
-            Sensitivities from 0 to 1 of each weight, by its name.
+            Sensitivities from 0 to 1 of each weight, by its name: tensors of float32, of its shape,
+            mapped from the file, which are read when they are used.
 
         Raises
         ------
         ConfigError
             If there are no samples, or ``loss_fn`` returns no loss.
+        StorageError
+            If the system refuses to read or write, as when a disk is full.
         UnsupportedError
             If a loss is not finite.
         """
         path = None if sensitivity_path is None else Path(sensitivity_path)
-        if num_sensitivity_workers > 1 and not torch.distributed.is_initialized():
-            return self._by_workers(
-                dataloader, loss_fn, path, num_sensitivity_workers, fsdp_auto_wrap_policy, progress
-            )
-        sums = self._sums(self._model, dataloader, loss_fn, path, progress)
-        sensitivities = {
-            name: _sensitivity.normalized(squares)[0] for name, squares in sums.squares.items()
-        }
-        if path is not None and _sensitivity.rank_and_size()[0] == 0:
-            _sensitivity.save(sensitivities, path)
-        if sums.kept is not None:
-            sums.kept.unlink(missing_ok=True)
-        return sensitivities
+        with _folder_beside(path) as folder:
+            # Of a process group, the first one saves; the others have files that go.
+            is_first = _sensitivity.rank_and_size()[0] == 0
+            saved = path if path is not None and is_first else folder / "sensitivity.pt"
+            if num_sensitivity_workers > 1 and not torch.distributed.is_initialized():
+                batches = list(islice(dataloader, self._config.calibration_nsamples))
+                compute = functools.partial(
+                    _compute, self._config, batches, loss_fn, saved, progress
+                )
+                _workers.run(num_sensitivity_workers, compute, self._source, fsdp_auto_wrap_policy)
+            else:
+                sums = self._sums(self._model, dataloader, loss_fn, folder, path, progress)
+                _sensitivity.save(sums, saved)
+                if sums.kept is not None:
+                    sums.kept.unlink(missing_ok=True)
+            # What is mapped stays, also if its file goes.
+            return _sensitivity.load(saved)
 
     def compress(  # type: ignore[override]
         self,
@@ -199,22 +212,33 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
         UnsupportedError
             If a loss is not finite.
         """
-        notes: list[str] = []
-        sensitivities: Mapping[str, torch.Tensor]
         if sensitivity_path is not None:
-            sensitivities = _sensitivity.load(sensitivity_path)
-        elif dataloader is None or loss_fn is None:
+            return self._compress(_sensitivity.Saved(sensitivity_path), [], inplace, progress)
+        if dataloader is None or loss_fn is None:
             msg = "sensitivities are missing: give dataloader and loss_fn, or sensitivity_path"
             raise ConfigError(msg)
-        elif num_sensitivity_workers > 1 and not torch.distributed.is_initialized():
-            sensitivities = self._by_workers(
-                dataloader, loss_fn, None, num_sensitivity_workers, fsdp_auto_wrap_policy, progress
+        if num_sensitivity_workers > 1 and not torch.distributed.is_initialized():
+            sensitivities = self.compute_sensitivity(
+                dataloader,
+                loss_fn,
+                None,
+                num_sensitivity_workers,
+                fsdp_auto_wrap_policy,
+                progress=progress,
             )
-        else:
+            return self._compress(sensitivities, [], inplace, progress)
+        with _folder_beside(None) as folder:
             # Of the model that was given: a sharded one can't be copied.
-            sums = self._sums(self._source, dataloader, loss_fn, None, progress)
-            sensitivities = sums.squares
-            notes = sums.notes
+            sums = self._sums(self._source, dataloader, loss_fn, folder, None, progress)
+            return self._compress(sums, sums.notes, inplace, progress)
+
+    def _compress(
+        self,
+        sensitivities: Mapping[str, torch.Tensor],
+        notes: Sequence[str],
+        inplace: bool,
+        progress: Progress | bool | None,
+    ) -> torch.nn.Module:
         model = self._begin(inplace)
 
         def treat(
@@ -252,41 +276,39 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
         model: torch.nn.Module,
         dataloader: Iterable[Any],
         loss_fn: LossFunction,
+        folder: Path,
         path: Path | None,
         progress: Progress | bool | None,
     ) -> _sensitivity.GradientSums:
         weights: dict[int, tuple[str, Any]] = {}
         for task in self._tasks(model):
             tensor = task.weight.tensor
-            if task.config is not None and tensor is not None and tensor.is_floating_point():
+            if task.config is None or tensor is None or not task.weight.size:
+                continue
+            if tensor.is_floating_point():
                 weights.setdefault(id(tensor), (task.weight.name, tensor))
         return _sensitivity.sum_squared_gradients(
             model,
             dict(weights.values()),
             dataloader,
             loss_fn,
+            folder / "sums.pt",
             n_samples=self._config.calibration_nsamples,
             per_sample=self._config.per_sample,
             path=path,
             progress=progress,
         )
 
-    def _by_workers(
-        self,
-        dataloader: Iterable[Any],
-        loss_fn: LossFunction,
-        path: Path | None,
-        n_workers: int,
-        policy: Any,
-        progress: Progress | bool | None,
-    ) -> dict[str, torch.Tensor]:
-        with tempfile.TemporaryDirectory() as folder:
-            saved = Path(folder) / "sensitivity.pt" if path is None else path
-            batches = list(islice(dataloader, self._config.calibration_nsamples))
-            compute = functools.partial(_compute, self._config, batches, loss_fn, saved, progress)
-            _workers.run(n_workers, compute, self._source, policy)
-            # The file goes, so its content must not stay in it.
-            return {name: values.clone() for name, values in _sensitivity.load(saved).items()}
+
+@contextlib.contextmanager
+def _folder_beside(path: Path | None) -> Iterator[Path]:
+    """Have a folder for large files: on the disk that a path is on, if there is one."""
+    if path is not None:
+        check_free(path, force=True)
+    with tempfile.TemporaryDirectory(
+        prefix=DRAFT_MARK, dir=None if path is None else path.absolute().parent
+    ) as folder:
+        yield Path(folder)
 
 
 def _compute(
