@@ -17,6 +17,7 @@ from typing import Any
 import coremltools as ct
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from small_models import linear, weight
 from torch import nn
@@ -92,6 +93,11 @@ class Small:
 
     def opened(self, path: Path) -> Any:
         return ct.models.MLModel(str(path), skip_model_load=True)
+
+    def checkpoint(self) -> Path:
+        path = self.folder / "model.safetensors"
+        safetensors.torch.save_file(self.module().state_dict(), path)
+        return path
 
     def module(self) -> nn.Module:
         torch.manual_seed(0)
@@ -179,6 +185,11 @@ CALLS: dict[str, Callable[..., Any]] = {
     "milpress.torch.palettization.PostTrainingPalettizer.compress": lambda s, **p: (
         palettization.PostTrainingPalettizer(s.module()).compress(**p)
     ),
+    "milpress.torch.palettization.PostTrainingPalettizer.compress_checkpoint": lambda s, **p: (
+        palettization.PostTrainingPalettizer(s.module()).compress_checkpoint(
+            s.checkpoint(), s.new(), **p
+        )
+    ),
     "milpress.torch.palettization.SKMPalettizer.compress": lambda s, **p: (
         palettization.SKMPalettizer(s.module()).compress(BATCHES, loss, **p)
     ),
@@ -190,6 +201,11 @@ CALLS: dict[str, Callable[..., Any]] = {
     ),
     "milpress.torch.quantization.LinearQuantizer.finalize": lambda s, **p: finalized(
         quantization.LinearQuantizer(s.module()), (BATCHES[0],), **p
+    ),
+    "milpress.torch.quantization.PostTrainingQuantizer.compress_checkpoint": lambda s, **p: (
+        quantization.PostTrainingQuantizer(s.module()).compress_checkpoint(
+            s.checkpoint(), s.new(), **p
+        )
     ),
     "milpress.torch.quantization.PostTrainingQuantizer.compress": lambda s, **p: (
         quantization.PostTrainingQuantizer(s.module()).compress(**p)

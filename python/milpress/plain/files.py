@@ -103,6 +103,37 @@ def draft_in_place_of(path: Path) -> Iterator[Path]:
         end_draft(draft)
 
 
+@contextlib.contextmanager
+def folder_in_place_of(path: Path) -> Iterator[Path]:
+    """Yield a new folder to write files in; it takes the place of another once the block has ended.
+
+    Whatever ends the block early, the other is as it was before.
+
+    Raises
+    ------
+    StorageError
+        If the system refuses.
+    """
+
+    def give_back(previous: Path) -> None:
+        if previous.exists() and not target.exists():
+            previous.rename(target)
+        remove(previous)
+
+    target = path.absolute()
+    draft, previous = draft_of(target, remove), draft_of(target, give_back)
+    try:
+        with system_errors(path):
+            draft.mkdir()
+            yield draft
+            if target.exists():
+                target.rename(previous)
+            draft.rename(target)
+    finally:
+        end_draft(draft)
+        end_draft(previous)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file such that it is there as a whole or, whatever happens, as it was before.
 

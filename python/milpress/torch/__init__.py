@@ -12,6 +12,7 @@ from milpress.torch import (
     pruning,
     quantization,
 )
+from milpress.torch.checkpoints import load_compressed
 from milpress.torch.conversion import convert
 from milpress.torch.registration import register_module
 
@@ -19,6 +20,7 @@ __all__ = [
     "base_model_optimizer",
     "convert",
     "layerwise_compression",
+    "load_compressed",
     "optimization_config",
     "palettization",
     "pruning",

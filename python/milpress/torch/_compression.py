@@ -193,6 +193,12 @@ def _compress(
     if max(weight.axes) >= tensor.ndim > 1:
         msg = f"register_module says that its axes are {weight.axes}, but it has {tensor.ndim}"
         raise UnsupportedError(msg)
+    if tensor.is_meta:
+        msg = (
+            "it has no values, as the model is on meta; compress_checkpoint takes them from files, "
+            "without the model in memory"
+        )
+        raise UnsupportedError(msg)
     if weight.size == 0:
         msg = "the parameter has no elements"
         raise UnsupportedError(msg)

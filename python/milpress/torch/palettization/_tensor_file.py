@@ -83,6 +83,9 @@ class TensorFile(Mapping[str, torch.Tensor]):
             file.seek(self._offsets[name])
             file.write(values.data)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.shapes
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
 

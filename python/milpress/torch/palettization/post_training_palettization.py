@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import torch
 from attrs import define, field
 
@@ -9,7 +12,9 @@ from milpress.plain import fields
 from milpress.progress import Progress
 from milpress.torch._compression import compress_weights, each_matrix
 from milpress.torch._palettes import ModulePaletteConfig, palettized
+from milpress.torch._report import Report
 from milpress.torch.base_model_optimizer import BasePostTrainingModelOptimizer
+from milpress.torch.checkpoints import compress_checkpoint
 from milpress.torch.optimization_config import OptimizationConfig
 from milpress.torch.registration import KINDS
 
@@ -132,3 +137,63 @@ class PostTrainingPalettizer(BasePostTrainingModelOptimizer):
             model, self._tasks(model), each_matrix(palettized), progress
         )
         return model
+
+    def compress_checkpoint(
+        self,
+        source: str | os.PathLike[str],
+        destination: str | os.PathLike[str],
+        *,
+        force: bool = False,
+        progress: Progress | bool | None = None,
+    ) -> Report:
+        """Palettize the weights of a checkpoint into another one, a weight at a time.
+
+        The model may be on ``meta``; its values are neither used nor changed. What is written is,
+        bit for bit, the state of what `compress` would have made of the model with the checkpoint
+        loaded, weights in the types of the model's parameters. `milpress.torch.load_compressed`
+        loads it. Beside the model, memory holds one weight, and some copies of it while it is
+        compressed.
+
+        Parameters
+        ----------
+        source
+            A file of safetensors, or a folder of one, or of several with an index
+            (``*.safetensors.index.json``), with the names of the model's state dict. Tied
+            parameters may have one name alone; tensors that the model does not have are copied.
+        destination
+            Where to write: a file, or a folder with files of the same names, and the index. Tables
+            and scales are with their weights, under the names of the modules' buffers.
+        force
+            Whether a file, or a folder of safetensors, that is there is replaced.
+        progress
+            As of `compress`.
+
+        Returns
+        -------
+        Report
+            What happened to each weight, as of `report`.
+
+        Raises
+        ------
+        ConfigError
+            If the checkpoint lacks a tensor of the model, or has it in another shape.
+        PackageNotFoundError
+            If the checkpoint, or a shard of it, is missing.
+        PackageError
+            If it is damaged, such as cut off.
+        DestinationError
+            If the destination is taken, or the source itself.
+        StorageError
+            If the system refuses to read or write.
+        """
+        self._warn_of_typos()
+        self._report = compress_checkpoint(
+            self._source,
+            self._tasks(self._source),
+            each_matrix(palettized),
+            Path(source),
+            Path(destination),
+            force=force,
+            progress=progress,
+        )
+        return self._report

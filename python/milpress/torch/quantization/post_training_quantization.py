@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -18,7 +20,9 @@ from milpress.torch import _fields, _metadata
 from milpress.torch._compression import WeightOutcome, compress_weights, each_matrix
 from milpress.torch._metadata import Stored
 from milpress.torch._module_weights import ModuleWeight, attention_around
+from milpress.torch._report import Report
 from milpress.torch.base_model_optimizer import BasePostTrainingModelOptimizer
+from milpress.torch.checkpoints import compress_checkpoint
 from milpress.torch.optimization_config import (
     ModuleOptimizationConfig,
     OptimizationConfig,
@@ -193,6 +197,43 @@ class PostTrainingQuantizer(BasePostTrainingModelOptimizer):
             model, self._tasks(model), each_matrix(_quantized), progress
         )
         return model
+
+    def compress_checkpoint(
+        self,
+        source: str | os.PathLike[str],
+        destination: str | os.PathLike[str],
+        *,
+        force: bool = False,
+        progress: Progress | bool | None = None,
+    ) -> Report:
+        """Quantize the weights of a checkpoint into another one, a weight at a time.
+
+        Parameters
+        ----------
+        source, destination, force, progress
+            As of `PostTrainingPalettizer.compress_checkpoint`.
+
+        Returns
+        -------
+        Report
+            What happened to each weight, as of `report`.
+
+        Raises
+        ------
+        CompressionError
+            As `PostTrainingPalettizer.compress_checkpoint` does.
+        """
+        self._warn_of_typos()
+        self._report = compress_checkpoint(
+            self._source,
+            self._tasks(self._source),
+            each_matrix(_quantized),
+            Path(source),
+            Path(destination),
+            force=force,
+            progress=progress,
+        )
+        return self._report
 
     def _config_for(self, weight: ModuleWeight, model: torch.nn.Module) -> Any:
         name, module = weight.module_name, weight.module
