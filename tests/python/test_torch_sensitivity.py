@@ -24,6 +24,8 @@ from milpress.errors import (
     StorageError,
     UnsupportedError,
 )
+from milpress.torch import _metadata
+from milpress.torch._module_weights import ModuleWeight
 from milpress.torch.palettization import _sensitivity
 from milpress.torch.palettization._tensor_file import TensorFile
 
@@ -236,7 +238,9 @@ def test_sums_of_one_weight_are_in_memory_at_a_time(tmp_path, monkeypatch):
     for path in (None, tmp_path / "s.pt"):  # with a path, copied to be gone on from, too
         P.SKMPalettizer(model, config(calibration_nsamples=4)).compute_sensitivity(data, loss, path)
     P.SKMPalettizer(model).compress(data, loss)
-    assert len(alive) > 3 * 4 * 4
+    n_runs, n_samples, n_weights = 3, 4, 4
+    # For each sample, to keep them after each where there is a path, and for what is made of them.
+    assert len(alive) == (n_runs * n_samples + n_samples + n_runs) * n_weights
     assert set(alive) == {0}
 
 
@@ -262,6 +266,43 @@ def test_a_file_of_sums_that_was_cut_says_so(tmp_path):
     file.path.write_bytes(data[: data.index(np.float32(1).tobytes() * 16) + 8])
     with pytest.raises(StorageError, match="weight ends too early"):
         file["weight"]
+
+
+def test_the_model_runs_on_the_device_and_comes_home_also_after_an_error(monkeypatch):
+    model = build()
+    went = []
+    monkeypatch.setattr(model, "to", went.append, raising=False)
+    expected = P.SKMPalettizer(model).compute_sensitivity(batches(), loss_fn)
+    assert went == []
+    found = P.SKMPalettizer(model).compute_sensitivity(batches(), loss_fn, device="cpu:0")
+    assert went == ["cpu:0", torch.device("cpu")]
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+    with pytest.raises(ConfigTypeError, match="loss_fn must return one number"):
+        P.SKMPalettizer(model).compress(batches(), lambda *_: None, device="cpu:0")
+    assert went == ["cpu:0", torch.device("cpu")] * 2
+    model.hf_device_map = {"": 0}  # accelerate refuses to move what it has dispatched
+    P.SKMPalettizer(model).compute_sensitivity(batches(), loss_fn, device="cpu:0")
+    assert len(went) == 4
+
+
+def test_batches_go_to_the_device_and_keep_their_kinds():
+    Pair = namedtuple("Pair", "x y")
+    batch = UserDict(pair=Pair(torch.ones(2), [torch.ones(1)]), name="a")
+    there = _sensitivity.moved(batch, "meta")
+    assert type(there) is UserDict
+    assert type(there["pair"]) is Pair
+    assert there["pair"].x.is_meta
+    assert there["pair"].y[0].is_meta
+    assert there["name"] == "a"
+
+
+def test_what_is_said_of_a_weight_is_where_the_weight_is():
+    model = nn.Linear(16, 16)
+    compressed = P.PostTrainingPalettizer(model).compress()
+    stored = _metadata.read(ModuleWeight("", compressed, "weight"))
+    elsewhere = nn.Linear(16, 16, device="meta")
+    _metadata.register(ModuleWeight("", elsewhere, "weight"), stored)
+    assert all(buffer.is_meta for buffer in elsewhere.buffers())
 
 
 def test_sums_of_other_weights_are_not_taken_up(tmp_path):

@@ -42,9 +42,9 @@ def dense_model(
         pipeline = ct.PassPipeline.DEFAULT
         pipeline.remove_passes(_FOLDING_PASSES)
         settings["pass_pipeline"] = pipeline
-    if any(p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters()):
+    if any(_is_foreign(parameter) for parameter in module.parameters()):
         # Every smaller type is exact in float32, which is what coremltools converts best.
-        module = copy.deepcopy(module).float()
+        module = copy.deepcopy(module).float().cpu()
         example_inputs = tuple(_widened(item) for item in example_inputs)
     if frontend is None:
         recurrent = any(isinstance(part, RECURRENT) for part in module.modules())
@@ -59,9 +59,16 @@ def dense_model(
         return ct.convert(traced, **settings)
 
 
+def _is_foreign(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is not on the CPU, or of floats of another width than 32 bits."""
+    is_wide = tensor.dtype == torch.float32 or not tensor.is_floating_point()
+    return tensor.device.type != "cpu" or not is_wide
+
+
 def _widened(item: Any) -> Any:
-    is_float = isinstance(item, torch.Tensor) and item.is_floating_point()
-    return item.float() if is_float else item
+    if not isinstance(item, torch.Tensor):
+        return item
+    return item.float().cpu() if item.is_floating_point() else item.cpu()
 
 
 def _tensor_type(ct: Any, item: Any) -> Any:

@@ -109,14 +109,19 @@ def register(weight: ModuleWeight, stored: Stored) -> None:
     entries["compression_type"] = types
     for key, content in entries.items():
         name = f"{prefix_of(weight.module)}/{weight.parameter_name}/{key}"
-        weight.module.register_buffer(name, torch.tensor(content))
+        weight.module.register_buffer(name, torch.tensor(content, device=_device_of(weight)))
 
 
 def register_pruning(weight: ModuleWeight) -> None:
     """Say that a weight was pruned, before whatever else its buffers say."""
     types = [PRUNING, *(kind for kind in _types(weight) if kind != PRUNING)]
     name = f"{prefix_of(weight.module)}/{weight.parameter_name}/compression_type"
-    weight.module.register_buffer(name, torch.tensor(types))
+    weight.module.register_buffer(name, torch.tensor(types, device=_device_of(weight)))
+
+
+def _device_of(weight: ModuleWeight) -> torch.device | None:
+    """Return where the buffers of a weight belong: where it is."""
+    return None if weight.tensor is None else weight.tensor.device
 
 
 def register_version(model: nn.Module) -> None:

@@ -29,10 +29,18 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextlib.contextmanager
-def on_device(model: nn.Module, device: str | torch.device) -> Iterator[None]:
-    """Have a model on a device, then where it was."""
+def on_device(model: nn.Module, device: str | torch.device | None) -> Iterator[None]:
+    """Have a model on a device, then where it was.
+
+    It stays where it is if there is no device, or if accelerate has spread it over several, whose
+    hooks bring inputs there.
+    """
     home = device_of(model)
-    if home == torch.device(device) or next(model.parameters(), None) is None:
+    is_spread = hasattr(model, "hf_device_map")
+    if device is None or is_spread or next(model.parameters(), None) is None:
+        yield
+        return
+    if home == torch.device(device):
         yield
         return
     model.to(device)

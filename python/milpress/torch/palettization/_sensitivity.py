@@ -69,6 +69,9 @@ class GradientSums(Mapping[str, torch.Tensor]):
         _local(total).copy_(self.squares[name])
         return whole(total)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.weights
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.weights)
 
@@ -238,6 +241,9 @@ class Saved(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         return load(self._path)[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
@@ -290,7 +296,16 @@ def split(batch: Any) -> list[Any] | None:
     if len(sizes) != 1:
         return None
     size = sizes.pop()
-    return None if size is None else [_part(batch, i) for i in range(size)]
+
+    def sample(i: int) -> Any:
+        return _changed(batch, lambda tensor: tensor[i : i + 1])
+
+    return None if size is None else [sample(i) for i in range(size)]
+
+
+def moved(batch: Any, device: str | torch.device) -> Any:
+    """Return a batch with its tensors on a device."""
+    return _changed(batch, lambda tensor: tensor.to(device))
 
 
 def _tensors(batch: Any) -> Iterator[torch.Tensor]:
@@ -301,14 +316,15 @@ def _tensors(batch: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-def _part(batch: Any, i: int) -> Any:
+def _changed(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Return a batch of the same kind with each of its tensors changed."""
     if isinstance(batch, torch.Tensor):
-        return batch[i : i + 1]
+        return change(batch)
     kind: Any = type(batch)
     if isinstance(batch, Mapping):
-        return kind({key: _part(item, i) for key, item in batch.items()})
+        return kind({key: _changed(item, change) for key, item in batch.items()})
     if isinstance(batch, (tuple, list)):
-        items = [_part(item, i) for item in batch]
+        items = [_changed(item, change) for item in batch]
         return kind(*items) if hasattr(batch, "_fields") else kind(items)
     return batch
 

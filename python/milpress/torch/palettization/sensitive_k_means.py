@@ -23,6 +23,7 @@ from milpress.plain import fields
 from milpress.plain.files import DRAFT_MARK, check_free
 from milpress.progress import Progress
 from milpress.torch._compression import WeightOutcome, compress_weights, each_matrix
+from milpress.torch._modes import on_device
 from milpress.torch._module_weights import ModuleWeight
 from milpress.torch._palettes import ModulePaletteConfig, palettized
 from milpress.torch.base_model_optimizer import BaseDataCalibratedModelOptimizer
@@ -106,6 +107,7 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
         num_sensitivity_workers: int = 1,
         fsdp_auto_wrap_policy: Any = None,
         *,
+        device: str | torch.device | None = None,
         progress: Progress | bool | None = None,
     ) -> dict[str, torch.Tensor]:
         """Compute how much the loss depends on each weight that is to be palettized.
@@ -136,6 +138,11 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
         fsdp_auto_wrap_policy
             Which modules to spread over these processes, as torch's FSDP takes it; ``None`` gives
             each process the whole model.
+        device
+            Where to run the model, and to have batches; it is where it was afterwards. ``None``
+            leaves both where they are. A model that accelerate has dispatched stays where it is;
+            processes that are started for the purpose take a GPU each, if there are as many. Not in
+            coremltools.
         progress
             ``True`` shows a bar; a function is called with samples done, the most that are taken
             and what is at hand. In a process group, by its first process; of
@@ -168,7 +175,7 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
                 )
                 _workers.run(num_sensitivity_workers, compute, self._source, fsdp_auto_wrap_policy)
             else:
-                sums = self._sums(self._model, dataloader, loss_fn, folder, path, progress)
+                sums = self._sums(self._model, dataloader, loss_fn, folder, path, device, progress)
                 _sensitivity.save(sums, saved)
                 if sums.kept is not None:
                     sums.kept.unlink(missing_ok=True)
@@ -185,13 +192,14 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
         inplace: bool = False,
         fsdp_auto_wrap_policy: Any = None,
         *,
+        device: str | torch.device | None = None,
         progress: Progress | bool | None = None,
     ) -> torch.nn.Module:
         """Palettize the weights.
 
         Parameters
         ----------
-        dataloader, loss_fn, num_sensitivity_workers, fsdp_auto_wrap_policy
+        dataloader, loss_fn, num_sensitivity_workers, fsdp_auto_wrap_policy, device
             As of `compute_sensitivity`; unused if ``sensitivity_path`` is given.
         sensitivity_path
             Where `compute_sensitivity` saved its result.
@@ -229,7 +237,7 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
             return self._compress(sensitivities, [], inplace, progress)
         with _folder_beside(None) as folder:
             # Of the model that was given: a sharded one can't be copied.
-            sums = self._sums(self._source, dataloader, loss_fn, folder, None, progress)
+            sums = self._sums(self._source, dataloader, loss_fn, folder, None, device, progress)
             return self._compress(sums, sums.notes, inplace, progress)
 
     def _compress(
@@ -278,6 +286,7 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
         loss_fn: LossFunction,
         folder: Path,
         path: Path | None,
+        device: str | torch.device | None,
         progress: Progress | bool | None,
     ) -> _sensitivity.GradientSums:
         weights: dict[int, tuple[str, Any]] = {}
@@ -287,17 +296,21 @@ class SKMPalettizer(BaseDataCalibratedModelOptimizer):
                 continue
             if tensor.is_floating_point():
                 weights.setdefault(id(tensor), (task.weight.name, tensor))
-        return _sensitivity.sum_squared_gradients(
-            model,
-            dict(weights.values()),
-            dataloader,
-            loss_fn,
-            folder / "sums.pt",
-            n_samples=self._config.calibration_nsamples,
-            per_sample=self._config.per_sample,
-            path=path,
-            progress=progress,
-        )
+        batches = dataloader
+        if device is not None:
+            batches = (_sensitivity.moved(batch, device) for batch in dataloader)
+        with on_device(model, device):
+            return _sensitivity.sum_squared_gradients(
+                model,
+                dict(weights.values()),
+                batches,
+                loss_fn,
+                folder / "sums.pt",
+                n_samples=self._config.calibration_nsamples,
+                per_sample=self._config.per_sample,
+                path=path,
+                progress=progress,
+            )
 
 
 @contextlib.contextmanager
