@@ -55,6 +55,8 @@ class PrefixCost {
     const std::size_t n = size();
     const std::vector<double>& weights = data.weights;
     const std::vector<double>& values = data.values;
+    has_whole_weights_ = std::all_of(weights.begin(), weights.end(),
+                                     [](double weight) { return weight == std::floor(weight); });
     const double centre = lane_sum(n, [&](std::size_t i) { return weights[i] * values[i]; }) /
                           lane_sum(n, [&](std::size_t i) { return weights[i]; });
     // A compensated sum waits for itself at every step: a few stretches are added up side by side.
@@ -66,7 +68,7 @@ class PrefixCost {
       const double moment = weights[i] * value;
       sum.weight.add(weights[i]);
       sum.first.add(moment);
-      sum.second.add(moment * value);
+      sum.second.add(moment * value + data.spread(i));
       weight_[i + 1] = sum.weight.sum;
       first_[i + 1] = sum.first.sum;
       second_[i + 1] = sum.second.sum;
@@ -193,12 +195,29 @@ class PrefixCost {
     return result;
   }
 
-  /// Bounds the rounding error of the cost of all clusters: each sum is off by its own epsilon, and
-  /// the formula passes that on times 1, 2 * mean and mean^2.
+  /// The cost of the same data with its values negated, and so in reverse order.
+  PrefixCost mirrored() const {
+    const std::size_t n = size();
+    PrefixCost result(n);
+    for (std::size_t i = 0; i <= n; ++i) {
+      result.weight_[i] = -weight_[n - i];
+      result.first_[i] = first_[n - i];
+      result.second_[i] = -second_[n - i];
+    }
+    result.pad();
+    return result;
+  }
+
+  /// Bounds the rounding error of the cost of all clusters: each sum is off by an epsilon of the
+  /// greatest of its kind, one of whole weights by nothing, and the formula passes that on times 1,
+  /// 2 * mean and mean^2.
   double error_bound(std::span<const std::size_t> ends) const {
-    const double weight = weight_.back();
+    const double weight = has_whole_weights_ ? 0 : weight_.back();
     const double second = second_.back();
-    const double first = std::sqrt(weight * second);  // no less than any first moment
+    double first = 0;
+    for (const double moment : first_) {
+      first = std::max(first, std::abs(moment));
+    }
     double bound = 0;
     std::size_t begin = 0;
     for (const std::size_t end : ends) {
@@ -206,7 +225,7 @@ class PrefixCost {
       bound += second + mean * (2 * first + mean * weight);
       begin = end;
     }
-    return 4 * std::numeric_limits<double>::epsilon() * bound;
+    return 2 * std::numeric_limits<double>::epsilon() * bound;
   }
 
  private:
@@ -240,6 +259,7 @@ class PrefixCost {
   std::vector<double> weight_;
   std::vector<double> first_;
   std::vector<double> second_;
+  bool has_whole_weights_ = false;  // whose sums are exact, as they are below 2^53
 };
 
 /// A tree of merged neighbours: every term is positive, so the error is relative to the cost
@@ -249,7 +269,7 @@ class TreeCost {
   explicit TreeCost(const WeightedValues& data) {
     std::vector<Cluster> leaves;
     for (std::size_t i = 0; i < data.values.size(); ++i) {
-      leaves.push_back({data.weights[i], data.values[i], 0});
+      leaves.push_back({data.weights[i], data.values[i], data.spread(i)});
     }
     grow(leaves);
   }
@@ -278,6 +298,17 @@ class TreeCost {
     std::vector<Cluster> leaves;
     for (std::size_t i = 0; i < size(); i += step) {
       leaves.push_back(cluster(i, std::min(i + step, size())));
+    }
+    TreeCost result;
+    result.grow(leaves);
+    return result;
+  }
+
+  TreeCost mirrored() const {
+    std::vector<Cluster> leaves;
+    for (std::size_t i = size(); i-- > 0;) {
+      const Cluster& leaf = tree_[size() + i];
+      leaves.push_back({leaf.weight, -leaf.mean, leaf.error});
     }
     TreeCost result;
     result.grow(leaves);

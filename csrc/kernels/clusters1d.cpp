@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <numeric>
@@ -166,11 +167,10 @@ Partition guided_partition(const PrefixCost& cost, double penalty, const Scratch
   const std::size_t n = cost.size();
   scratch.nodes.resize(std::max(scratch.nodes.size(), n + 1));
   scratch.offsets.resize(std::max(scratch.offsets.size(), n + 1 + PrefixCost::Duel::kAtOnce));
-  scratch.blocks.resize(std::max(scratch.blocks.size(), n));
   Scratch::Node* const nodes = scratch.nodes.data();
   double* const offsets = scratch.offsets.data();
   nodes[0] = {0, 0, 0};
-  offsets[0] = 0;
+  offsets[0] = cost.offset(0, 0);
   const auto reach = [&](std::size_t end, std::size_t start) {
     nodes[end] = {nodes[start].error + cost(start, end), nodes[start].count + 1,
                   static_cast<std::uint32_t>(start)};
@@ -187,7 +187,8 @@ Partition guided_partition(const PrefixCost& cost, double penalty, const Scratch
     const std::size_t guided = guide.nodes[(last + step - 1) / step].start * step;
     const std::size_t high =
         std::min(before + 1, std::max({low + kMargin, guided + kMargin, least_high}));
-    scratch.blocks[n_blocks] = {before, high};
+    scratch.blocks.resize(n_blocks);
+    scratch.blocks.push_back({before, high});
     std::size_t start = cost.best_start(low, high, last, offsets);
     reach(last, start);
     for (std::size_t end = before + 1; end < last; ++end) {
@@ -276,30 +277,38 @@ class Levels {
     }
   }
 
+  /// The cheapest partition into `k` clusters, if little is known of its penalty: each level begins
+  /// with that of the coarser one, and the coarsest with `penalty`.
+  Partition search(std::size_t k, double penalty, std::size_t level = 0) {
+    if (level < steps_.size()) {
+      penalty = search(k, penalty, level + 1).penalty;
+    }
+    return settle(k, penalty, level);
+  }
+
   /// Finds the penalty whose cheapest partition has `k` clusters, beginning with `penalty` or, if
   /// that is 0, with a rule of thumb. The count falls as the penalty rises, for smooth data with
-  /// its cube root: that gives the next guess. Where the guess fails, the penalty at which both
-  /// ends of the bracket cost the same either narrows the bracket or shows that everything between
-  /// them costs the same as well.
-  Partition search(std::size_t k, double penalty, std::size_t level = 0) {
+  /// its cube root: that gives the next guess, until the penalty lies between two that were tried.
+  /// Where guesses fail, the penalty at which both ends of the bracket cost the same either narrows
+  /// the bracket or shows that everything between them costs the same as well.
+  Partition settle(std::size_t k, double penalty, std::size_t level = 0) {
     constexpr int kMaxGuesses = 12;
+    constexpr std::size_t kNarrow = 4;  // clusters between the ends of a bracket
     const Cost& cost = cost_of(level);
     const std::size_t n = cost.size();
-    const auto cube = [](double x) { return x * x * x; };
+    const auto wanted = static_cast<double>(k);
 
     Partition few{{n}, cost(0, n), std::numeric_limits<double>::infinity()};
     Partition many;  // without ends, a cluster for each value
     if (penalty == 0) {
-      penalty = 2 * few.error / cube(static_cast<double>(k));
+      penalty = 2 * few.error / (wanted * wanted * wanted);
     }
-    if (level < steps_.size()) {
-      penalty = search(k, penalty, level + 1).penalty;
-    }
-    bool stalled = false;
+    bool narrow = false;
+    double exponent = 3;
     for (int guess = 0;; ++guess) {
       const std::size_t n_many = many.ends.empty() ? n : many.ends.size();
       const bool last_resort =
-          stalled || guess >= kMaxGuesses || !(penalty > many.penalty) || !(penalty < few.penalty);
+          narrow || guess >= kMaxGuesses || !(penalty > many.penalty) || !(penalty < few.penalty);
       if (last_resort) {
         penalty = (few.error - many.error) / static_cast<double>(n_many - few.ends.size());
       }
@@ -308,18 +317,36 @@ class Levels {
       if (count == k) {
         return next;
       }
-      stalled = count <= few.ends.size() || count >= n_many;
-      if (stalled && last_resort) {
+      if (last_resort && (count <= few.ends.size() || count >= n_many)) {
         if (many.ends.empty()) {
           many.ends = each_alone(n);
         }
         return splice(cost, few, many, penalty, k);
       }
-      if (!stalled) {
-        penalty *= cube(static_cast<double>(count) / static_cast<double>(k));
-        (count < k ? few : many) = std::move(next);
+      (count < k ? few : many) = std::move(next);
+      if (few.penalty < std::numeric_limits<double>::infinity() && !many.ends.empty()) {
+        const auto fewest = static_cast<double>(few.ends.size());
+        const auto most = static_cast<double>(many.ends.size());
+        narrow = many.ends.size() - few.ends.size() <= kNarrow;
+        penalty = many.penalty * std::pow(few.penalty / many.penalty,
+                                          std::log(most / wanted) / std::log(most / fewest));
+      } else {
+        penalty *= std::pow(static_cast<double>(count) / wanted, exponent);
+        exponent *= 2;  // a step too short is followed by a longer one
       }
     }
+  }
+
+  /// The least error + penalty * clusters of what comes before each end.
+  std::vector<double> least_costs(double penalty) {
+    if (scratch_[0].penalty != penalty) {
+      cheapest(penalty, 0);
+    }
+    std::vector<double> costs(finest_.size() + 1);
+    for (std::size_t i = 0; i < costs.size(); ++i) {
+      costs[i] = scratch_[0].nodes[i].error + penalty * scratch_[0].nodes[i].count;
+    }
+    return costs;
   }
 
  private:
@@ -396,10 +423,12 @@ Partition dynamic_program(const Cost& cost, std::size_t k) {
   return result;
 }
 
+// What rounding may make of an error, as a share of it.
+constexpr double kTolerance = 1e-7;
+
 // Solves with the fast cost, and again with the accurate one if rounding could have misled it.
 template <typename Solve>
 Partition solve(const WeightedValues& data, std::size_t k, const Solve& partition) {
-  constexpr double kTolerance = 1e-7;
   const std::size_t n = data.values.size();
   if (n <= k) {
     return {each_alone(n), 0, 0};
@@ -437,6 +466,53 @@ Ends ClusterSearch::best(const WeightedValues& data, std::size_t k) {
     return result;
   };
   return solve(data, k, partition).ends;
+}
+
+Ends ClusterSearch::best(const WeightedValues& data, std::size_t k, double penalty) {
+  const auto partition = [&](const auto& cost, std::size_t n_clusters) {
+    return Levels(cost, n_clusters, state_->scratch).settle(n_clusters, penalty);
+  };
+  return solve(data, k, partition).ends;
+}
+
+// The best clusters of the single values have centres that ascend, and a border between two of them
+// lies where their distances are equal. Let every clump go as a whole to the centre nearest to its
+// mean. What that adds for a border that cuts a clump is the distance of the two centres times at
+// most `sum_i weight_i * |value_i - mean|` of the clump, which is at most `sqrt(weight * spread)`.
+// These distances add up to `range` at most. So a border cuts a clump, or lies next to it, only if
+// some clusters of whole clumps that end on one of its two sides are, beside the best of them, no
+// worse than `range` times the greatest of these roots.
+Outline ClusterSearch::outline(const WeightedValues& clumps, std::size_t k, double range) {
+  const std::size_t n = clumps.values.size();
+  double greatest = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    greatest = std::max(greatest, clumps.weights[i] * clumps.spread(i));
+  }
+  const double slack = range * std::sqrt(greatest);
+  Outline result{std::vector<bool>(n, true), 0};
+  const auto partition = [&](const auto& cost, std::size_t n_clusters) {
+    auto& [share, scratch] = *state_;
+    const double whole = cost(0, n);
+    Levels levels(cost, n_clusters, scratch);
+    Partition found = levels.search(n_clusters, share * whole);
+    share = found.penalty > 0 && whole > 0 ? found.penalty / whole : 0;
+    const std::vector<double> before = levels.least_costs(found.penalty);
+    const auto mirror = cost.mirrored();
+    const std::vector<double> after =
+        Levels(mirror, n_clusters, scratch).least_costs(found.penalty);
+    const double least = found.error + found.penalty * static_cast<double>(n_clusters);
+    const double limit = std::max(least, before[n]) + slack + 2 * kTolerance * found.error;
+    const auto may_end = [&](std::size_t i) {
+      return i == 0 || i == n || !(before[i] + after[n - i] > limit);
+    };
+    for (std::size_t i = 0; i < n; ++i) {
+      result.may_be_cut[i] = may_end(i) || may_end(i + 1);
+    }
+    result.penalty = found.penalty;
+    return found;
+  };
+  solve(clumps, k, partition);
+  return result;
 }
 
 std::vector<std::size_t> optimal_clusters_by_dynamic_program(const WeightedValues& data,

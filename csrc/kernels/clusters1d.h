@@ -9,6 +9,13 @@
 
 namespace milpress {
 
+/// Where clusters of single values can begin and end, as found from clumps of these values.
+struct Outline {
+  std::vector<bool>
+      may_be_cut;      // for each clump, whether a cluster may begin or end in it, or beside
+  double penalty = 0;  // of a cluster, in the Lagrangian
+};
+
 /// The ends of the `k` clusters of least squared error: cluster j is
 /// `[ends[j - 1], ends[j])`, with 0 before the first; the last end is the number of values.
 /// Fewer than `k` values give one cluster each.
@@ -22,6 +29,13 @@ class ClusterSearch {
   ~ClusterSearch();
 
   std::vector<std::size_t> best(const WeightedValues& data, std::size_t k);
+
+  /// The same, from a penalty that is known to be near.
+  std::vector<std::size_t> best(const WeightedValues& data, std::size_t k, double penalty);
+
+  /// What clumps tell of the best `k` clusters of the single values in them. `range` is the
+  /// distance from the least of those values to the greatest.
+  Outline outline(const WeightedValues& clumps, std::size_t k, double range);
 
  private:
   struct State;

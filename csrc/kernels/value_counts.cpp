@@ -16,62 +16,90 @@ namespace {
 
 constexpr std::size_t kBins = std::size_t{1} << 16;
 
-// A key above the bits of the importance, so that one word is sorted.
-using Item = std::uint64_t;
+// Keys alone, or a key above the bits of the importance, so that one word is sorted.
 constexpr std::uint32_t kSign = 0x80000000;  // keys are signed, items are not
 
+std::uint32_t item_key(std::uint32_t item) { return item; }
+std::uint32_t item_key(std::uint64_t item) { return static_cast<std::uint32_t>(item >> 32); }
+
+double item_share(std::uint32_t) { return 1; }
+double item_share(std::uint64_t item) {
+  return std::bit_cast<float>(static_cast<std::uint32_t>(item));
+}
+
+template <typename Item>
 void sort(std::vector<Item>& items) {
   constexpr std::size_t kSmall = 512;  // below, clearing the counters costs more than it saves
   constexpr int kDigitBits = 11;
+  constexpr std::size_t kDigits = 3;
   if (items.size() < kSmall) {
     std::sort(items.begin(), items.end());
     return;
   }
-  std::vector<Item> sorted(items.size());
-  for (int shift = 32; shift < 64; shift += kDigitBits) {
-    const auto digit = [shift](Item item) { return (item >> shift) & ((1U << kDigitBits) - 1); };
-    std::array<std::size_t, 1U << kDigitBits> position{};
-    for (const Item item : items) {
-      ++position[digit(item)];
+  const auto digit = [](Item item, std::size_t i) {
+    return (item_key(item) >> (i * kDigitBits)) & ((1U << kDigitBits) - 1);
+  };
+  std::array<std::array<std::uint32_t, 1U << kDigitBits>, kDigits> positions{};
+  for (const Item item : items) {
+    for (std::size_t i = 0; i < kDigits; ++i) {
+      ++positions[i][digit(item, i)];
     }
-    if (position[digit(items[0])] == items.size()) {
+  }
+  std::vector<Item> sorted(items.size());
+  for (std::size_t i = 0; i < kDigits; ++i) {
+    if (positions[i][digit(items[0], i)] == items.size()) {
       continue;  // the low digit of a half's key is always zero
     }
-    std::exclusive_scan(position.begin(), position.end(), position.begin(), std::size_t{0});
+    std::array<std::uint32_t, 1U << kDigitBits>& position = positions[i];
+    std::exclusive_scan(position.begin(), position.end(), position.begin(), 0U);
     for (const Item item : items) {
-      sorted[position[digit(item)]++] = item;
+      sorted[position[digit(item, i)]++] = item;
     }
     items.swap(sorted);
   }
 }
 
-template <typename T>
-WeightedValues sorted_values(std::span<const T> weights, std::span<const float> importance) {
-  std::vector<Item> items;
-  items.reserve(weights.size());
+template <typename Item, typename T>
+std::vector<Item> items_of(std::span<const T> weights, std::span<const float> importance) {
+  std::vector<Item> items(weights.size());
+  std::size_t n = 0;
   for (std::size_t i = 0; i < weights.size(); ++i) {
     const float weight = to_float(weights[i]);
     const float share = importance.empty() ? 1.0F : importance[i];
-    if (magnitude_bits(weight) < kInfinityBits<float> && share > 0) {
-      const auto key = static_cast<std::uint32_t>(compare_key(weight)) ^ kSign;
-      items.push_back(Item{key} << 32 | std::bit_cast<std::uint32_t>(share));
+    Item item = static_cast<std::uint32_t>(compare_key(weight)) ^ kSign;
+    if constexpr (sizeof(Item) > sizeof(std::uint32_t)) {
+      item = item << 32 | std::bit_cast<std::uint32_t>(share);
     }
+    items[n] = item;
+    n += magnitude_bits(weight) < kInfinityBits<float> && share > 0 ? 1 : 0;
   }
+  items.resize(n);
+  return items;
+}
+
+template <typename Item>
+WeightedValues merged(std::vector<Item> items) {
   sort(items);
-  WeightedValues data;
-  data.values.reserve(items.size());
-  data.weights.reserve(items.size());
-  for (std::size_t i = 0; i < items.size();) {
-    const Item key = items[i] >> 32;
+  WeightedValues data{std::vector<double>(items.size()), std::vector<double>(items.size()), {}};
+  std::size_t n = 0;
+  for (std::size_t i = 0; i < items.size(); ++n) {
+    const std::uint32_t key = item_key(items[i]);
     double total = 0;
-    for (; i < items.size() && items[i] >> 32 == key; ++i) {
-      total += std::bit_cast<float>(static_cast<std::uint32_t>(items[i]));
+    for (; i < items.size() && item_key(items[i]) == key; ++i) {
+      total += item_share(items[i]);
     }
-    data.values.push_back(
-        value_of<float>(static_cast<std::int32_t>(static_cast<std::uint32_t>(key) ^ kSign)));
-    data.weights.push_back(total);
+    data.values[n] = value_of<float>(static_cast<std::int32_t>(key ^ kSign));
+    data.weights[n] = total;
   }
+  data.values.resize(n);
+  data.weights.resize(n);
   return data;
+}
+
+template <typename T>
+WeightedValues sorted_values(std::span<const T> weights, std::span<const float> importance) {
+  return importance.empty() ? merged(items_of<std::uint32_t>(weights, importance))
+                            : merged(items_of<std::uint64_t>(weights, importance));
 }
 
 // The total importance of each half. Pieces are cut by size, so that the order of the additions is
@@ -143,7 +171,7 @@ WeightedValues DistinctValues::collect(std::span<const Half> weights, std::vecto
       word |= bit;
     }
   }
-  WeightedValues data{std::vector<double>(n), std::vector<double>(n)};
+  WeightedValues data{std::vector<double>(n), std::vector<double>(n), {}};
   std::size_t next = 0;
   for (std::size_t i = 0; i < occupied_.size(); ++i) {
     for (std::uint64_t word = std::exchange(occupied_[i], 0); word != 0; word &= word - 1) {

@@ -10,9 +10,13 @@
 namespace milpress {
 
 /// Distinct values in ascending order, each with the total importance of the weights that have it.
+/// Neighbours that stay together can be a clump, which has their mean as its value.
 struct WeightedValues {
   std::vector<double> values;
   std::vector<double> weights;  // > 0
+  std::vector<double> spreads;  // squared errors of clumps around their means; empty if all are 0
+
+  double spread(std::size_t i) const { return spreads.empty() ? 0 : spreads[i]; }
 };
 
 /// The distinct finite values of `weights` and how many weights have each; both zeros are one

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <limits>
 #include <map>
+#include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -13,8 +14,10 @@
 
 #include "core/half.h"
 #include "core/parallel.h"
+#include "kernels/cluster_cost.h"
 #include "kernels/clusters1d.h"
 #include "kernels/kmeans1d.h"
+#include "kernels/value_buckets.h"
 #include "kernels/value_counts.h"
 
 namespace milpress {
@@ -231,6 +234,169 @@ TEST_CASE_TEMPLATE("the search finds what the dynamic program finds in long rows
       }
     }
   }
+}
+
+double total(const std::vector<double>& terms) {
+  return std::accumulate(terms.begin(), terms.end(), 0.0);
+}
+
+TEST_CASE("buckets hold the values of a row, one by one or in clumps") {
+  std::mt19937 random(10);
+  for (const std::string& shape : kShapes) {
+    const std::vector<float> weights = random_weights<float>(random, 3000, shape);
+    for (const bool weighted : {false, true}) {
+      const std::vector<float> importance =
+          weighted ? random_importance(random, weights.size()) : std::vector<float>();
+      const WeightedValues all = distinct(weights, importance);
+      const ValueBuckets buckets(weights, importance, 256);
+      const WeightedValues& clumps = buckets.clumps();
+      const std::size_t n = clumps.values.size();
+      CAPTURE(shape);
+      CAPTURE(weighted);
+      CHECK(n <= 256);
+      CHECK(std::is_sorted(clumps.values.begin(), clumps.values.end()));
+
+      const WeightedValues single = buckets.opened(std::vector<bool>(n, true));
+      CHECK(single.values == all.values);
+      CHECK(total(single.spreads) == 0);
+      const double tiny = 1e-12;
+      for (std::size_t i = 0; i < all.values.size(); ++i) {
+        CHECK(single.weights[i] == doctest::Approx(all.weights[i]).epsilon(tiny));
+      }
+
+      const double error = squared_error(all, std::vector<std::size_t>{all.values.size()});
+      std::vector<bool> is_open(n);
+      CHECK(buckets.opened(is_open).values.size() == 1);
+      for (int i = 0; i < 4; ++i) {
+        const WeightedValues mixed = buckets.opened(is_open);
+        const std::size_t n_mixed = mixed.values.size();
+        const double mean = mean_of(all, 0, all.values.size());
+        CHECK(std::is_sorted(mixed.values.begin(), mixed.values.end()));
+        CHECK(total(mixed.weights) == doctest::Approx(total(all.weights)).epsilon(tiny));
+        CHECK(mean_of(mixed, 0, n_mixed) == doctest::Approx(mean).epsilon(1e-9));
+        CHECK(TreeCost(mixed)(0, n_mixed) == doctest::Approx(error).epsilon(1e-9));
+        for (std::size_t j = 0; j < n; ++j) {
+          is_open[j] = random() % 2 == 0;
+        }
+      }
+    }
+  }
+}
+
+// Whether every border of the best clusters of single values lies beside or in an open clump.
+bool covers(const std::vector<bool>& is_open, const WeightedValues& clumps,
+            const WeightedValues& all, const std::vector<std::size_t>& ends) {
+  std::vector<double> weight_to(all.values.size() + 1);
+  std::partial_sum(all.weights.begin(), all.weights.end(), weight_to.begin() + 1);
+  return std::all_of(ends.begin(), ends.end() - 1, [&](std::size_t end) {
+    double before = 0;
+    std::size_t i = 0;
+    for (; before + clumps.weights[i] < weight_to[end] - 0.5; ++i) {
+      before += clumps.weights[i];
+    }
+    return is_open[i];
+  });
+}
+
+TEST_CASE("the outline leaves no border of the best clusters out, and most clumps closed") {
+  std::mt19937 random(11);
+  for (const std::string shape : {"bell", "uniform", "clusters", "heavy tails"}) {
+    for (const std::size_t k : {2, 3, 8, 16}) {
+      for (const std::size_t n_buckets : {64U, 512U, 4096U}) {
+        const std::vector<float> weights = random_weights<float>(random, 20'000, shape);
+        const WeightedValues all = distinct(weights, {});
+        const ValueBuckets buckets(weights, {}, n_buckets);
+        const Outline outline = ClusterSearch().outline(buckets.clumps(), k, buckets.range());
+        CAPTURE(shape);
+        CAPTURE(k);
+        CAPTURE(n_buckets);
+        const std::vector<std::size_t> ends = optimal_clusters_by_dynamic_program(all, k);
+        CHECK(covers(outline.may_be_cut, buckets.clumps(), all, ends));
+        if (n_buckets == 4096 && shape != "heavy tails") {
+          const auto n_open =
+              std::count(outline.may_be_cut.begin(), outline.may_be_cut.end(), true);
+          CHECK(n_open < 4096 / 8);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("a long row of floats gets the table that sorting all of it gives") {
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  std::mt19937 random(12);
+  for (const std::string& shape : kShapes) {
+    for (const std::size_t n : {3000U, 40'000U}) {
+      for (const std::size_t k : {2, 4, 11, 16}) {
+        const std::vector<float> weights = random_weights<float>(random, n, shape);
+        for (const bool weighted : {false, true}) {
+          std::vector<float> importance =
+              weighted ? random_importance(random, n) : std::vector<float>();
+          const std::vector<float> lut = fitted(weights, importance, k);
+          std::vector<float> with_nan = weights;  // which has no buckets
+          with_nan.push_back(kNaN);
+          importance.resize(weighted ? n + 1 : 0);
+          CAPTURE(shape);
+          CAPTURE(n);
+          CAPTURE(k);
+          CAPTURE(weighted);
+          CHECK(fitted(with_nan, importance, k) == lut);
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("a row of several pieces gets the same table on any thread count") {
+  std::mt19937 random(13);
+  const std::vector<float> weights = random_weights<float>(random, 2'500'000, "bell");
+  const std::size_t before = set_thread_limit(1);
+  const std::vector<float> alone = fitted(weights, {}, 16);
+  set_thread_limit(4);
+  CHECK(fitted(weights, {}, 16) == alone);
+  set_thread_limit(before);
+}
+
+TEST_CASE("the fast cost is within its bound of the accurate one, and the bound is small") {
+  std::mt19937 random(14);
+  for (const std::string& shape : kShapes) {
+    for (const bool weighted : {false, true}) {
+      const std::vector<float> weights = random_weights<float>(random, 20'000, shape);
+      const WeightedValues data = distinct(
+          weights, weighted ? random_importance(random, weights.size()) : std::vector<float>());
+      const std::size_t n = data.values.size();
+      const PrefixCost fast(data);
+      const TreeCost accurate(data);
+      const PrefixCost mirror = fast.mirrored();
+      std::vector<std::size_t> ends = {n};
+      for (std::size_t j = 1; j < std::min<std::size_t>(n, 60); ++j) {
+        ends.push_back(j * n / 60);
+      }
+      std::sort(ends.begin(), ends.end());
+      ends.erase(std::unique(ends.begin(), ends.end()), ends.end());
+      ends.erase(std::remove(ends.begin(), ends.end(), 0U), ends.end());
+      double difference = 0;
+      std::size_t begin = 0;
+      for (const std::size_t end : ends) {
+        difference += std::abs(fast(begin, end) - accurate(begin, end));
+        CHECK(mirror(n - end, n - begin) == fast(begin, end));
+        CHECK(accurate.mirrored()(n - end, n - begin) ==
+              doctest::Approx(accurate(begin, end)).epsilon(1e-9));
+        begin = end;
+      }
+      CAPTURE(shape);
+      CAPTURE(weighted);
+      CHECK(difference <= fast.error_bound(ends));
+    }
+  }
+  // Outliers take up most of the range and a few of many clusters.
+  std::vector<float> weights = random_weights<float>(random, 20'000, "bell");
+  for (std::size_t i = 0; i < 200; ++i) {
+    weights[i * 100] *= 100;
+  }
+  const WeightedValues data = distinct(weights, {});
+  const std::vector<std::size_t> ends = optimal_clusters(data, 256);
+  CHECK(PrefixCost(data).error_bound(ends) < 1e-7 * squared_error(data, ends));
 }
 
 std::vector<float> random_powers(std::mt19937& random, std::size_t n, float low, float high) {
