@@ -51,7 +51,7 @@ template <typename T>
 struct Thresholds {
   using Limits = std::numeric_limits<WeightKey<T>>;
 
-  std::array<WeightKey<T>, kMaxEntries - 1> keys;
+  std::array<WeightKey<T>, kMaxEntries> keys;
   std::size_t count;
 
   explicit Thresholds(std::span<const T> lut) : count(lut.size() - 1) {
@@ -146,9 +146,66 @@ MILPRESS_VECTORIZE void look_up_keys(std::span<const std::uint8_t> table,
   }
 }
 
+// The upper half of a float's key, counted from the lowest.
+inline std::uint16_t prefix_of(float weight) {
+  return static_cast<std::uint16_t>((compare_key(weight) >> 16) + 0x8000);
+}
+
+// For each prefix, how many thresholds lie below all floats that have it.
+struct PrefixTable {
+  std::vector<std::uint8_t> below = std::vector<std::uint8_t>(std::size_t{1} << 16);
+  std::size_t most_within = 0;  // thresholds that one prefix has
+
+  explicit PrefixTable(const Thresholds<float>& thresholds) {
+    std::size_t begin = 0;
+    std::size_t within = 0;
+    for (std::size_t j = 0; j < thresholds.count; ++j) {
+      const std::size_t prefix = prefix_of(thresholds.keys[j]);
+      within = j > 0 && prefix + 1 == begin ? within + 1 : 1;
+      most_within = std::max(most_within, within);
+      std::fill(below.begin() + begin, below.begin() + prefix + 1, static_cast<std::uint8_t>(j));
+      begin = prefix + 1;
+    }
+    std::fill(below.begin() + begin, below.end(), static_cast<std::uint8_t>(thresholds.count));
+  }
+};
+
+template <std::size_t N>
+MILPRESS_VECTORIZE void look_up_prefixes(const PrefixTable& table,
+                                         const Thresholds<float>& thresholds,
+                                         std::span<const float> weights,
+                                         std::span<std::uint8_t> codes) {
+  std::array<std::uint16_t, kChunk> prefixes;
+  for (std::size_t begin = 0; begin < weights.size(); begin += kChunk) {
+    const std::size_t n = std::min(kChunk, weights.size() - begin);
+    prefetch(weights, begin + kChunk, kChunk);
+    for (std::size_t i = 0; i < n; ++i) {
+      prefixes[i] = prefix_of(weights[begin + i]);
+    }
+    for (std::size_t i = 0; i < n; ++i) {
+      std::size_t below = table.below[prefixes[i]];
+      for (std::size_t j = 0; j < N; ++j) {
+        below += thresholds.keys[below] < weights[begin + i] ? 1 : 0;
+      }
+      codes[begin + i] = static_cast<std::uint8_t>(below);
+    }
+  }
+}
+
 void assign(std::span<const float> lut, std::span<const float> weights,
             std::span<std::uint8_t> codes) {
-  count_or_search(Thresholds<float>(lut), weights, codes);
+  constexpr std::size_t kPrefixesMin = 65'536;  // weights that pay for a table of prefixes
+  const Thresholds<float> thresholds(lut);
+  if (lut.size() > kMaxCounted && weights.size() >= kPrefixesMin) {
+    const PrefixTable table(thresholds);
+    if (table.most_within <= 2) {
+      return look_up_prefixes<2>(table, thresholds, weights, codes);
+    }
+    if (table.most_within <= 6) {
+      return look_up_prefixes<6>(table, thresholds, weights, codes);
+    }
+  }
+  count_or_search(thresholds, weights, codes);
 }
 
 void assign(std::span<const Half> lut, std::span<const Half> weights,

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "core/keys.h"
 #include "core/parallel.h"
@@ -115,6 +117,12 @@ void merge(WeightedValues& data, double value, double weight, double spread) {
   total = both;
 }
 
+// Empty if `elements` are.
+template <typename T>
+std::span<T> part_of(std::span<T> elements, std::size_t begin, std::size_t end) {
+  return elements.empty() ? elements : elements.subspan(begin, end - begin);
+}
+
 std::size_t piece_length(std::size_t n) { return std::max(kPiece, n / kMaxPieces + 1); }
 
 Range range_of(std::span<const float> weights) {
@@ -129,38 +137,105 @@ Range range_of(std::span<const float> weights) {
   return range;
 }
 
-// Pieces are cut by size, so that the order of the additions is fixed.
-std::vector<Bucket> filled_buckets(const BucketScale& scale, std::span<const float> weights,
-                                   std::span<const float> importance) {
-  std::vector<Bucket> all(2 * static_cast<std::size_t>(scale.n_half));
-  for (std::size_t i = 0; i < all.size(); ++i) {
-    all[i].origin = origin_of(scale, i);
+// Adds values to their buckets, which begin with that of index `first`.
+void fill(const BucketScale& scale, std::span<const float> weights,
+          std::span<const float> importance, std::size_t first, std::span<Bucket> buckets) {
+  std::array<std::int32_t, kChunk> places;
+  for (std::size_t begin = 0; begin < weights.size(); begin += kChunk) {
+    const std::size_t n = std::min(kChunk, weights.size() - begin);
+    find_buckets(scale, weights.data() + begin, n, places.data());
+    for (std::size_t i = 0; i < n; ++i) {
+      Bucket& bucket = buckets[static_cast<std::size_t>(places[i]) - first];
+      const double share = importance.empty() ? 1 : importance[begin + i];
+      const double distance = weights[begin + i] - bucket.origin;
+      bucket.weight += share;
+      bucket.first += share * distance;
+      bucket.second += share * distance * distance;
+    }
   }
-  const auto fill = [&](std::size_t first, std::size_t last) {
-    std::vector<Bucket> buckets = all;
+}
+
+// Pieces of the row have buckets of their own, which are added up in one order.
+void fill_by_pieces(const BucketScale& scale, std::span<const float> weights,
+                    std::span<const float> importance, std::span<Bucket> buckets) {
+  const auto filled = [&](std::size_t begin, std::size_t end) {
+    std::vector<Bucket> part(buckets.begin(), buckets.end());
+    fill(scale, part_of(weights, begin, end), part_of(importance, begin, end), 0, part);
+    return part;
+  };
+  for (const auto& part : parallel_map(weights.size(), piece_length(weights.size()), filled)) {
+    for (std::size_t i = 0; i < buckets.size(); ++i) {
+      buckets[i].weight += part[i].weight;
+      buckets[i].first += part[i].first;
+      buckets[i].second += part[i].second;
+    }
+  }
+}
+
+// Values are brought together first by groups of buckets that fit in a cache, in the order of the
+// row.
+void fill_by_groups(const BucketScale& scale, std::span<const float> weights,
+                    std::span<const float> importance, std::span<Bucket> buckets) {
+  constexpr std::size_t kGroups = 256;
+  using Positions = std::array<std::size_t, kGroups>;
+  const std::size_t group_size = std::bit_ceil((buckets.size() + kGroups - 1) / kGroups);
+  const int shift = std::countr_zero(group_size);
+  const std::size_t length = piece_length(weights.size());
+  const auto each = [&](std::size_t first, std::size_t last, const auto& act) {
     std::array<std::int32_t, kChunk> places;
     for (std::size_t begin = first; begin < last; begin += kChunk) {
       const std::size_t n = std::min(kChunk, last - begin);
       find_buckets(scale, weights.data() + begin, n, places.data());
       for (std::size_t i = 0; i < n; ++i) {
-        Bucket& bucket = buckets[static_cast<std::size_t>(places[i])];
-        const double share = importance.empty() ? 1 : importance[begin + i];
-        const double distance = weights[begin + i] - bucket.origin;
-        bucket.weight += share;
-        bucket.first += share * distance;
-        bucket.second += share * distance * distance;
+        act(static_cast<std::size_t>(places[i]) >> shift, begin + i);
       }
     }
-    return buckets;
   };
-  for (const auto& piece : parallel_map(weights.size(), piece_length(weights.size()), fill)) {
-    for (std::size_t i = 0; i < all.size(); ++i) {
-      all[i].weight += piece[i].weight;
-      all[i].first += piece[i].first;
-      all[i].second += piece[i].second;
+  std::vector<Positions> positions =
+      parallel_map(weights.size(), length, [&](std::size_t begin, std::size_t end) {
+        Positions counts{};
+        each(begin, end, [&](std::size_t group, std::size_t) { ++counts[group]; });
+        return counts;
+      });
+  Positions ends;
+  std::size_t next = 0;
+  for (std::size_t group = 0; group < kGroups; ++group) {
+    for (Positions& piece : positions) {
+      next += std::exchange(piece[group], next);
     }
+    ends[group] = next;
   }
-  return all;
+  std::vector<float> grouped(weights.size());
+  std::vector<float> grouped_importance(importance.size());
+  parallel_for(weights.size(), length, [&](std::size_t begin, std::size_t end) {
+    Positions& position = positions[begin / length];
+    each(begin, end, [&](std::size_t group, std::size_t i) {
+      const std::size_t place = position[group]++;
+      grouped[place] = weights[i];
+      if (!importance.empty()) {
+        grouped_importance[place] = importance[i];
+      }
+    });
+  });
+  parallel_for(kGroups, 1, [&](std::size_t group, std::size_t) {
+    const std::size_t begin = group == 0 ? 0 : ends[group - 1];
+    const std::size_t first = std::min(group * group_size, buckets.size());
+    fill(scale, part_of(std::span<const float>(grouped), begin, ends[group]),
+         part_of(std::span<const float>(grouped_importance), begin, ends[group]), first,
+         part_of(buckets, first, std::min(first + group_size, buckets.size())));
+  });
+}
+
+std::vector<Bucket> filled_buckets(const BucketScale& scale, std::span<const float> weights,
+                                   std::span<const float> importance) {
+  constexpr std::size_t kCached = std::size_t{1} << 14;  // buckets
+  std::vector<Bucket> buckets(2 * static_cast<std::size_t>(scale.n_half));
+  for (std::size_t i = 0; i < buckets.size(); ++i) {
+    buckets[i].origin = origin_of(scale, i);
+  }
+  const auto fill_all = buckets.size() <= kCached ? fill_by_pieces : fill_by_groups;
+  fill_all(scale, weights, importance, buckets);
+  return buckets;
 }
 
 struct Taken {

@@ -153,6 +153,35 @@ TEST_CASE_TEMPLATE("a row longer than a piece gives the same codes on any thread
   }
 }
 
+TEST_CASE("a long row of floats, looked up by prefixes, gets the codes that its parts get") {
+  std::mt19937 random(9);
+  // From 1 to 2 the upper half of a float changes every 2^-7.
+  for (const std::size_t per_prefix : {1U, 2U, 3U, 6U, 7U, 40U}) {
+    std::vector<float> lut = {-kInfinity, -kInfinity, -2.0F, 0.0F, 0.0F};
+    while (lut.size() < 62) {
+      lut.push_back(1 + static_cast<float>(lut.size()) * 0x1p-7F / static_cast<float>(per_prefix));
+    }
+    lut.insert(lut.end(), {kInfinity, kInfinity});
+    std::vector<float> weights;
+    while (weights.size() < 70'000) {
+      const float entry = lut[random() % lut.size()];
+      const float midpoint = (entry + lut[random() % lut.size()]) / 2;
+      const std::vector<float> near = random_weights(random, 4, Shape::kSpecial);
+      weights.insert(weights.end(), near.begin(), near.end());
+      weights.insert(weights.end(), {entry, midpoint, std::nextafter(midpoint, kInfinity),
+                                     std::nextafter(midpoint, -kInfinity)});
+    }
+    weights.resize(70'000);
+    std::vector<float> luts;
+    constexpr std::size_t kRows = 10;
+    for (std::size_t row = 0; row < kRows; ++row) {
+      luts.insert(luts.end(), lut.begin(), lut.end());
+    }
+    CAPTURE(per_prefix);
+    CHECK(assigned(weights, lut, 1) == assigned(weights, luts, kRows));
+  }
+}
+
 TEST_CASE("every half gets its code, infinite and equal entries included") {
   std::vector<Half> weights;
   for (std::uint32_t bits = 0; bits < 0x10000; ++bits) {
