@@ -420,7 +420,8 @@ def test_a_destination_is_never_the_source_nor_another_folder(tmp_path):
 def test_weights_without_values_are_left_with_a_way_out():
     palettizer = optimizer(on_meta(Tied), GROUPED)
     palettizer.compress()
-    assert set(palettizer.report().left) == {"words.weight", "layers.0.weight", "computed.weight"}
+    weights = {name for name, p in on_meta(Tied).named_parameters() if p.ndim > 1}
+    assert set(palettizer.report().left) == weights
     assert "compress_checkpoint takes them from files" in palettizer.report().left["words.weight"]
 
 

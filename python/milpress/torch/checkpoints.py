@@ -149,6 +149,9 @@ class _Streaming:
     def _compress(self, number: int, writer: ShardWriter) -> None:
         """Compress a parameter; write what its buffers are to be, and let its values wait."""
         group = self._groups[number]
+        if asking(group).reason:
+            self._settle(number, *compress_together(group, self._treat))
+            return
         names = self._names[id(group[0].weight.tensor)]
         with self._loaded(group, names[-1]) as parameter:
             row, report = compress_together(group, self._treat)
