@@ -20,6 +20,7 @@ from milpress.errors import (
     DestinationError,
     PackageError,
     PackageNotFoundError,
+    StorageError,
 )
 from milpress.torch import _metadata, load_compressed
 from milpress.torch._safetensors import Shard, ShardWriter
@@ -401,6 +402,27 @@ def test_a_destination_is_replaced_if_that_is_said(n_shards, tmp_path):
     optimizer(on_meta(Tied), CODES["channels"]).compress_checkpoint(source, out, force=True)
     loaded = load_compressed(on_meta(Tied), out)
     assert "_COREML_/weight/quantization_scale" in dict(loaded.words.named_buffers())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_a_folder_comes_back_if_its_successor_can_not_take_its_place(tmp_path, monkeypatch):
+    source = save(named_once(built(Tied)), tmp_path / "in", 2)
+    palettizer = optimizer(on_meta(Tied), GROUPED)
+    palettizer.compress_checkpoint(source, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    original = Path.rename
+
+    def refusing(path, target):
+        if Path(target).name == "out" and (path / SECOND).read_bytes() != before[SECOND]:
+            raise PermissionError(13, "Permission denied", str(target))
+        return original(path, target)
+
+    monkeypatch.setattr(Path, "rename", refusing)
+    with pytest.raises(StorageError, match="Permission denied"):
+        optimizer(on_meta(Tied), CODES["channels"]).compress_checkpoint(
+            source, tmp_path / "out", force=True
+        )
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
