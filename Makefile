@@ -49,6 +49,7 @@ $(VENV)/models.stamp: $(VENV)/install.stamp
 
 $(VENV)/test.stamp: $(VENV)/models.stamp
 	$(PIP) --group test
+	$(PIP) --no-deps --group zoo
 	touch $@
 
 $(VENV)/bench.stamp: $(VENV)/test.stamp

@@ -123,8 +123,10 @@ def fill(module: types.ModuleType, peer: str) -> None:
     """Execute in `module` the tests that it names, so that failures show the wheel's own lines."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        import coremltools  # noqa: F401 - looks for torchvision, which must not be the stub
+        import coremltools._deps  # looks for torchvision, which must not be the stub
 
+        # Where transformers is installed, a module of the tests imports peft too.
+        coremltools._deps._HAS_HF = False
         path = Path(importlib.util.find_spec(module.PEER).origin)
         source = path.read_bytes()
         tree = ast.parse(source, filename=str(path))

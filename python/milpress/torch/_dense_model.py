@@ -5,18 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
+from torch.utils import _pytree
 
-from milpress.errors import ConfigTypeError
 from milpress.torch import _metadata
+from milpress.torch._frontends.converting import Frontend, converted
 from milpress.torch._modes import evaluating
-from milpress.torch.registration import RECURRENT
-
-Frontend: TypeAlias = Literal["export", "trace"]
 
 # These would fold another op into a weight, which then is not what was compressed.
 _FOLDING_PASSES = {"common::fuse_conv_batchnorm", "common::fuse_conv_scale"}
@@ -28,8 +25,13 @@ def dense_model(
     frontend: Frontend | None,
     dynamic_shapes: Any,
     settings: dict[str, Any],
-) -> Any:
-    """Convert a module without what its buffers say of compression."""
+) -> tuple[Any, tuple[str, ...]]:
+    """Convert a module without what its buffers say of compression.
+
+    Returns
+    -------
+    The model, and what its report is to say of the conversion.
+    """
     import coremltools as ct
 
     settings = {
@@ -45,18 +47,9 @@ def dense_model(
     if any(_is_foreign(parameter) for parameter in module.parameters()):
         # Every smaller type is exact in float32, which is what coremltools converts best.
         module = copy.deepcopy(module).float().cpu()
-        example_inputs = tuple(_widened(item) for item in example_inputs)
-    if frontend is None:
-        recurrent = any(isinstance(part, RECURRENT) for part in module.modules())
-        frontend = "trace" if recurrent else "export"
-    with _uncompressed(module):
-        if frontend == "export":
-            exported = torch.export.export(module, example_inputs, dynamic_shapes=dynamic_shapes)
-            return ct.convert(exported.run_decompositions({}), **settings)
-        traced = torch.jit.trace(module, example_inputs)  # type: ignore[no-untyped-call]
-        if "inputs" not in settings:
-            settings["inputs"] = [_tensor_type(ct, item) for item in example_inputs]
-        return ct.convert(traced, **settings)
+        example_inputs = _pytree.tree_map(_widened, example_inputs)
+    with _uncompressed(module), torch.no_grad():
+        return converted(module, example_inputs, frontend, dynamic_shapes, settings)
 
 
 def _is_foreign(tensor: torch.Tensor) -> bool:
@@ -69,14 +62,6 @@ def _widened(item: Any) -> Any:
     if not isinstance(item, torch.Tensor):
         return item
     return item.float().cpu() if item.is_floating_point() else item.cpu()
-
-
-def _tensor_type(ct: Any, item: Any) -> Any:
-    if not isinstance(item, torch.Tensor):
-        msg = f"example_inputs must be tensors to be traced, got {type(item).__name__}"
-        raise ConfigTypeError(msg)
-    kind = np.float32 if item.is_floating_point() else np.int32
-    return ct.TensorType(shape=tuple(item.shape), dtype=kind)
 
 
 @contextlib.contextmanager

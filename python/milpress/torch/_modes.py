@@ -22,6 +22,25 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextlib.contextmanager
+def keeping_buffers(model: nn.Module) -> Iterator[list[str]]:
+    """Have a model write to its buffers, then give them the values that they had.
+
+    Yields
+    ------
+    A list that holds the names of those written to, after the block.
+    """
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    written: list[str] = []
+    try:
+        yield written
+    finally:
+        for name, buffer in model.named_buffers():
+            if not torch.equal(buffer, before[name]):
+                buffer.copy_(before[name])
+                written.append(name)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Return where the first parameter of a model is."""
     first = next(model.parameters(), None)

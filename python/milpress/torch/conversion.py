@@ -27,7 +27,8 @@ from milpress.torch._converted_weights import (
     needs_ios18,
     replacement,
 )
-from milpress.torch._dense_model import Frontend, dense_model
+from milpress.torch._dense_model import dense_model
+from milpress.torch._frontends.converting import Frontend
 from milpress.torch._lifecycle import check_finalized
 
 __all__ = ["convert"]
@@ -105,11 +106,11 @@ def convert(
         raise UnsupportedError(msg)
     if "minimum_deployment_target" in settings:
         _check_target(settings["minimum_deployment_target"], compressed)
-    dense = dense_model(module, example_inputs, frontend, dynamic_shapes, settings)
+    dense, notes = dense_model(module, example_inputs, frontend, dynamic_shapes, settings)
     with shown(progress) as note:
         write = functools.partial(_write, opened(dense), compressed, note)
         model, report = written(dense, destination, write, load=load)
-    model.compression_report = replace(report, seconds=time.perf_counter() - started)
+    model.compression_report = replace(report, notes=notes, seconds=time.perf_counter() - started)
     return model
 
 
