@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 import milpress as cto
-from milpress.errors import ConfigError, UnsupportedError
+from milpress.errors import ConfigError
 from milpress.torch import _metadata
 from milpress.torch._module_weights import ModuleWeight
 from milpress.torch.quantization import _fake_quantize
@@ -306,27 +306,6 @@ def test_tied_weights_are_rounded_alike():
     assert finalized.get_submodule("0").weight is finalized.get_submodule("2").weight
     x = torch.randn(3, 8)
     torch.testing.assert_close(finalized(x), model.eval()(x))
-
-
-def test_what_torch_cannot_trace_is_an_error_that_says_what_to_do():
-    class Branches(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.linear(x) if x.sum() > 0 else x
-
-    net = nn.Sequential(Branches(), nn.Linear(4, 4))
-    x = torch.randn(2, 4)
-    with pytest.raises(
-        UnsupportedError, match=r"torch\.fx can't trace the model: .* in non_traceable_module_names"
-    ):
-        Q.LinearQuantizer(net).prepare((x,))
-    config = Q.LinearQuantizerConfig(non_traceable_module_names=["0"])
-    model = Q.LinearQuantizer(net, config).prepare((x,))
-    assert not hasattr(model.get_submodule("0").linear, "weight_fake_quant")
-    assert model(x).shape == (2, 4)
 
 
 def test_what_is_to_be_preserved_is_on_each_of_the_models():

@@ -239,6 +239,98 @@ def test_the_state_of_a_palettizer_has_names_of_coremltools_and_tensors_alone():
     assert all(isinstance(value, torch.Tensor) for value in ours.values())
 
 
+class Held(nn.Module):
+    """Weights that layers hold, and weights that none does or that are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.named = nn.Linear(64, 64), nn.Linear(64, 64)
+        self.tied = nn.Linear(64, 64)
+        self.tied.weight = self.layer.weight
+        self.small = nn.Linear(64, 2)
+        self.place = nn.Parameter(torch.zeros(1, 64))
+        self.product = nn.Bilinear(64, 64, 4)
+        self.old_norm = nn.utils.weight_norm(nn.Linear(64, 64))
+        self.new_norm = nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
+        self.spectral = nn.utils.spectral_norm(nn.Linear(64, 64))
+        self.up = nn.ConvTranspose1d(64, 64, 1)
+        self.recurrent = nn.LSTM(64, 64)
+
+    def forward(self, x):
+        x = self.tied(self.named(self.layer(x) + self.place))
+        x = self.spectral(self.new_norm(self.old_norm(x)))
+        x = self.recurrent(self.up(x[..., None])[..., 0])[0]
+        return self.small(x) + self.product(x, x)[:, :2]
+
+
+COMPUTED = {
+    "old_norm.weight_g",
+    "old_norm.weight_v",
+    "new_norm.parametrizations.weight.original0",
+    "new_norm.parametrizations.weight.original1",
+    "spectral.weight_orig",
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+@pytest.mark.parametrize("maker", [pruner, palettizer, quantizer])
+def test_a_report_names_each_weight_that_is_left_and_why(maker):
+    optimizer = maker(Held(), weight_threshold=200) if maker is palettizer else maker(Held())
+    optimizer._config.set_module_name("named", None)
+    x = torch.randn(2, 64)
+    is_quantizer = maker is quantizer
+    model = optimizer.prepare((x,)) if is_quantizer else optimizer.prepare()
+    for _ in range(3):
+        model(x).sum().backward()
+        optimizer.step()
+    report = optimizer.report()
+    assert {name for name in report.left if "computes its weight" in report.left[name]} == COMPUTED
+    others = {"place", "product.weight"}
+    if not is_quantizer:
+        others |= {"recurrent.weight_ih_l0", "recurrent.weight_hh_l0"}
+    assert {name for name in report.left if "no layer whose weights" in report.left[name]} == others
+    rest = report.left.keys() - COMPUTED - others
+    assert rest == ({"small.weight"} if maker is palettizer else set())
+    assert all("weight_threshold" in report.left[name] for name in rest)
+    # Each weight has one line: it is left, not asked for, or compressed.
+    finalized = optimizer.finalize()
+    done = [weight.name for weight in report.weights if weight.status == "compressed"]
+    assert "layer.weight" in done
+    assert "tied.weight" not in done
+    buffers = dict(finalized.named_buffers())
+    for name in done:
+        holder, _, own_name = name.rpartition(".")
+        prefix = "_MILPRESS_" if holder == "recurrent" else "_COREML_"
+        assert f"{holder}.{prefix}/{own_name}/compression_type" in buffers
+    names = {name for name, p in Held().named_parameters() if p.ndim > 1}
+    assert names == {*done, *report.left, "named.weight"}
+    assert f"Compressed {len(done)} of {len(done) + len(report.left)}" in report.summary
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning")
+def test_the_default_of_the_palettizer_leaves_no_kind_of_layer_without_a_word():
+    optimizer = cto.torch.palettization.DKMPalettizer(Held())
+    optimizer.prepare()
+    left = optimizer.report().left
+    assert left["up.weight"] == "the default says nothing of ConvTranspose1d"
+    assert "weight_threshold" in left["small.weight"]
+
+
+def test_a_weight_that_finalize_leaves_is_in_the_report():
+    for maker in (palettizer, quantizer):
+        optimizer = maker(net())
+        model = prepare(optimizer)
+        x = torch.randn(2, *SHAPE)
+        model(x)
+        optimizer.step()
+        optimizer.step()
+        model(x)
+        with torch.no_grad():
+            model.get_submodule("first").weight[0] = torch.nan
+        optimizer.finalize()
+        assert list(optimizer.report().left) == ["first.weight"]
+
+
 def test_pruning_is_prepared_last_and_finalized_last():
     for maker in (palettizer, quantizer):
         pruned = pruner(net()).prepare()

@@ -132,13 +132,14 @@ def compress_faked(
     weights: Sequence[ModuleWeight],
     treat: Treat,
     progress: Progress | bool | None = None,
-) -> None:
+) -> Report:
     """Compress weights as the layers do that faked it in training, and take these layers out."""
     names = [f"{weight.parameter_name}_fake_quant" for weight in weights]
     tasks = [Task(w, getattr(w.module, name)) for w, name in zip(weights, names, strict=True)]
-    compress_weights(model, tasks, treat, progress)
+    report = compress_weights(model, tasks, treat, progress)
     for weight, name in zip(weights, names, strict=True):
         delattr(weight.module, name)
+    return report
 
 
 def tied(tasks: Iterable[Task]) -> list[list[Task]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,6 +40,16 @@ def keeping_buffers(model: nn.Module) -> Iterator[list[str]]:
             if not torch.equal(buffer, before[name]):
                 buffer.copy_(before[name])
                 written.append(name)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """Return a copy of a model, without the history of weights that its hooks have computed."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 def device_of(model: nn.Module) -> torch.device:

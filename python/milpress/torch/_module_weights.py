@@ -105,10 +105,11 @@ def others_of(
             if is_weight and parameter.ndim > 1 and id(parameter) not in known:
                 known.add(id(parameter))
                 weight = ModuleWeight(name, module, parameter_name)
-                yield weight, _why_other(weight)
+                yield weight, why_other(weight)
 
 
-def _why_other(weight: ModuleWeight) -> str:
+def why_other(weight: ModuleWeight) -> str:
+    """Return why a parameter is none of the weights that are known of its module."""
     module = weight.module
     kind = type(module).__name__
     if isinstance(module, parametrize.ParametrizationList):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +14,7 @@ from milpress.errors import ConfigError, ConfigTypeError
 from milpress.progress import Progress
 from milpress.torch import _lifecycle, _metadata
 from milpress.torch._compression import Task
+from milpress.torch._modes import copied
 from milpress.torch._module_weights import ModuleWeight, others_of, weights_of
 from milpress.torch._report import Report
 from milpress.torch._substitution import Substitution, ZerosKept, places, plain
@@ -66,21 +66,11 @@ class BaseModelOptimizer(ABC):
         return (*self._supported_modules, *registered())
 
     def _get_model_for_compression(self, inplace: bool) -> torch.nn.Module:
-        return self._source if inplace else _copied(self._source)
+        return self._source if inplace else copied(self._source)
 
     def _warn_of_typos(self) -> None:
         for key in self._config.unmatched(self._model.named_modules()):
             _logger.warning("the config names %r, which nothing in the model matches", key)
-
-
-def _copied(model: torch.nn.Module) -> torch.nn.Module:
-    """Return a copy of a model, with such tensors in its modules that torch refuses to copy.
-
-    They were computed of parameters, as by ``torch.nn.utils.weight_norm``.
-    """
-    held = (value for module in model.modules() for value in vars(module).values())
-    computed = [t for t in held if isinstance(t, torch.Tensor) and not t.is_leaf]
-    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
 
 
 def _is_of_coremltools(config: Any, name: str) -> bool:
@@ -154,6 +144,8 @@ class BaseTrainingTimeModelOptimizer(BaseModelOptimizer):
         super().__init__(model, config)
         self._step_count = 0
         self._has_changed_model = False
+        # The weights that the last call of `finalize` has left, and why.
+        self._unfinished: dict[str, str] = {}
 
     @abstractmethod
     def prepare(self, *args: Any, inplace: bool = False, **kwargs: Any) -> torch.nn.Module:
@@ -216,7 +208,7 @@ class BaseTrainingTimeModelOptimizer(BaseModelOptimizer):
         model = plain(_lifecycle.latest(self._model) if model is None else model)
         if self._has_changed_model:
             _lifecycle.check_prepared(model, self._purpose)
-        finalized = model if inplace else copy.deepcopy(model)
+        finalized = model if inplace else copied(model)
         for module in finalized.modules():
             for hook in ZerosKept.of(module):
                 if hook.purpose == self._purpose:

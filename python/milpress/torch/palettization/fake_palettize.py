@@ -100,6 +100,14 @@ class FakePalettize(Fake):
         """Whether it has tables, and is enabled."""
         return self._enabled and self._begun
 
+    @property
+    def n_bytes(self) -> int:
+        """Size of indices, tables and scales, where tables are of 16 bits."""
+        n_bits = math.prod(self.shape) // self.cluster_dim * self.n_bits
+        scale = self.per_channel_scaling_factor
+        n_floats = self.centroids.numel() + (0 if scale is None else scale.numel())
+        return math.ceil(n_bits / 8) + 2 * n_floats
+
     def enable_fake_palett(self, enabled: bool = True) -> None:
         """Let it palettize, or not."""
         self.fake_palett_enabled.fill_(int(enabled))

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from milpress.compression.report import WeightReport
 from milpress.errors import UnsupportedError
 from milpress.progress import Progress
+from milpress.recipe import describe
 from milpress.torch import _lifecycle
 from milpress.torch._compression import WeightOutcome, compress_faked
+from milpress.torch._left import left_weights, prepared, trained
 from milpress.torch._module_weights import ModuleWeight, attention_around, weights_of
 from milpress.torch._report import Report
 from milpress.torch._substitution import Substitution, places
@@ -129,17 +132,25 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
                 _Palettized(path, tuple(names)).attach(host)
         return self._take(self._model.train())
 
-    def _chosen(self, weights: list[ModuleWeight]) -> Any:
-        """Return the config of a module: of a list, that of the greatest threshold exceeded."""
-        name, module = weights[0].module_name, weights[0].module
+    def _configs(self, weight: ModuleWeight) -> list[Any]:
+        """Return the configs for a module, of which its size chooses one."""
+        name, module = weight.module_name, weight.module
         config = self._config.get_module_config(name, module)
         attention = attention_around(self._model, name)
         if attention and config is None and not self._config.is_named(name):
             # Attention as a whole has one config, unless its projection is named by itself.
             config = self._config.get_module_config(*attention)
-        configs = config if isinstance(config, list) else [] if config is None else [config]
+        return config if isinstance(config, list) else [] if config is None else [config]
+
+    def _chosen(self, weights: list[ModuleWeight]) -> Any:
+        """Return the config of a module: of a list, that of the greatest threshold exceeded."""
+        configs = self._configs(weights[0])
         size = min(weight.size for weight in weights)
         fitting = [config for config in configs if size > config.weight_threshold]
+        if configs and not fitting:
+            least = configs[0].weight_threshold
+            note = f"it has {size} elements, not more than the weight_threshold of {least}"
+            self.left |= {weight.name: note for weight in weights if weight.tensor is not None}
         return fitting[-1] if fitting else None
 
     def step(self) -> None:
@@ -182,20 +193,39 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
                     hook.detach(host)
             weights = [weight for weight, _ in self._faked(finalized)]
             with masks_lifted(finalized):
-                compress_faked(finalized, weights, _palettized, progress)
+                report = compress_faked(finalized, weights, _palettized, progress)
+            self._unfinished = report.left
         return finalized
 
     def report(self) -> Report:
         """Return a row for each weight that is prepared.
 
         The columns are ``device``, ``error`` (root mean square of what palettization changes now),
-        ``#params`` and ``#dtype``.
+        ``#params`` and ``#dtype``. ``left`` has the weights that are not palettized though they are
+        asked for, and why.
         """
         rows: dict[str, dict[str, Any]] = {}
+        weights: dict[int, WeightReport] = {}
         for weight, fake in self._faked(self._model):
             name = weight.name if weight.module_name in rows else weight.module_name
             rows[name] = _row(weight, fake)
-        return Report(rows)
+            report = prepared(weight, describe(fake.treatment), fake.n_bytes)
+            if weight.name not in self._unfinished:
+                weights.setdefault(id(trained(weight)), report)
+        reasons = self.left | self._unfinished
+        if self._config.is_default:
+            for weight in weights_of(self._model, TRAINABLE):
+                if not self._configs(weight):
+                    reasons[weight.name] = (
+                        f"the default says nothing of {type(weight.module).__name__}"
+                    )
+        left = left_weights(
+            self._model, self._supported_modules, set(weights), self._is_asked, reasons
+        )
+        return Report(rows, [*weights.values(), *left])
+
+    def _is_asked(self, weight: ModuleWeight) -> bool:
+        return self._config.is_default or bool(self._configs(weight))
 
     def _faked(self, model: nn.Module) -> Iterator[tuple[ModuleWeight, FakePalettize]]:
         """Yield the weights that have a `FakePalettize` layer, and these."""
@@ -227,5 +257,8 @@ def _palettized(weight: ModuleWeight, _array: Any, fake: FakePalettize) -> Weigh
         raise UnsupportedError(msg)
     tensor = weight.tensor
     assert tensor is not None  # noqa: S101 - compress_weights has looked
+    if not torch.isfinite(tensor).all():
+        msg = "a weight that is not finite (NaN or infinity) can't be palettized"
+        raise UnsupportedError(msg)
     stored = fake.stored(tensor.detach(), kept_of(weight))
     return WeightOutcome(stored, fake.treatment, tuple(fake.notes))

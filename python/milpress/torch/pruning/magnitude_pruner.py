@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,10 +15,14 @@ import torch
 from attrs import define, field
 from torch import nn
 
+from milpress.compression.report import WeightReport
 from milpress.errors import ConfigError
+from milpress.formats import PruneConfig
 from milpress.plain import fields
 from milpress.progress import Progress, shown
+from milpress.recipe import describe
 from milpress.torch import _fields, _lifecycle, _metadata
+from milpress.torch._left import left_weights, prepared, trained
 from milpress.torch._module_weights import ModuleWeight
 from milpress.torch._report import Report
 from milpress.torch._substitution import Substitution, places
@@ -404,16 +409,37 @@ class MagnitudePruner(BaseTrainingTimeModelOptimizer):
         The columns are ``#params`` and the fractions of elements, of output channels, and of pairs
         of elements of two neighbouring output channels that are zero:
         ``unstructured_weight_sparsity``, ``structured_weight_sparsity``,
-        ``block2_weight_sparsity``; -1 where a channel has no neighbour.
+        ``block2_weight_sparsity``; -1 where a channel has no neighbour. ``left`` has the weights
+        that are not pruned though they are asked for, and why.
         """
         rows: dict[str, dict[str, Any]] = {}
+        reports: dict[int, WeightReport] = {}
         for name, pruned in self._pruner_info.items():
             module, method = pruned.weight.module, pruned.method
             if hasattr(module, "pruning_method"):
                 weights = [method.substitute(module, n).detach() for n in method.names]
                 rows[name] = _sparsities(weights, pruned.weight.axes[0])
+                for own_name, values in zip(method.names, weights, strict=True):
+                    weight = ModuleWeight(name, module, own_name)
+                    report = _prepared(weight, values, method.config)
+                    reports.setdefault(id(trained(weight)), report)
         rows["global"] = _overall(list(rows.values()))
-        return Report(rows)
+        left = left_weights(self._model, self._supported_modules, set(reports), self._is_asked, {})
+        return Report(rows, [*reports.values(), *left])
+
+    def _is_asked(self, weight: ModuleWeight) -> bool:
+        config = self._config_of(weight)
+        return config is not None and config.param_name in ("weight", weight.parameter_name)
+
+
+def _prepared(weight: ModuleWeight, values: torch.Tensor, config: Any) -> WeightReport:
+    """Return the report of a weight of which the values that are not zero are stored."""
+    n_zeros = int((values == 0).sum())
+    treatment = PruneConfig(sparsity=n_zeros / max(values.numel(), 1))
+    if config.n_m_ratio is not None:
+        treatment = PruneConfig(n_m=config.n_m_ratio)
+    n_bytes = (values.numel() - n_zeros) * values.dtype.itemsize + math.ceil(values.numel() / 8)
+    return prepared(weight, describe(treatment), n_bytes)
 
 
 def kept_of(weight: ModuleWeight) -> torch.Tensor | None:

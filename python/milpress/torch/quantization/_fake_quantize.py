@@ -10,7 +10,11 @@ import torch
 from torch import distributed, nn
 
 from milpress.torch._lifecycle import QUANTIZATION, Fake, Final
-from milpress.torch.quantization.quantization_config import ObserverType, QuantizationScheme
+from milpress.torch.quantization.quantization_config import (
+    ModuleLinearQuantizerConfig,
+    ObserverType,
+    QuantizationScheme,
+)
 
 # How far a range follows one pass: `torch.ao` and coremltools have these.
 _PACE = {ObserverType.moving_average_min_max: 0.01, ObserverType.ema_min_max: 0.1}
@@ -246,6 +250,21 @@ class FixedQuantize(FakeQuantize):
 
     def _follow(self, values: torch.Tensor) -> None:
         """Do nothing: the range is known."""
+
+
+def activation_layer(
+    config: ModuleLinearQuantizerConfig, known: tuple[float, int] | None, is_nonnegative: bool
+) -> FakeQuantize:
+    """Return a layer for an activation, of a known scale and offset or never negative perhaps."""
+    if known is not None:
+        return FixedQuantize(*known)
+    return FakeQuantize(
+        config.activation_observer,
+        bits=8,
+        signed=False,
+        scheme=QuantizationScheme.affine if is_nonnegative else config.quantization_scheme,
+        is_learnable=config.algorithm == "learnable",
+    )
 
 
 class QuantizeDequantize(Final):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,10 +11,20 @@ from torch import nn
 from milpress.torch._lifecycle import QUANTIZATION
 from milpress.torch._module_weights import ModuleWeight
 from milpress.torch._substitution import Hooks, Substitution, plain
+from milpress.torch.quantization.quantization_config import ModuleLinearQuantizerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedLayer:
+    """A module whose weight is rounded, and the batch normalization that is folded into it."""
+
+    name: str
+    config: ModuleLinearQuantizerConfig
+    norm: str | None
 
 
 class RoundedWeight(Substitution):
-    """Lets a layer compute with its rounded weight.
+    """Lets a layer compute with its rounded weights.
 
     Where batch normalization follows, it is the weight multiplied by the scale of each channel that
     is rounded, as it will be exported, and then divided by it again. The normalization is not a
@@ -22,15 +33,17 @@ class RoundedWeight(Substitution):
 
     purpose = QUANTIZATION
 
-    def __init__(self, norm: nn.Module | None, output: int) -> None:
-        super().__init__("", ("weight",))
+    def __init__(
+        self, path: str, names: tuple[str, ...], norm: nn.Module | None = None, output: int = 0
+    ) -> None:
+        super().__init__(path, names)
         self.norm = norm
         self.output = output
 
     def substitute(self, owner: nn.Module, name: str) -> torch.Tensor:
         """Return the rounded weight."""
         weight, _ = self.original(owner, name)
-        fake: Any = owner.weight_fake_quant
+        fake: Any = owner.get_submodule(f"{name}_fake_quant")
         if self.norm is None:
             rounded: torch.Tensor = fake(weight)
             return rounded

@@ -10,94 +10,22 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn import functional
 
 from milpress.torch._lifecycle import asleep
-from milpress.torch._modes import evaluating
-from milpress.torch.quantization._fake_quantize import FakeQuantize, FixedQuantize
-from milpress.torch.quantization.quantization_config import (
-    ModuleLinearQuantizerConfig,
-    QuantizationScheme,
+from milpress.torch._modes import device_of, evaluating
+from milpress.torch.quantization import _ops as ops
+from milpress.torch.quantization._fake_quantize import (
+    FakeQuantize,
+    QuantizeDequantize,
+    activation_layer,
 )
-from milpress.torch.registration import CONVOLUTIONS, TRANSPOSED, Kinds
-
-WEIGHTED: Kinds = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, nn.Embedding)
-
-_NORMS = {
-    nn.Conv1d: nn.BatchNorm1d,
-    nn.ConvTranspose1d: nn.BatchNorm1d,
-    nn.Conv2d: nn.BatchNorm2d,
-    nn.ConvTranspose2d: nn.BatchNorm2d,
-    nn.Conv3d: nn.BatchNorm3d,
-    nn.ConvTranspose3d: nn.BatchNorm3d,
-    nn.Linear: nn.BatchNorm1d,
-}
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-# Their output is never negative, so an offset leaves all integers to it.
-_NONNEGATIVE = {nn.ReLU, nn.ReLU6, functional.relu, functional.relu6, torch.relu, "relu", "relu_"}
-_NONNEGATIVE |= {functional.relu_, torch.relu_}
-
-# Scale and offset of what has a range of its own: from 0 to 1, and from -1 to 1.
-_UNIT, _SIGNED_UNIT = (1 / 256, 0), (2 / 256, 128)
-_FIXED: dict[Any, tuple[float, int]] = {
-    **dict.fromkeys((nn.Sigmoid, torch.sigmoid, functional.sigmoid, "sigmoid"), _UNIT),
-    **dict.fromkeys(("sigmoid_", "hardsigmoid", "hardsigmoid_"), _UNIT),
-    **dict.fromkeys((nn.Hardsigmoid, functional.hardsigmoid), _UNIT),
-    **dict.fromkeys((nn.Softmax, functional.softmax, torch.softmax, "softmax"), _UNIT),
-    **dict.fromkeys((nn.Tanh, torch.tanh, functional.tanh, "tanh", "tanh_"), _SIGNED_UNIT),
-}
-
-_ACTIVATIONS: set[Any] = {
-    *_NONNEGATIVE,
-    *_FIXED,
-    *(nn.PReLU, nn.RReLU, nn.LeakyReLU, nn.LogSigmoid, nn.SiLU, nn.ELU, nn.CELU, nn.SELU, nn.GLU),
-    *(nn.Mish, nn.GELU, nn.Hardtanh, nn.LogSoftmax, nn.Hardswish),
-    *(functional.prelu, functional.rrelu, functional.leaky_relu, functional.logsigmoid),
-    *(functional.silu, functional.elu, functional.celu, functional.selu, functional.glu),
-    *(functional.mish, functional.gelu, functional.hardtanh, functional.log_softmax),
-    *(functional.hardswish, torch.log_softmax, torch.selu, torch.celu, torch.exp2),
-    *(functional.rrelu_, functional.leaky_relu_, functional.elu_, functional.celu_),
-    *(functional.selu_, functional.hardtanh_, "exp2"),
-}
-
-_BINARY: set[Any] = {
-    *(operator.add, operator.sub, operator.mul, operator.matmul, operator.iadd, operator.imul),
-    *(torch.add, torch.sub, torch.mul, torch.matmul, torch.bmm, torch.einsum),
-    *("add", "add_", "sub", "mul", "mul_", "matmul", "bmm"),
-}
-
-_CONCATENATIONS: set[Any] = {torch.cat, torch.concat, torch.concatenate, torch.stack}
-
-# Dropout does nothing to a model that runs, and scales what it trains on.
-_DROPOUTS: set[Any] = {
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, functional.dropout, nn.Identity),
-}
-_PASSING: set[Any] = {
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.Flatten),
-    *(functional.max_pool1d, functional.max_pool2d, functional.max_pool3d),
-    *(functional.avg_pool1d, functional.avg_pool2d, functional.avg_pool3d),
-    *(functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d),
-    *(functional.adaptive_avg_pool3d, torch.mean, torch.flatten, torch.reshape, torch.squeeze),
-    *(torch.unsqueeze, torch.transpose, torch.permute, operator.getitem),
-    *("mean", "flatten", "reshape", "view", "squeeze", "unsqueeze", "transpose", "permute"),
-    "contiguous",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class RoundedLayer:
-    """A module whose weight is rounded, and the batch normalization that is folded into it."""
-
-    name: str
-    config: ModuleLinearQuantizerConfig
-    norm: str | None
+from milpress.torch.quantization._folding import RoundedLayer
+from milpress.torch.quantization._recording import LAYERS
+from milpress.torch.quantization.quantization_config import ModuleLinearQuantizerConfig
 
 
 class _Tracer(fx.Tracer):
@@ -107,8 +35,8 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is one node, and not looked into."""
-        is_named = module_qualified_name in self.leaves
-        return is_named or super().is_leaf_module(m, module_qualified_name)
+        is_layer = module_qualified_name in self.leaves or isinstance(m, ops.WEIGHTED)
+        return is_layer or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Unused:
@@ -187,6 +115,17 @@ class Placing:
         self._find_ops()
         self._pass_on()
 
+    def parts(self) -> list[str]:
+        """Return the modules in the graph with layers that it does not show."""
+        names = dict.fromkeys(str(node.target) for node in self.nodes if node.op == "call_module")
+        modules = [(name, self.model.get_submodule(name)) for name in names]
+        return [
+            name
+            for name, module in modules
+            if type(module) not in ops.WEIGHTED
+            and any(isinstance(m, LAYERS) for m in module.modules())
+        ]
+
     def kind(self, node: fx.Node) -> Any:
         """Return the class of a node's module, its function, or the name of its method."""
         if node.op == "call_module":
@@ -205,9 +144,14 @@ class Placing:
             kind = self.kind(node)
             if node in self.inner or kind is None:
                 continue
-            is_weighted = kind in WEIGHTED
-            is_op = is_weighted or kind in _BINARY or kind in _ACTIVATIONS or kind in _BATCH_NORMS
-            if not is_op and kind not in _CONCATENATIONS:
+            is_weighted = kind in ops.WEIGHTED
+            is_op = (
+                is_weighted
+                or kind in ops.BINARY
+                or kind in ops.ACTIVATIONS
+                or kind in ops.BATCH_NORMS
+            )
+            if not is_op and kind not in ops.CONCATENATIONS:
                 continue
             config = self._config(node)
             end, norm = node, None
@@ -232,16 +176,16 @@ class Placing:
             end, norm = following, str(following.target)
             self.inner.add(following)
             following = self._only_user(end)
-        goes_on = kind in WEIGHTED or kind in _BINARY or kind in _BATCH_NORMS
+        goes_on = kind in ops.WEIGHTED or kind in ops.BINARY or kind in ops.BATCH_NORMS
         if goes_on and kind is not nn.Embedding and following is not None:
             is_first = following.args and following.args[0] is end
-            if self.kind(following) in _ACTIVATIONS and is_first:
+            if self.kind(following) in ops.ACTIVATIONS and is_first:
                 end = following
                 self.inner.add(following)
         return end, norm
 
     def _folds(self, node: fx.Node, kind: Any, following: fx.Node) -> bool:
-        expected = _NORMS.get(kind)
+        expected = ops.NORMS.get(kind)
         if expected is None or self.kind(following) is not expected:
             return False
         norm = self.model.get_submodule(str(following.target))
@@ -256,10 +200,10 @@ class Placing:
     def _sources(self, node: fx.Node) -> list[fx.Node]:
         """Return the nodes whose values an op takes, parameters aside."""
         arguments, kind = node.args, self.kind(node)
-        if kind in _CONCATENATIONS and arguments and isinstance(arguments[0], (list, tuple)):
+        if kind in ops.CONCATENATIONS and arguments and isinstance(arguments[0], (list, tuple)):
             arguments = tuple(arguments[0])
         nodes = [item for item in arguments if isinstance(item, fx.Node)]
-        if kind in WEIGHTED or kind in _ACTIVATIONS:
+        if kind in ops.WEIGHTED or kind in ops.ACTIVATIONS:
             nodes = nodes[:1]
         return [self._origin(item) for item in nodes if self._is_value(item)]
 
@@ -271,7 +215,7 @@ class Placing:
 
     def _origin(self, node: fx.Node) -> fx.Node:
         """Return the node behind ops that do nothing to a range."""
-        while self.kind(node) in _PASSING or self.kind(node) in _DROPOUTS:
+        while self.kind(node) in ops.PASSING or self.kind(node) in ops.DROPOUTS:
             if not node.args or not isinstance(node.args[0], fx.Node):
                 break
             if not self._is_value(node.args[0]) or self._config(node) is None:
@@ -283,11 +227,11 @@ class Placing:
         """Find the values that have the rounding of others."""
         for node in self.nodes:
             kind = self.kind(node)
-            if kind in _CONCATENATIONS and node in self.wanted:
+            if kind in ops.CONCATENATIONS and node in self.wanted:
                 for source in self._sources(node):
                     if source in self.wanted:
                         self._join(source, node)
-            elif kind in _PASSING and node.args and isinstance(node.args[0], fx.Node):
+            elif kind in ops.PASSING and node.args and isinstance(node.args[0], fx.Node):
                 origin = self._origin(node)
                 if origin in self.wanted and origin is not node and self._is_float(node):
                     self.wanted[node] = self.wanted[origin]
@@ -311,7 +255,8 @@ class Placing:
         names: dict[fx.Node, str] = {}
         for i, (root, members) in enumerate(groups.items()):
             names[root] = f"activation_post_process_{i}"
-            self.model.add_submodule(names[root], self._fake(members, nonnegative))
+            fake = self._fake(members, nonnegative).to(device_of(self.model))
+            self.model.add_submodule(names[root], fake)
         inputs = [node for node in self.nodes if node.op == "placeholder"]
         for node in self.nodes:
             if node in self.wanted:
@@ -326,31 +271,21 @@ class Placing:
 
     def _fake(self, members: list[fx.Node], nonnegative: set[fx.Node]) -> FakeQuantize:
         config = self.wanted[members[0]]
-        sources = [n for n in members if self.kind(n) not in _PASSING | _CONCATENATIONS]
-        ranges = {_FIXED.get(self.kind(node)) if node in self.ends else None for node in sources}
-        if len(ranges) == 1 and (known := ranges.pop()) is not None:
-            return FixedQuantize(*known)
-        scheme = config.quantization_scheme
+        sources = [n for n in members if self.kind(n) not in ops.PASSING | ops.CONCATENATIONS]
+        ranges = {ops.FIXED.get(self.kind(node)) if node in self.ends else None for node in sources}
+        known = ranges.pop() if len(ranges) == 1 else None
         # What is concatenated with values that are never negative has a lopsided range, too.
-        if any(node in nonnegative for node in sources):
-            scheme = QuantizationScheme.affine
-        return FakeQuantize(
-            config.activation_observer,
-            bits=8,
-            signed=False,
-            scheme=scheme,
-            is_learnable=config.algorithm == "learnable",
-        )
+        return activation_layer(config, known, any(node in nonnegative for node in sources))
 
     def _nonnegative(self) -> set[fx.Node]:
         """Return the nodes whose values can't be negative."""
         nodes: set[fx.Node] = set()
         for node in self.nodes:
             kind = self.kind(node)
-            if kind in _NONNEGATIVE:
+            if kind in ops.NONNEGATIVE:
                 nodes.add(node)
                 continue
-            keeps = kind in _PASSING or kind in _DROPOUTS or kind in _CONCATENATIONS
+            keeps = kind in ops.PASSING or kind in ops.DROPOUTS or kind in ops.CONCATENATIONS
             keeps |= kind in {operator.add, operator.mul, torch.add, torch.mul, "add", "mul"}
             sources = self._all_sources(node)
             if keeps and sources and all(source in nodes for source in sources):
@@ -358,10 +293,39 @@ class Placing:
         return nodes
 
     def _all_sources(self, node: fx.Node) -> list[fx.Node]:
-        if self.kind(node) in _CONCATENATIONS:
+        if self.kind(node) in ops.CONCATENATIONS:
             return self._sources(node)
-        if self.kind(node) in _PASSING or self.kind(node) in _DROPOUTS:
+        if self.kind(node) in ops.PASSING or self.kind(node) in ops.DROPOUTS:
             return [node.args[0]] if node.args and isinstance(node.args[0], fx.Node) else []
         # A number beside a value may be negative.
         is_plain = all(isinstance(item, fx.Node) for item in node.args)
         return [item for item in node.args if isinstance(item, fx.Node)] if is_plain else []
+
+
+def settle(model: fx.GraphModule, norms: set[str]) -> list[str]:
+    """Put ops that round in the place of layers that did, and take folded modules out.
+
+    Returns
+    -------
+    list
+        The names of the layers that nothing has passed, which are left out.
+    """
+    unused = []
+    for node in list(model.graph.nodes):
+        if node.op != "call_module":
+            continue
+        name = str(node.target)
+        module = model.get_submodule(name) if name not in norms else None
+        is_unused = isinstance(module, FakeQuantize) and not module.is_begun
+        if module is None or is_unused:
+            if is_unused:
+                unused.append(name)
+            node.replace_all_uses_with(node.args[0])
+            model.graph.erase_node(node)
+        elif isinstance(module, FakeQuantize):
+            holder, _, own_name = name.rpartition(".")
+            setattr(model.get_submodule(holder), own_name, QuantizeDequantize(module))
+    model.delete_all_unused_submodules()
+    model.graph.lint()
+    model.recompile()
+    return unused

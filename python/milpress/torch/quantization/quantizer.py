@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,29 +13,35 @@ import torch
 from torch import fx, nn
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
+from milpress.compression.report import WeightReport
 from milpress.errors import ConfigError, UnsupportedError
 from milpress.formats import Blocks, PerChannel, PerTensor, QuantizeConfig, Quantized
 from milpress.formats.joint import masked
 from milpress.formats.rows import Floats
 from milpress.progress import Progress
+from milpress.recipe import describe
 from milpress.torch import _lifecycle
 from milpress.torch._compression import WeightOutcome, compress_faked
+from milpress.torch._left import left_weights, prepared, trained
 from milpress.torch._metadata import Stored
-from milpress.torch._modes import device_of
-from milpress.torch._module_weights import ModuleWeight
+from milpress.torch._module_weights import ModuleWeight, attention_around, weights_of
 from milpress.torch._report import Report
+from milpress.torch._substitution import places
 from milpress.torch.base_model_optimizer import BaseTrainingTimeModelOptimizer
 from milpress.torch.optimization_config import OptimizationConfig
 from milpress.torch.pruning.magnitude_pruner import kept_of, masks_lifted
-from milpress.torch.quantization import _graph
-from milpress.torch.quantization._fake_quantize import FakeQuantize, QuantizeDequantize
+from milpress.torch.quantization import _graph, _hooked
+from milpress.torch.quantization._fake_quantize import FakeQuantize
 from milpress.torch.quantization._folding import (
+    RoundedLayer,
     RoundedWeight,
     channel_scale,
     fold,
     freeze,
     thaw,
 )
+from milpress.torch.quantization._hooked import HookedPlacing
+from milpress.torch.quantization._recording import LAYERS, Recording
 from milpress.torch.quantization.quantization_config import (
     LinearQuantizerConfig,
     ModuleLinearQuantizerConfig,
@@ -55,7 +62,8 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
     Parameters
     ----------
     model
-        The model; ``torch.fx`` must be able to trace it.
+        The model. Where ``torch.fx`` can't trace it, its modules stay as they are, and what their
+        layers take and give is rounded by hooks.
     config
         What to do to which module; by default int8 weights with a scale for each output channel,
         and uint8 activations.
@@ -71,7 +79,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
     ['0', 'activation_post_process_0', 'activation_post_process_1']
     """
 
-    _supported_modules = _graph.WEIGHTED
+    _supported_modules = LAYERS
     _config_class = LinearQuantizerConfig
     _purpose = _lifecycle.QUANTIZATION
 
@@ -79,6 +87,8 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
         super().__init__(model, config)
         self._is_prepared = False
         self._milestones: list[int] | None = self._config.milestones
+        self._left: dict[str, str] = {}
+        self._notes: list[str] = []
 
     def prepare(  # type: ignore[override]
         self, example_inputs: tuple[Any, ...], inplace: bool = False
@@ -88,15 +98,16 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
         Parameters
         ----------
         example_inputs
-            What the model's ``forward`` takes. It tells which values are no floats; batches and
-            sizes may differ in training.
+            What the model's ``forward`` takes. It tells which values are no floats, and what layers
+            that are not in a graph have between them; batches and sizes may differ in training.
         inplace
             Whether to use the modules of the model itself.
 
         Returns
         -------
-        torch.fx.GraphModule
-            The model as a graph, in training mode. Layers keep their classes and the names of their
+        torch.nn.Module
+            The model in training mode: a ``torch.fx.GraphModule``, or a model of its own class
+            where ``torch.fx`` can't trace it. Layers keep their classes and the names of their
             parameters; those that are quantized have a layer ``weight_fake_quant``.
 
         Raises
@@ -106,33 +117,39 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
             prepared for palettization, and ``inplace`` is not set or a weight is asked for that is
             palettized.
         UnsupportedError
-            If ``torch.fx`` can't trace the model.
+            If ``torch.fx`` can't trace the model, and it can't run on the example inputs.
         """
         if self._is_prepared:
             _logger.warning("the model has been prepared already: nothing is changed")
             return self._model
         source = self._begin(inplace)
         self._warn_of_typos()
+        layers: dict[str, RoundedLayer] = {}
+        model: nn.Module
         try:
-            model = _graph.traced(source, self._config.non_traceable_module_names)
-        except (fx.proxy.TraceError, TypeError, ValueError) as error:
-            msg = (
-                f"torch.fx can't trace the model: {error}; name the modules that it should not "
-                "look into in non_traceable_module_names"
-            )
-            raise UnsupportedError(msg) from error
-        placing = _graph.Placing(model, self._config_of, _graph.ranks(model, example_inputs))
-        layers: dict[str, _graph.RoundedLayer] = {}
-        for layer in placing.layers:
-            layers.setdefault(layer.name, layer)
-        _lifecycle.check_unclaimed(
-            [ModuleWeight(name, model.get_submodule(name), "weight") for name in layers],
-            self._purpose,
-        )
-        placing.insert()
+            graph = _graph.traced(source, self._config.non_traceable_module_names)
+        except Exception as error:  # whatever symbols meet in a user's own model
+            _logger.debug("torch.fx can't trace the model", exc_info=True)
+            model, parts = source, [""]
+            self._notes = [f"torch.fx can't trace the model ({error}): layers round by hooks"]
+        else:
+            placing = _graph.Placing(graph, self._config_of, _graph.ranks(graph, example_inputs))
+            placing.insert()
+            model, parts = graph, placing.parts()
+            for layer in placing.layers:
+                layers.setdefault(layer.name, layer)
+        hooked = self._hooked(model, example_inputs, parts)
+        if hooked is not None:
+            layers |= {layer.name: layer for layer in hooked.layers}
+        hosted = {weights[0].module_name: weights for weights, _, _ in places(model, LAYERS)}
+        for name in layers:
+            _lifecycle.check_unclaimed(hosted[name], self._purpose)
+        if hooked is not None:
+            hooked.insert()
         shared: dict[int, FakeQuantize] = {}
-        for layer in layers.values():
-            self._attach(model, layer, shared)
+        for weights, host, path in places(model, LAYERS):
+            if weights[0].module_name in layers:
+                self._attach(model, layers[weights[0].module_name], weights, host, path, shared)
         for fake in _fakes(model):
             fake.follows_once = fake.is_learnable and self._milestones is None
             if self._milestones is not None:
@@ -141,7 +158,38 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
         self._preserve(source, model)
         self._is_prepared = True
         _lifecycle.succeed(source, model)
-        return self._take(model.train().to(device_of(source)))
+        return self._take(model.train())
+
+    def _hooked(
+        self, model: nn.Module, inputs: tuple[Any, ...], parts: list[str]
+    ) -> HookedPlacing | None:
+        """Return what is rounded inside parts of a model that are no graph."""
+        if not parts:
+            return None
+
+        def within(name: str) -> bool:
+            return any(not part or f"{name}.".startswith(f"{part}.") for part in parts)
+
+        try:
+            run = Recording(model, inputs)
+        except Exception as error:  # whatever a user's own model raises
+            msg = f"the model can't run on example_inputs: {error}"
+            if parts == [""]:
+                raise UnsupportedError(msg) from error
+            for weight in weights_of(model, LAYERS):
+                if within(weight.module_name):
+                    self._left[weight.name] = f"torch.fx does not look into its module, and {msg}"
+            return None
+        hooked = HookedPlacing(model, run, self._layer_config, within)
+        floats = hooked.floats()
+        if floats:
+            where = "" if parts == [""] else f" of {', '.join(parts)}"
+            self._notes.append(f"float between the layers{where}: {', '.join(floats)}")
+        return hooked
+
+    def _layer_config(self, name: str, module: nn.Module) -> Any:
+        attention = None if self._config.is_named(name) else attention_around(self._source, name)
+        return self._config.get_module_config(*(attention or (name, module)))
 
     def _config_of(self, name: str, module: Any) -> Any:
         if isinstance(module, nn.Module):
@@ -149,20 +197,31 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
         return self._config.module_type_configs.get(module, self._config.global_config)
 
     def _attach(
-        self, model: nn.Module, layer: _graph.RoundedLayer, shared: dict[int, FakeQuantize]
+        self,
+        model: nn.Module,
+        layer: RoundedLayer,
+        weights: list[ModuleWeight],
+        host: nn.Module,
+        path: str,
+        shared: dict[int, FakeQuantize],
     ) -> None:
-        """Let a layer compute with a rounded weight; layers that share a weight share how."""
-        module = model.get_submodule(layer.name)
-        weight = ModuleWeight(layer.name, module, "weight")
-        try:
-            fake = shared.get(id(weight.tensor)) or _weight_layer(weight, layer.config)
-        except UnsupportedError as error:
-            _logger.warning("%s: %s. Left as it is.", weight.name, error)
-            return
-        module.add_module("weight_fake_quant", fake)
-        shared[id(weight.tensor)] = fake
-        norm = None if layer.norm is None else model.get_submodule(layer.norm)
-        RoundedWeight(norm, weight.axes[0]).attach(module)
+        """Let a module compute with rounded weights; those that share a weight share how."""
+        names = []
+        for weight in weights:
+            if weight.tensor is None:
+                continue
+            try:
+                fake = shared.get(id(weight.tensor)) or _weight_layer(weight, layer.config)
+            except UnsupportedError as error:
+                self._left[weight.name] = str(error)
+                _logger.warning("%s: %s. Left as it is.", weight.name, error)
+                continue
+            shared[id(weight.tensor)] = fake.to(weight.tensor.device)
+            weight.module.add_module(f"{weight.parameter_name}_fake_quant", fake)
+            names.append(weight.parameter_name)
+        if names:
+            norm = None if layer.norm is None else model.get_submodule(layer.norm)
+            RoundedWeight(path, tuple(names), norm, weights[0].axes[0]).attach(host)
 
     def _preserve(self, source: nn.Module, model: nn.Module) -> None:
         """Give a graph what the model had beside parameters."""
@@ -175,6 +234,9 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
             if isinstance(value, types.MethodType) and value.__self__ is source:
                 value = types.MethodType(value.__func__, model)
             preserved[name] = value
+        if model is source:
+            return
+        for name, value in preserved.items():
             object.__setattr__(model, name, value)
         meta: dict[str, Any] = model.meta  # type: ignore[assignment]
         meta[_USER_PRESERVED_ATTRIBUTES_KEY] = preserved
@@ -239,18 +301,26 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
             weights = []
             norms: dict[str, nn.Module] = {}
             named = {id(module): name for name, module in finalized.named_modules()}
-            for name, module in finalized.named_modules():
+            for module in finalized.modules():
                 thaw(module)
                 for rounded in RoundedWeight.of(module):
                     rounded.detach(module)
-                    weights.append(ModuleWeight(name, module, "weight"))
+                    owner = module.get_submodule(rounded.path)
+                    owned = [ModuleWeight(named[id(owner)], owner, n) for n in rounded.names]
+                    weights.extend(owned)
                     if rounded.norm is not None:
                         norms[named[id(rounded.norm)]] = module
             with masks_lifted(finalized):
                 for name, layer in norms.items():
                     fold(layer, finalized.get_submodule(name))
-                compress_faked(finalized, weights, _quantized, progress)
-            _replace(finalized, set(norms))
+                report = compress_faked(finalized, weights, _quantized, progress)
+            self._unfinished = report.left
+            unused = []
+            if isinstance(finalized, fx.GraphModule):
+                unused = _graph.settle(finalized, set(norms))
+            present = [name for name in norms if _has(finalized, name)]
+            for name in unused + _hooked.settle(finalized, present):
+                _logger.warning("%s: nothing passed it. Left out.", name)
         return finalized
 
     def enable_observer_sync(self) -> None:
@@ -270,21 +340,51 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
 
         The columns are ``type``, ``device``, ``algorithm``, ``qscheme``, ``per_channel``,
         ``dtype``, ``qmin``, ``qmax``, and for weights ``error`` (root mean square) and ``#params``,
-        which are NaN and -1 for activations.
+        which are NaN and -1 for activations. ``left`` has the weights that are not quantized though
+        they are asked for, and why; ``notes`` say what computes with floats where the model is no
+        graph.
         """
+        rounded = list(_rounded_weights(self._model))
+        of_weights = {id(fake) for _, _, fake in rounded}
         rows: dict[str, dict[str, Any]] = {}
         for name, module in self._model.named_modules():
-            fake = getattr(module, "weight_fake_quant", None)
-            if isinstance(fake, FakeQuantize):
-                rows[name] = {"type": "weight", **_columns(fake), **_error(module, fake)}
-            elif isinstance(module, FakeQuantize) and not name.endswith("weight_fake_quant"):
+            for weight, hook, fake in rounded:
+                if weight.module is module:
+                    key = weight.name if name in rows else name
+                    error = _error(weight, hook, fake)
+                    rows[key] = {"type": "weight", **_columns(fake), **error}
+            if isinstance(module, FakeQuantize) and id(module) not in of_weights:
                 rows[name] = {
                     "type": "activation",
                     **_columns(module),
                     "error": math.nan,
                     "#params": -1,
                 }
-        return Report(rows)
+        reports: dict[int, WeightReport] = {}
+        for weight, _, fake in rounded:
+            report = prepared(weight, describe(_treatment(fake)), _n_bytes(weight, fake))
+            if weight.name not in self._unfinished:
+                reports.setdefault(id(trained(weight)), report)
+        reasons = self._left | self._unfinished
+        left = left_weights(self._model, LAYERS, set(reports), self._is_asked, reasons)
+        return Report(rows, [*reports.values(), *left], self._notes)
+
+    def _is_asked(self, weight: ModuleWeight) -> bool:
+        config = self._layer_config(weight.module_name, weight.module)
+        return config is not None and config.quantizes_weights
+
+
+def _rounded_weights(
+    model: nn.Module,
+) -> Iterator[tuple[ModuleWeight, RoundedWeight, FakeQuantize]]:
+    """Yield the weights that are rounded, what does it, and the layers that say how."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for host in model.modules():
+        for hook in RoundedWeight.of(host):
+            owner = host.get_submodule(hook.path)
+            for name in hook.names:
+                fake: Any = owner.get_submodule(f"{name}_fake_quant")
+                yield ModuleWeight(names[id(owner)], owner, name), hook, fake
 
 
 def _columns(fake: FakeQuantize) -> dict[str, Any]:
@@ -300,17 +400,16 @@ def _columns(fake: FakeQuantize) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _error(module: Any, fake: FakeQuantize) -> dict[str, Any]:
-    weight: torch.Tensor = module.weight.detach()
+def _error(weight: ModuleWeight, hook: RoundedWeight, fake: FakeQuantize) -> dict[str, Any]:
+    values: torch.Tensor = getattr(weight.module, weight.parameter_name).detach()
     scale = torch.ones(())
-    for rounded in RoundedWeight.of(module):
-        if rounded.norm is not None:
-            scale = channel_scale(rounded.norm, weight.ndim, rounded.output, module)
+    if hook.norm is not None:
+        scale = channel_scale(hook.norm, values.ndim, hook.output, weight.module)
     error = 0.0
     if fake.is_begun:
-        folded = weight * scale
+        folded = values * scale
         error = float((fake._rounded(folded) - folded).square().mean().sqrt())
-    return {"error": error, "#params": weight.numel()}
+    return {"error": error, "#params": values.numel()}
 
 
 def _weight_layer(weight: ModuleWeight, config: ModuleLinearQuantizerConfig) -> FakeQuantize:
@@ -343,31 +442,18 @@ def _fakes(model: nn.Module) -> list[FakeQuantize]:
     return [module for module in model.modules() if isinstance(module, FakeQuantize)]
 
 
-def _replace(model: Any, norms: set[str]) -> None:
-    """Put ops that round in the place of layers that did, and take folded modules out."""
-    for node in list(model.graph.nodes):
-        if node.op != "call_module":
-            continue
-        name = str(node.target)
-        module = model.get_submodule(name) if name not in norms else None
-        is_unused = isinstance(module, FakeQuantize) and not module.is_begun
-        if module is None or is_unused:
-            if is_unused:
-                _logger.warning("%s: nothing passed it. Left out.", name)
-            node.replace_all_uses_with(node.args[0])
-            model.graph.erase_node(node)
-        elif isinstance(module, FakeQuantize):
-            holder, _, own_name = name.rpartition(".")
-            setattr(model.get_submodule(holder), own_name, QuantizeDequantize(module))
-    model.delete_all_unused_submodules()
-    model.graph.lint()
-    model.recompile()
+def _has(model: nn.Module, name: str) -> bool:
+    """Whether a module is still there."""
+    return name in dict(model.named_modules())
 
 
 def _quantized(weight: ModuleWeight, array: Floats, fake: FakeQuantize) -> WeightOutcome:
     """Return the integers of a weight."""
     tensor = weight.tensor
     assert tensor is not None  # noqa: S101 - compress_weights has looked
+    if not torch.isfinite(tensor).all():
+        msg = "a weight that is not finite (NaN or infinity) can't be quantized"
+        raise UnsupportedError(msg)
     if not fake.is_begun:
         fake.activation_post_process(fake.blocked(tensor.detach()))
         fake.take_range()
@@ -384,13 +470,25 @@ def _quantized(weight: ModuleWeight, array: Floats, fake: FakeQuantize) -> Weigh
         bits=fake.bits,
     )
     kept = kept_of(weight)
-    treatment = QuantizeConfig(
+    stored = Stored(value if kept is None else masked(value, kept.cpu().numpy() != 0))
+    return WeightOutcome(stored, _treatment(fake))
+
+
+def _treatment(fake: FakeQuantize) -> QuantizeConfig:
+    return QuantizeConfig(
         dtype=f"{'' if fake.signed else 'u'}int{fake.bits}",  # type: ignore[arg-type]
         granularity=_granularity(fake),
         offset=fake.scheme is QuantizationScheme.affine,
     )
-    stored = Stored(value if kept is None else masked(value, kept.cpu().numpy() != 0))
-    return WeightOutcome(stored, treatment)
+
+
+def _n_bytes(weight: ModuleWeight, fake: FakeQuantize) -> int:
+    """Return the size of codes, scales and offsets."""
+    values: torch.Tensor = getattr(weight.module, weight.parameter_name)
+    n_bytes = math.ceil(values.numel() * fake.bits / 8)
+    n_bytes += fake.scale.numel() * values.dtype.itemsize
+    has_offsets = fake.scheme is QuantizationScheme.affine or not fake.signed
+    return n_bytes + (fake.scale.numel() if has_offsets else 0)
 
 
 def _granularity(fake: FakeQuantize) -> Any:
