@@ -6,6 +6,7 @@ A user changes one import: ``import milpress as cto``, then
 
 from milpress.torch import (
     base_model_optimizer,
+    decoders,
     layerwise_compression,
     optimization_config,
     palettization,
@@ -19,6 +20,7 @@ from milpress.torch.registration import register_module
 __all__ = [
     "base_model_optimizer",
     "convert",
+    "decoders",
     "layerwise_compression",
     "load_compressed",
     "optimization_config",

@@ -55,14 +55,18 @@ def convert(
     ----------
     module
         A module whose weights were compressed by milpress or coremltools; it is as before
-        afterwards.
+        afterwards. Buffers that its ``forward`` writes to become states, for which
+        `milpress.torch.decoders` has an example.
     example_inputs
-        What its ``forward`` takes.
+        What its ``forward`` takes, a tuple of tensors. Those of types that Core ML has no inputs
+        of, such as booleans, become 32-bit inputs; tensors inside of tuples and dictionaries
+        inputs of their own; what is no tensor is fixed.
     destination
         Where the package is to be; ``None`` for a temporary one that goes with the model.
     frontend
-        ``"export"`` goes by ``torch.export``, ``"trace"`` by ``torch.jit.trace``; ``None`` takes
-        the former, or the latter for recurrent layers, which coremltools can't convert otherwise.
+        ``"export"`` goes by ``torch.export``, ``"trace"`` by ``torch.jit.trace``. ``None`` takes
+        the former, and the latter where that fails and a trace can stand for the module, which
+        the notes of the report say. Recurrent layers go by the latter first.
     dynamic_shapes
         As ``torch.export.export`` takes it.
     progress
@@ -80,11 +84,12 @@ def convert(
     Raises
     ------
     ConfigError
-        If an argument is wrong by itself.
+        If an argument is wrong by itself, or the module can't be called with the inputs.
     LifecycleError
         If the module is prepared for training, and not finalized.
     UnsupportedError
-        If no weight is compressed, or one was changed since, or needs a later target.
+        If no weight is compressed, or one was changed since, or needs a later target; if no
+        frontend converts the module: the operation, its place in the module, and what to try.
     VerificationError
         If the package does not hold just what it should.
     """

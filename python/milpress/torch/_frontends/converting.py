@@ -122,6 +122,8 @@ def _sentence(
 
 
 def _loops_over_experts(part: nn.Module) -> bool:
-    """Whether a model of transformers runs its experts one by one, as many as the input asks."""
-    config = getattr(part, "config", None)
-    return getattr(config, "_experts_implementation", None) == "eager"
+    """Whether a model of transformers runs one by one those experts that an input asks for."""
+    can_choose = getattr(part, "_can_set_experts_implementation", None)
+    if can_choose is None or not can_choose():
+        return False
+    return getattr(part.config, "_experts_implementation", None) == "eager"
