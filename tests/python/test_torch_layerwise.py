@@ -130,7 +130,7 @@ def test_moments_tell_how_large_the_output_of_any_weight_is(layer):
 
 def test_layers_get_what_their_compressed_predecessors_give_them():
     model, batches = graph(), ids()
-    compressor = LayerwiseCompressor(model, config())
+    compressor = LayerwiseCompressor(model, config(module_name_configs={"words": None}))
     made = compressor.compress(batches)
     oracle = one_by_one(model, batches, ModuleGPTQConfig.from_dict(INT4))
     for name in IN_ORDER:
@@ -234,11 +234,11 @@ def test_what_can_not_be_compressed_is_left_with_a_reason(caplog):
         def __init__(self):
             super().__init__()
             self.unused = nn.Linear(4, 4)
-            self.head = nn.Linear(16, 20, bias=False)
-            self.head.weight = self.words.weight
+            self.place = nn.Parameter(torch.randn(15, 16))
+            self.gates, self.turned = nn.GRU(4, 4), nn.ConvTranspose1d(4, 4, 2)
 
         def forward(self, ids):
-            return self.head(self.query(self.words(ids)))
+            return self.query(self.words(ids) + self.place)
 
     torch.manual_seed(0)
     model = Odd()
@@ -247,15 +247,18 @@ def test_what_can_not_be_compressed_is_left_with_a_reason(caplog):
     names = {
         "up": {"algorithm": "gptq", "weight_dtype": "float32"},
         "last": None,
+        "words": None,
         "query": {**settings, "block_size": 5},
     }
     compressor = LayerwiseCompressor(model, config(settings, module_name_configs=names))
     made = compressor.compress(ids())
     left = compressor.report().left
     assert {"up.weight", "last.weight"}.isdisjoint(compressor.report())
-    assert "tied to words.weight" in left["head.weight"]
     assert "5" in left["query.weight"]
     assert "no sample came" in left["down.weight"]
+    assert "no sample came" in left["place"]
+    assert "not fed back to GRU" in left["gates.weight_hh_l0"]
+    assert "not fed back to ConvTranspose1d" in left["turned.weight"]
     assert "must divide" in left["unused.weight"] or "block" in left["unused.weight"]
     assert "Left as it is." in caplog.text
     for ours, given in zip(made.parameters(), model.parameters(), strict=True):
@@ -324,7 +327,7 @@ def test_a_run_that_was_interrupted_goes_on_where_it_was(tmp_path):
         LayerwiseCompressor(model, config()).compress(
             ids(), progress=interrupted, checkpoint=folder
         )
-    assert len(list(folder.iterdir())) == 3
+    assert len(list(folder.iterdir())) == 4
     other = config({**INT4, "hessian_dampening": 0.1})
     with pytest.raises(ConfigError, match="holds a layer of other weights or settings"):
         LayerwiseCompressor(model, other).compress(ids(), checkpoint=folder)
@@ -340,7 +343,7 @@ def test_a_run_that_was_interrupted_goes_on_where_it_was(tmp_path):
     ):
         assert torch.equal(ours, other), name
     assert list(compressor.report().left) == []
-    assert len(compressor.report()) == 6
+    assert len(compressor.report()) == 7
 
 
 def test_a_file_that_is_no_layer_is_refused(tmp_path):
@@ -365,8 +368,8 @@ def test_what_has_its_place_stays_there_and_is_left_if_it_has_no_values(monkeypa
 def test_progress_counts_all_elements_once():
     model, calls = graph(), []
     LayerwiseCompressor(model, config()).compress(ids(), progress=lambda *a: calls.append(a))
-    sizes = [model.get_submodule(name).weight.numel() for name in IN_ORDER]
-    assert [done for done, _, _ in calls] == [sum(sizes[:i]) for i in range(7)]
+    sizes = [model.get_submodule(name).weight.numel() for name in ("words", *IN_ORDER)]
+    assert [done for done, _, _ in calls] == [sum(sizes[:i]) for i in range(8)]
     assert {total for _, total, _ in calls} == {sum(sizes)}
 
 

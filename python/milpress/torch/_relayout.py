@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, TypeAlias
@@ -174,6 +175,34 @@ def stacked(values: Sequence[Compressed], shape: tuple[int, ...]) -> Compressed:
     )
     axis = None if first.vector_axis is None else first.vector_axis + len(shape)
     return replace(first, codes=codes, lut=lut, vector_axis=axis)
+
+
+def joined(values: Sequence[Compressed]) -> Compressed:
+    """Return the value that has the rows of several, one after the other.
+
+    Raises
+    ------
+    UnsupportedError
+        If their rows share scales or tables in groups of different sizes.
+    """
+    if len(values) == 1:
+        return values[0]
+    size = math.gcd(*(value.shape[0] for value in values))
+    pieces = [
+        taken(value, np.arange(begin, begin + size))
+        for value in values
+        for begin in range(0, value.shape[0], size)
+    ]
+
+    def merged(array: NDArray[Any]) -> NDArray[Any]:
+        return array.reshape(-1, *array.shape[2:])
+
+    try:
+        stack = stacked(pieces, (len(pieces),))
+    except ValueError as error:
+        msg = "its parts have scales or tables of different numbers of rows"
+        raise UnsupportedError(msg) from error
+    return _arranged(stack, merged, merged, lambda axis: axis - 1)
 
 
 def _arranged(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import torch
 
 from milpress.errors import ConfigError, StorageError
 from milpress.plain.files import draft_in_place_of
-from milpress.torch._module_weights import ModuleWeight, whole
+from milpress.torch._module_weights import whole
+from milpress.torch.layerwise_compression._layers import CalibratedLayer
 
 
 class LayerFiles:
@@ -22,7 +22,7 @@ class LayerFiles:
         self._folder = None if folder is None else Path(folder)
         self._paths: list[Path] = []
 
-    def load(self, number: int, weight: ModuleWeight, config: Any) -> dict[str, Any] | None:
+    def load(self, layer: CalibratedLayer) -> dict[str, Any] | None:
         """Return what was kept of a layer; ``None`` if there is nothing.
 
         Raises
@@ -30,12 +30,12 @@ class LayerFiles:
         ConfigError
             If it is of another weight or config, or no such file.
         """
-        path = self._path(number)
+        path = self._path(layer)
         if path is None or not path.exists():
             return None
         try:
-            layer = torch.load(path, weights_only=True, map_location="cpu")
-            matches = layer["identity"] == _identity(weight, config)
+            kept = torch.load(path, weights_only=True, map_location="cpu")
+            matches = kept["identity"] == _identity(layer)
         except Exception as error:
             msg = f"{path}: not a layer of an interrupted run: {error}"
             raise ConfigError(msg) from error
@@ -46,28 +46,28 @@ class LayerFiles:
             )
             raise ConfigError(msg)
         self._paths.append(path)
-        state: dict[str, Any] = layer["state"]
+        state: dict[str, Any] = kept["state"]
         return state
 
-    def identity(self, weight: ModuleWeight, config: Any) -> str:
-        """Return what tells a weight, as it is now, and its config from others."""
-        return "" if self._folder is None else _identity(weight, config)
+    def identity(self, layer: CalibratedLayer) -> str:
+        """Return what tells a layer, as it is now, and its config from others."""
+        return "" if self._folder is None else _identity(layer)
 
-    def save(self, number: int, identity: str, state: Mapping[str, Any]) -> None:
-        """Keep a layer.
+    def save(self, layer: CalibratedLayer, identity: str) -> None:
+        """Keep a layer, with what told it from others before it was compressed.
 
         Raises
         ------
         StorageError
             If the system refuses to.
         """
-        path = self._path(number)
+        path = self._path(layer)
         if path is None:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with draft_in_place_of(path) as draft:
-                torch.save({"identity": identity, "state": dict(state)}, draft)
+                torch.save({"identity": identity, "state": layer.state()}, draft)
         except (OSError, RuntimeError) as error:
             msg = f"{path}: can't be written: {error}"
             raise StorageError(msg) from error
@@ -80,12 +80,13 @@ class LayerFiles:
         if self._folder is not None and self._folder.is_dir() and not any(self._folder.iterdir()):
             self._folder.rmdir()
 
-    def _path(self, number: int) -> Path | None:
-        return None if self._folder is None else self._folder / f"layer-{number:05}.pt"
+    def _path(self, layer: CalibratedLayer) -> Path | None:
+        return None if self._folder is None else self._folder / f"layer-{layer.key}.pt"
 
 
-def _identity(weight: ModuleWeight, config: Any) -> str:
-    digest = hashlib.blake2b(f"{weight.name} {weight.shape} {config!r}".encode())
+def _identity(layer: CalibratedLayer) -> str:
+    weight = layer.weight
+    digest = hashlib.blake2b(f"{layer.name} {weight.shape} {layer.config!r}".encode())
     if weight.tensor is not None:
         tensor = whole(weight.tensor).contiguous()
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

@@ -36,14 +36,16 @@ class LayerMoments:
     def add(self, inputs: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """Add what goes into the layer; what is zero in a mask does not count.
 
-        The mask is of the first dimensions of the input of a linear layer. It has no effect on
-        inputs of other shapes.
+        The mask is of the first dimensions of the input of a linear layer, which may be one. It has
+        no effect on inputs of other shapes.
         """
         for rows in self._rows(inputs.detach(), mask):
             self._products.add(rows)
 
     def _rows(self, inputs: torch.Tensor, mask: torch.Tensor | None) -> Iterator[torch.Tensor]:
         if not isinstance(self._layer, CONVOLUTIONS):
+            if mask is not None and inputs.ndim == 2 and len(inputs) == mask.numel():
+                mask = mask.reshape(-1)
             if mask is not None and inputs.shape[: mask.ndim] == mask.shape:
                 inputs = inputs[mask.to(inputs.device, torch.bool)]
             yield inputs.reshape(1, -1, inputs.shape[-1])

@@ -9,13 +9,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from milpress.compression.report import WeightReport
 from milpress.formats.fidelity import fidelity
-from milpress.formats.rows import as_float
+from milpress.formats.rows import Floats, as_float
 from milpress.show import decibels
 from milpress.torch import _metadata
-from milpress.torch._compression import Task, asking, compress_together, left
+from milpress.torch._compression import Task, WeightOutcome, asking, compress_together, left
 from milpress.torch._module_weights import ModuleWeight, whole
 from milpress.torch.layerwise_compression.algorithms import (
     LayerwiseCompressionAlgorithm,
@@ -25,61 +26,67 @@ from milpress.torch.layerwise_compression.algorithms import (
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, kw_only=True)
 class CalibratedLayer:
-    """A weight that is to be compressed with samples, and the modules that hold it.
+    """A weight that is to be compressed with what it multiplies: a parameter, or a part of one.
 
     Parameters
     ----------
-    number
-        Its place in the model.
+    name
+        Name of the parameter, and which part it is.
+    key
+        What tells it from others in names of files.
+    place
+        Its number among all layers.
     tasks
         What is asked for it, for each module that holds it.
+    module
+        A linear layer or a convolution that has the weight.
     algorithm
         What its inputs go to, if it has begun.
+    note
+        What its report is to say.
     row, report
         What became of it.
     """
 
-    number: int
+    name: str
+    key: str
+    place: int
     tasks: list[Task]
+    module: nn.Module
     algorithm: Any = None
+    note: str = ""
     row: dict[str, Any] | None = None
     report: WeightReport | None = None
 
     @property
-    def asked(self) -> Task:
-        """The task whose config holds."""
-        return asking(self.tasks)
+    def config(self) -> Any:
+        """How it is to be compressed."""
+        return asking(self.tasks).config
 
     @property
     def weight(self) -> ModuleWeight:
-        """The weight, as that task names it."""
-        return self.asked.weight
+        """The weight, of a module that asks for something."""
+        return asking(self.tasks).weight
 
     @property
     def is_done(self) -> bool:
         """Whether it is compressed, or left for good."""
         return self.report is not None
 
-    def settle(self, reports: tuple[dict[str, Any], WeightReport]) -> None:
-        """Note what became of it."""
-        self.row, self.report = reports
-        if self.report.status == "left":
-            _logger.warning("%s: %s. Left as it is.", self.weight.name, self.report.note)
-
     def begin(self) -> Any:
         """Return the algorithm that the layer's inputs go to."""
         if self.algorithm is None:
-            kind = LayerwiseCompressionAlgorithm.get_class(self.asked.config.algorithm)
-            self.algorithm = kind(self.weight.module, self.asked.config)
+            kind = LayerwiseCompressionAlgorithm.get_class(self.config.algorithm)
+            self.algorithm = kind(self.module, self.config)
         return self.algorithm
 
     def compress(self) -> None:
         """Compress it with the samples that came to it."""
         algorithm = self.algorithm
         if isinstance(algorithm, OBSCompressionAlgorithm):
-            self.settle(compress_together(self.tasks, algorithm.treat))
+            self._settle(compress_together(self.tasks, self._treat))
             return
         # An algorithm of the user's own says nothing of what it did but by the weight.
         tensor: Any = self.weight.tensor
@@ -89,9 +96,22 @@ class CalibratedLayer:
         algorithm.cleanup()
         signal, noise, _ = fidelity(as_float(before), as_float(whole(tensor)))
         row = {"error": math.sqrt(noise / report.size), "#params": report.size}
-        treatment = self.asked.config.algorithm
         snr = decibels(signal, noise)
-        self.settle((row, replace(report, status="compressed", treatment=treatment, snr_db=snr)))
+        treatment = self.config.algorithm
+        self._settle((row, replace(report, status="compressed", treatment=treatment, snr_db=snr)))
+
+    def _treat(self, weight: ModuleWeight, array: Floats, config: Any) -> WeightOutcome:
+        outcome: WeightOutcome = self.algorithm.treat(weight, array, config)
+        return replace(outcome, notes=(*outcome.notes, self.note)) if self.note else outcome
+
+    def _settle(self, reports: tuple[dict[str, Any], WeightReport]) -> None:
+        self.row, self.report = reports
+        if self.report.status == "left":
+            _logger.warning("%s: %s. Left as it is.", self.name, self.report.note)
+
+    def leave(self, reason: str) -> None:
+        """Leave it as it is."""
+        self._settle(left(self.weight, reason))
 
     def state(self) -> dict[str, Any]:
         """Return what it is once it is compressed."""
@@ -111,7 +131,7 @@ class CalibratedLayer:
         for task, buffers in zip(self.tasks, state["buffers"], strict=True):
             for name, buffer in buffers.items():
                 task.weight.module.register_buffer(name, buffer)
-        self.settle((state["row"], WeightReport(**state["report"])))
+        self._settle((state["row"], WeightReport(**state["report"])))
 
 
 def _own_buffers(weight: ModuleWeight) -> Iterator[tuple[str, torch.Tensor]]:

@@ -9,19 +9,21 @@ the model may be any program.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
 from milpress.torch.layerwise_compression._caller_modes import CallerModes
 
-_N_UNTRIMMED = 8  # runs between two calls of `_trim`
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_UNTRIMMED = 1 << 26  # bytes by which memory may grow before what is free of it is given back
+_TORCH = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
 
 # Called where a run gives way; returns what is called where it goes on.
 Leave: TypeAlias = Callable[[], Callable[[], None]]
@@ -57,6 +59,7 @@ class Lockstep:
     ) -> None:
         modes = CallerModes()
         self._runs = [_PausedCall(partial(modes.call, call), leave) for call in calls]
+        self._trimmed = _resident()
         self._numbers = {run.thread: i for i, run in enumerate(self._runs)}
 
     def wait(self, place: int, content: Any) -> None:
@@ -88,21 +91,31 @@ class Lockstep:
                 run.cancel()
 
     def _resume(self, runs: Sequence[_PausedCall]) -> None:
-        for number, run in enumerate(runs, start=1):
+        for run in runs:
             run.resume()
-            if number % _N_UNTRIMMED == 0:
+            if _resident() > self._trimmed + _UNTRIMMED:
                 _trim()
+                self._trimmed = _resident()
 
 
 def _stay() -> None:
     """Do nothing."""
 
 
+def _resident() -> int:
+    """Return how many bytes of the process are in memory; 0 where that is not known."""
+    if sys.platform != "linux":
+        return 0
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
 def _trim() -> None:
-    """Give back what threads have freed: glibc keeps it for each of them, and they all wait."""
-    trim = getattr(_LIBC, "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    """Give back what threads have freed: glibc and MKL keep it for each of them, and they wait."""
+    for library, name in ((_TORCH, "mkl_serv_free_buffers"), (None, "malloc_trim")):
+        if library is None or library.exists():
+            function = getattr(ctypes.CDLL(None if library is None else str(library)), name, None)
+            if function is not None:
+                function(0)
 
 
 class _PausedCall:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -13,10 +13,13 @@ import torch
 from torch import nn
 
 from milpress.torch.layerwise_compression._activations import Activations
+from milpress.torch.layerwise_compression._calibrated_weights import CalibratedWeights
 from milpress.torch.layerwise_compression._held_state import HeldState
+from milpress.torch.layerwise_compression._layer_files import LayerFiles
 from milpress.torch.layerwise_compression._layers import CalibratedLayer
 from milpress.torch.layerwise_compression._lockstep import Lockstep
 from milpress.torch.layerwise_compression._paths import Paths
+from milpress.torch.layerwise_compression._products import Product, Watch
 from milpress.torch.layerwise_compression.algorithms import OBSCompressionAlgorithm
 
 _Trace: TypeAlias = tuple["weakref.ref[torch.Tensor]", int | None]
@@ -26,18 +29,18 @@ _Trace: TypeAlias = tuple["weakref.ref[torch.Tensor]", int | None]
 class _LayerInput:
     """What a run brings to a layer."""
 
-    module: nn.Module
     value: torch.Tensor
     mask: torch.Tensor | None
 
-    def add_to(self, algorithm: Any, activations: Activations | None) -> None:
-        """Give it to the algorithm of the layer."""
+    def add_to(self, layer: CalibratedLayer, activations: Activations | None) -> None:
+        """Give it to the algorithm of a layer."""
+        algorithm = layer.begin()
         value = self.value if activations is None else activations.fetched(self.value)
         if isinstance(algorithm, OBSCompressionAlgorithm):
             algorithm.add_batch(value, mask=self.mask)
         else:
             value = value.clone()  # which the algorithm may keep
-            algorithm.add_batch(value, self.module.forward(value))
+            algorithm.add_batch(value, layer.module.forward(value))
 
     def trace(self) -> _Trace:
         """Return what tells it from others without keeping it alive."""
@@ -54,12 +57,14 @@ class Order:
 
     Parameters
     ----------
-    model, layers
-        The model, and those of its layers that are to be compressed, if samples come to them.
+    model, weights
+        The model, and those of its weights that are to be compressed.
     calls
         What runs each sample.
     masks
         Which part of each is no padding; ``None`` for all.
+    files
+        Where layers are kept that were compressed before.
     activation_memory
         Bytes that waiting samples may take in memory; ``None`` for any.
     """
@@ -67,33 +72,49 @@ class Order:
     def __init__(
         self,
         model: nn.Module,
-        layers: Sequence[CalibratedLayer],
+        weights: CalibratedWeights,
         calls: Sequence[Callable[[], Any]],
         masks: Sequence[torch.Tensor | None],
+        files: LayerFiles,
         activation_memory: int | None,
     ) -> None:
-        self._layers = layers
+        self._weights = weights
+        self._watch = Watch(weights.hold, self._arrive)
         self._calls = calls
         self._masks = masks
+        self._files = files
         self._held = HeldState(model)
         self._activations = None if activation_memory is None else Activations(activation_memory)
         self._runs = Lockstep([partial(self._run, i) for i in range(len(calls))], self._leave)
-        self._record: list[int] | None = None
+        self._record: list[int] = []
         self._late: dict[int, set[int]] = {}
 
     def __iter__(self) -> Iterator[CalibratedLayer]:
         """Yield layers as samples come to them, with an algorithm that has seen what they bring.
 
-        A layer that a sample comes to several times is yielded at the last time.
+        A layer that a sample comes to several times is yielded at the last time. Embeddings come
+        first, and what no sample came to of weights that are used in parts comes last.
         """
         last: Any = None
         traces: dict[int, _Trace] = {}
-        with self._arriving(), ExitStack() as stack:
+        with ExitStack() as stack:
             if self._activations is not None:
                 stack.callback(self._activations.clear)
-            self._paths = Paths(len(self._calls), self._path)
+            first = self._path(0)
+            for layer in self._weights.layers:
+                self._restore(layer)
+            self._paths = Paths(len(self._calls), self._path, self._open(first))
+            for layer in self._weights.lookups():
+                if not self._restore(layer):
+                    yield layer
+                    self._late[layer.place] = set()
+                layer.algorithm = None
+            self._held.refresh()
             for place, inputs in self._runs.stops(self._paths.choose):
-                layer = self._layers[place]
+                layer = self._weights.layers[place]
+                if self._restore(layer):
+                    self._held.refresh()
+                    continue
                 new_traces = {number: layer_input.trace() for number, layer_input in inputs.items()}
                 is_first = layer.algorithm is None
                 algorithm = layer.begin()
@@ -105,21 +126,36 @@ class Order:
                 else:
                     last = None
                     for layer_input in inputs.values():
-                        layer_input.add_to(algorithm, self._activations)
+                        layer_input.add_to(layer, self._activations)
                 inputs.clear()
                 yield layer
                 self._late[place] = set()
                 last, traces, layer.algorithm = algorithm, new_traces, None
                 self._held.refresh()
+        for layer in self._weights.rest():
+            if not self._restore(layer):
+                yield layer
+            layer.algorithm = None
+
+    def _restore(self, layer: CalibratedLayer) -> bool:
+        """Whether a layer was compressed before, and is so now."""
+        state = None if layer.is_done else self._files.load(layer)
+        if state is not None:
+            layer.restore(state)
+        return state is not None
+
+    def _open(self, path: Sequence[int]) -> list[int]:
+        """Return the places of a path that are not done."""
+        return [place for place in path if not self._weights.layers[place].is_done]
 
     def notes(self) -> list[str]:
         """Return what of the order is to be known."""
         late = [
-            f"{self._layers[place].weight.name} ({len(numbers)})"
+            f"{self._weights.layers[place].name} ({len(numbers)})"
             for place, numbers in self._late.items()
             if numbers
         ]
-        crossed = [self._layers[place].weight.name for place in self._paths.crossed]
+        crossed = [self._weights.layers[place].name for place in self._paths.crossed]
         notes = []
         if crossed:
             notes.append(
@@ -140,7 +176,7 @@ class Order:
         else:
             recording = self._activations.recording(number)
         try:
-            with recording:
+            with recording, self._watch:
                 self._calls[number]()
         finally:
             self._held.leave()
@@ -165,46 +201,31 @@ class Order:
         path: list[int] = []
         self._record = path
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._watch:
                 self._calls[number]()
         finally:
-            self._record = None
             self._held.leave()
-        return path
+        return self._open(path)
 
-    def _arrive(self, layer: CalibratedLayer, module: nn.Module, value: torch.Tensor) -> None:
-        """Do what is to be done where a layer is about to be run."""
-        number = self._runs.current()
-        if self._record is not None and not layer.is_done:
-            self._record.append(layer.number)
+    def _arrive(self, product: Product) -> None:
+        """Do what is to be done where a product is about to be made."""
+        layer, number = self._weights.layer_of(product), self._runs.current()
+        if layer is None:
+            return
         if number is None:
-            return
-        if layer.is_done:
-            if layer.number in self._late:
-                self._late[layer.number].add(number)
-            return
-        layer_input = _LayerInput(module, value, self._masks[number])
-        if self._paths.comes_again(number, layer.number):
-            with nullcontext() if self._activations is None else self._activations.not_recording():
-                layer_input.add_to(layer.begin(), self._activations)
+            self._record.append(layer.place)
+        elif layer.is_done:
+            if layer.place in self._late:
+                self._late[layer.place].add(number)
         else:
-            self._runs.wait(layer.number, layer_input)
-
-    @contextmanager
-    def _arriving(self) -> Iterator[None]:
-        """Look at what goes into the layers."""
-
-        def hook(
-            layer: CalibratedLayer, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> None:
-            self._arrive(layer, module, args[0] if args else kwargs["input"])
-
-        with ExitStack() as stack:
-            for layer in self._layers:
-                for task in layer.tasks:
-                    register = task.weight.module.register_forward_pre_hook
-                    stack.enter_context(register(partial(hook, layer), with_kwargs=True))
-            yield
+            layer_input = _LayerInput(product.value, self._masks[number])
+            if not self._paths.comes_again(number, layer.place):
+                self._runs.wait(layer.place, layer_input)
+            elif self._activations is None:
+                layer_input.add_to(layer, None)
+            else:
+                with self._activations.not_recording():
+                    layer_input.add_to(layer, self._activations)
 
 
 def _can_share(algorithm: Any, last: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 
 class Paths:
@@ -17,18 +17,21 @@ class Paths:
         How many there are.
     path
         Returns the places that a sample comes to, in their order, when it is run alone.
+    first
+        Those of the first sample.
     """
 
-    def __init__(self, n_samples: int, path: Callable[[int], list[int]]) -> None:
+    def __init__(
+        self, n_samples: int, path: Callable[[int], list[int]], first: Sequence[int]
+    ) -> None:
         self._n_samples = n_samples
         self._path = path
         self._ahead: dict[int, list[int]] | None = None
         # Places of which it was not known, when they were chosen, whether all had been there.
         self.crossed: list[int] = []
-        first = path(0)
         if len(first) > len(set(first)):
             # Others may come to a place more often, or less.
-            self._ahead = {0: first, **{i: path(i) for i in range(1, n_samples)}}
+            self._ahead = {0: list(first), **{i: path(i) for i in range(1, n_samples)}}
 
     def comes_again(self, number: int, place: int) -> bool:
         """Note that a sample has come to a place; return whether it will come there again."""

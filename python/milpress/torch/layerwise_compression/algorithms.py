@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from abc import abstractmethod
 from dataclasses import replace
 from typing import Any, cast
@@ -102,6 +103,15 @@ class OBSCompressionAlgorithm(LayerwiseCompressionAlgorithm):
             raise UnsupportedError(msg)
         self.moments: LayerMoments | None = None
         self._factor: tuple[FeedbackConfig, Factor] | None = None
+        self.words = ", feedback"
+
+    def do_without_samples(self) -> None:
+        """Take all inputs to be alike and independent, so that no error is fed back."""
+        n_groups = int(getattr(self.weight.module, "groups", 1))
+        moments = np.eye(math.prod(self.weight.shape[1:]), dtype=np.float32)
+        sums = np.repeat(moments[None], n_groups, axis=0)
+        self._factor = self.settings(), error_feedback.factorize(sums, self.settings())
+        self.words = ""
 
     def add_batch(
         self, inp: torch.Tensor, out: torch.Tensor | None = None, mask: torch.Tensor | None = None
@@ -181,7 +191,7 @@ class _IntegerAlgorithm(OBSCompressionAlgorithm):
             )
             treatment = PalettizeConfig(bits=cast("Bits", config.weight_n_bits), channel_scale=True)
             stored = Stored(palette, scale)
-            return WeightOutcome(stored, treatment, words=", normal floats, feedback")
+            return WeightOutcome(stored, treatment, words=f", normal floats{self.words}")
         block, note = _block(array.shape, config)
         shared: Any = PerChannel() if block is None else PerBlock(block)
         if granularity is QuantizationGranularity.per_tensor:
@@ -208,8 +218,8 @@ class _IntegerAlgorithm(OBSCompressionAlgorithm):
         if config.weight_n_bits == 3:
             table = PalettizeConfig(bits=3, group_size=None if shared == PerTensor() else 1)
             stored = Stored(_as_palette(value))
-            return WeightOutcome(stored, table, notes, ", evenly spaced, feedback")
-        return WeightOutcome(Stored(value), quantization, notes, ", feedback")
+            return WeightOutcome(stored, table, notes, f", evenly spaced{self.words}")
+        return WeightOutcome(Stored(value), quantization, notes, self.words)
 
 
 @LayerwiseCompressionAlgorithm.register("gptq")
@@ -264,7 +274,7 @@ class SparseGPT(_IntegerAlgorithm):
                 kept=array != 0 if _metadata.is_pruned(weight) else None,
                 representable=_representable(weight),
             )
-            return WeightOutcome(Stored(value), pruning, words=", feedback")
+            return WeightOutcome(Stored(value), pruning, words=self.words)
         coded = self._coded(weight, array, config.quantization_granularity, pruning)
         n_m = pruning.n_m
         part = f"{pruning.sparsity:.0%}" if n_m is None else f"{n_m[0]} of {n_m[1]}"
@@ -296,7 +306,7 @@ class GPTQPalette(OBSCompressionAlgorithm):
         value = error_feedback.palettize(
             array, tables, factor, self.settings(), scale=scale, kept=kept
         )
-        return replace(nearest, stored=Stored(value, scale), words=", feedback")
+        return replace(nearest, stored=Stored(value, scale), words=self.words)
 
 
 def _block(shape: tuple[int, ...], config: Any) -> tuple[int | None, str]:

@@ -19,18 +19,20 @@ from milpress.errors import ConfigError, ConfigTypeError
 from milpress.plain import fields
 from milpress.progress import Progress, shown
 from milpress.torch import _metadata
-from milpress.torch._compression import Task, left, tied
+from milpress.torch._compression import Task, tied
 from milpress.torch._modes import evaluating, exact, on_device
-from milpress.torch._module_weights import weights_of
+from milpress.torch._module_weights import ModuleWeight
 from milpress.torch._report import Report
 from milpress.torch.base_model_optimizer import BaseDataCalibratedModelOptimizer
+from milpress.torch.layerwise_compression._calibrated_weights import (
+    CalibratedWeight,
+    CalibratedWeights,
+)
 from milpress.torch.layerwise_compression._configs import (
     LayerwiseCompressionAlgorithmConfig,
     ModuleGPTQConfig,
 )
 from milpress.torch.layerwise_compression._layer_files import LayerFiles
-from milpress.torch.layerwise_compression._layer_moments import LAYERS
-from milpress.torch.layerwise_compression._layers import CalibratedLayer
 from milpress.torch.layerwise_compression._order import Order
 from milpress.torch.layerwise_compression.input_cacher import (
     DefaultInputCacher,
@@ -113,8 +115,9 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
     """Compresses the layers of a model in the order in which samples come to them.
 
     Each layer makes up for what rounding does to its output, by what samples put into it after
-    all layers before it were compressed. The model may be any program, whose layers are modules
-    of the supported classes; each sample runs through it once.
+    all layers before it were compressed. The model may be any program, which multiplies by weights
+    in modules or by itself, whole or in parts; each sample runs through it once, and once more if
+    samples take different ways. What the forward keeps in modules is of the sample that runs.
 
     Parameters
     ----------
@@ -133,7 +136,7 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
     ['0.weight', '2.weight']
     """
 
-    _supported_modules = LAYERS
+    _supported_modules = KINDS
     _config_class = LayerwiseCompressorConfig
 
     def compress(  # type: ignore[override]
@@ -189,73 +192,51 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
         # Of the model that was given: modules in the config are of it, not of a copy.
         parents = [name for name, _ in self._config.get_layers(self._source)]
         model = self._begin(inplace)
-        layers = self._layers(model, parents)
+        weights = self._weights(model, parents)
         files = LayerFiles(checkpoint)
-        for layer in layers:
-            if layer.is_done:
-                continue
-            state = files.load(layer.number, layer.weight, layer.asked.config)
-            if state is not None:
-                layer.restore(state)
-        total = sum(layer.weight.size for layer in layers)
-        few = []
+        total = sum(weight.weight.size for weight in weights)
+        few: list[str] = []
         placed = nullcontext() if _is_placed(model) else on_device(model, device)
         with placed, evaluating(model), exact(), shown(progress) as note:
             calls, masks = self._calls(model, parents, dataloader, device)
-            order = Order(model, layers, calls, masks, activation_memory)
+            calibrated = CalibratedWeights(weights)
+            order = Order(model, calibrated, calls, masks, files, activation_memory)
             for layer in order:
-                n_done = sum(each.weight.size for each in layers if each.is_done)
-                note(n_done, total, layer.weight.name)
-                identity = files.identity(layer.weight, layer.asked.config)
+                note(sum(weight.n_done for weight in weights), total, layer.name)
+                identity = files.identity(layer)
                 layer.compress()
-                files.save(layer.number, identity, layer.state())
+                files.save(layer, identity)
                 moments = getattr(layer.algorithm, "moments", None)
                 n_inputs = math.prod(layer.weight.shape[1:])
                 if moments is not None and moments.n_positions < _ENOUGH * n_inputs:
-                    few.append(layer.weight.name)
+                    few.append(layer.name)
+            for weight in weights:
+                weight.finish()
             note(total, total, "")
-        for layer in layers:
-            if not layer.is_done:
-                reason = "no sample came to the layer by a call of its module"
-                layer.settle(left(layer.weight, reason))
-        self._report = _report(layers, [*_notes_of(few), *order.notes()])
+        notes = [*_notes_of(few), *order.notes(), *calibrated.notes()]
+        rows = {name: row for weight in weights for name, row in weight.rows.items()}
+        self._report = Report(rows, [weight.report for weight in weights if weight.report], notes)
         if len(self._report.left) < len(self._report.weights):
             _metadata.register_version(model)
         files.clear()
         return model
 
-    def _layers(self, model: nn.Module, parents: Sequence[str]) -> list[CalibratedLayer]:
+    def _weights(self, model: nn.Module, parents: Sequence[str]) -> list[CalibratedWeight]:
         """Return the weights that something is asked for, in the order of the model."""
-        tasks = []
-        for weight in weights_of(model, self._supported_modules):
-            config = None
-            if self._config.layers is None or _is_within(weight.module_name, parents):
-                config = self._config.get_module_config(weight.module_name, weight.module)
-            if isinstance(config, ModuleGPTQConfig) and config.weight_dtype == torch.float32:
-                config = None
-            tasks.append(Task(weight, config))
-        layers = [CalibratedLayer(number, group) for number, group in enumerate(tied(tasks))]
-        others = {
-            id(weight.tensor): weight.name
-            for weight in weights_of(model, KINDS)
-            if not isinstance(weight.module, self._supported_modules) and weight.tensor is not None
-        }
-        for layer in layers:
-            try:
-                layer.begin()
-            except ValueError as error:
-                layer.settle(left(layer.weight, str(error)))
-                continue
-            if layer.weight.tensor is not None and layer.weight.tensor.is_meta:
-                reason = "its values are not in memory but on the device meta: load them before"
-                layer.settle(left(layer.weight, reason))
-                continue
-            other = others.get(id(layer.weight.tensor))
-            if other is not None:
-                reason = f"tied to {other}, to which errors are not fed back"
-                layer.settle(left(layer.weight, reason))
-            layer.algorithm = None
-        return layers
+        tasks = self._tasks(model)
+        if self._config.layers is not None:
+            tasks = [
+                task
+                if _is_within(task.weight.module_name, parents)
+                else Task(task.weight, config=None)
+                for task in tasks
+            ]
+        return [CalibratedWeight(number, group) for number, group in enumerate(tied(tasks))]
+
+    def _config_for(self, weight: ModuleWeight, model: nn.Module) -> Any:
+        config = super()._config_for(weight, model)
+        is_dense = isinstance(config, ModuleGPTQConfig) and config.weight_dtype == torch.float32
+        return None if is_dense else config
 
     def _calls(
         self,
@@ -305,11 +286,6 @@ def _run_chain(chain: Sequence[nn.Module], batch: Any, kwargs: Mapping[str, Any]
 
 def _is_within(name: str, parents: Iterable[str]) -> bool:
     return any(name == parent or name.startswith(f"{parent}.") or not parent for parent in parents)
-
-
-def _report(layers: Sequence[CalibratedLayer], notes: Sequence[str]) -> Report:
-    rows = {task.weight.name: dict(layer.row or {}) for layer in layers for task in layer.tasks}
-    return Report(rows, [layer.report for layer in layers if layer.report is not None], notes)
 
 
 def _notes_of(few: Sequence[str]) -> list[str]:
