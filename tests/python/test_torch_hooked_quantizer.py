@@ -557,6 +557,8 @@ def test_palettes_go_with_hooks_that_round_activations():
 
 
 @pytest.mark.large
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers.*")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("name", ["Llama", "BERT", "ViT", "ResNet", "MobileNetV2"])
 def test_models_of_transformers(name):
     t = pytest.importorskip("transformers")
