@@ -71,7 +71,7 @@ std::optional<std::vector<float>> rounded_entries(const WeightedValues& data,
 // The number of buckets that makes about as much work as the values that are left to be sorted; 0
 // if it is less work to sort all of them.
 std::size_t n_buckets(std::size_t n_weights, std::size_t k) {
-  constexpr std::size_t kMost = std::size_t{1} << 19;
+  constexpr std::size_t kMost = std::size_t{1} << 20;
   constexpr double kOpen = 14;  // times k^1.5 / buckets is the share to be sorted of normal data
   constexpr double kMostOpen = 0.25;
   constexpr std::size_t kLeastFill = 4;

@@ -99,6 +99,14 @@ double origin_of(const BucketScale& scale, std::size_t bucket) {
   return scale.centre + std::copysign(scale.width * farness / (1 - farness), steps);
 }
 
+WeightedValues with_room(std::size_t n) {
+  WeightedValues data;
+  data.values.reserve(n);
+  data.weights.reserve(n);
+  data.spreads.reserve(n);
+  return data;
+}
+
 void append(WeightedValues& data, double value, double weight, double spread) {
   data.values.push_back(value);
   data.weights.push_back(weight);
@@ -292,6 +300,8 @@ ValueBuckets::ValueBuckets(std::span<const float> weights, std::span<const float
   }
   range_ = double{greatest} - least;
   scale_ = fitting_scale(weights, importance, least, greatest, n_buckets);
+  clumps_ = with_room(n_buckets);
+  clump_of_.reserve(n_buckets);
   for (const Bucket& bucket : filled_buckets(scale_, weights, importance)) {
     clump_of_.push_back(static_cast<std::uint32_t>(clumps_.values.size()));
     if (bucket.weight > 0) {
@@ -310,7 +320,7 @@ WeightedValues ValueBuckets::opened(const std::vector<bool>& is_open) const {
   const Taken singles = taken(scale_, weights_, importance_, takes);
   const WeightedValues sorted = DistinctValues().of(singles.values, singles.importance);
 
-  WeightedValues data;
+  WeightedValues data = with_room(sorted.values.size() + is_open.size());
   std::size_t next = 0;
   for (std::size_t i = 0; i < clumps_.values.size(); ++i) {
     if (!is_open[i]) {
