@@ -211,7 +211,9 @@ def test_what_is_finalized_is_not_finalized_again(name):
     optimizer = MAKERS[name](net())
     train(prepare(optimizer, inplace=False), optimizer)
     finalized = optimizer.finalize(inplace=True)
-    for model in (finalized, None, net()):
+    assert optimizer.finalize(inplace=True) is finalized
+    assert effects(finalized) == EFFECTS[name]
+    for model in (finalized, net()):
         with pytest.raises(LifecycleError, match=r"not prepared for .*, or finalized already"):
             optimizer.finalize(model)
 

@@ -179,7 +179,8 @@ class BaseTrainingTimeModelOptimizer(BaseModelOptimizer):
         Raises
         ------
         LifecycleError
-            If the model is not prepared, or was finalized already.
+            If a model is given that is not prepared, or was finalized already. The own model may be
+            finalized in place twice: the second time changes nothing.
         """
 
     def _begin(self, inplace: bool) -> torch.nn.Module:
@@ -205,9 +206,9 @@ class BaseTrainingTimeModelOptimizer(BaseModelOptimizer):
         self, model: torch.nn.Module | None, inplace: bool
     ) -> Iterator[torch.nn.Module]:
         """Have the trained model, or a copy, out of its wrappers, to be made what is converted."""
-        model = plain(_lifecycle.latest(self._model) if model is None else model)
-        if self._has_changed_model:
+        if model is not None and self._has_changed_model:
             _lifecycle.check_prepared(model, self._purpose)
+        model = plain(_lifecycle.latest(self._model) if model is None else model)
         finalized = model if inplace else copied(model)
         for module in finalized.modules():
             for hook in ZerosKept.of(module):
