@@ -254,6 +254,19 @@ Partition splice(const Cost& cost, const Partition& few, const Partition& many, 
   return best;
 }
 
+// Logarithms that are straight between powers of two: those of the standard library are rounded in
+// other ways on other systems, and equal penalties must make equal tables.
+double rough_log2(double value) {
+  int exponent = 0;
+  const double fraction = std::frexp(value, &exponent);
+  return exponent + (2 * fraction - 2);
+}
+
+double rough_exp2(double logarithm) {
+  const double whole = std::floor(logarithm);
+  return std::ldexp(1 + (logarithm - whole), static_cast<int>(whole));
+}
+
 // The same data coarser and coarser: every level lets only some of the values of the one before end
 // a cluster.
 template <typename Cost>
@@ -304,7 +317,6 @@ class Levels {
       penalty = 2 * few.error / (wanted * wanted * wanted);
     }
     bool narrow = false;
-    double exponent = 3;
     for (int guess = 0;; ++guess) {
       const std::size_t n_many = many.ends.empty() ? n : many.ends.size();
       const bool last_resort =
@@ -328,11 +340,16 @@ class Levels {
         const auto fewest = static_cast<double>(few.ends.size());
         const auto most = static_cast<double>(many.ends.size());
         narrow = many.ends.size() - few.ends.size() <= kNarrow;
-        penalty = many.penalty * std::pow(few.penalty / many.penalty,
-                                          std::log(most / wanted) / std::log(most / fewest));
+        const double low = rough_log2(many.penalty);
+        const double share = rough_log2(most / wanted) / rough_log2(most / fewest);
+        penalty = rough_exp2(low + share * (rough_log2(few.penalty) - low));
       } else {
-        penalty *= std::pow(static_cast<double>(count) / wanted, exponent);
-        exponent *= 2;  // a step too short is followed by a longer one
+        const double ratio = static_cast<double>(count) / wanted;
+        double factor = ratio * ratio * ratio;
+        for (int i = 0; i < guess; ++i) {
+          factor *= factor;  // a step too short is followed by a longer one
+        }
+        penalty *= factor;
       }
     }
   }

@@ -75,7 +75,7 @@ std::size_t n_buckets(std::size_t n_weights, std::size_t k) {
   constexpr double kOpen = 14;  // times k^1.5 / buckets is the share to be sorted of normal data
   constexpr double kMostOpen = 0.25;
   constexpr std::size_t kLeastFill = 4;
-  const double open = kOpen * std::pow(static_cast<double>(k), 1.5);
+  const double open = kOpen * static_cast<double>(k) * std::sqrt(static_cast<double>(k));
   const double ideal = std::sqrt(open * static_cast<double>(n_weights));
   const std::size_t n = std::min(std::bit_ceil(static_cast<std::size_t>(ideal)), kMost);
   const bool pays = n * kLeastFill <= n_weights && open <= kMostOpen * static_cast<double>(n);
