@@ -163,6 +163,33 @@ def test_convert_finds_the_weights_of_recurrent_layers_in_other_orders_and_parts
     assert n_rows == {64, 32}  # an LSTM's four gates of 16 together, a GRU's of 32 one by one
 
 
+class Pooled(nn.Module):
+    """Attention of two tokens to others, whose projections are split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.attention(x[:, :2], x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("kind", BY_BOTH)
+@pytest.mark.parametrize("frontend", ["export", "trace"])
+def test_the_projections_of_cross_attention_are_found_in_their_parts(kind, frontend):
+    model = compressed(kind, Pooled())
+    made = cto.torch.convert(model, (torch.rand(1, 12, 32),), frontend=frontend)
+    report = made.compression_report
+    assert {weight.status for weight in report.weights} == {"compressed"}
+    found = compressed_weights(made.package_path)
+    assert sorted(len(value) for value in found.values()) == [32, 32, 64]
+    projection = model.attention.in_proj_weight.detach().numpy().astype(np.float16)
+    both = np.concatenate([v for name, v in found.items() if "out_proj" not in name])
+    tolerance = 2.0**-9 * np.abs(projection).max()
+    assert (np.abs(np.sort(both, 0) - np.sort(projection, 0)) <= tolerance).all()
+
+
 @pytest.mark.parametrize("kind", BY_BOTH)
 @pytest.mark.parametrize("recurrent", [False, True])
 def test_a_converted_model_computes_what_the_compressed_module_does(kind, recurrent, tmp_path):

@@ -18,7 +18,7 @@ from milpress.formats import PalettizeConfig, palettize
 from milpress.torch import _metadata
 from milpress.torch._module_weights import ModuleWeight, weights_of
 from milpress.torch.palettization import _dkm
-from milpress.torch.registration import TRAINABLE
+from milpress.torch.registration import KINDS
 
 P = cto.torch.palettization
 
@@ -262,14 +262,14 @@ def test_training_brings_weights_near_their_entries_and_lowers_the_loss():
 
 
 def test_every_kind_of_module_is_palettized_attention_with_its_output_projection():
-    model, palettizer = prepared(layers(recurrent=False), n_bits=4)
+    model, palettizer = prepared(layers(), n_bits=4)
     model(IDS).square().sum().backward()
-    for weight in weights_of(model, TRAINABLE):
+    for weight in weights_of(model, KINDS):
         assert weight.tensor.grad.abs().max() > 0, weight.name
     finalized = palettizer.finalize()
     with torch.no_grad():
         assert torch.equal(finalized(IDS), model.eval()(IDS))
-    for weight in weights_of(finalized, TRAINABLE):
+    for weight in weights_of(finalized, KINDS):
         assert weight.tensor.unique().numel() <= 16, weight.name
 
 

@@ -69,9 +69,11 @@ FUNCTIONS: dict[str, Any] = {
     "median": torch.median,
     "median along": lambda y: torch.median(y, 1)[0],
     "new ones": lambda y: y.new_ones(3, 6) * y[0],
+    "negative pad": lambda y: F.pad(y, (2, -1, -1, 0), value=0.5),
     "reciprocal": lambda y: torch.reciprocal(y / 1000) / 1000,
     "rms norm": lambda y: F.rms_norm(y * 1000, (6,), eps=0.5),
     "rms norm of small numbers": lambda y: F.rms_norm(y / 1000, (4, 6), X, eps=1e-6),
+    "scatter a whole number": lambda y: y.scatter(1, torch.arange(4)[:, None], 1),
     "signbit": lambda y: torch.signbit(y).float(),
     "stable sort": lambda y: torch.sort(y, dim=1, stable=True, descending=True)[0],
     "trunc": torch.trunc,
@@ -113,6 +115,38 @@ def test_ops_that_coremltools_lacks_or_has_wrong_are_written_by_others(functions
         # A hundred sums and functions of float32.
         tolerance = 100 * 2.0**-23 * max(np.abs(theirs).max(), 1)
         np.testing.assert_allclose(own.reshape(theirs.shape), theirs, atol=tolerance, err_msg=name)
+
+
+TRACED: dict[str, Any] = {
+    "ones": lambda y: y[:2, :3].new_ones(2, 3) + y[:2, :3],
+    "ones of a type": lambda y: (y > 0).new_ones((), dtype=torch.float32) * y,
+    "ones that are true": lambda y: torch.where((y > 0).new_ones(4, 6), y, -y),
+    "ones of some size": lambda y: y.new_ones(y[y > 0].shape[0]),
+    "differences": torch.diff,
+    "differences along": lambda y: torch.diff(y, dim=0),
+    "differences of differences": lambda y: torch.diff(y, n=2, prepend=y[:, :1] - 1, append=y),
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_has_ops_that_coremltools_lacks(tmp_path):
+    module = Layer(lambda y: tuple(function(y) for function in TRACED.values()))
+    found, _ = run(module, (X,), tmp_path / "model.mlpackage", frontend="trace")
+    with torch.no_grad():
+        expected = module(X)
+    for name, array, tensor in zip(TRACED, found, expected, strict=True):
+        np.testing.assert_allclose(array, tensor.numpy(), rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_a_rule_that_does_not_fit_is_told_as_the_failure_that_it_was_to_mend(monkeypatch):
+    def fails(*_: Any) -> Any:
+        raise AssertionError
+
+    rules = decompositions.known()
+    monkeypatch.setattr(decompositions, "known", lambda: dict.fromkeys(rules, fails))
+    monkeypatch.setattr(decompositions, "needed", lambda _: {})
+    with pytest.raises(UnsupportedError, match=r"can't lower aten\.pad"):
+        cto.torch.convert(Layer(STUMBLED_OVER["pad in a circle"]), (X,), frontend="export")
 
 
 @pytest.mark.parametrize("n_rows", [3, 9])

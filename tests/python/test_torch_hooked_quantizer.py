@@ -20,8 +20,8 @@ from milpress.torch.quantization._fake_quantize import (
     FixedQuantize,
     QuantizeDequantize,
 )
-from milpress.torch.quantization._recording import LAYERS
 from milpress.torch.quantization.quantization_config import QuantizationScheme
+from milpress.torch.registration import KINDS
 
 Q = cto.torch.quantization
 
@@ -246,7 +246,7 @@ def test_a_finalized_model_computes_what_the_prepared_one_did(kind):
     assert not any(isinstance(module, FakeQuantize) for module in finalized.modules())
     rounded = [m for m in finalized.modules() if isinstance(m, QuantizeDequantize)]
     assert len(rounded) >= 2
-    for weight in weights_of(finalized, LAYERS):
+    for weight in weights_of(finalized, KINDS):
         if weight.module_name != "second" or kind is not Branch:
             assert cto.torch._metadata.is_coded(weight), weight.name
     # The original is untouched, and the prepared model can be trained on.
@@ -290,7 +290,7 @@ def test_both_frontends_write_what_rounds(kind, frontend):
     converted = cto.torch.convert(finalized, (x,), frontend=frontend, skip_model_load=True)
     assert converted.compression_report.verified
     ops = Counter(op.op_type for op in converted._mil_program.functions["main"].operations)
-    n_layers = len({id(weight.tensor) for weight in weights_of(finalized, LAYERS)})
+    n_layers = len({id(weight.tensor) for weight in weights_of(finalized, KINDS)})
     assert ops["quantize"] == ops["dequantize"] >= n_layers
     assert ops["constexpr_blockwise_shift_scale"] >= n_layers
     assert not ops["batch_norm"]
@@ -444,7 +444,7 @@ def test_recurrent_layers_compute_with_rounded_weights():
     plain = Recurrent().eval()
     state = {k: v for k, v in model.state_dict().items() if "fake" not in k}
     plain.load_state_dict(state)
-    for weight in weights_of(plain, LAYERS):
+    for weight in weights_of(plain, KINDS):
         layer = model.get_submodule(weight.module_name)
         fake = getattr(layer, f"{weight.parameter_name}_fake_quant").eval()
         with torch.no_grad():
@@ -588,10 +588,10 @@ def test_models_of_transformers(name):
 
     torch.manual_seed(0)
     model, x = models[name]()
-    n_layers = sum(isinstance(m, LAYERS) for m in model.modules())
+    n_layers = sum(isinstance(m, KINDS) for m in model.modules())
     model, quantizer = prepared(First(model), x)
     train(model, x, quantizer)
-    assert all("no layer" in reason for reason in quantizer.report().left.values())
+    assert all("is not known" in reason for reason in quantizer.report().left.values())
     output = model.eval()(x)
     finalized = quantizer.finalize()
     torch.testing.assert_close(finalized(x), output, rtol=1e-2, atol=1e-2)

@@ -444,3 +444,24 @@ def test_inputs_come_first_and_are_rounded_behind_the_last_of_them():
     assert kinds[:2] == ["placeholder"] * 2
     rounded = [node.args[0].name for node in list(model.graph.nodes)[2:4]]
     assert sorted(rounded) == ["x", "y"]
+
+
+def test_values_of_six_dimensions_are_moved_between_roundings():
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):  # of shape (1, 4, 4, 8), in windows of 2 x 2
+            x = self.first(x).view(1, 2, 2, 2, 2, 8).permute(0, 1, 3, 2, 4, 5)
+            return self.second(x.reshape(4, 4, 8))
+
+    model, x = Windows(), torch.randn(1, 4, 4, 8)
+    ready, quantizer = prepared(model, x)
+    ready(x).sum().backward()
+    finalized = quantizer.finalize()
+    assert torch.equal(finalized(x), ready.eval()(x))
+    converted = cto.torch.convert(finalized, (x,), skip_model_load=True)
+    ops = [op.op_type for op in converted._mil_program.functions["main"].operations]
+    # On either side of each layer, and of nothing between.
+    assert ops.count("quantize") == 4

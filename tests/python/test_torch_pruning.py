@@ -15,7 +15,7 @@ from torch_models import IDS, layers
 import milpress as cto
 from milpress.errors import ConfigError
 from milpress.torch._module_weights import weights_of
-from milpress.torch.registration import TRAINABLE
+from milpress.torch.registration import KINDS
 
 P = cto.torch.pruning
 
@@ -168,11 +168,11 @@ def test_training_goes_as_with_coremltools_bit_for_bit(settings):
 
 
 def test_every_kind_of_module_is_pruned_attention_with_its_output_projection():
-    model, pruner = prepared(layers(recurrent=False).train(), target_sparsity=0.75)
+    model, pruner = prepared(layers().train(), target_sparsity=0.75)
     pruner.step()
     model(IDS).square().sum().backward()
     trained = [name for name, _ in model.named_parameters() if name.endswith("_orig")]
-    assert trained == [f"{w.name}_orig" for w in weights_of(layers(recurrent=False), TRAINABLE)]
+    assert trained == [f"{w.name}_orig" for w in weights_of(layers(), KINDS)]
     for name in trained:
         gradient, mask = model.get_parameter(name).grad, model.get_buffer(name[:-4] + "mask")
         assert gradient[mask.bool()].any(), name
@@ -180,7 +180,7 @@ def test_every_kind_of_module_is_pruned_attention_with_its_output_projection():
     finalized = pruner.finalize().eval()
     with torch.no_grad():
         assert torch.equal(finalized(IDS), model.eval()(IDS))
-    for weight in weights_of(finalized, TRAINABLE):
+    for weight in weights_of(finalized, KINDS):
         assert int((weight.tensor == 0).sum()) == math.floor(weight.size * 0.75), weight.name
 
 

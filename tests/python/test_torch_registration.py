@@ -259,6 +259,89 @@ def test_matrices_of_a_stack_are_pruned_by_element_for_they_are_no_kernels():
     assert kept[kept > 0].min() >= stack.up.abs().median()
 
 
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({}, lambda matrix: matrix.abs().amax(1, keepdim=True)),
+        ({"weight_per_channel": False}, lambda matrix: matrix.abs().max()),
+        (
+            {"weight_dtype": "qint4", "block_size": 4},
+            lambda matrix: matrix.abs().unflatten(1, (-1, 4)).amax(2).repeat_interleave(4, 1),
+        ),
+    ],
+)
+@pytest.mark.parametrize("kind", [Stack, Turned])
+def test_each_matrix_of_a_stack_has_scales_of_its_own_in_training(kind, settings, scale):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(kind()), torch.randn(5, 16)
+    config = Q.LinearQuantizerConfig.from_dict({"global_config": settings})
+    optimizer = Q.LinearQuantizer(model, config)
+    prepared = optimizer.prepare((x,))
+    prepared(x).sum().backward()
+    row = optimizer.report()["0"]
+    assert row["per_channel"] == settings.get("weight_per_channel", True)
+    output = prepared.eval()(x)
+    finalized = optimizer.finalize()
+    assert torch.equal(finalized(x), output)
+    steps = 7.5 if "block_size" in settings else 127.5
+    stacks = (m.get_parameter("0.up").detach() for m in (model, finalized))
+    for before, after in zip(*stacks, strict=True):
+        before, after = (before.mT, after.mT) if kind is Turned else (before, after)
+        size = scale(before) / steps
+        # Half a step, where symmetric integers end one short of it.
+        assert ((before - after).abs() <= 0.501 * size).all()
+        assert torch.allclose(after / size, (after / size).round(), atol=1e-3)
+    converted = milpress.torch.convert(finalized, (x,), skip_model_load=True)
+    (weight,) = converted.compression_report.weights
+    assert (weight.status, weight.note) == ("compressed", "")
+
+
+class Holder(nn.Module):
+    """A registered weight beside a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Parameter(torch.randn(4, 8))
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(torch.relu(self.inner(x)), self.out)
+
+
+register_module(Holder, "out")
+
+
+def test_a_registered_module_with_layers_inside_is_looked_into_in_training():
+    model, x = Holder(), torch.randn(5, 8)
+    optimizer = Q.LinearQuantizer(nn.Sequential(model))
+    prepared = optimizer.prepare((x,))
+    prepared(x).sum().backward()
+    assert {"0", "0.inner"} < set(optimizer.report())
+    assert optimizer.report().left == {}
+    finalized = optimizer.finalize()
+    assert not torch.equal(finalized.get_parameter("0.out"), model.out)
+    assert torch.equal(finalized(x), prepared.eval()(x))
+
+
+def test_layers_of_transformers_are_quantized_in_training():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 20}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    mixtral = transformers.MixtralConfig(**sizes, **heads, num_local_experts=4)
+    gpt2 = transformers.GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=8)
+    ids = torch.arange(6)[None]
+    for model, left in (
+        (transformers.MixtralForCausalLM(mixtral), {"model.layers.0.mlp.gate.weight"}),
+        (transformers.GPT2LMHeadModel(gpt2), set()),
+    ):
+        optimizer = Q.LinearQuantizer(model)
+        prepared = optimizer.prepare((ids,))
+        prepared(ids).logits.sum().backward()
+        assert set(optimizer.report().left) == left
+        expected = prepared.eval()(ids).logits
+        assert torch.equal(optimizer.finalize()(ids).logits, expected)
+
+
 def test_a_class_inherits_and_can_be_registered_anew():
     class Heir(Stack):
         pass

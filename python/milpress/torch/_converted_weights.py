@@ -84,7 +84,7 @@ class ConvertedWeight:
         assert tensor is not None  # noqa: S101 - it was read
         with np.errstate(over="ignore"):
             own = whole(tensor).float().numpy().astype(array.dtype)
-        layout = _relayout.layout_of(own, array, in_rows=self.is_recurrent)
+        layout = _relayout.layout_of(own, array, in_rows=self.is_in_parts)
         if layout is not None:
             return layout(self.stored.folded())
         for matrix in self.weight.matrices():
@@ -98,13 +98,13 @@ class ConvertedWeight:
         own = self.report.shape
         own_matrix = self.weight.matrices()[0].shape
         return sorted(shape) in (sorted(own), sorted(own_matrix)) or (
-            self.is_recurrent and own[1:] == shape[1:]
+            self.is_in_parts and own[1:] == shape[1:]
         )
 
     @property
-    def is_recurrent(self) -> bool:
-        """Whether its module is a recurrent layer, of which Core ML has several constants."""
-        return isinstance(self.weight.module, RECURRENT)
+    def is_in_parts(self) -> bool:
+        """Whether Core ML may have it as several constants: gates, or projections of attention."""
+        return isinstance(self.weight.module, (*RECURRENT, nn.MultiheadAttention))
 
 
 def compressed_weights(module: nn.Module) -> list[ConvertedWeight]:

@@ -10,8 +10,7 @@ from torch import nn
 from milpress.compression.report import WeightReport
 from milpress.torch._compression import left
 from milpress.torch._lifecycle import Fake
-from milpress.torch._module_weights import ModuleWeight, why_other
-from milpress.torch.registration import KINDS, Kinds
+from milpress.torch._module_weights import ModuleWeight, parameters_of, why_other
 
 _COMPUTED = ".parametrizations."
 
@@ -30,7 +29,6 @@ def trained(weight: ModuleWeight) -> nn.Parameter | None:
 
 def left_weights(
     model: nn.Module,
-    kinds: Kinds,
     treated: set[int],
     is_asked: Callable[[ModuleWeight], bool],
     reasons: Mapping[str, str],
@@ -41,8 +39,6 @@ def left_weights(
     ----------
     model
         The model.
-    kinds
-        The modules whose weights can be treated.
     treated
         The identities of the parameters that are.
     is_asked
@@ -51,22 +47,12 @@ def left_weights(
         Why some of them are left.
     """
     seen = set(treated)
-    for weight in _parameters(model):
-        tensor = weight.tensor
-        if tensor is None or id(tensor) in seen or not is_asked(_as_asked_for(weight, model)):
+    for weight in parameters_of(model):
+        is_known = id(weight.tensor) in seen or isinstance(weight.module, Fake)
+        if is_known or not is_asked(_as_asked_for(weight, model)):
             continue
-        seen.add(id(tensor))
-        yield left(weight, reasons.get(weight.name) or _reason(weight, kinds))[1]
-
-
-def _parameters(model: nn.Module) -> Iterator[ModuleWeight]:
-    for module_name, module in model.named_modules():
-        if isinstance(module, Fake):
-            continue
-        for name, tensor in module.named_parameters(recurse=False):
-            is_shaped = not nn.parameter.is_lazy(tensor)
-            if tensor.is_floating_point() and (not is_shaped or tensor.ndim > 1):
-                yield ModuleWeight(module_name, module, name)
+        seen.add(id(weight.tensor))
+        yield left(weight, reasons.get(weight.name) or _reason(weight))[1]
 
 
 def _as_asked_for(weight: ModuleWeight, model: nn.Module) -> ModuleWeight:
@@ -78,11 +64,7 @@ def _as_asked_for(weight: ModuleWeight, model: nn.Module) -> ModuleWeight:
     return ModuleWeight(holder, model.get_submodule(holder), name.partition(".")[0])
 
 
-def _reason(weight: ModuleWeight, kinds: Kinds) -> str:
-    if weight.tensor is not None and nn.parameter.is_lazy(weight.tensor):
+def _reason(weight: ModuleWeight) -> str:
+    if not weight.has_shape:
         return "the parameter has no shape yet, run the model once"
-    if isinstance(weight.module, KINDS) and not isinstance(weight.module, kinds):
-        return (
-            f"{type(weight.module).__name__} is no layer whose weights can be treated in training"
-        )
     return why_other(weight)

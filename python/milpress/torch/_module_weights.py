@@ -49,10 +49,14 @@ class ModuleWeight:
         return parameter[self.index] if self.index and parameter is not None else parameter
 
     @property
+    def has_shape(self) -> bool:
+        """Whether it is a parameter with a shape; one of a lazy module gets it by the first run."""
+        return self.tensor is not None and not nn.parameter.is_lazy(self.tensor)
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Its shape; ``(0,)`` where there is none yet."""
-        tensor = self.tensor
-        return (0,) if tensor is None or nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
+        return tuple(self.tensor.shape) if self.tensor is not None and self.has_shape else (0,)
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -91,21 +95,27 @@ def weights_of(model: nn.Module, kinds: Kinds) -> Iterator[ModuleWeight]:
             yield ModuleWeight(name, module, parameter_name)
 
 
+def parameters_of(model: nn.Module) -> Iterator[ModuleWeight]:
+    """Yield the floating parameters of two and more axes, or without a shape yet, in order."""
+    for name, module in model.named_modules():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            has_shape = not nn.parameter.is_lazy(parameter)
+            if parameter.is_floating_point() and (not has_shape or parameter.ndim > 1):
+                yield ModuleWeight(name, module, parameter_name)
+
+
 def others_of(
     model: nn.Module, weights: Iterable[ModuleWeight]
 ) -> Iterator[tuple[ModuleWeight, str]]:
-    """Yield the floating parameters of two and more axes that are not among some weights, and why.
+    """Yield the parameters with a shape of two and more axes that are not among some weights.
 
-    Tied ones are yielded once.
+    Each comes with the reason; tied ones are yielded once.
     """
     known = {id(weight.tensor) for weight in weights}
-    for name, module in model.named_modules():
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            is_weight = parameter.is_floating_point() and not nn.parameter.is_lazy(parameter)
-            if is_weight and parameter.ndim > 1 and id(parameter) not in known:
-                known.add(id(parameter))
-                weight = ModuleWeight(name, module, parameter_name)
-                yield weight, why_other(weight)
+    for weight in parameters_of(model):
+        if weight.has_shape and id(weight.tensor) not in known:
+            known.add(id(weight.tensor))
+            yield weight, why_other(weight)
 
 
 def why_other(weight: ModuleWeight) -> str:

@@ -103,7 +103,7 @@ class Substitution(Hooks):
         for name in self.names:
             # nn.Module's own __setattr__ takes nothing but parameters in the place of one.
             object.__setattr__(owner, name, self.substitute(owner, name))
-        _refer(owner)
+        refer(owner)
 
     def after(self, host: nn.Module, _args: Any, _output: Any) -> None:
         """Show the weights again."""
@@ -111,11 +111,11 @@ class Substitution(Hooks):
         for name in self.names:
             if name in owner.__dict__:
                 object.__delattr__(owner, name)
-        _refer(owner)
+        refer(owner)
 
 
-def _refer(owner: nn.Module) -> None:
-    """Let a recurrent layer, which refers to its weights by a list, see those that it has now."""
+def refer(owner: nn.Module) -> None:
+    """Let a recurrent layer, which has its weights in a list as well, see those of its names."""
     if isinstance(owner, nn.RNNBase):
         weights = [getattr(owner, name, None) for name in owner._flat_weights_names]
         object.__setattr__(owner, "_flat_weights", weights)

@@ -27,8 +27,6 @@ KINDS: Kinds = (
     nn.MultiheadAttention,
     *RECURRENT,
 )
-# Recurrent layers keep references to their weights, which no other tensor can take the place of.
-TRAINABLE: Kinds = tuple(kind for kind in KINDS if kind not in RECURRENT)
 
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 

@@ -81,12 +81,14 @@ def _corrections() -> Rules:
         aten.acosh.default: lambda x: torch.log(x + torch.sqrt(x * x - 1)),
         aten.asinh.default: _asinh,
         aten.clamp.Tensor: _clamp,
+        aten.constant_pad_nd.default: _pad,
         aten.cumsum.default: _cumsum,
         aten.diagonal.default: _diagonal,
         aten.diagonal_copy.default: _diagonal,
         aten.gelu.default: _gelu,
         aten.reciprocal.default: lambda x: torch.full((), 1.0) / x,
         aten.rms_norm.default: _rms_norm,
+        aten.scatter.value: _scatter,
         aten.where.Scalar: _where,
         aten.where.ScalarOther: _where,
         aten.where.ScalarSelf: _where,
@@ -152,6 +154,23 @@ def _where(condition: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
 def _as_tensor(value: Tensor | float, dtype: torch.dtype) -> Tensor:
     # torch.tensor makes a constant, which has no place in a program that is exported already.
     return value.to(dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype)
+
+
+def _pad(x: Tensor, pad: list[int], value: float = 0) -> Any:
+    """Cut off what negative numbers of a padding take away."""
+    cuts = [max(-n, 0) if isinstance(n, int) else 0 for n in pad]
+    if not any(cuts):
+        return NotImplemented
+    for i in range(len(pad) // 2):
+        before, after = cuts[2 * i : 2 * i + 2]
+        x = x.narrow(-1 - i, before, x.shape[-1 - i] - before - after)
+    rest = [n + cut for n, cut in zip(pad, cuts, strict=True)]
+    return torch.constant_pad_nd(x, rest, value) if any(rest) else x
+
+
+def _scatter(x: Tensor, dim: int, index: Tensor, value: float) -> Tensor:
+    """Put a number, in the type of what it is put into."""
+    return torch.scatter(x, dim, index, torch.full(index.shape, value, dtype=x.dtype))
 
 
 def _diagonal(x: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:

@@ -57,12 +57,19 @@ def by_export(
         except Exception as error:
             node = failed_at(error)
             op = None if node is None else op_of(node.name, program.graph)
+            what = "what torch exports" if node is None else described_as_lowered(node)
+            failure = FrontendError(
+                f"coremltools can't lower {what}: {gist(error)}", no_trace=no_trace
+            )
             if op not in rules or op in used:
-                what = "what torch exports" if node is None else described_as_lowered(node)
-                msg = f"coremltools can't lower {what}: {gist(error)}"
-                raise FrontendError(msg, no_trace=no_trace) from error
-        used[op] = rules[op]
-        program = _decomposed(program, used)
+                raise failure from error
+            used[op] = rules[op]
+            try:
+                program = _decomposed(program, used)
+            except MemoryError:
+                raise
+            except Exception:  # of a rule that does not fit here
+                raise failure from error
 
 
 def _exported(

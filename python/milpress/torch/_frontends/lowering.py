@@ -15,13 +15,17 @@ _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
 def is_lowered(op: Any) -> bool:
-    """Whether coremltools has a lowering by the name of an op."""
-    return _lowering(op) is not None
+    """Whether coremltools, or a user, has a lowering by the name of an op."""
+    return _lowering(op) is not None and not _home(op).startswith("milpress.")
 
 
 def is_lowered_by_user(op: Any) -> bool:
     """Whether that lowering is one that a user has registered."""
-    return not getattr(_lowering(op), "__module__", "coremltools.").startswith("coremltools.")
+    return is_lowered(op) and not _home(op).startswith("coremltools.")
+
+
+def _home(op: Any) -> str:
+    return getattr(_lowering(op), "__module__", "coremltools.")
 
 
 def _lowering(op: Any) -> Any:

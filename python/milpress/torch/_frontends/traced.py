@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from milpress.torch._frontends import trace_ops
 from milpress.torch._frontends.failure import FrontendError, gist
 from milpress.torch._frontends.lowering import described_as_lowered, failed_at
 from milpress.torch._modes import keeping_buffers
@@ -23,6 +24,7 @@ def by_trace(module: nn.Module, inputs: tuple[torch.Tensor, ...], settings: dict
     """
     import coremltools as ct
 
+    trace_ops.register()
     with keeping_buffers(module) as written:
         try:
             traced = torch.jit.trace(module, inputs, check_trace=False)  # type: ignore[no-untyped-call]

@@ -98,7 +98,7 @@ class OBSCompressionAlgorithm(LayerwiseCompressionAlgorithm):
             raise UnsupportedError(msg)
         self.weight = ModuleWeight("", layer, "weight")
         self.config = config
-        if self.weight.tensor is None or torch.nn.parameter.is_lazy(self.weight.tensor):
+        if not self.weight.has_shape:
             msg = "the layer's weight is computed or has no shape yet"
             raise UnsupportedError(msg)
         self.moments: LayerMoments | None = None

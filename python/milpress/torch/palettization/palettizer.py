@@ -24,7 +24,7 @@ from milpress.torch.optimization_config import OptimizationConfig
 from milpress.torch.palettization.fake_palettize import FakePalettize
 from milpress.torch.palettization.palettization_config import DKMPalettizerConfig
 from milpress.torch.pruning.magnitude_pruner import kept_of, masks_lifted
-from milpress.torch.registration import TRAINABLE
+from milpress.torch.registration import KINDS
 
 __all__ = ["DKMPalettizer"]
 
@@ -67,7 +67,7 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
     4
     """
 
-    _supported_modules = (*TRAINABLE, nn.LayerNorm)
+    _supported_modules = (*KINDS, nn.LayerNorm)
     _config_class = DKMPalettizerConfig
     _purpose = _lifecycle.PALETTIZATION
 
@@ -104,16 +104,16 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
         if not self._config.is_default:
             self._warn_of_typos()
         asked = [
-            (weights, host, path, config)
+            (chosen, host, path)
             for weights, host, path in places(self._model, self._supported_modules)
-            if (config := self._chosen(weights)) is not None
+            if (chosen := self._chosen(weights))
         ]
-        for weights, *_ in asked:
-            _lifecycle.check_unclaimed(weights, self._purpose)
+        for chosen, *_ in asked:
+            _lifecycle.check_unclaimed([weight for weight, _ in chosen], self._purpose)
         fakes: dict[int, FakePalettize] = {}
-        for weights, host, path, config in asked:
+        for chosen, host, path in asked:
             names = []
-            for weight in weights:
+            for weight, config in chosen:
                 if weight.tensor is None:
                     continue
                 try:
@@ -142,16 +142,27 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
             config = self._config.get_module_config(*attention)
         return config if isinstance(config, list) else [] if config is None else [config]
 
-    def _chosen(self, weights: list[ModuleWeight]) -> Any:
-        """Return the config of a module: of a list, that of the greatest threshold exceeded."""
+    def _chosen(self, weights: list[ModuleWeight]) -> list[tuple[ModuleWeight, Any]]:
+        """Return the weights of a module to palettize, and their configs.
+
+        Of a list of configs it is that of the greatest threshold exceeded. The weights of attention
+        go together.
+        """
         configs = self._configs(weights[0])
-        size = min(weight.size for weight in weights)
-        fitting = [config for config in configs if size > config.weight_threshold]
-        if configs and not fitting:
-            least = configs[0].weight_threshold
-            note = f"it has {size} elements, not more than the weight_threshold of {least}"
-            self.left |= {weight.name: note for weight in weights if weight.tensor is not None}
-        return fitting[-1] if fitting else None
+        sizes = [weight.size for weight in weights]
+        if isinstance(weights[0].module, nn.MultiheadAttention):
+            sizes = [min(sizes)] * len(weights)
+        chosen = []
+        for weight, size in zip(weights, sizes, strict=True):
+            fitting = [config for config in configs if size > config.weight_threshold]
+            if fitting:
+                chosen.append((weight, fitting[-1]))
+            elif configs and weight.tensor is not None:
+                least = configs[0].weight_threshold
+                self.left[weight.name] = (
+                    f"it has {size} elements, not more than the weight_threshold of {least}"
+                )
+        return chosen
 
     def step(self) -> None:
         """Go one step further, and enable the layers whose milestone is reached."""
@@ -214,14 +225,12 @@ class DKMPalettizer(BaseTrainingTimeModelOptimizer):
                 weights.setdefault(id(trained(weight)), report)
         reasons = self.left | self._unfinished
         if self._config.is_default:
-            for weight in weights_of(self._model, TRAINABLE):
+            for weight in weights_of(self._model, KINDS):
                 if not self._configs(weight):
                     reasons[weight.name] = (
                         f"the default says nothing of {type(weight.module).__name__}"
                     )
-        left = left_weights(
-            self._model, self._supported_modules, set(weights), self._is_asked, reasons
-        )
+        left = left_weights(self._model, set(weights), self._is_asked, reasons)
         return Report(rows, [*weights.values(), *left])
 
     def _is_asked(self, weight: ModuleWeight) -> bool:

@@ -25,7 +25,7 @@ from milpress.torch import _fields, _lifecycle, _metadata
 from milpress.torch._left import left_weights, prepared, trained
 from milpress.torch._module_weights import ModuleWeight
 from milpress.torch._report import Report
-from milpress.torch._substitution import Substitution, places
+from milpress.torch._substitution import Substitution, places, refer
 from milpress.torch.base_model_optimizer import BaseTrainingTimeModelOptimizer
 from milpress.torch.optimization_config import ModuleOptimizationConfig, OptimizationConfig
 from milpress.torch.pruning import _masks
@@ -34,7 +34,7 @@ from milpress.torch.pruning.pruning_scheduler import (
     is_scheduler,
     to_scheduler,
 )
-from milpress.torch.registration import TRAINABLE
+from milpress.torch.registration import KINDS
 
 __all__ = ["MagnitudePruner", "MagnitudePrunerConfig", "ModuleMagnitudePrunerConfig"]
 
@@ -189,6 +189,7 @@ class PruningMethod(Substitution):
         """Show the products of weights and masks."""
         for name in self.names:
             object.__setattr__(owner, name, self.substitute(owner, name).detach())
+        refer(owner)
 
     @torch.no_grad()
     def adopt(self, owner: nn.Module, state: dict[str, Any], prefix: str) -> None:
@@ -210,6 +211,7 @@ class PruningMethod(Substitution):
         orig = owner.get_parameter(f"{name}_orig")
         orig.copy_(self.substitute(owner, name))
         owner.register_parameter(name, orig)
+        refer(owner)
 
     @contextlib.contextmanager
     def lifted(self, owner: nn.Module) -> Iterator[None]:
@@ -278,7 +280,7 @@ class MagnitudePruner(BaseTrainingTimeModelOptimizer):
     8
     """
 
-    _supported_modules = TRAINABLE
+    _supported_modules = KINDS
     _config_class = MagnitudePrunerConfig
     _purpose = _lifecycle.PRUNING
 
@@ -424,7 +426,7 @@ class MagnitudePruner(BaseTrainingTimeModelOptimizer):
                     report = _prepared(weight, values, method.config)
                     reports.setdefault(id(trained(weight)), report)
         rows["global"] = _overall(list(rows.values()))
-        left = left_weights(self._model, self._supported_modules, set(reports), self._is_asked, {})
+        left = left_weights(self._model, set(reports), self._is_asked, {})
         return Report(rows, [*reports.values(), *left])
 
     def _is_asked(self, weight: ModuleWeight) -> bool:

@@ -24,8 +24,10 @@ from milpress.torch.quantization._fake_quantize import (
     activation_layer,
 )
 from milpress.torch.quantization._folding import RoundedLayer
-from milpress.torch.quantization._recording import LAYERS
 from milpress.torch.quantization.quantization_config import ModuleLinearQuantizerConfig
+from milpress.torch.registration import axes_of_weights
+
+_MAX_RANK = 5
 
 
 class _Tracer(fx.Tracer):
@@ -35,8 +37,8 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is one node, and not looked into."""
-        is_layer = module_qualified_name in self.leaves or isinstance(m, ops.WEIGHTED)
-        return is_layer or super().is_leaf_module(m, module_qualified_name)
+        is_leaf = module_qualified_name in self.leaves or bool(axes_of_weights(m))
+        return is_leaf or super().is_leaf_module(m, module_qualified_name)
 
 
 class _Unused:
@@ -123,7 +125,7 @@ class Placing:
             name
             for name, module in modules
             if type(module) not in ops.WEIGHTED
-            and any(isinstance(m, LAYERS) for m in module.modules())
+            and any(axes_of_weights(m) for m in module.modules())
         ]
 
     def kind(self, node: fx.Node) -> Any:
@@ -165,7 +167,7 @@ class Placing:
             if config.quantizes_activations and self._is_float(end):
                 self.wanted.setdefault(end, config)
                 for source in self._sources(node):
-                    if kind is not nn.Embedding:
+                    if kind not in ops.EMBEDDINGS:
                         self.wanted.setdefault(source, config)
 
     def _end(self, node: fx.Node, kind: Any) -> tuple[fx.Node, str | None]:
@@ -177,7 +179,7 @@ class Placing:
             self.inner.add(following)
             following = self._only_user(end)
         goes_on = kind in ops.WEIGHTED or kind in ops.BINARY or kind in ops.BATCH_NORMS
-        if goes_on and kind is not nn.Embedding and following is not None:
+        if goes_on and kind not in ops.EMBEDDINGS and following is not None:
             is_first = following.args and following.args[0] is end
             if self.kind(following) in ops.ACTIVATIONS and is_first:
                 end = following
@@ -233,9 +235,14 @@ class Placing:
                         self._join(source, node)
             elif kind in ops.PASSING and node.args and isinstance(node.args[0], fx.Node):
                 origin = self._origin(node)
-                if origin in self.wanted and origin is not node and self._is_float(node):
+                is_other = origin is not node and self._is_float(node) and self._is_rounded(node)
+                if origin in self.wanted and is_other:
                     self.wanted[node] = self.wanted[origin]
                     self._join(origin, node)
+
+    def _is_rounded(self, node: fx.Node) -> bool:
+        """Whether values may be rounded here: Core ML lets those of rank 6 only move."""
+        return (self.dimensions.get(node) or 0) <= _MAX_RANK
 
     def _root(self, node: fx.Node) -> fx.Node:
         while self.parents.get(node, node) is not node:

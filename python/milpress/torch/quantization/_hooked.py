@@ -22,8 +22,9 @@ from milpress.torch.quantization._fake_quantize import (
     activation_layer,
 )
 from milpress.torch.quantization._folding import RoundedLayer
-from milpress.torch.quantization._recording import LAYERS, Call, Recording, Value
+from milpress.torch.quantization._recording import Call, Recording, Value
 from milpress.torch.quantization.quantization_config import ModuleLinearQuantizerConfig
+from milpress.torch.registration import RECURRENT, axes_of_weights
 
 _OUTPUT = "output_fake_quant"
 
@@ -107,7 +108,7 @@ class HookedPlacing:
         for call in run.calls:
             calls.setdefault(call.name, []).append(call)
         for name, module in model.named_modules():
-            if isinstance(module, LAYERS) and within(name):
+            if axes_of_weights(module) and within(name):
                 config = config_of(name, module)
                 if config is not None:
                     self._find(name, module, config, calls.get(name, []))
@@ -131,7 +132,8 @@ class HookedPlacing:
         if config.quantizes_weights:
             self.layers.append(layer)
         # Attention computes with the weight of its output projection, which is never called.
-        if not calls and attention_around(self.model, name) is None:
+        is_called = attention_around(self.model, name) is None and ops.is_layer(module)
+        if not calls and is_called:
             self._unreached.append(layer)
 
     def _round_before_functions(self) -> None:
@@ -145,7 +147,7 @@ class HookedPlacing:
     def _end(self, call: Call, module: nn.Module) -> tuple[Call, str | None]:
         """Return the last call that counts as part of a layer, and a batch normalization in it."""
         end, norm = call, None
-        if not isinstance(module, ops.WEIGHTED) or isinstance(module, nn.Embedding):
+        if isinstance(module, (nn.MultiheadAttention, *RECURRENT, *ops.EMBEDDINGS)):
             return end, norm
         following = self._only_use(end)
         if following is not None and self._folds(call, following):
@@ -197,7 +199,7 @@ class HookedPlacing:
 
     def _gives_alone(self, name: str) -> bool:
         """Whether a module may round all that it gives."""
-        is_layer = isinstance(self.model.get_submodule(name), LAYERS)
+        is_layer = ops.is_layer(self.model.get_submodule(name))
         return self.within(name) and (is_layer or self.run.n_calls[name] == 1)
 
     def _round_output(self, name: str, fake: FakeQuantize) -> None:
@@ -239,7 +241,7 @@ class HookedPlacing:
 
 def _n_inputs(module: nn.Module) -> int:
     """Return how many of the arguments of a layer are activations."""
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, ops.EMBEDDINGS):
         return 0
     return 3 if isinstance(module, nn.MultiheadAttention) else 1
 

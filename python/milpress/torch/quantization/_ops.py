@@ -9,9 +9,21 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from milpress.torch.registration import CONVOLUTIONS, TRANSPOSED, Kinds
+from milpress.torch.registration import CONVOLUTIONS, KINDS, TRANSPOSED, Kinds, axes_of_weights
 
-WEIGHTED: Kinds = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, nn.Embedding)
+EMBEDDINGS: Kinds = (nn.Embedding, nn.EmbeddingBag)
+WEIGHTED: Kinds = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear, *EMBEDDINGS)
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module with weights is one op, whatever it computes inside.
+
+    A registered module that holds other layers is none: its own weights are all that is its own.
+    """
+    if isinstance(module, KINDS):
+        return True
+    return bool(axes_of_weights(module)) and not any(map(is_layer, module.children()))
+
 
 NORMS = {
     nn.Conv1d: nn.BatchNorm1d,

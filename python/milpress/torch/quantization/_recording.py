@@ -20,9 +20,6 @@ from milpress.torch._lifecycle import asleep
 from milpress.torch._modes import evaluating
 from milpress.torch.quantization import _ops as ops
 from milpress.torch.quantization._fake_quantize import FakeQuantize
-from milpress.torch.registration import RECURRENT, Kinds
-
-LAYERS: Kinds = (*ops.WEIGHTED, nn.MultiheadAttention, *RECURRENT)
 
 
 @dataclass(eq=False, slots=True)
@@ -175,7 +172,7 @@ class Recording(TorchFunctionMode):
 
 def _is_leaf(module: nn.Module) -> bool:
     """Whether a module is one call, whatever it calls."""
-    if isinstance(module, (*LAYERS, FakeQuantize)):
+    if isinstance(module, FakeQuantize) or ops.is_layer(module):
         return True
     is_of_torch = type(module).__module__.startswith("torch.nn.")
     return is_of_torch and not any(True for _ in module.children())

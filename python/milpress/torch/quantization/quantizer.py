@@ -41,12 +41,13 @@ from milpress.torch.quantization._folding import (
     thaw,
 )
 from milpress.torch.quantization._hooked import HookedPlacing
-from milpress.torch.quantization._recording import LAYERS, Recording
+from milpress.torch.quantization._recording import Recording
 from milpress.torch.quantization.quantization_config import (
     LinearQuantizerConfig,
     ModuleLinearQuantizerConfig,
     QuantizationScheme,
 )
+from milpress.torch.registration import KINDS
 
 __all__ = ["LinearQuantizer"]
 
@@ -79,7 +80,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
     ['0', 'activation_post_process_0', 'activation_post_process_1']
     """
 
-    _supported_modules = LAYERS
+    _supported_modules = KINDS
     _config_class = LinearQuantizerConfig
     _purpose = _lifecycle.QUANTIZATION
 
@@ -141,13 +142,13 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
         hooked = self._hooked(model, example_inputs, parts)
         if hooked is not None:
             layers |= {layer.name: layer for layer in hooked.layers}
-        hosted = {weights[0].module_name: weights for weights, _, _ in places(model, LAYERS)}
+        hosted = {weights[0].module_name: weights for weights, _, _ in places(model, KINDS)}
         for name in layers:
             _lifecycle.check_unclaimed(hosted[name], self._purpose)
         if hooked is not None:
             hooked.insert()
         shared: dict[int, FakeQuantize] = {}
-        for weights, host, path in places(model, LAYERS):
+        for weights, host, path in places(model, KINDS):
             if weights[0].module_name in layers:
                 self._attach(model, layers[weights[0].module_name], weights, host, path, shared)
         for fake in _fakes(model):
@@ -176,7 +177,7 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
             msg = f"the model can't run on example_inputs: {error}"
             if parts == [""]:
                 raise UnsupportedError(msg) from error
-            for weight in weights_of(model, LAYERS):
+            for weight in weights_of(model, KINDS):
                 if within(weight.module_name):
                     self._left[weight.name] = f"torch.fx does not look into its module, and {msg}"
             return None
@@ -352,21 +353,22 @@ class LinearQuantizer(BaseTrainingTimeModelOptimizer):
                 if weight.module is module:
                     key = weight.name if name in rows else name
                     error = _error(weight, hook, fake)
-                    rows[key] = {"type": "weight", **_columns(fake), **error}
+                    is_one = isinstance(_granularity(weight, fake), PerTensor)
+                    rows[key] = {"type": "weight", **_columns(fake, not is_one), **error}
             if isinstance(module, FakeQuantize) and id(module) not in of_weights:
                 rows[name] = {
                     "type": "activation",
-                    **_columns(module),
+                    **_columns(module, False),
                     "error": math.nan,
                     "#params": -1,
                 }
         reports: dict[int, WeightReport] = {}
         for weight, _, fake in rounded:
-            report = prepared(weight, describe(_treatment(fake)), _n_bytes(weight, fake))
+            report = prepared(weight, describe(_treatment(weight, fake)), _n_bytes(weight, fake))
             if weight.name not in self._unfinished:
                 reports.setdefault(id(trained(weight)), report)
         reasons = self._left | self._unfinished
-        left = left_weights(self._model, LAYERS, set(reports), self._is_asked, reasons)
+        left = left_weights(self._model, set(reports), self._is_asked, reasons)
         return Report(rows, [*reports.values(), *left], self._notes)
 
     def _is_asked(self, weight: ModuleWeight) -> bool:
@@ -387,12 +389,12 @@ def _rounded_weights(
                 yield ModuleWeight(names[id(owner)], owner, name), hook, fake
 
 
-def _columns(fake: FakeQuantize) -> dict[str, Any]:
+def _columns(fake: FakeQuantize, per_channel: bool) -> dict[str, Any]:
     return {
         "device": str(fake.scale.device),
         "algorithm": "learnable" if fake.is_learnable else "vanilla",
         "qscheme": fake.scheme.value,
-        "per_channel": fake.scale.ndim > 1,
+        "per_channel": per_channel,
         "dtype": str(fake.dtype),
         "qmin": fake.quant_min,
         "qmax": fake.quant_max,
@@ -415,10 +417,13 @@ def _error(weight: ModuleWeight, hook: RoundedWeight, fake: FakeQuantize) -> dic
 def _weight_layer(weight: ModuleWeight, config: ModuleLinearQuantizerConfig) -> FakeQuantize:
     sizes = list(weight.shape)
     output, inputs = weight.axes
+    n_stack_axes = min(weight.axes)
     shape: tuple[int, ...] = ()
     block_shape = None
+    if config.weight_per_channel or n_stack_axes:
+        scales = [*sizes[:n_stack_axes], *[1] * (len(sizes) - n_stack_axes)]
+        shape = tuple(scales)
     if config.weight_per_channel:
-        scales = [1] * len(sizes)
         scales[output] = sizes[output]
         if config.block_size is not None:
             if sizes[inputs] % config.block_size:
@@ -471,13 +476,13 @@ def _quantized(weight: ModuleWeight, array: Floats, fake: FakeQuantize) -> Weigh
     )
     kept = kept_of(weight)
     stored = Stored(value if kept is None else masked(value, kept.cpu().numpy() != 0))
-    return WeightOutcome(stored, _treatment(fake))
+    return WeightOutcome(stored, _treatment(weight, fake))
 
 
-def _treatment(fake: FakeQuantize) -> QuantizeConfig:
+def _treatment(weight: ModuleWeight, fake: FakeQuantize) -> QuantizeConfig:
     return QuantizeConfig(
         dtype=f"{'' if fake.signed else 'u'}int{fake.bits}",  # type: ignore[arg-type]
-        granularity=_granularity(fake),
+        granularity=_granularity(weight, fake),
         offset=fake.scheme is QuantizationScheme.affine,
     )
 
@@ -491,10 +496,14 @@ def _n_bytes(weight: ModuleWeight, fake: FakeQuantize) -> int:
     return n_bytes + (fake.scale.numel() if has_offsets else 0)
 
 
-def _granularity(fake: FakeQuantize) -> Any:
+def _granularity(weight: ModuleWeight, fake: FakeQuantize) -> Any:
+    """Return which weights of a matrix share a scale."""
+    n_stack_axes = min(weight.axes)
     if fake.block_shape is not None:
-        return Blocks(fake.block_shape)
-    return PerChannel() if fake.scale.ndim > 1 else PerTensor()
+        return Blocks(fake.block_shape[n_stack_axes:])
+    return (
+        PerChannel() if fake.scale.numel() > math.prod(weight.shape[:n_stack_axes]) else PerTensor()
+    )
 
 
 def _steps(array: Floats, scales: Floats, offsets: Any) -> Any:
