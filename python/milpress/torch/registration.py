@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -31,12 +31,14 @@ KINDS: Kinds = (
 _PROJECTIONS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 _registered: dict[type[nn.Module], dict[str, Axes]] = {}
+_products: dict[type[nn.Module], dict[str, Callable[..., Any]]] = {}
 
 
 def register_module(
     cls: type[nn.Module],
     parameters: str | Iterable[str] | Mapping[str, Axes] = "weight",
     axes: Axes = (0, 1),
+    products: Mapping[str, Callable[..., Any]] | None = None,
 ) -> None:
     """Have a class of modules of your own compressed, and all that inherit from it.
 
@@ -53,13 +55,21 @@ def register_module(
         Axes of output and input channels of the parameters. Axes before both of them count the
         matrices of a stack, such as the experts of a mixture, and are 0 for the first: each matrix
         is compressed by itself. Axes behind both are those of a kernel.
+    products
+        For `LayerwiseCompressor`, functions by the names of parameters, which return what a
+        parameter is multiplied by. They are called before the module runs, in their order, with
+        the module and what its ``forward`` takes, and return a tensor of any floating type with the
+        input channels along its last axis; of a stack, one for each matrix, or ``None`` where
+        nothing comes to it. Only where a ``forward`` multiplies in a way of its own: products by
+        `torch.nn.functional.linear`, ``@``, ``torch.einsum``, convolutions and the like are found.
 
     Raises
     ------
     ConfigTypeError
-        If ``cls`` is no class of modules, or a name is no text.
+        If ``cls`` is no class of modules, a name is no text, or a product is no function.
     ConfigError
-        If there is no name, or axes are not two different numbers of at least 0.
+        If there is no name, axes are not two different numbers of at least 0, or there are products
+        of what is no parameter of a matrix or a stack of them.
 
     Examples
     --------
@@ -78,7 +88,9 @@ def register_module(
     if not given:
         msg = "parameters must name at least one parameter, got none"
         raise ConfigError(msg)
-    _registered[cls] = {_checked_name(name): _checked_axes(pair) for name, pair in given.items()}
+    checked = {_checked_name(name): _checked_axes(pair) for name, pair in given.items()}
+    _products[cls] = _checked_products(products or {}, checked)
+    _registered[cls] = checked
 
 
 def _checked_name(name: Any) -> str:
@@ -98,6 +110,28 @@ def _checked_axes(axes: Any) -> Axes:
         msg = f"axes must be two different numbers, of output and input channels, got {axes!r}"
         raise ConfigError(msg)
     return pair
+
+
+def _checked_products(
+    products: Mapping[str, Any], parameters: Mapping[str, Axes]
+) -> dict[str, Callable[..., Any]]:
+    for name, function in products.items():
+        if name not in parameters:
+            msg = f"products must be of {', '.join(parameters)}, got {name!r}"
+            raise ConfigError(msg)
+        if not callable(function):
+            msg = f"products must be functions, got {function!r} for {name}"
+            raise ConfigTypeError(msg)
+        if abs(parameters[name][0] - parameters[name][1]) != 1:
+            msg = f"the axes of {name} must be neighbours for its products, got {parameters[name]}"
+            raise ConfigError(msg)
+    return dict(products)
+
+
+def products_of(module: nn.Module) -> Mapping[str, Callable[..., Any]]:
+    """Return what says what parameters of a module are multiplied by, where that was registered."""
+    kind = next((kind for kind in type(module).__mro__ if kind in _registered), None)
+    return {} if kind is None else _products[kind]
 
 
 def registered() -> Kinds:

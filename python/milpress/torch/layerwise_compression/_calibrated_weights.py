@@ -25,7 +25,7 @@ from milpress.torch.layerwise_compression._layers import CalibratedLayer
 from milpress.torch.layerwise_compression._parts import Part, assembled, missing, part_of, whole
 from milpress.torch.layerwise_compression._products import Product, layer_with
 from milpress.torch.layerwise_compression.algorithms import OBSCompressionAlgorithm
-from milpress.torch.registration import RECURRENT, TRANSPOSED
+from milpress.torch.registration import RECURRENT, TRANSPOSED, products_of
 
 _logger = logging.getLogger(__name__)
 
@@ -69,6 +69,12 @@ class CalibratedWeight:
     def is_looked_up(self) -> bool:
         """Whether all modules that hold it look it up."""
         return all(isinstance(task.weight.module, _LOOKUPS) for task in self.tasks)
+
+    @property
+    def is_told(self) -> bool:
+        """Whether `register_module` was told how to find what it is multiplied by."""
+        weights = (task.weight for task in self.tasks)
+        return any(weight.parameter_name in products_of(weight.module) for weight in weights)
 
     @property
     def n_done(self) -> int:
@@ -202,10 +208,22 @@ class CalibratedWeights:
         for weight in self.weights:
             self._by_storage.setdefault(_storage(weight.tensor), []).append(weight)
         self._by_storage.pop(None, None)
+        self._told = [weight for weight in self.weights if weight.is_told]
 
-    def hold(self, value: Any) -> bool:
-        """Whether something is one of them, or a view of one."""
-        return isinstance(value, Tensor) and bool(self._holding(value))
+    def watch_for(self, value: Any) -> bool:
+        """Whether something is one of them, or a view of one, whose products are to be found."""
+        return isinstance(value, Tensor) and any(
+            weight not in self._told for weight in self._holding(value)
+        )
+
+    def told(self, module: nn.Module) -> list[str]:
+        """Return the parameters of a module whose products it says itself."""
+        tensors = [weight.tensor for weight in self._told]
+        return [
+            name
+            for name in products_of(module)
+            if any(module._parameters.get(name) is tensor for tensor in tensors)
+        ]
 
     def _holding(self, value: Tensor) -> list[CalibratedWeight]:
         known = self._by_id.get(id(value))

@@ -19,7 +19,7 @@ from milpress.torch.layerwise_compression._layer_files import LayerFiles
 from milpress.torch.layerwise_compression._layers import CalibratedLayer
 from milpress.torch.layerwise_compression._lockstep import Lockstep
 from milpress.torch.layerwise_compression._paths import Paths
-from milpress.torch.layerwise_compression._products import Product, Watch
+from milpress.torch.layerwise_compression._products import Product, Watch, told_products
 from milpress.torch.layerwise_compression.algorithms import OBSCompressionAlgorithm
 
 _Trace: TypeAlias = tuple["weakref.ref[torch.Tensor]", int | None]
@@ -79,10 +79,11 @@ class Order:
         activation_memory: int | None,
     ) -> None:
         self._weights = weights
-        self._watch = Watch(weights.hold, self._arrive)
+        self._watch = Watch(weights.watch_for, self._arrive)
         self._calls = calls
         self._masks = masks
         self._files = files
+        self._model = model
         self._held = HeldState(model)
         self._activations = None if activation_memory is None else Activations(activation_memory)
         self._runs = Lockstep([partial(self._run, i) for i in range(len(calls))], self._leave)
@@ -100,6 +101,10 @@ class Order:
         with ExitStack() as stack:
             if self._activations is not None:
                 stack.callback(self._activations.clear)
+            for module in self._model.modules():
+                if self._weights.told(module):
+                    handle = module.register_forward_pre_hook(self._tell, with_kwargs=True)
+                    stack.callback(handle.remove)
             first = self._path(0)
             for layer in self._weights.layers:
                 self._restore(layer)
@@ -206,6 +211,12 @@ class Order:
         finally:
             self._held.leave()
         return self._open(path)
+
+    def _tell(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Show the products that a module says that it is going to make."""
+        for name in self._weights.told(module):
+            for product in told_products(module, name, args, kwargs):
+                self._arrive(product)
 
     def _arrive(self, product: Product) -> None:
         """Do what is to be done where a product is about to be made."""

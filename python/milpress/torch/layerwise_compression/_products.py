@@ -7,8 +7,8 @@ that multiplies by a parameter, or by a part of one, itself.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, TypeAlias, cast
 
@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from milpress.torch.registration import CONVOLUTIONS
+from milpress.errors import ConfigError
+from milpress.torch.layerwise_compression._parts import Part, part_of
+from milpress.torch.registration import CONVOLUTIONS, axes_of_weights, products_of
 
 _IsWeight: TypeAlias = Callable[[Any], bool]
 _Sizes: TypeAlias = int | Sequence[int]
@@ -59,8 +62,61 @@ def layer_with(weight: Tensor, kernel: Mapping[str, Any]) -> nn.Module:
     return cast("nn.Module", layer.eval())
 
 
+def told_products(module: nn.Module, name: str, args: Any, kwargs: Any) -> Iterator[Product]:
+    """Yield the products of a parameter that `register_module` was told how to find.
+
+    Raises
+    ------
+    ConfigError
+        If the function that was registered gives something else.
+    """
+    parameter = module.get_parameter(name)
+    axes = axes_of_weights(module)[name]
+    values = products_of(module)[name](module, *args, **kwargs)
+    indices = list(np.ndindex(*parameter.shape[: min(axes)]))
+    values = [values] if min(axes) == 0 else list(values)
+    if parameter.ndim != max(axes) + 1:
+        msg = f"the products of {type(module).__name__}.{name}, a kernel, can't be given"
+        raise ConfigError(msg)
+    n_inputs = parameter.shape[axes[1]]
+    are_right = len(values) == len(indices) and all(
+        value is None or (isinstance(value, Tensor) and value.shape[-1:] == (n_inputs,))
+        for value in values
+    )
+    if not are_right:
+        each = f", for each of {len(indices)} matrices or None" if min(axes) else ""
+        msg = (
+            f"the products of {type(module).__name__}.{name} must be given as a tensor whose last "
+            f"axis has its {n_inputs} input channels{each}"
+        )
+        raise ConfigError(msg)
+    for index, value in zip(indices, values, strict=True):
+        if value is not None:
+            part = Part(index, 0, parameter.shape[axes[0]], axes)
+            yield Product(part.of(parameter), value)
+
+
+@dataclass(frozen=True, slots=True)
+class _Copies:
+    """Matrices of a stack that an index has picked, such as the expert of each token."""
+
+    parameter: Tensor
+    index: Tensor
+    version: int
+
+    def original(self, part: Part) -> Part:
+        """Return the part of the parameter that a part of the copies is."""
+        n = self.index.ndim
+        number = int(self.index[part.index[:n]]) % self.parameter.shape[0]
+        output, inputs = (axis - n + 1 for axis in part.axes)
+        return replace(part, index=(number, *part.index[n:]), axes=(output, inputs))
+
+
 class Watch(TorchFunctionMode):
     """A mode that shows the products that a program is about to make.
+
+    Matrices that a program picks out of a stack are copies of them: they are shown as what they
+    are copies of, and hold what that holds when the product is made.
 
     Parameters
     ----------
@@ -74,6 +130,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self._is_weight = is_weight
         self._show = show
+        self._copies: MutableMapping[Tensor, _Copies] = WeakTensorKeyDictionary()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -82,9 +139,57 @@ class Watch(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             with self:
                 return _attention(*args, **kwargs)
-        for product in _products(func, args, kwargs, self._is_weight):
+        copied: dict[int, tuple[Tensor, _Copies]] = {}
+        products = list(_products(func, args, kwargs, lambda value: self._counts(value, copied)))
+        for product in self._of_originals(products) if copied else products:
             self._show(product)
-        return func(*args, **kwargs)
+        for tensor, copies in copied.values():
+            if copies.parameter._version != copies.version:
+                with torch.no_grad():
+                    tensor.copy_(copies.parameter[copies.index])
+        result = func(*args, **kwargs)
+        if func in _PICKING and self._is_weight(args[0]):
+            self._note(result, *args)
+        return result
+
+    def _note(self, result: Tensor, stack: Tensor, *where: Any) -> None:
+        index = where[-1]
+        is_first = len(where) == 1 or where[0] == 0
+        is_picking = isinstance(index, Tensor) and not index.is_floating_point()
+        if is_first and is_picking and index.dtype != torch.bool and stack.ndim > 2:
+            self._copies[result] = _Copies(stack, index.clone(), stack._version)
+
+    def _copies_with(self, value: Any) -> tuple[Tensor, _Copies] | None:
+        """Return copies that something is, or is a view of."""
+        if not isinstance(value, Tensor):
+            return None
+        whole = value if value._base is None else value._base
+        copies = self._copies.get(whole)
+        return None if copies is None else (whole, copies)
+
+    def _counts(self, value: Any, copied: dict[int, tuple[Tensor, _Copies]]) -> bool:
+        """Whether products with a value are to be shown; copies among them are noted."""
+        found = self._copies_with(value)
+        if found is None:
+            return self._is_weight(value)
+        copied[id(found[0])] = found
+        return True
+
+    def _of_originals(self, products: Iterable[Product]) -> Iterator[Product]:
+        """Yield a product for each part of a parameter, of all that its copies multiply."""
+        values: dict[tuple[int, Part], list[Tensor]] = {}
+        parameters: dict[int, Tensor] = {}
+        for product in products:
+            found = self._copies_with(product.weight)
+            part = None if found is None else part_of(found[0], product.weight)
+            if found is not None and part is not None:
+                copies = found[1]
+                parameters[id(copies.parameter)] = copies.parameter
+                key = id(copies.parameter), copies.original(part)
+                rows = product.value.reshape(-1, product.value.shape[-1])
+                values.setdefault(key, []).append(rows)
+        for number, part in sorted(values, key=lambda key: key[1]):
+            yield Product(part.of(parameters[number]), torch.cat(values[number, part]))
 
 
 def _in_modes(function: Any) -> Any:
@@ -210,6 +315,9 @@ def _of_einsum(
 
 
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+
+# What picks matrices by an index: of a stack and, perhaps, its axis.
+_PICKING = (Tensor.__getitem__, Tensor.index_select, torch.index_select)
 
 # What each function multiplies, and what its arguments are called.
 _FUNCTIONS: dict[Any, tuple[Callable[..., Iterator[Product]], tuple[str, ...]]] = {
