@@ -6,6 +6,7 @@ import contextvars
 import copy
 from collections import deque
 from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -50,8 +51,15 @@ def assert_same_weights(made: nn.Module, oracle: nn.Module, names) -> None:
         assert torch.equal(*weights), name
 
 
+MEMORY = None
+MEMORIES: dict[str, torch.Tensor] = {}
+
+
 class Keeper(nn.Module):
     """Keeps the output of a layer on itself, in one of the ways there are, until after another."""
+
+    shared: Any = None
+    shared_items: ClassVar[list[Any]] = []
 
     def __init__(self, way: str) -> None:
         super().__init__()
@@ -91,6 +99,18 @@ class Keeper(nn.Module):
                 self.changed.add_(value)
             case "changed tensor":
                 self.tensors[0][:, :4] += value[:, :4]
+            case "class":
+                type(self).shared = value
+            case "new of a class":
+                type(self).fresh_of_class = value
+            case "list of a class":
+                self.shared_items.append(value)
+            case "global":
+                globals()["MEMORY"] = value
+            case "new global":
+                globals()["FRESH_MEMORY"] = value
+            case "global dictionary":
+                MEMORIES["last"] = value
 
     def kept(self) -> torch.Tensor:
         match self.way:
@@ -116,6 +136,18 @@ class Keeper(nn.Module):
                 return self.later
             case "changed buffer":
                 return self.changed
+            case "class":
+                return self.shared
+            case "new of a class":
+                return self.fresh_of_class
+            case "list of a class":
+                return self.shared_items.pop()
+            case "global":
+                return MEMORY
+            case "new global":
+                return FRESH_MEMORY  # noqa: F821
+            case "global dictionary":
+                return MEMORIES.pop("last")
         return self.tensors[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -127,6 +159,7 @@ class Keeper(nn.Module):
 WAYS = (
     "attribute", "new attribute", "list", "deque", "dictionary", "set", "object",
     "of another module", "replaced buffer", "new buffer", "changed buffer", "changed tensor",
+    "class", "new of a class", "list of a class", "global", "new global", "global dictionary",
 )  # fmt: skip
 KEEPERS = ("encode", "other", "decode")
 
@@ -136,6 +169,9 @@ def held(model: nn.Module) -> list[dict]:
         {key: value for key, value in vars(module).items() if not key.startswith("_")}
         | {"buffers": {k: v for k, v in module.named_buffers() if "_COREML_" not in k}}
         for module in model.modules()
+    ] + [
+        {name: vars(Keeper).get(name) for name in ("shared", "shared_items", "fresh_of_class")},
+        {name: globals().get(name) for name in ("MEMORY", "MEMORIES", "FRESH_MEMORY")},
     ]
 
 

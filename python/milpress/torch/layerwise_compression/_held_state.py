@@ -1,7 +1,8 @@
 """What modules hold beside their weights, kept apart for runs that take turns with one model.
 
-A forward may keep something on a module: the size of a grid, a memory for another module, a cache.
-Between two turns of a run it is taken off, so that no other run meets it.
+A forward may keep something on a module: the size of a grid, a memory for another module, a cache;
+or on the module's class, or as a global of the file that defines the class. Between two turns of a
+run it is taken off, so that no other run meets it.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any, TypeAlias
@@ -20,6 +21,7 @@ from torch import nn
 # What torch itself keeps in a module, other than buffers: weights, submodules, hooks.
 _INTERNAL = frozenset(vars(nn.Module())) - {"_buffers", "_non_persistent_buffers_set", "training"}
 _ATOMS = (type(None), bool, int, float, str)
+_NONE = object()
 _MOST = 10_000  # entries of a container that is still looked into
 
 _Put: TypeAlias = Callable[[], None]
@@ -29,7 +31,8 @@ class HeldState:
     """What the modules of a model hold at first, which each run begins with.
 
     That is all attributes and buffers of its modules, and what lists, dictionaries, sets, tensors
-    and objects among them hold; no weights, submodules or hooks.
+    and objects among them hold; no weights, submodules or hooks. Of classes and globals it is which
+    names stand for what, and what lists, dictionaries and sets of that hold.
 
     Parameters
     ----------
@@ -52,11 +55,10 @@ class HeldState:
             for held in [known.get(id(tensor))]
         ]
         self._dicts = [_HeldEntries(each) for each in containers if isinstance(each, dict)]
-        self._others = [
-            _HeldItems(each) if isinstance(each, (list, deque)) else _HeldMembers(each)
-            for each in containers
-            if not isinstance(each, dict)
+        self._others: list[_Held] = [
+            _held_container(each) for each in containers if not isinstance(each, dict)
         ]
+        self._others += _names_around(self._model, {id(each) for each in containers})
         self._entries = [held.container for held in self._dicts]
         self._sizes = list(map(len, self._entries))
         self._keys = list(chain.from_iterable(self._entries))
@@ -64,7 +66,7 @@ class HeldState:
 
     def leave(self) -> Callable[[], None]:
         """Have the modules hold what they held at first; return what undoes that."""
-        held: Iterable[_HeldEntries | _HeldItems | _HeldMembers | _HeldTensor] = self._others
+        held: Iterable[_Held] = self._others
         if not self._has_same_entries():
             held = chain(self._dicts, held)
         changed = [each for each in chain(held, self._tensors) if not each.is_unchanged()]
@@ -85,7 +87,7 @@ class HeldState:
         )
 
 
-def _values(container: dict[Any, Any]) -> Collection[Any]:
+def _values(container: Mapping[Any, Any]) -> Collection[Any]:
     return container.values()
 
 
@@ -156,6 +158,36 @@ class _HeldMembers:
         self._container.update(members)
 
 
+class _HeldNames:
+    """The names of a class or of globals, and what they stand for at first."""
+
+    def __init__(self, owner: type | types.ModuleType) -> None:
+        self._owner = owner
+        self._first = dict(vars(owner))
+
+    def is_unchanged(self) -> bool:
+        now = vars(self._owner)
+        # A name that is bound anew keeps its place.
+        return len(now) == len(self._first) and all(map(is_, now.values(), self._first.values()))
+
+    def take_off(self) -> _Put:
+        first, now = self._first, dict(vars(self._owner))
+        changed = [
+            name
+            for name in {*now, *first}
+            if not name.startswith("__") and now.get(name, _NONE) is not first.get(name, _NONE)
+        ]
+        self._bind(changed, first)
+        return lambda: self._bind(changed, now)
+
+    def _bind(self, names: Iterable[str], values: Mapping[str, Any]) -> None:
+        for name in names:
+            if name in values:
+                setattr(self._owner, name, values[name])
+            else:
+                delattr(self._owner, name)
+
+
 class _HeldTensor:
     """A tensor that is no weight, and its values at first."""
 
@@ -177,6 +209,35 @@ class _HeldTensor:
     def _fill(self, values: torch.Tensor) -> None:
         with torch.inference_mode():  # which may change tensors of both modes
             self.tensor.copy_(values)
+
+
+_Held: TypeAlias = _HeldEntries | _HeldItems | _HeldMembers | _HeldNames | _HeldTensor
+
+
+def _held_container(container: Any) -> _Held:
+    if isinstance(container, dict):
+        return _HeldEntries(container)
+    if isinstance(container, (list, deque)):
+        return _HeldItems(container)
+    return _HeldMembers(container)
+
+
+def _names_around(model: nn.Module, seen: set[int]) -> list[_Held]:
+    """Return the names of a model's own classes and of their files, and containers among them."""
+    kinds: dict[type, None] = {}
+    for module in model.modules():
+        kinds |= dict.fromkeys(kind for kind in type(module).__mro__ if not _is_common(kind))
+    files = {name: sys.modules.get(name) for name in (kind.__module__ for kind in kinds)}
+    owners: list[Any] = [*kinds, *(file for file in files.values() if file is not None)]
+    held: list[_Held] = []
+    for owner in owners:
+        held.append(_HeldNames(owner))
+        for name, value in list(vars(owner).items()):
+            is_container = type(value) in (dict, list, set, deque) and not name.startswith("__")
+            if is_container and len(value) <= _MOST and id(value) not in seen:
+                seen.add(id(value))
+                held.append(_held_container(value))
+    return held
 
 
 def _version(tensor: torch.Tensor) -> int | None:
@@ -215,8 +276,13 @@ def _reached(model: nn.Module) -> tuple[list[Any], list[torch.Tensor]]:
 def _own_attributes(value: Any) -> dict[str, Any] | None:
     """Return the attributes of an object, if neither Python nor torch brings its class along."""
     kind = type(value)
-    home = kind.__module__.partition(".")[0]
-    if home == "torch" or (home in sys.stdlib_module_names and kind is not types.SimpleNamespace):
+    if _is_common(kind) and kind is not types.SimpleNamespace:
         return None
     attributes = getattr(value, "__dict__", None)
     return attributes if isinstance(attributes, dict) else None
+
+
+def _is_common(kind: type) -> bool:
+    """Whether Python or torch brings a class along."""
+    home = kind.__module__.partition(".")[0]
+    return home == "torch" or home in sys.stdlib_module_names
