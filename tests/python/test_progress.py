@@ -147,6 +147,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "milpress.plan": lambda s, **p: milpress.plan(
         s.package, target_bits=8, sample_data=s.samples, use_cache=False, **p
     ),
+    "milpress.verify": lambda s, **p: milpress.verify(s.package, s.compressed, **p),
     "milpress.planner.plan": lambda s, **p: milpress.planner.plan(
         s.package, target_bits=8, use_cache=False, **p
     ),
@@ -171,6 +172,9 @@ CALLS: dict[str, Callable[..., Any]] = {
     ),
     "milpress.torch.convert": lambda s, **p: mt.convert(
         palettization.PostTrainingPalettizer(s.module()).compress(), (BATCHES[0],), **p
+    ),
+    "milpress.torch.load_compressed": lambda s, **p: mt.load_compressed(
+        s.module(), s.checkpoint(), **p
     ),
     "milpress.torch.layerwise_compression.LayerwiseCompressor.compress": lambda s, **p: (
         layerwise_compression.LayerwiseCompressor(s.module()).compress(BATCHES, **p)

@@ -230,7 +230,7 @@ def verify(original: opt.Original, compressed: opt.Compressed, as_json: opt.Json
     """
     from milpress.compression.verification import verify as verify_packages
 
-    verification = verify_packages(original, compressed)
+    verification = verify_packages(original, compressed, progress=True)
     print_result(verification, as_json=as_json, heading=str(compressed))
 
 

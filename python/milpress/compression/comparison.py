@@ -21,6 +21,7 @@ from milpress.mil.decode import is_compressed, is_constexpr
 from milpress.mil.graph import Graph, Node, Scope
 from milpress.mil.program import ProgramGraph
 from milpress.mil.records import Promise, Step, WeightRecords, bias_digest, promise_of
+from milpress.progress import Progress
 from milpress.show import decibels
 
 _T = TypeVar("_T")
@@ -88,8 +89,8 @@ class Comparison:
         self.n_unchanged = 0
         self.n_corrected = 0
 
-    def run(self) -> list[WeightCheck]:
-        """Compare all and return what was found of each weight."""
+    def run(self, note: Progress) -> list[WeightCheck]:
+        """Compare all and return what was found of each weight; note each stored value."""
         left, right = self._graphs
         for blocks in paired(left.scopes, right.scopes, "blocks"):
             self._match_blocks(*blocks)
@@ -100,8 +101,12 @@ class Comparison:
         to_check = self._matches.keys() - self._biases
         pairs = [(node, self._matches[node]) for node in left.nodes if node in to_check]
         checks = in_order(lambda pair: self._check_stored(*pair), pairs)
+        outcomes = []
         with contextlib.closing(checks):
-            outcomes = list(checks)
+            for i, outcome in enumerate(checks):
+                outcomes.append(outcome)
+                note(i, len(pairs), pairs[i][0].name)
+        note(len(pairs), len(pairs), "")
         self.n_unchanged += sum(each for each in outcomes if isinstance(each, int))
         return [each for each in outcomes if isinstance(each, WeightCheck)]
 

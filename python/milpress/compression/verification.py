@@ -15,6 +15,7 @@ from milpress.mil.package import Package, pipeline_models
 from milpress.mil.records import ACTIVATIONS, TREATMENTS, ActivationRecord, WeightRecords, forget
 from milpress.plain import json
 from milpress.plain.files import system_errors
+from milpress.progress import Progress, shown
 from milpress.show import decibels, escaped, human_snr, named_table
 
 if TYPE_CHECKING:
@@ -82,13 +83,21 @@ class Verification:
         return table
 
 
-def verify(original: str | os.PathLike[str], compressed: str | os.PathLike[str]) -> Verification:
+def verify(
+    original: str | os.PathLike[str],
+    compressed: str | os.PathLike[str],
+    *,
+    progress: Progress | bool | None = None,
+) -> Verification:
     """Compare a compressed package with its source, from the bytes of both.
 
     Parameters
     ----------
     original, compressed
         Paths of the two packages. Either may be the compressed one.
+    progress
+        ``True`` shows a bar; a function is called with stored values done, how many there are in
+        the function at hand and the name of one.
 
     Returns
     -------
@@ -103,10 +112,13 @@ def verify(original: str | os.PathLike[str], compressed: str | os.PathLike[str])
     PackageError
         If one of them is damaged.
     """
-    return compare_packages(Package(original), Package(compressed))
+    with shown(progress) as note:
+        return compare_packages(Package(original), Package(compressed), note)
 
 
-def compare_packages(original: Package, compressed: Package) -> Verification:
+def compare_packages(
+    original: Package, compressed: Package, note: Progress = lambda *_: None
+) -> Verification:
     """Do what `verify` does. The original's programs are raised to the other's opset in memory."""
     _compare_files(original, compressed)
     records = WeightRecords.of(compressed.model)
@@ -119,7 +131,7 @@ def compare_packages(original: Package, compressed: Package) -> Verification:
     pairs = paired(list(original.graphs), list(compressed.graphs), "blocks of functions")
     for left, right in pairs:
         comparison = Comparison(left, right, records, before)
-        checks.extend(comparison.run())
+        checks.extend(comparison.run(note))
         n_unchanged += comparison.n_unchanged
         n_corrected += comparison.n_corrected
     checked = {check.name for check in checks}

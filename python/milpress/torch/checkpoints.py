@@ -216,7 +216,12 @@ class _Streaming:
         return Report(rows, [report for _, report in outcomes], notes)
 
 
-def load_compressed(model: nn.Module, source: str | os.PathLike[str]) -> nn.Module:
+def load_compressed(
+    model: nn.Module,
+    source: str | os.PathLike[str],
+    *,
+    progress: Progress | bool | None = None,
+) -> nn.Module:
     """Load a compressed checkpoint into a model, one tensor at a time.
 
     What says how weights are compressed, which the model has no names for, becomes buffers of its
@@ -230,6 +235,9 @@ def load_compressed(model: nn.Module, source: str | os.PathLike[str]) -> nn.Modu
     source
         A file of safetensors, or a folder of one or with an index, such as
         `PostTrainingPalettizer.compress_checkpoint` writes.
+    progress
+        ``True`` shows a bar; a function is called with tensors done, how many there are in all and
+        the name of the one at hand.
 
     Returns
     -------
@@ -263,12 +271,17 @@ def load_compressed(model: nn.Module, source: str | os.PathLike[str]) -> nn.Modu
             )
             raise ConfigError(msg)
     holders = _holders(model)
-    for name, tensor in state.items():
-        if name in checkpoint:
-            _fill(tensor, checkpoint[name], holders[id(tensor)])
-    for name in checkpoint:
-        if name not in state:
+    own = [name for name in state if name in checkpoint]
+    others = [name for name in checkpoint if name not in state]
+    total = len(own) + len(others)
+    with shown(progress) as note:
+        for i, name in enumerate(own):
+            note(i, total, name)
+            _fill(state[name], checkpoint[name], holders[id(state[name])])
+        for i, name in enumerate(others, len(own)):
+            note(i, total, name)
             _register(modules[_owner(name)], name, checkpoint[name])
+        note(total, total, "")
     return model
 
 
