@@ -285,15 +285,10 @@ def test_a_report_names_each_weight_that_is_left_and_why(maker):
         optimizer.step()
     report = optimizer.report()
     unknown = {"place", "product.weight"}
-    recurrent = set() if is_quantizer else {"recurrent.weight_ih_l0", "recurrent.weight_hh_l0"}
-    reasons = {
-        "is computed from it": COMPUTED,
-        "multiplies by is not known": unknown,
-        "no layer whose weights": recurrent,
-    }
+    reasons = {"is computed from it": COMPUTED, "multiplies by is not known": unknown}
     for reason, names in reasons.items():
         assert {name for name in report.left if reason in report.left[name]} == names
-    rest = report.left.keys() - COMPUTED - unknown - recurrent
+    rest = report.left.keys() - COMPUTED - unknown
     assert rest == ({"small.weight"} if maker is palettizer else set())
     assert all("weight_threshold" in report.left[name] for name in rest)
     # Each weight has one line: it is left, not asked for, or compressed.
