@@ -1,10 +1,12 @@
-"""Palettization of a checkpoint from files to files, of a model that is on meta: time and memory.
+"""Compression of a checkpoint from files to files, of a model that is on meta: time and memory.
 
 The decoder has random weights in bfloat16, four blocks a shard, written one tensor at a time. The
 peak is that of a process of its own, imports included.
 
     python -m benchmarks.torch_streaming [--blocks 19] [--width 2048] [--vocabulary 32000]
-        [--bits 4] [--group 16] [--threads 2] [--folder DIR]
+        [--bits 4] [--group 16] [--samples 0] [--threads 2] [--folder DIR]
+
+With samples, of 128 tokens each, palettes are made with feedback of errors (``gptq_palette``).
 """
 
 from __future__ import annotations
@@ -27,10 +29,11 @@ from benchmarks.torch_modules import peak
 logging.disable(logging.WARNING)
 
 _BLOCKS_A_SHARD = 4
+_TOKENS = 128
 
 
 class Block(nn.Module):
-    """The weights of a block; nothing runs."""
+    """A block of attention with one head, and a gated layer."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -40,6 +43,13 @@ class Block(nn.Module):
         for name, (n_inputs, n_outputs) in sizes.items():
             setattr(self, name, nn.Linear(n_inputs, n_outputs, bias=False))
         self.norms = nn.ModuleList(nn.RMSNorm(width) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norms[0](x)
+        attended = nn.functional.scaled_dot_product_attention(self.q(y), self.k(y), self.v(y))
+        x = x + self.o(attended)
+        y = self.norms[1](x)
+        return x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
 
 
 class Decoder(nn.Module):
@@ -51,6 +61,12 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width) for _ in range(n_blocks))
         self.head = nn.Linear(width, vocabulary, bias=False)
         self.head.weight = self.words.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.words(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
 
 
 def on_meta(options: argparse.Namespace) -> Decoder:
@@ -79,6 +95,7 @@ def write(options: argparse.Namespace, folder: Path) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
     """Compress in this process."""
+    from milpress.torch.layerwise_compression import LayerwiseCompressor, LayerwiseCompressorConfig
     from milpress.torch.palettization import PostTrainingPalettizer, PostTrainingPalettizerConfig
 
     torch.set_num_threads(options.threads)
@@ -87,13 +104,23 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
         "granularity": "per_grouped_channel",
         "group_size": options.group,
     }
-    config = PostTrainingPalettizerConfig.from_dict({"global_config": settings})
     model = on_meta(options)
-    palettizer = PostTrainingPalettizer(model, config)
     folder = Path(options.folder)
+    paths = (folder / "source", folder / "out")
     before = peak()
     started = time.perf_counter()
-    report = palettizer.compress_checkpoint(folder / "source", folder / "out", progress=True)
+    if options.samples:
+        settings |= {"algorithm": "gptq_palette"}
+        config = LayerwiseCompressorConfig.from_dict(
+            {"global_config": settings, "calibration_nsamples": options.samples}
+        )
+        samples = list(torch.randint(options.vocabulary, (options.samples, 1, _TOKENS)))
+        compressor = LayerwiseCompressor(model, config)
+        report = compressor.compress_checkpoint(*paths, samples, progress=True)
+    else:
+        plain = PostTrainingPalettizerConfig.from_dict({"global_config": settings})
+        palettizer = PostTrainingPalettizer(model, plain)
+        report = palettizer.compress_checkpoint(*paths, progress=True)
     return {
         "seconds": time.perf_counter() - started,
         "peak_mb": peak(),
@@ -108,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name, default in (
         ("blocks", 19), ("width", 2048), ("vocabulary", 32_000), ("bits", 4), ("group", 16),
-        ("threads", 2),
+        ("samples", 0), ("threads", 2),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument(

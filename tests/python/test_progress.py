@@ -179,6 +179,11 @@ CALLS: dict[str, Callable[..., Any]] = {
     "milpress.torch.layerwise_compression.LayerwiseCompressor.compress": lambda s, **p: (
         layerwise_compression.LayerwiseCompressor(s.module()).compress(BATCHES, **p)
     ),
+    "milpress.torch.layerwise_compression.LayerwiseCompressor.compress_checkpoint": lambda s, **p: (
+        layerwise_compression.LayerwiseCompressor(s.module()).compress_checkpoint(
+            s.checkpoint(), s.new(), BATCHES, **p
+        )
+    ),
     "milpress.torch.palettization.DKMPalettizer.finalize": lambda s, **p: finalized(
         palettization.DKMPalettizer(
             s.module(),

@@ -24,6 +24,7 @@ from milpress.errors import (
 )
 from milpress.torch import _metadata, load_compressed
 from milpress.torch._safetensors import Shard, ShardWriter
+from milpress.torch.layerwise_compression import LayerwiseCompressor, LayerwiseCompressorConfig
 
 P = cto.torch.palettization
 Q = cto.torch.quantization
@@ -485,3 +486,105 @@ def test_tensors_of_any_type_and_shape_come_back_from_a_file(tmp_path):
             )
         entry = shards[0].entries[name]
         assert entry.begin % min(entry.dtype.itemsize, 8) == 0
+
+
+class Reading(nn.Module):
+    """A decoder of sorts: tied, normalized by a buffer, with positions that no checkpoint has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(48, 32)
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+        self.norm = nn.BatchNorm1d(32)
+        self.experts = nn.Parameter(torch.randn(2, 32, 32))
+        self.unused = nn.Parameter(torch.randn(4, 4))
+        self.register_buffer("places", torch.linspace(0, 1, 6)[:, None], persistent=False)
+        self.head = nn.Linear(32, 48, bias=False)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids):
+        x = self.words(ids) + self.places
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        x = self.norm(x.mT).mT
+        x = x + nn.functional.linear(x, self.experts[0]) + x @ self.experts[1].mT
+        return self.head(x)
+
+
+def without_values(model: nn.Module) -> nn.Module:
+    """Put the parameters on meta, as accelerate's ``init_empty_weights`` does."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.detach().to("meta"))
+    model.head.weight = model.words.weight
+    return model
+
+
+def layerwise(model: nn.Module, settings: dict[str, Any]) -> LayerwiseCompressor:
+    return LayerwiseCompressor(
+        model, LayerwiseCompressorConfig.from_dict({"global_config": settings})
+    )
+
+
+SAMPLES = [torch.arange(6)[None] * (i + 1) % 48 for i in range(8)]
+GPTQ4 = {"algorithm": "gptq", "weight_dtype": "uint4"}
+GPTQ_PALETTES = {"algorithm": "gptq_palette", "n_bits": 3}
+
+
+@pytest.mark.parametrize("n_shards", [0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [GPTQ4, GPTQ_PALETTES], ids=["gptq", "palettes"])
+def test_layers_of_files_are_those_that_are_compressed_in_memory(
+    settings, dtype, n_shards, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("milpress.torch._mapped._TOUCHED", 1000)
+    model = built(Reading, dtype)
+    source = save(named_once(model), tmp_path / "source", n_shards)
+    in_memory = layerwise(model, settings)
+    expected = in_memory.compress(SAMPLES)
+    empty = without_values(built(Reading, dtype, seed=1))
+    before = {name: id(tensor) for name, tensor in empty.state_dict(keep_vars=True).items()}
+    streaming = layerwise(empty, settings)
+    report = streaming.compress_checkpoint(source, tmp_path / "out", SAMPLES)
+    assert report is streaming.report()
+    assert report.data == in_memory.report().data
+    assert report.weights == in_memory.report().weights
+    assert set(report.left) == {"unused"}
+    assert before == {name: id(tensor) for name, tensor in empty.state_dict(keep_vars=True).items()}
+    assert not any(module._forward_hooks for module in empty.modules())
+    loaded = load_compressed(without_values(built(Reading, dtype, seed=2)), tmp_path / "out")
+    assert_same(loaded, expected)
+    assert torch.equal(loaded(SAMPLES[0]), expected(SAMPLES[0]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_a_second_way_goes_on_from_what_files_hold_compressed(tmp_path):
+    model = built(Reading)
+    source = save(named_once(model), tmp_path / "source.safetensors", 0)
+    first = LayerwiseCompressorConfig.from_dict({"module_name_configs": {r"layers\..*": GPTQ4}})
+    compressor = LayerwiseCompressor(built(Reading), first)
+    compressor.compress_checkpoint(source, tmp_path / "half.safetensors", SAMPLES)
+    report = layerwise(built(Reading), GPTQ_PALETTES).compress_checkpoint(
+        tmp_path / "half.safetensors", tmp_path / "all.safetensors", SAMPLES
+    )
+    done = {name for name in report.left if report.left[name] == "compressed already"}
+    assert done == {f"layers.{i}.weight" for i in range(3)}
+    names = set(Shard(tmp_path / "all.safetensors"))
+    assert "layers.0._COREML_/weight/quantization_scale" in names
+    assert "experts" in names
+    assert "_COREML_/experts/lut" in names
+
+
+def test_what_fails_while_layers_run_leaves_the_model_and_no_file(tmp_path):
+    source = save(named_once(built(Reading)), tmp_path / "source", 2)
+    model = without_values(built(Reading))
+    before = {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    with pytest.raises(IndexError):
+        layerwise(model, GPTQ4).compress_checkpoint(
+            source, tmp_path / "out", [torch.tensor([[99]])]
+        )
+    assert before == {name: id(tensor) for name, tensor in model.state_dict(keep_vars=True).items()}
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    with pytest.raises(ConfigError, match="places is no part of a checkpoint"):
+        layerwise(on_meta(Reading), GPTQ4).compress_checkpoint(source, tmp_path / "out", SAMPLES)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from milpress.plain.files import check_free, draft_in_place_of, folder_in_place_
 from milpress.progress import Progress, shown
 from milpress.torch import _metadata
 from milpress.torch._compression import Task, Treat, asking, compress_together, left, tied
+from milpress.torch._mapped import mapped
 from milpress.torch._report import Report
 from milpress.torch._safetensors import Checkpoint, ShardWriter
 
@@ -46,17 +48,133 @@ def compress_checkpoint(
     _check_destination(checkpoint, destination, force=force)
     streaming = _Streaming(model, tied(tasks), treat, checkpoint)
     with shown(progress) as note:
-        if not source.is_dir():
-            with draft_in_place_of(destination) as draft:
-                streaming.run({source.name: draft}, note)
-        else:
-            with folder_in_place_of(destination) as folder:
-                streaming.run({name: folder / name for name in checkpoint.shards}, note)
-                if checkpoint.index is not None:
-                    with system_errors(folder):
-                        text = json.text(streaming.index, indent=2)
-                        (folder / checkpoint.index.path.name).write_text(f"{text}\n")
+        streaming.note = note
+        _write(checkpoint, destination, streaming)
+        streaming.finish()
     return streaming.report
+
+
+def compress_running(
+    model: nn.Module,
+    compress: Callable[[], Report],
+    source: Path,
+    destination: Path,
+    *,
+    force: bool,
+) -> Report:
+    """Compress a model that runs for it, in place, with its values in files.
+
+    Parameters
+    ----------
+    model
+        The model.
+    compress
+        Compresses it, and returns the report.
+    source, destination, force
+        As of `PostTrainingPalettizer.compress_checkpoint`.
+    """
+    checkpoint = Checkpoint(source)
+    _check_destination(checkpoint, destination, force=force)
+    state = _state(model)
+    _check_names(state, checkpoint)
+    _check_buffers(model, state)
+    values = {
+        id(tensor): partial(checkpoint.__getitem__, name)
+        for name, tensor in state.items()
+        if name in checkpoint
+    }
+    with mapped(model, values, destination.parent):
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for name in checkpoint:
+            if name not in state and _is_buffer(name) and _owner(name) in modules:
+                _register(modules[_owner(name)], name, checkpoint[name])
+        report = compress()
+        _write(checkpoint, destination, _Compressed(model, checkpoint))
+    return report
+
+
+class _Contents(Protocol):
+    """What is written in the place of a checkpoint."""
+
+    def write(self, name: str, writer: ShardWriter) -> None:
+        """Write what a tensor of the checkpoint has become, and what belongs to it."""
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether something of it is compressed."""
+
+
+def _write(checkpoint: Checkpoint, destination: Path, contents: _Contents) -> None:
+    """Write a file, or a folder of shards and their index, as a checkpoint is."""
+    if not checkpoint.path.is_dir():
+        with draft_in_place_of(destination) as draft:
+            _write_shards(checkpoint, {checkpoint.path.name: draft}, contents)
+        return
+    with folder_in_place_of(destination) as folder:
+        paths = {name: folder / name for name in checkpoint.shards}
+        index = _write_shards(checkpoint, paths, contents)
+        if checkpoint.index is not None:
+            with system_errors(folder):
+                text = json.text(index, indent=2)
+                (folder / checkpoint.index.path.name).write_text(f"{text}\n")
+
+
+def _write_shards(
+    checkpoint: Checkpoint, paths: Mapping[str, Path], contents: _Contents
+) -> dict[str, Any]:
+    """Write each shard to a path; return the index."""
+    places: dict[str, str] = {}
+    n_bytes = 0
+    last = list(paths)[-1]
+    for name, path in paths.items():
+        shard = checkpoint.shards[name]
+        with ShardWriter(path, shard.metadata) as writer:
+            for tensor_name in shard:
+                # An index may say that another shard holds it.
+                if checkpoint.shard_of.get(tensor_name) is shard and tensor_name != _VERSION:
+                    contents.write(tensor_name, writer)
+            if name == last and contents.is_compressed:
+                writer.add(_VERSION, torch.tensor(1))
+        places |= dict.fromkeys(writer.names, name)
+        n_bytes += writer.n_bytes
+    index = checkpoint.index
+    metadata = {**({} if index is None else index.metadata), "total_size": n_bytes}
+    return {"metadata": metadata, "weight_map": dict(sorted(places.items()))}
+
+
+class _Compressed:
+    """A checkpoint whose values, compressed or not, are in a model."""
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
+        self._state = _state(model)
+        self._checkpoint = checkpoint
+        self._new = [name for name in self._state if _is_buffer(name) and name not in checkpoint]
+        self._names: dict[int, list[str]] = {}
+        for name, tensor in self._state.items():
+            self._names.setdefault(id(tensor), []).append(name)
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether something of it is compressed."""
+        return _VERSION in self._state
+
+    def write(self, name: str, writer: ShardWriter) -> None:
+        """Write a tensor, and what newly says how it is compressed."""
+        values = self._checkpoint[name]
+        tensor = self._state.get(name)
+        if tensor is None or torch.equal(values.to(tensor.dtype), tensor):
+            writer.add(name, values)
+        else:
+            writer.add(name, tensor.detach())
+        for own in self._names.get(id(tensor), []):
+            holder, _, own_name = own.rpartition(".")
+            prefixes = tuple(
+                f"{holder}.{prefix}/{own_name}/".removeprefix(".")
+                for prefix in (_metadata.PREFIX, _metadata.OWN_PREFIX)
+            )
+            for buffer in [each for each in self._new if each.startswith(prefixes)]:
+                writer.add(buffer, self._state[buffer])
+                self._new.remove(buffer)
 
 
 def _check_destination(checkpoint: Checkpoint, destination: Path, *, force: bool) -> None:
@@ -108,43 +226,27 @@ class _Streaming:
         # Dense weights of which another name is still to come.
         self._waiting: dict[str, torch.Tensor] = {}
         self._n_done = 0
-        self.index: dict[str, Any] = {}
+        self.note: Progress = lambda *_: None
 
-    def run(self, paths: Mapping[str, Path], note: Progress) -> None:
-        """Write each shard to a path."""
-        places: dict[str, str] = {}
-        n_bytes = 0
-        last = list(paths)[-1]
-        for name, path in paths.items():
-            shard = self._checkpoint.shards[name]
-            with ShardWriter(path, shard.metadata) as writer:
-                for tensor_name in shard:
-                    # An index may say that another shard holds it.
-                    if self._checkpoint.shard_of.get(tensor_name) is shard:
-                        self._write(tensor_name, writer, note)
-                if name == last and self._is_compressed:
-                    writer.add(_VERSION, torch.tensor(1))
-            places |= dict.fromkeys(writer.names, name)
-            n_bytes += writer.n_bytes
+    def write(self, name: str, writer: ShardWriter) -> None:
+        """Write a tensor of the checkpoint as it is to be."""
+        number = self._group_of.get(name)
+        if number is not None and number not in self._outcomes:
+            total = sum(group[0].weight.size for group in self._groups)
+            self.note(self._n_done, total, name)
+            self._compress(number, writer)
+        if name in self._waiting:
+            writer.add(name, self._waiting.pop(name))
+        elif not name.startswith(self._prefixes):
+            writer.add(name, self._checkpoint[name])
+
+    def finish(self) -> None:
+        """Note what no tensor of the checkpoint was."""
         for number, group in enumerate(self._groups):
             if number not in self._outcomes:
                 reason = "no tensor of the checkpoint is this parameter"
                 self._settle(number, *left(asking(group).weight, reason))
-        note(self._n_done, self._n_done, "")
-        index = self._checkpoint.index
-        metadata = {**({} if index is None else index.metadata), "total_size": n_bytes}
-        self.index = {"metadata": metadata, "weight_map": dict(sorted(places.items()))}
-
-    def _write(self, name: str, writer: ShardWriter, note: Progress) -> None:
-        """Write a tensor of the checkpoint as it is to be."""
-        number = self._group_of.get(name)
-        if number is not None and number not in self._outcomes:
-            note(self._n_done, sum(group[0].weight.size for group in self._groups), name)
-            self._compress(number, writer)
-        if name in self._waiting:
-            writer.add(name, self._waiting.pop(name))
-        elif name != _VERSION and not name.startswith(self._prefixes):
-            writer.add(name, self._checkpoint[name])
+        self.note(self._n_done, self._n_done, "")
 
     def _compress(self, number: int, writer: ShardWriter) -> None:
         """Compress a parameter; write what its buffers are to be, and let its values wait."""
@@ -169,7 +271,8 @@ class _Streaming:
             _logger.warning("%s: %s. Left as it is.", report.name, report.note)
 
     @property
-    def _is_compressed(self) -> bool:
+    def is_compressed(self) -> bool:
+        """Whether something of it is compressed."""
         reports = [report for _, report in self._outcomes.values()]
         return _VERSION in self._checkpoint or any(each.status == "compressed" for each in reports)
 
@@ -263,13 +366,7 @@ def load_compressed(
         if name not in state and (not _is_buffer(name) or owner not in modules):
             msg = f"{checkpoint.shard_of[name].path}: holds {name}, which the model lacks"
             raise ConfigError(msg)
-    for name, buffer in model.named_buffers():
-        if buffer.is_meta and name not in state:
-            msg = (
-                f"{name} is no part of a checkpoint but made with the model, which is on meta, "
-                "where it has no values; build the model on the CPU"
-            )
-            raise ConfigError(msg)
+    _check_buffers(model, state)
     holders = _holders(model)
     own = [name for name in state if name in checkpoint]
     others = [name for name in checkpoint if name not in state]
@@ -283,6 +380,17 @@ def load_compressed(
             _register(modules[_owner(name)], name, checkpoint[name])
         note(total, total, "")
     return model
+
+
+def _check_buffers(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Raise `ConfigError` if a buffer that no checkpoint has is on ``meta``."""
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta and name not in state:
+            msg = (
+                f"{name} is no part of a checkpoint but made with the model, which is on meta, "
+                "where it has no values; build the model on the CPU"
+            )
+            raise ConfigError(msg)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -24,6 +25,7 @@ from milpress.torch._modes import evaluating, exact, on_device
 from milpress.torch._module_weights import ModuleWeight
 from milpress.torch._report import Report
 from milpress.torch.base_model_optimizer import BaseDataCalibratedModelOptimizer
+from milpress.torch.checkpoints import compress_running
 from milpress.torch.layerwise_compression._calibrated_weights import (
     CalibratedWeight,
     CalibratedWeights,
@@ -220,6 +222,65 @@ class LayerwiseCompressor(BaseDataCalibratedModelOptimizer):
             _metadata.register_version(model)
         files.clear()
         return model
+
+    def compress_checkpoint(
+        self,
+        source: str | os.PathLike[str],
+        destination: str | os.PathLike[str],
+        dataloader: Iterable[Any],
+        *,
+        force: bool = False,
+        progress: Progress | bool | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        activation_memory: int | None = 2**30,
+    ) -> Report:
+        """Compress the layers of a checkpoint into another one, of a model larger than memory.
+
+        The model runs on the CPU with its weights in a temporary file beside the destination, of
+        which memory has what is computed with. Its own values are neither used nor changed, and its
+        parameters may be on ``meta``; buffers that are no part of checkpoints, such as the
+        frequencies of positions, must have values: ``accelerate.init_empty_weights`` builds such
+        models. What is written is, bit for bit, the state of what `compress` would have made of the
+        model with the checkpoint loaded. `milpress.torch.load_compressed` loads it.
+
+        Parameters
+        ----------
+        source, destination, force
+            As of `PostTrainingPalettizer.compress_checkpoint`.
+        dataloader, progress, checkpoint, activation_memory
+            As of `compress`.
+
+        Returns
+        -------
+        Report
+            What became of each weight, as `report` returns it.
+
+        Raises
+        ------
+        ConfigError
+            If model and checkpoint don't have the same names and shapes, a buffer that the
+            checkpoint lacks is on ``meta``, or as of `compress`.
+        DestinationError
+            As of `PostTrainingPalettizer.compress_checkpoint`.
+        PackageNotFoundError
+            If the checkpoint, or a shard of it, is missing.
+        PackageError
+            If it is damaged.
+        """
+
+        def compress() -> Report:
+            self.compress(
+                dataloader,
+                inplace=True,
+                progress=progress,
+                checkpoint=checkpoint,
+                activation_memory=activation_memory,
+            )
+            return self._report
+
+        return compress_running(
+            self._source, compress, Path(source), Path(destination), force=force
+        )
 
     def _weights(self, model: nn.Module, parents: Sequence[str]) -> list[CalibratedWeight]:
         """Return the weights that something is asked for, in the order of the model."""
