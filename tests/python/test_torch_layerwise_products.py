@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -203,7 +205,7 @@ class Stacked(nn.Module):
             case "picked":
                 product = torch.bmm(weight[chosen.flatten()], x[..., None])[..., 0]
             case "picked by index_select":
-                matrices = torch.index_select(weight, 0, chosen.flatten())
+                matrices = torch.index_select(weight, dim=0, index=chosen.flatten())
                 product = torch.bmm(x[:, None], matrices)[:, 0]
             case _:
                 rows = x.unflatten(0, chosen.shape)
@@ -247,6 +249,19 @@ def test_each_expert_of_a_stack_sees_all_that_is_routed_to_it(way):
         ours = weight.tensor.mT if model.is_turned else weight.tensor
         torch.testing.assert_close(ours, expected, **tolerance)
         assert np.array_equal(_metadata.read(weight).dense(), weight.tensor.detach().numpy())
+
+
+def test_experts_that_are_picked_in_inference_mode_see_what_is_routed_to_them():
+    torch.manual_seed(0)
+    batches = [torch.randn(3, 8) for _ in range(16)]
+    mixture = Mixture(out_is_first=False)
+    expected, _ = compressed(Stacked(mixture, "picked").eval(), batches, PER_CHANNEL)
+    with torch.inference_mode():
+        model = Stacked(copy.deepcopy(mixture), "picked").eval()
+        made, report = compressed(model, batches, PER_CHANNEL)
+    assert report.left == {}
+    for name in ("up", "down", "out.weight"):
+        assert torch.equal(made.get_parameter(name), expected.get_parameter(name)), name
 
 
 def test_experts_that_no_sample_comes_to_are_rounded_without_feedback():

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from milpress.compression.report import WeightReport
@@ -22,7 +21,14 @@ from milpress.torch._module_weights import ModuleWeight
 from milpress.torch._module_weights import whole as on_cpu
 from milpress.torch.layerwise_compression._layer_moments import LAYERS
 from milpress.torch.layerwise_compression._layers import CalibratedLayer
-from milpress.torch.layerwise_compression._parts import Part, assembled, missing, part_of, whole
+from milpress.torch.layerwise_compression._parts import (
+    Part,
+    assembled,
+    missing,
+    part_of,
+    storage_of,
+    whole,
+)
 from milpress.torch.layerwise_compression._products import Product, layer_with
 from milpress.torch.layerwise_compression.algorithms import OBSCompressionAlgorithm
 from milpress.torch.registration import RECURRENT, TRANSPOSED, products_of
@@ -206,7 +212,7 @@ class CalibratedWeights:
         self._by_id = {id(weight.tensor): weight for weight in self.weights}
         self._by_storage: dict[int | None, list[CalibratedWeight]] = {}
         for weight in self.weights:
-            self._by_storage.setdefault(_storage(weight.tensor), []).append(weight)
+            self._by_storage.setdefault(storage_of(weight.tensor), []).append(weight)
         self._by_storage.pop(None, None)
         self._told = [weight for weight in self.weights if weight.is_told]
 
@@ -227,7 +233,7 @@ class CalibratedWeights:
 
     def _holding(self, value: Tensor) -> list[CalibratedWeight]:
         known = self._by_id.get(id(value))
-        return self._by_storage.get(_storage(value), []) if known is None else [known]
+        return self._by_storage.get(storage_of(value), []) if known is None else [known]
 
     def layer_of(self, product: Product) -> CalibratedLayer | None:
         """Return the layer that makes a product; ``None`` if it counts for none."""
@@ -345,10 +351,3 @@ def _is_layer(weight: ModuleWeight, kernel: Mapping[str, Any]) -> bool:
     return getattr(module, "padding_mode", "") == "zeros" and all(
         getattr(module, name, None) == value for name, value in kernel.items()
     )
-
-
-def _storage(tensor: Tensor) -> int | None:
-    """Return what tells the memory of a tensor from that of others."""
-    if tensor.layout is not torch.strided or tensor.is_meta:
-        return None
-    return int(tensor.untyped_storage()._cdata)

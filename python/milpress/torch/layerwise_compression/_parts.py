@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from milpress.formats import Compressed
@@ -82,6 +83,13 @@ def part_of(parameter: Tensor, view: Tensor) -> Part | None:
         ):
             return Part(starts[: rank - view.ndim], begin, end, (outputs, others[0]))
     return None
+
+
+def storage_of(tensor: Tensor) -> int | None:
+    """Return what tells the memory of a tensor from that of others."""
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        return None
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _starts(parameter: Tensor, offset: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ that multiplies by a parameter, or by a part of one, itself.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any, TypeAlias, cast
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef
 
 from milpress.errors import ConfigError
-from milpress.torch.layerwise_compression._parts import Part, part_of
+from milpress.torch.layerwise_compression._parts import Part, part_of, storage_of
 from milpress.torch.registration import CONVOLUTIONS, axes_of_weights, products_of
 
 _IsWeight: TypeAlias = Callable[[Any], bool]
@@ -102,7 +102,12 @@ class _Copies:
 
     parameter: Tensor
     index: Tensor
-    version: int
+    version: int | None  # of the parameter; torch does not count it in inference mode
+
+    @property
+    def are_old(self) -> bool:
+        """Whether the parameter may have changed since."""
+        return self.version is None or self.version != self.parameter._version
 
     def original(self, part: Part) -> Part:
         """Return the part of the parameter that a part of the copies is."""
@@ -130,7 +135,7 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self._is_weight = is_weight
         self._show = show
-        self._copies: MutableMapping[Tensor, _Copies] = WeakTensorKeyDictionary()
+        self._copies: dict[int | None, tuple[TensorWeakRef, _Copies]] = {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -144,28 +149,30 @@ class Watch(TorchFunctionMode):
         for product in self._of_originals(products) if copied else products:
             self._show(product)
         for tensor, copies in copied.values():
-            if copies.parameter._version != copies.version:
+            if copies.are_old:
                 with torch.no_grad():
                     tensor.copy_(copies.parameter[copies.index])
         result = func(*args, **kwargs)
-        if func in _PICKING and self._is_weight(args[0]):
-            self._note(result, *args)
+        names = _PICKING.get(func, ())
+        if names and args and self._is_weight(args[0]):
+            self._note(result, args[0], **dict(zip(names, args[1:], strict=False)), **kwargs)
         return result
 
-    def _note(self, result: Tensor, stack: Tensor, *where: Any) -> None:
-        index = where[-1]
-        is_first = len(where) == 1 or where[0] == 0
-        is_picking = isinstance(index, Tensor) and not index.is_floating_point()
-        if is_first and is_picking and index.dtype != torch.bool and stack.ndim > 2:
-            self._copies[result] = _Copies(stack, index.clone(), stack._version)
+    def _note(self, result: Tensor, stack: Tensor, dim: int = 0, *, index: Any) -> None:
+        is_whole = isinstance(index, Tensor) and index.dtype in (torch.int64, torch.int32)
+        if is_whole and dim == 0 and stack.ndim > 2:
+            version = None if stack.is_inference() else stack._version
+            live = {key: each for key, each in self._copies.items() if each[0]() is not None}
+            copies = _Copies(stack, index.clone(), version)
+            self._copies = {**live, storage_of(result): (TensorWeakRef(result), copies)}
 
     def _copies_with(self, value: Any) -> tuple[Tensor, _Copies] | None:
         """Return copies that something is, or is a view of."""
-        if not isinstance(value, Tensor):
+        if not self._copies or not isinstance(value, Tensor):
             return None
-        whole = value if value._base is None else value._base
-        copies = self._copies.get(whole)
-        return None if copies is None else (whole, copies)
+        reference, copies = self._copies.get(storage_of(value), (None, None))
+        whole = None if reference is None else reference()
+        return None if whole is None or copies is None else (whole, copies)
 
     def _counts(self, value: Any, copied: dict[int, tuple[Tensor, _Copies]]) -> bool:
         """Whether products with a value are to be shown; copies among them are noted."""
@@ -316,8 +323,11 @@ def _of_einsum(
 
 _CONVOLUTION = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
-# What picks matrices by an index: of a stack and, perhaps, its axis.
-_PICKING = (Tensor.__getitem__, Tensor.index_select, torch.index_select)
+# What picks matrices of a stack, and what its further arguments are called.
+_PICKING: dict[Any, tuple[str, ...]] = {
+    Tensor.__getitem__: ("index",),
+    **dict.fromkeys((Tensor.index_select, torch.index_select), ("dim", "index")),
+}
 
 # What each function multiplies, and what its arguments are called.
 _FUNCTIONS: dict[Any, tuple[Callable[..., Iterator[Product]], tuple[str, ...]]] = {
