@@ -187,6 +187,33 @@ def test_what_a_module_holds_is_of_the_sample_that_runs(way):
     assert repr(held(model)) == before
 
 
+NOTES: list[float] = []
+SEEN: dict[int, float] = {}
+
+
+class Noting(nn.Module):
+    """Two layers, and notes of what comes between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        NOTES.append(float(x[0, 0]))
+        SEEN[int(x[0, 0])] = len(NOTES)
+        return self.second(self.first(x))
+
+
+def test_notes_that_a_forward_takes_in_globals_are_there_in_the_end():
+    NOTES.clear()
+    SEEN.clear()
+    batches = [torch.randn(8, 8).index_fill(0, torch.tensor(0), i) for i in range(4)]
+    compressor(Noting()).compress(batches)
+    # The first is run once more, alone, to see which way it goes.
+    assert sorted(NOTES) == [0, 0, 1, 2, 3]
+    assert dict.fromkeys(range(4), 1) == SEEN
+
+
 def test_what_a_module_holds_in_inference_mode_is_of_the_sample_that_runs():
     torch.manual_seed(0)
     with torch.inference_mode():

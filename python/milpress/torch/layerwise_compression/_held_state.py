@@ -2,7 +2,8 @@
 
 A forward may keep something on a module: the size of a grid, a memory for another module, a cache;
 or on the module's class, or as a global of the file that defines the class. Between two turns of a
-run it is taken off, so that no other run meets it.
+run it is taken off, so that no other run meets it. What runs have added to containers of classes
+and globals is there in the end, for they may be someone's notes.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class HeldState:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._tensors: list[_HeldTensor] = []
+        self._notes: list[_Put] = []
         self.refresh()
 
     def refresh(self) -> None:
@@ -58,7 +60,8 @@ class HeldState:
         self._others: list[_Held] = [
             _held_container(each) for each in containers if not isinstance(each, dict)
         ]
-        self._others += _names_around(self._model, {id(each) for each in containers})
+        names, self._shared = _names_around(self._model, {id(each) for each in containers})
+        self._others += [*names, *self._shared]
         self._entries = [held.container for held in self._dicts]
         self._sizes = list(map(len, self._entries))
         self._keys = list(chain.from_iterable(self._entries))
@@ -77,6 +80,19 @@ class HeldState:
                 put()
 
         return come_back
+
+    def end(self) -> None:
+        """Have the modules hold what they held at first, at the end of a run."""
+        for held in self._shared:
+            if not held.is_unchanged():
+                self._notes.append(held.added())
+        self.leave()
+
+    def close(self) -> None:
+        """Give containers of classes and globals what runs have added to them."""
+        for add in self._notes:
+            add()
+        self._notes.clear()
 
     def _has_same_entries(self) -> bool:
         # By far most dictionaries are those of modules: no loop of Python's goes through them.
@@ -111,6 +127,11 @@ class _HeldEntries:
         self._fill(self._first)
         return lambda: self._fill(now)
 
+    def added(self) -> _Put:
+        container, first = self.container, self._first
+        new = {k: v for k, v in container.items() if k not in first or first[k] is not v}
+        return lambda: container.update(new)
+
     def _fill(self, entries: dict[Any, Any]) -> None:
         self.container.clear()
         self.container.update(entries)
@@ -133,6 +154,11 @@ class _HeldItems:
         self._fill(self._first)
         return lambda: self._fill(now)
 
+    def added(self) -> _Put:
+        container, n = self._container, len(self._first)
+        new = tuple(container)[n:] if all(map(is_, container, self._first)) else ()
+        return lambda: container.extend(new)
+
     def _fill(self, items: Sequence[Any]) -> None:
         self._container.clear()
         self._container.extend(items)
@@ -152,6 +178,10 @@ class _HeldMembers:
         now = frozenset(self._container)
         self._fill(self._first)
         return lambda: self._fill(now)
+
+    def added(self) -> _Put:
+        container, new = self._container, self._container - self._first
+        return lambda: container.update(new)
 
     def _fill(self, members: frozenset[Any]) -> None:
         self._container.clear()
@@ -211,10 +241,11 @@ class _HeldTensor:
             self.tensor.copy_(values)
 
 
-_Held: TypeAlias = _HeldEntries | _HeldItems | _HeldMembers | _HeldNames | _HeldTensor
+_HeldContainer: TypeAlias = _HeldEntries | _HeldItems | _HeldMembers
+_Held: TypeAlias = _HeldContainer | _HeldNames | _HeldTensor
 
 
-def _held_container(container: Any) -> _Held:
+def _held_container(container: Any) -> _HeldContainer:
     if isinstance(container, dict):
         return _HeldEntries(container)
     if isinstance(container, (list, deque)):
@@ -222,22 +253,23 @@ def _held_container(container: Any) -> _Held:
     return _HeldMembers(container)
 
 
-def _names_around(model: nn.Module, seen: set[int]) -> list[_Held]:
+def _names_around(
+    model: nn.Module, seen: set[int]
+) -> tuple[list[_HeldNames], list[_HeldContainer]]:
     """Return the names of a model's own classes and of their files, and containers among them."""
     kinds: dict[type, None] = {}
     for module in model.modules():
         kinds |= dict.fromkeys(kind for kind in type(module).__mro__ if not _is_common(kind))
     files = {name: sys.modules.get(name) for name in (kind.__module__ for kind in kinds)}
     owners: list[Any] = [*kinds, *(file for file in files.values() if file is not None)]
-    held: list[_Held] = []
+    held: list[_HeldContainer] = []
     for owner in owners:
-        held.append(_HeldNames(owner))
         for name, value in list(vars(owner).items()):
             is_container = type(value) in (dict, list, set, deque) and not name.startswith("__")
             if is_container and len(value) <= _MOST and id(value) not in seen:
                 seen.add(id(value))
                 held.append(_held_container(value))
-    return held
+    return [_HeldNames(owner) for owner in owners], held
 
 
 def _version(tensor: torch.Tensor) -> int | None:

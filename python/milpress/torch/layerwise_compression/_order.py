@@ -99,6 +99,7 @@ class Order:
         last: Any = None
         traces: dict[int, _Trace] = {}
         with ExitStack() as stack:
+            stack.callback(self._held.close)
             if self._activations is not None:
                 stack.callback(self._activations.clear)
             for module in self._model.modules():
@@ -184,7 +185,7 @@ class Order:
             with recording, self._watch:
                 self._calls[number]()
         finally:
-            self._held.leave()
+            self._held.end()
 
     def _leave(self) -> Callable[[], None]:
         """Do what is to be done where a run gives way; return what it does when it goes on."""
@@ -209,7 +210,7 @@ class Order:
             with torch.no_grad(), self._watch:
                 self._calls[number]()
         finally:
-            self._held.leave()
+            self._held.end()
         return self._open(path)
 
     def _tell(self, module: nn.Module, args: Any, kwargs: Any) -> None:
