@@ -108,6 +108,7 @@ _LOOPS = "transformers counts tokens by ops that a trace keeps and coremltools d
 GAPS: dict[tuple[str, str, str], str] = {
     ("mixtral", "*", "trace"): _LOOPS,
     ("qwen3_moe", "*", "trace"): _LOOPS,
+    ("bamba", "*", "trace"): "coremltools fails on repeat_interleave of a trace, along axis 2",
 }
 
 # In every run of the tests; the others are large.
