@@ -167,12 +167,7 @@ class _Compressed:
         else:
             writer.add(name, tensor.detach())
         for own in self._names.get(id(tensor), []):
-            holder, _, own_name = own.rpartition(".")
-            prefixes = tuple(
-                f"{holder}.{prefix}/{own_name}/".removeprefix(".")
-                for prefix in (_metadata.PREFIX, _metadata.OWN_PREFIX)
-            )
-            for buffer in [each for each in self._new if each.startswith(prefixes)]:
+            for buffer in [each for each in self._new if each.startswith(_prefixes_of(own))]:
                 writer.add(buffer, self._state[buffer])
                 self._new.remove(buffer)
 
@@ -459,12 +454,16 @@ def _named(names: Sequence[str]) -> str:
 
 
 def _buffer_prefixes(group: Sequence[Task]) -> list[str]:
+    return [prefix for task in group for prefix in _prefixes_of(task.weight.name)]
+
+
+def _prefixes_of(name: str) -> tuple[str, ...]:
     """Return what names of the buffers of a parameter begin with, in a state dict."""
-    return [
-        f"{task.weight.module_name}.{prefix}/{task.weight.parameter_name}/".removeprefix(".")
-        for task in group
+    holder, _, own_name = name.rpartition(".")
+    return tuple(
+        f"{holder}.{prefix}/{own_name}/".removeprefix(".")
         for prefix in (_metadata.PREFIX, _metadata.OWN_PREFIX)
-    ]
+    )
 
 
 def _buffers(task: Task) -> list[tuple[str, torch.Tensor]]:
