@@ -409,6 +409,15 @@ def test_a_report_has_a_row_for_each_place():
     assert 0 < report["0"]["error"] < step / 2
 
 
+def test_a_layer_of_one_channel_is_reported_as_its_config_says():
+    for per_channel in (True, False):
+        ready, quantizer = prepared(
+            nn.Sequential(nn.Linear(8, 1)), torch.randn(2, 8), weight_per_channel=per_channel
+        )
+        ready(torch.randn(2, 8)).sum().backward()
+        assert quantizer.report()["0"]["per_channel"] == per_channel
+
+
 def test_nothing_is_rounded_before_a_pool_that_is_left_out():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.AvgPool2d(2), nn.Conv2d(4, 4, 3))
     config = Q.LinearQuantizerConfig.from_dict(

@@ -501,9 +501,9 @@ def _granularity(weight: ModuleWeight, fake: FakeQuantize) -> Any:
     n_stack_axes = min(weight.axes)
     if fake.block_shape is not None:
         return Blocks(fake.block_shape[n_stack_axes:])
-    return (
-        PerChannel() if fake.scale.numel() > math.prod(weight.shape[:n_stack_axes]) else PerTensor()
-    )
+    n_matrices = math.prod(weight.shape[:n_stack_axes])
+    is_one_each = n_stack_axes > 0 and fake.scale.numel() == n_matrices
+    return PerTensor() if fake.scale.ndim == 1 or is_one_each else PerChannel()
 
 
 def _steps(array: Floats, scales: Floats, offsets: Any) -> Any:
