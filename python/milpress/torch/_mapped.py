@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from milpress.plain.files import system_errors
+from milpress.torch._safetensors import bytes_of
 from milpress.torch._substitution import refer
 
 _ALIGNMENT = 64
@@ -93,7 +94,7 @@ class _File:
     def append(self, number: int, values: torch.Tensor) -> None:
         self._file.seek(-self._file.tell() % _ALIGNMENT, 1)
         self._places[number] = (self._file.tell(), values.dtype, values.shape)
-        self._file.write(values.contiguous().view(-1).view(torch.uint8).numpy().data)
+        self._file.write(bytes_of(values.contiguous()))
 
     def map(self) -> None:
         """Have what was written in memory, as far as it is touched."""

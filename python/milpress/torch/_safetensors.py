@@ -99,7 +99,7 @@ class Shard(Mapping[str, torch.Tensor]):
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         with system_errors(self.path), self.path.open("rb") as file:
             file.seek(entry.begin)
-            n_bytes = file.readinto(_bytes_of(tensor))
+            n_bytes = file.readinto(bytes_of(tensor))
         if n_bytes < entry.n_bytes:
             msg = f"{self.path}: cut off within {name} while it was read"
             raise PackageError(msg)
@@ -115,7 +115,7 @@ class Shard(Mapping[str, torch.Tensor]):
         return len(self.entries)
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
     """Return the memory of a tensor."""
     return tensor.view(-1).view(torch.uint8).numpy().data
 
@@ -294,7 +294,7 @@ class ShardWriter:
         with system_errors(self._path):
             part = self._part(tensor.dtype.itemsize)
             self._entries[name] = Entry(tensor.dtype, tuple(tensor.shape), part.tell())
-            part.write(_bytes_of(tensor.contiguous()))
+            part.write(bytes_of(tensor.contiguous()))
 
     def _part(self, size: int) -> IO[bytes]:
         """Return the file of the tensors of so many bytes an element."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -148,7 +148,7 @@ class _Compressed:
     def __init__(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         self._state = _state(model)
         self._checkpoint = checkpoint
-        self._new = [name for name in self._state if _is_buffer(name) and name not in checkpoint]
+        self._new = _by_parameter(name for name in self._state if name not in checkpoint)
         self._names: dict[int, list[str]] = {}
         for name, tensor in self._state.items():
             self._names.setdefault(id(tensor), []).append(name)
@@ -167,9 +167,8 @@ class _Compressed:
         else:
             writer.add(name, tensor.detach())
         for own in self._names.get(id(tensor), []):
-            for buffer in [each for each in self._new if each.startswith(_prefixes_of(own))]:
+            for buffer in self._new.pop(own, ()):
                 writer.add(buffer, self._state[buffer])
-                self._new.remove(buffer)
 
 
 def _check_destination(checkpoint: Checkpoint, destination: Path, *, force: bool) -> None:
@@ -215,7 +214,8 @@ class _Streaming:
             for number, group in enumerate(groups)
             for name in self._names.get(id(group[0].weight.tensor), [])
         }
-        self._prefixes = tuple(prefix for group in groups for prefix in _buffer_prefixes(group))
+        self._asked = {task.weight.name for group in groups for task in group}
+        self._described = _by_parameter(checkpoint)
         self._known = state
         self._outcomes: dict[int, tuple[dict[str, Any], WeightReport]] = {}
         # Dense weights of which another name is still to come.
@@ -232,7 +232,7 @@ class _Streaming:
             self._compress(number, writer)
         if name in self._waiting:
             writer.add(name, self._waiting.pop(name))
-        elif not name.startswith(self._prefixes):
+        elif _parameter_of(name) not in self._asked:
             writer.add(name, self._checkpoint[name])
 
     def finish(self) -> None:
@@ -287,8 +287,7 @@ class _Streaming:
         try:
             for task in group:
                 task.weight.module._parameters[task.weight.parameter_name] = parameter
-                prefixes = tuple(_buffer_prefixes([task]))
-                for own in [each for each in self._checkpoint if each.startswith(prefixes)]:
+                for own in self._described.get(task.weight.name, ()):
                     _register(task.weight.module, own, self._checkpoint[own])
             yield parameter
         finally:
@@ -453,27 +452,33 @@ def _named(names: Sequence[str]) -> str:
     return ", ".join(names[:_N_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _buffer_prefixes(group: Sequence[Task]) -> list[str]:
-    return [prefix for task in group for prefix in _prefixes_of(task.weight.name)]
-
-
-def _prefixes_of(name: str) -> tuple[str, ...]:
-    """Return what names of the buffers of a parameter begin with, in a state dict."""
-    holder, _, own_name = name.rpartition(".")
-    return tuple(
-        f"{holder}.{prefix}/{own_name}/".removeprefix(".")
-        for prefix in (_metadata.PREFIX, _metadata.OWN_PREFIX)
-    )
-
-
 def _buffers(task: Task) -> list[tuple[str, torch.Tensor]]:
     """Return what says how a weight is compressed, by the names of a state dict."""
-    prefixes = tuple(_buffer_prefixes([task]))
     named = (
         (f"{task.weight.module_name}.{name}".removeprefix("."), buffer)
         for name, buffer in task.weight.module.named_buffers(recurse=False)
     )
-    return [(name, buffer) for name, buffer in named if name.startswith(prefixes)]
+    return [(name, buffer) for name, buffer in named if _parameter_of(name) == task.weight.name]
+
+
+def _by_parameter(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return, of some names, those of buffers that say how a parameter is compressed, by it."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        parameter = _parameter_of(name)
+        if parameter:
+            found.setdefault(parameter, []).append(name)
+    return found
+
+
+def _parameter_of(name: str) -> str:
+    """Return the parameter that a buffer is about, by their names; empty if it is about none."""
+    own = name.removeprefix(_owner(name)).removeprefix(".")
+    prefix, _, rest = own.partition("/")
+    parameter, is_about, _ = rest.partition("/")
+    if prefix not in (_metadata.PREFIX, _metadata.OWN_PREFIX) or not is_about:
+        return ""
+    return f"{_owner(name)}.{parameter}".removeprefix(".")
 
 
 def _is_buffer(name: str) -> bool:

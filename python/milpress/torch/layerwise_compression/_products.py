@@ -72,12 +72,12 @@ def told_products(module: nn.Module, name: str, args: Any, kwargs: Any) -> Itera
     """
     parameter = module.get_parameter(name)
     axes = axes_of_weights(module)[name]
-    values = products_of(module)[name](module, *args, **kwargs)
-    indices = list(np.ndindex(*parameter.shape[: min(axes)]))
-    values = [values] if min(axes) == 0 else list(values)
     if parameter.ndim != max(axes) + 1:
         msg = f"the products of {type(module).__name__}.{name}, a kernel, can't be given"
         raise ConfigError(msg)
+    values = products_of(module)[name](module, *args, **kwargs)
+    values = [values] if min(axes) == 0 else list(values)
+    indices = list(np.ndindex(*parameter.shape[: min(axes)]))
     n_inputs = parameter.shape[axes[1]]
     are_right = len(values) == len(indices) and all(
         value is None or (isinstance(value, Tensor) and value.shape[-1:] == (n_inputs,))
