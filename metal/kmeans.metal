@@ -27,7 +27,7 @@ using namespace milpress;
 /// Writes the index of the first of the entries nearest to each vector, and its squared distance.
 ///
 /// Grid: (n_vectors, 1, 1), one thread a vector; any threadgroup size.
-/// Oracle: nearest_entries (csrc/kernels/kmeans_vector.cpp); codes and distances match it bit for
+/// Oracle: nearest_entries (csrc/kernels/vector_assign.cpp); codes and distances match it bit for
 /// bit, where the device keeps subnormals.
 [[kernel]] void lloyd_assign(device const float* vectors [[buffer(0)]],  // (dim, n_vectors)
                              device const float* entries [[buffer(1)]],  // (n_entries, dim)
@@ -63,7 +63,7 @@ constant constexpr uint kTile = 256;  // codes that a threadgroup looks at toget
 /// of importance times vector, n_entries sums of importance, and that of importance times distance.
 ///
 /// Grid: (n_sums, n_pieces, 1), one thread a sum; any threadgroup size along x.
-/// Oracle: the moments in csrc/kernels/kmeans_vector.cpp; sums match them bit for bit, where the
+/// Oracle: the moments in csrc/kernels/vector_lloyd.cpp; sums match them bit for bit, where the
 /// device keeps subnormals.
 [[kernel]] void lloyd_moments(device const float* vectors [[buffer(0)]],     // (dim, n_vectors)
                               device const float* importance [[buffer(1)]],  // (n_vectors)

@@ -1,22 +1,24 @@
 #include "kernels/kmeans_vector.h"
 
 #include <algorithm>
-#include <array>
+#include <bit>
 #include <cmath>
-#include <cstring>
-#include <functional>
 #include <limits>
 #include <numeric>
 #include <set>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "core/parallel.h"
 #include "core/random.h"
-#include "core/vectorize.h"
 #include "kernels/kmeans1d.h"
 #include "kernels/lut_assign.h"
 #include "kernels/vector_assign.h"
+#include "kernels/vector_exchange.h"
+#include "kernels/vector_grid.h"
+#include "kernels/vector_lloyd.h"
+#include "kernels/vector_nearest.h"
 #include "kernels/vectors.h"
 
 namespace milpress {
@@ -24,218 +26,110 @@ namespace {
 
 struct Fit {
   Entries entries;
-  double error = std::numeric_limits<double>::infinity();  // before their last move
+  double error = std::numeric_limits<double>::infinity();
 };
-
-// What a piece of the vectors adds to the entries they are nearest to.
-struct Moments {
-  std::vector<double> sums;         // of share * vector
-  std::vector<double> weights;      // of shares
-  std::vector<std::size_t> n_near;  // vectors
-  double error = 0;
-  std::size_t n_changed = 0;
-
-  // Adds a vector to the entry `code`, or with `sign` -1 takes it away.
-  void add(const Vectors& vectors, std::size_t i, std::size_t code, int sign) {
-    const double share = sign * double{vectors.shares[i]};
-    for (std::size_t d = 0; d < vectors.dim; ++d) {
-      sums[code * vectors.dim + d] += share * vectors.at(i, d);
-    }
-    weights[code] += share;
-    n_near[code] += static_cast<std::size_t>(sign);
-  }
-};
-
-// The sum of share * distance; `n` is a multiple of kLanes.
-MILPRESS_VECTORIZE
-double weighted_sum(const float* shares, const float* distances, std::size_t n) {
-  constexpr std::size_t kSums = 8;
-  std::array<double, kSums> sums{};
-  for (std::size_t i = 0; i < n; i += kSums) {
-    for (std::size_t lane = 0; lane < kSums; ++lane) {
-      sums[lane] += double{shares[i + lane]} * double{distances[i + lane]};
-    }
-  }
-  return std::accumulate(sums.begin(), sums.end(), 0.0);
-}
-
-// Empty clusters take over the vectors that add most to the error.
-void move_empty(const Vectors& vectors, std::span<const float> distances,
-                std::span<const std::size_t> empty, Entries& entries) {
-  std::vector<std::size_t> order(vectors.count);
-  std::iota(order.begin(), order.end(), std::size_t{0});
-  const auto part = [&](std::size_t i) { return double{distances[i]} * vectors.shares[i]; };
-  const std::size_t n_moved = std::min(empty.size(), order.size());
-  std::partial_sort(
-      order.begin(), order.begin() + static_cast<std::ptrdiff_t>(n_moved), order.end(),
-      [&](std::size_t a, std::size_t b) { return part(a) != part(b) ? part(a) > part(b) : a < b; });
-  for (std::size_t j = 0; j < n_moved && part(order[j]) > 0; ++j) {
-    for (std::size_t d = 0; d < vectors.dim; ++d) {
-      entries[empty[j] * vectors.dim + d] = vectors.at(order[j], d);
-    }
-  }
-}
 
 constexpr int kMaxTurns = 100;
 constexpr double kLeastGain = 1e-4;  // of the error, for another turn
 
-class Lloyd {
- public:
-  explicit Lloyd(const Vectors& vectors)
-      : vectors_(vectors),
-        codes_(vectors.stride),
-        codes_before_(vectors.stride),
-        distances_(vectors.stride),
-        pieces_((vectors.stride + kPiece - 1) / kPiece) {
-    constexpr float kEven = 0x1p20F;
-    const auto end = vectors.shares.begin() + static_cast<std::ptrdiff_t>(vectors.count);
-    const auto [least, most] = std::minmax_element(vectors.shares.begin(), end);
-    is_even_ = least != end && *most <= kEven * *least;
-  }
-
-  // Finds the entry nearest to each vector. Only vectors that change entries change the sums, so
-  // that late turns cost little more than the distances; unless some count so much more than others
-  // that they would leave a rounding error that hides those. Pieces are added up in their order.
-  Moments assign(const Entries& entries) {
-    const std::size_t dim = vectors_.dim;
-    const bool is_anew = pieces_[0].sums.empty() || !is_even_;
-    codes_.swap(codes_before_);
-    parallel_for(vectors_.stride, kPiece, [&](std::size_t begin, std::size_t end) {
-      nearest_entries(entries, dim, vectors_.values.data() + begin, vectors_.stride, end - begin,
-                      codes_.data() + begin, distances_.data() + begin);
-      Moments& piece = pieces_[begin / kPiece];
-      piece.error =
-          weighted_sum(vectors_.shares.data() + begin, distances_.data() + begin, end - begin);
-      if (is_anew) {
-        piece.sums.assign(entries.size(), 0);
-        piece.weights.assign(entries.size() / dim, 0);
-        piece.n_near.assign(entries.size() / dim, 0);
-        piece.n_changed = 0;
-        for (std::size_t i = begin; i < std::min(end, vectors_.count); ++i) {
-          piece.add(vectors_, i, codes_[i], 1);
-          piece.n_changed += codes_[i] != codes_before_[i] ? 1U : 0U;
-        }
-      } else {
-        update(piece, begin, std::min(end, vectors_.count));
-      }
-    });
-    Moments total = pieces_[0];
-    const auto add = [](auto& sum, const auto& piece) {
-      std::transform(sum.begin(), sum.end(), piece.begin(), sum.begin(), std::plus<>());
-    };
-    for (std::size_t p = 1; p < pieces_.size(); ++p) {
-      add(total.sums, pieces_[p].sums);
-      add(total.weights, pieces_[p].weights);
-      add(total.n_near, pieces_[p].n_near);
-      total.error += pieces_[p].error;
-      total.n_changed += pieces_[p].n_changed;
-    }
-    return total;
-  }
-
-  // Moves each entry to the mean of its vectors, and those without any to where they help most.
-  // Returns how many had none.
-  std::size_t move(const Moments& moments, Entries& entries) const {
-    const std::size_t dim = vectors_.dim;
-    std::vector<std::size_t> empty;
-    for (std::size_t j = 0; j < moments.weights.size(); ++j) {
-      if (moments.n_near[j] > 0 && moments.weights[j] > 0) {
-        for (std::size_t d = 0; d < dim; ++d) {
-          entries[j * dim + d] = static_cast<float>(moments.sums[j * dim + d] / moments.weights[j]);
-        }
-      } else {
-        empty.push_back(j);
-      }
-    }
-    if (!empty.empty()) {
-      move_empty(vectors_, distances_, empty, entries);
-    }
-    return empty.size();
-  }
-
- private:
-  void update(Moments& piece, std::size_t begin, std::size_t end) const {
-    piece.n_changed = 0;
-    const auto update_one = [&](std::size_t i) {
-      if (codes_[i] != codes_before_[i]) {
-        piece.add(vectors_, i, codes_before_[i], -1);
-        piece.add(vectors_, i, codes_[i], 1);
-        ++piece.n_changed;
-      }
-    };
-    for (std::size_t i = begin; i < end; i += kLanes) {
-      if (std::memcmp(&codes_[i], &codes_before_[i], kLanes) != 0) {
-        for (std::size_t lane = 0; lane < std::min(kLanes, end - i); ++lane) {
-          update_one(i + lane);
-        }
-      }
-    }
-  }
-
-  const Vectors& vectors_;
-  std::vector<std::uint8_t> codes_;
-  std::vector<std::uint8_t> codes_before_;
-  std::vector<float> distances_;
-  std::vector<Moments> pieces_;
-  bool is_even_ = false;  // no vector counts far more than another
-};
-
 // Takes turns until one gains less than `least_gain` of the error.
-Fit refine(const Vectors& vectors, Entries entries, double least_gain = kLeastGain) {
-  Lloyd lloyd(vectors);
-  Fit fit;
+Fit refine(Lloyd& lloyd, Entries entries, double least_gain) {
+  // Entries go beyond the means of their vectors, on the way that they would go in turns to come:
+  // half as many turns, and better minima.
+  constexpr double kStride = 1.8;
+  Fit best;
   for (int turn = 0; turn < kMaxTurns; ++turn) {
-    const Moments moments = lloyd.assign(entries);
-    const bool is_settled =
-        (turn > 0 && moments.n_changed == 0) || moments.error > (1 - least_gain) * fit.error;
-    const std::size_t n_empty = lloyd.move(moments, entries);
-    fit.error = moments.error;
-    if (moments.error == 0 || (is_settled && n_empty == 0)) {
+    const double error = lloyd.assign(entries);
+    const bool is_settled = error > (1 - least_gain) * best.error;
+    if (error < best.error) {
+      best = {entries, error};
+    }
+    const std::size_t n_empty = lloyd.move(entries, kStride);
+    if (error == 0 || (is_settled && n_empty == 0)) {
       break;
     }
   }
-  fit.entries = std::move(entries);
-  return fit;
+  return best;
 }
 
-// Sorted, and rounded to `T` as they are without `factor`.
-template <typename T>
-Entries rounded(const Entries& entries, std::size_t dim, float factor) {
-  std::vector<std::vector<float>> sorted;
-  for (std::size_t begin = 0; begin < entries.size(); begin += dim) {
-    std::vector<float>& entry = sorted.emplace_back(dim);
-    for (std::size_t d = 0; d < dim; ++d) {
-      entry[d] = (round_to<T>(entries[begin + d] / factor) + 0.0F) * factor;  // -0 becomes 0
+// Refines roughly, then again and again with some entries exchanged, while that helps.
+Fit search(Lloyd& lloyd, const Vectors& vectors, Entries entries) {
+  constexpr int kRounds = 10;
+  constexpr double kRoughGain = 2e-3;
+  constexpr double kLittle = 1.2;  // see `exchange`
+  constexpr double kStricter = 0.85;
+  constexpr std::size_t kPerMove = 16;
+  const std::size_t n_most = std::max<std::size_t>(1, entries.size() / vectors.dim / kPerMove);
+  Fit best = refine(lloyd, std::move(entries), kRoughGain);
+  double little = kLittle;
+  for (int round = 1; round < kRounds && best.error > 0; ++round) {
+    entries = best.entries;
+    lloyd.forget();
+    lloyd.assign(entries);
+    if (exchange(vectors, lloyd, little, n_most, entries) == 0) {
+      break;
+    }
+    Fit fit = refine(lloyd, std::move(entries), kRoughGain);
+    if (fit.error < best.error) {
+      best = std::move(fit);
+    } else {
+      little *= kStricter;
     }
   }
-  std::sort(sorted.begin(), sorted.end());
-  Entries result;
-  for (const std::vector<float>& entry : sorted) {
-    result.insert(result.end(), entry.begin(), entry.end());
-  }
-  return result;
+  return best;
 }
+
+// Entries rounded to `T` as they are without `factor`, in ascending order, which `lloyd` follows.
+template <typename T>
+Entries rounded(const Entries& entries, std::size_t dim, float factor, Lloyd& lloyd) {
+  Entries result(entries.size());
+  std::transform(entries.begin(), entries.end(), result.begin(), [factor](float element) {
+    return (round_to<T>(element / factor) + 0.0F) * factor;  // -0 becomes 0
+  });
+  const auto entry = [&](std::size_t j) { return std::span(result).subspan(j * dim, dim); };
+  std::vector<std::size_t> order(entries.size() / dim);
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) {
+    return std::ranges::lexicographical_compare(entry(a), entry(b));
+  });
+  Entries sorted;
+  std::vector<std::size_t> places(order.size());
+  for (std::size_t j = 0; j < order.size(); ++j) {
+    const auto next = entry(order[j]);
+    sorted.insert(sorted.end(), next.begin(), next.end());
+    places[order[j]] = j;
+  }
+  lloyd.reorder(places);
+  return sorted;
+}
+
+struct Table {
+  Entries entries;
+  std::vector<std::uint8_t> codes;
+};
 
 // Rounding moves entries, and sorting them gives vectors halfway between two to the other one: both
 // may leave entries away from their means. So table and assignment are improved in turn again, of
 // the table as it will be stored, while that gains enough.
 template <typename T>
-Entries settle(const Vectors& vectors, Entries entries, float factor) {
-  Lloyd lloyd(vectors);
-  Fit best;
+Table settle(Lloyd& lloyd, std::size_t dim, Entries entries, float factor) {
+  Table best;
+  double least = std::numeric_limits<double>::infinity();
   for (int turn = 0; turn < kMaxTurns; ++turn) {
-    entries = rounded<T>(entries, vectors.dim, factor);
-    const Moments moments = lloyd.assign(entries);
-    const bool is_settled = moments.error > (1 - kLeastGain) * best.error;
-    if (moments.error < best.error) {
-      best = {entries, moments.error};
+    entries = rounded<T>(entries, dim, factor, lloyd);
+    const double error = lloyd.assign(entries);
+    const bool is_settled = error > (1 - kLeastGain) * least;
+    if (error < least) {
+      best.entries = entries;
+      best.codes = lloyd.codes();
+      least = error;
     }
-    if (is_settled || moments.error == 0) {
+    if (is_settled || error == 0) {
       break;
     }
-    lloyd.move(moments, entries);
+    lloyd.move(entries);
   }
-  return best.entries;
+  return best;
 }
 
 // One vector of each of `n` equal stretches.
@@ -253,43 +147,101 @@ Vectors sample(const Vectors& vectors, std::size_t n, Random& random) {
   return result;
 }
 
-// The best of a few starts on a sample, of which only the best third is refined to the end, is
-// refined on all the vectors.
-Entries cluster(const Vectors& vectors, std::size_t n_entries, std::uint64_t seed) {
-  constexpr std::size_t kPerEntry = 64;
-  constexpr std::size_t kLeast = 8192;
+// The best of a few starts, of which only the best third is searched from. The starts are drawn
+// from `drawn`, which stand for `vectors`.
+Entries cluster_some(const Vectors& vectors, const Vectors& drawn, std::size_t n_entries,
+                     std::uint64_t seed) {
+  constexpr std::size_t kRoom = 4096;
   constexpr std::size_t kShare = 3;
   constexpr double kRoughGain = 0.01;  // shows which starts are good
   // Starts differ the less the more entries there are. Few vectors have room for more of them.
   constexpr std::size_t kMost = 32;
-  const std::size_t n_least = n_entries < 64 ? 8 : n_entries < kMaxEntries ? 2 : 1;
-  const std::size_t n_roomy = n_least * kLeast / 2 / std::max<std::size_t>(1, vectors.count);
-  const std::size_t n_starts = std::clamp(n_roomy, n_least, kMost);
-  const std::size_t n_sampled = std::max(kLeast, kPerEntry * n_entries);
-  const bool is_sampled = vectors.count > n_sampled;
-  Random random(seed + (std::uint64_t{n_starts} << 56));
-  const Vectors sampled = is_sampled ? sample(vectors, n_sampled, random) : Vectors(0, 0);
-  const Vectors& some = is_sampled ? sampled : vectors;
-  std::vector<Fit> fits(n_starts);
-  parallel_for(n_starts, 1, [&](std::size_t begin, std::size_t end) {
-    for (std::size_t i = begin; i < end; ++i) {
-      Random own(seed + (std::uint64_t{i} << 56));  // no start of a near seed
-      fits[i] =
-          refine(some, random_start(some, n_entries, own), n_starts > 1 ? kRoughGain : kLeastGain);
-    }
+  const std::size_t n_least = n_entries < 64 ? 8 : n_entries < kMaxEntries ? 6 : 1;
+  const std::size_t n_roomy = n_least * kRoom / std::max<std::size_t>(1, vectors.count);
+  std::vector<Fit> fits(std::clamp(n_roomy, n_least, kMost));
+  const auto for_each = [&](const auto& body) {
+    parallel_for(fits.size(), 1, [&](std::size_t begin, std::size_t end) {
+      for (std::size_t i = begin; i < end; ++i) {
+        Lloyd lloyd(vectors);
+        body(i, lloyd);
+      }
+    });
+  };
+  for_each([&](std::size_t i, Lloyd& lloyd) {
+    Random own(seed + (std::uint64_t{i} << 56));  // no start of a near seed
+    fits[i] = refine(lloyd, random_start(drawn, n_entries, own), kRoughGain);
   });
   const auto is_better = [](const Fit& a, const Fit& b) { return a.error < b.error; };
   std::stable_sort(fits.begin(), fits.end(), is_better);
-  fits.resize((n_starts + kShare - 1) / kShare);
-  if (n_starts > 1) {
-    parallel_for(fits.size(), 1, [&](std::size_t begin, std::size_t end) {
-      for (std::size_t i = begin; i < end; ++i) {
-        fits[i] = refine(some, std::move(fits[i].entries));
+  fits.resize((fits.size() + kShare - 1) / kShare);
+  for_each([&](std::size_t i, Lloyd& lloyd) {
+    fits[i] = search(lloyd, vectors, std::move(fits[i].entries));
+  });
+  return std::min_element(fits.begin(), fits.end(), is_better)->entries;
+}
+
+// What is nearest to the vectors of a cell hardly differs from what is nearest to their mean.
+void guess_by_cells(const Grid& grid, const Entries& entries, Lloyd& lloyd) {
+  const std::size_t dim = grid.sorted.dim;
+  const float more = 1 + distance_slack(dim);
+  Lloyd of_cells(grid.merged);
+  of_cells.assign(entries);
+  std::vector<std::uint8_t> codes(grid.sorted.stride);
+  std::vector<float> others(grid.sorted.stride);
+  for (std::size_t cell = 0, i = 0; cell < grid.ends.size(); ++cell) {
+    for (; i < grid.ends[cell]; ++i) {
+      float away = 0;
+      for (std::size_t d = 0; d < dim; ++d) {
+        const float difference = grid.sorted.at(i, d) - grid.merged.at(cell, d);
+        away += difference * difference;
       }
-    });
+      codes[i] = of_cells.codes()[cell];
+      others[i] = of_cells.others()[cell] - std::sqrt(away) * more;
+    }
   }
-  const Fit& best = *std::min_element(fits.begin(), fits.end(), is_better);
-  return is_sampled ? refine(vectors, best.entries).entries : best.entries;
+  lloyd.guess(entries, std::move(codes), std::move(others));
+}
+
+constexpr std::size_t kPerEntry = 64;  // vectors, or cells of a grid, that are searched at first
+
+template <typename T>
+Table cluster_by_grid(const Vectors& vectors, std::size_t n_entries, std::uint64_t seed,
+                      float factor) {
+  constexpr std::size_t kLeastBits = 5;
+  constexpr std::size_t kCoarser = 2;  // bits, for starts from many cells
+  const std::size_t n_bits =
+      std::max<std::size_t>(kLeastBits, (std::bit_width(kPerEntry * n_entries) - 1) / vectors.dim);
+  const Grid grid = merge(vectors, n_bits);
+  const bool is_coarser = n_bits > kLeastBits;
+  const Grid coarse = merge(grid.merged, is_coarser ? n_bits - kCoarser : n_bits);
+  Entries entries = cluster_some(grid.merged, coarse.merged, n_entries, seed);
+  Lloyd lloyd(grid.sorted);
+  guess_by_cells(grid, entries, lloyd);
+  entries = refine(lloyd, std::move(entries), kLeastGain).entries;
+  const Table sorted = settle<T>(lloyd, vectors.dim, std::move(entries), factor);
+  Table table{sorted.entries, std::vector<std::uint8_t>(vectors.count)};
+  for (std::size_t i = 0; i < vectors.count; ++i) {
+    table.codes[grid.places[i]] = sorted.codes[i];
+  }
+  return table;
+}
+
+// Searched with the cells of a grid or a sample, refined with all the vectors.
+template <typename T>
+Table cluster(const Vectors& vectors, std::size_t n_entries, std::uint64_t seed, float factor) {
+  constexpr std::size_t kLeast = 8192;
+  const std::size_t n_some = std::max(kLeast, kPerEntry * n_entries);
+  if (vectors.dim <= kMaxGridDim && vectors.count > 2 * n_some) {
+    return cluster_by_grid<T>(vectors, n_entries, seed, factor);
+  }
+  const bool is_sampled = vectors.count > n_some;
+  Random random(~seed);
+  const Vectors sampled = is_sampled ? sample(vectors, n_some, random) : Vectors(0, 0);
+  const Vectors& some = is_sampled ? sampled : vectors;
+  Lloyd lloyd(vectors);
+  Entries entries = cluster_some(some, some, n_entries, seed);
+  entries = refine(lloyd, std::move(entries), kLeastGain).entries;
+  return settle<T>(lloyd, vectors.dim, std::move(entries), factor);
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -308,25 +260,31 @@ struct Row {
 
   std::size_t n_vectors() const { return weights.size() / settings.dim; }
 
-  // The finite vectors of some importance; if none has any, all the finite ones.
-  Vectors vectors_that_count() const {
+  // Where the finite vectors of some importance are; if none has any, all the finite ones.
+  std::vector<std::uint32_t> places_that_count(bool& equal) const {
     const std::size_t dim = settings.dim;
-    std::vector<std::size_t> places;
+    std::vector<std::uint32_t> places;
+    places.reserve(n_vectors());
     const auto collect = [&](bool all) {
       for (std::size_t i = 0; i < n_vectors(); ++i) {
         const std::span<const T> vector = weights.subspan(i * dim, dim);
         if ((all || importance[i] > 0) && std::all_of(vector.begin(), vector.end(), [](T weight) {
               return std::isfinite(to_float(weight));
             })) {
-          places.push_back(i);
+          places.push_back(static_cast<std::uint32_t>(i));
         }
       }
     };
     collect(importance.empty());
-    const bool equal = importance.empty() || places.empty();
+    equal = importance.empty() || places.empty();
     if (places.empty() && !importance.empty()) {
       collect(true);
     }
+    return places;
+  }
+
+  Vectors vectors_at(std::span<const std::uint32_t> places, bool equal) const {
+    const std::size_t dim = settings.dim;
     Vectors vectors(dim, places.size());
     for (std::size_t i = 0; i < places.size(); ++i) {
       for (std::size_t d = 0; d < dim; ++d) {
@@ -357,7 +315,9 @@ template <typename T>
 void fit_row(const Row<T>& row, std::span<T> lut, std::span<std::uint8_t> codes) {
   const std::size_t dim = row.settings.dim;
   const std::size_t n_entries = lut.size() / dim;
-  Vectors vectors = row.vectors_that_count();
+  bool equal = false;
+  const std::vector<std::uint32_t> places = row.places_that_count(equal);
+  Vectors vectors = row.vectors_at(places, equal);
   const Distinct distinct = distinct_vectors(vectors, n_entries);
   const float factor = factor_for<float>(vectors.values);
   if (distinct.size() <= n_entries) {
@@ -374,10 +334,13 @@ void fit_row(const Row<T>& row, std::span<T> lut, std::span<std::uint8_t> codes)
   } else {
     multiply(vectors.values, factor);
     multiply(vectors.shares, factor_for<float>(vectors.shares));
-    const Entries entries =
-        settle<T>(vectors, cluster(vectors, n_entries, row.settings.seed), factor);
-    std::transform(entries.begin(), entries.end(), lut.begin(),
+    const Table table = cluster<T>(vectors, n_entries, row.settings.seed, factor);
+    std::transform(table.entries.begin(), table.entries.end(), lut.begin(),
                    [factor](float entry) { return from_float<T>(entry / factor); });
+    if (places.size() == codes.size()) {
+      std::copy_n(table.codes.begin(), codes.size(), codes.begin());
+      return;
+    }
   }
   assign_row<T>(row.weights, dim, lut, factor, codes);
 }
@@ -389,6 +352,8 @@ void kmeans_vector(MatrixView<const T> weights, MatrixView<const float> importan
                    VectorSettings settings, MatrixView<T> luts, MatrixView<std::uint8_t> codes) {
   check_vectors(weights, settings.dim, luts.n_rows, luts.n_cols, codes);
   const std::size_t n_vectors = codes.n_cols;
+  check(n_vectors <= std::numeric_limits<std::uint32_t>::max(), "a row must have less than 2^32 ",
+        "vectors, got ", n_vectors);
   check(importance.n_rows == 0 ||
             (importance.n_rows == weights.n_rows && importance.n_cols == n_vectors),
         "importance must have one element a vector, ", weights.n_rows, " x ", n_vectors, ", got ",

@@ -18,12 +18,13 @@ struct VectorSettings {
 /// `sum_i importance_i * |vector_i - nearest entry|^2` over the same row of `weights` is small, and
 /// to `codes` the index of the entry nearest to each vector.
 ///
-/// Greedy k-means++ and Lloyd iterations, the last of them with the table as it is stored, until
-/// one gains less than 1e-4 of the error: a local minimum, repeatable from the seed. Entries ascend
-/// lexicographically. A row of no more distinct vectors than entries gets exactly those, the last
-/// one repeated; an empty row gets zeros. Codes are the first of the nearest entries as rounded to
-/// `T`, by squared distances added up in float, element by element, the row multiplied by a power
-/// of two that brings it near 1.
+/// Greedy k-means++, Lloyd iterations and exchanges of entries on a part of the vectors or on the
+/// cells of a grid; then Lloyd iterations on all, the last of them with the table as it is stored,
+/// until one gains less than 1e-4 of the error: a local minimum, repeatable from the seed. Entries
+/// ascend lexicographically. A row of no more distinct vectors than entries gets exactly those, the
+/// last one repeated; an empty row gets zeros. Codes are the first of the nearest entries as
+/// rounded to `T`, by squared distances added up in float, element by element, the row multiplied
+/// by a power of two that brings it near 1.
 ///
 /// `importance` has one element a vector, finite and not negative, or no rows at all for equal
 /// importance; a row whose importance is all zero counts as equal. A vector of importance zero gets

@@ -88,6 +88,8 @@ void nearest_entries(const Entries& entries, std::size_t dim, const float* value
       return find_nearest<1>(entries, values, stride, n, codes, distances);
     case 2:
       return find_nearest<2>(entries, values, stride, n, codes, distances);
+    case 3:
+      return find_nearest<3>(entries, values, stride, n, codes, distances);
     case 4:
       return find_nearest<4>(entries, values, stride, n, codes, distances);
     case 8:

@@ -217,24 +217,34 @@ void digest_kmeans1d(Digest& digest, bool weighted) {
 
 template <typename T>
 void digest_kmeans_vector(Digest& digest, bool weighted) {
+  const auto add = [&](std::size_t n_rows, std::size_t n, std::size_t dim, Shape shape,
+                       std::size_t k) {
+    const Weights<T> weights(n_rows * n * dim, shape, 4);
+    const std::vector<float> importance = importance_of(weighted ? n_rows * n : 0, 5);
+    std::vector<T> luts(n_rows * k * dim);
+    std::vector<std::uint8_t> codes(n_rows * n);
+    kmeans_vector<T>({weights.flat().data(), n_rows, n * dim},
+                     {importance.data(), weighted ? n_rows : 0, n}, {dim, 6},
+                     {luts.data(), n_rows, k * dim}, {codes.data(), n_rows, n});
+    digest.add(luts);
+    digest.add(codes);
+  };
   for (const Shape shape : kAll) {
     for (const std::size_t dim : {1U, 2U, 3U, 4U, 8U}) {
       for (const std::size_t k : {2U, 5U, 16U}) {
         for (const std::size_t n : {0U, 1U, 17U, 300U}) {
-          const std::size_t n_rows = 2;
-          const Weights<T> weights(n_rows * n * dim, shape, 4);
-          const std::vector<float> importance = importance_of(weighted ? n_rows * n : 0, 5);
-          std::vector<T> luts(n_rows * k * dim);
-          std::vector<std::uint8_t> codes(n_rows * n);
-          kmeans_vector<T>({weights.flat().data(), n_rows, n * dim},
-                           {importance.data(), weighted ? n_rows : 0, n}, {dim, 6},
-                           {luts.data(), n_rows, k * dim}, {codes.data(), n_rows, n});
-          digest.add(luts);
-          digest.add(codes);
+          add(2, n, dim, shape, k);
         }
       }
     }
   }
+  // Enough to be merged by a grid, and to be sampled.
+  constexpr std::size_t kMany = 21'001;
+  for (const std::size_t dim : {1U, 2U, 4U}) {
+    add(1, kMany, dim, Shape::kBell, 8);
+  }
+  add(1, kMany, 2, Shape::kSteep, 8);
+  add(1, kMany, 2, Shape::kBell, 40);
 }
 
 template <typename T>

@@ -12,6 +12,11 @@
 #include "core/half.h"
 #include "core/parallel.h"
 #include "kernels/kmeans_vector.h"
+#include "kernels/vector_exchange.h"
+#include "kernels/vector_grid.h"
+#include "kernels/vector_lloyd.h"
+#include "kernels/vector_nearest.h"
+#include "kernels/vectors.h"
 
 namespace milpress {
 namespace {
@@ -336,6 +341,248 @@ TEST_CASE_TEMPLATE("rows are clustered as if they were alone, on one thread and 
     CHECK(std::equal(last.luts.rbegin(), last.luts.rend(), one.luts.rbegin()));
     CHECK(std::equal(last.codes.rbegin(), last.codes.rend(), one.codes.rbegin()));
   }
+}
+
+// Vectors of eighths, or of a normal distribution; every seventh of more importance.
+Vectors some_vectors(std::size_t dim, std::size_t n, bool tied) {
+  const std::vector<float> weights =
+      tied ? tied_weights<float>(n * dim, 9) : normal_weights<float>(n * dim);
+  Vectors vectors(dim, n);
+  for (std::size_t i = 0; i < n; ++i) {
+    for (std::size_t d = 0; d < dim; ++d) {
+      vectors.at(i, d) = weights[i * dim + d] / 4;
+    }
+    vectors.shares[i] = i % 7 == 0 ? 2.0F : 1.0F;
+  }
+  return vectors;
+}
+
+Entries some_entries(const Vectors& vectors, std::size_t n_entries) {
+  Random random(n_entries);
+  return random_start(vectors, n_entries, random);
+}
+
+// Codes, distances and error as they are found one by one, bit for bit.
+void check_assigned(const Vectors& vectors, const Entries& entries, const Lloyd& lloyd,
+                    double error) {
+  std::vector<std::uint8_t> codes(vectors.stride);
+  std::vector<float> distances(vectors.stride);
+  nearest_entries(entries, vectors.dim, vectors.values.data(), vectors.stride, vectors.stride,
+                  codes.data(), distances.data());
+  std::size_t n_wrong = 0;
+  double expected = 0;
+  for (std::size_t i = 0; i < vectors.count; ++i) {
+    n_wrong += codes[i] != lloyd.codes()[i] || distances[i] != lloyd.distances()[i] ? 1U : 0U;
+    expected += double{vectors.shares[i]} * distances[i];
+    for (std::size_t j = 0; j < entries.size() / vectors.dim; ++j) {
+      double squared = 0;
+      for (std::size_t d = 0; d < vectors.dim; ++d) {
+        const double difference = double{vectors.at(i, d)} - entries[j * vectors.dim + d];
+        squared += difference * difference;
+      }
+      n_wrong += j != codes[i] && std::sqrt(squared) < lloyd.others()[i] ? 1U : 0U;
+    }
+  }
+  CHECK(n_wrong == 0);
+  CHECK(error == doctest::Approx(expected).epsilon(1e-6));  // sums of 32 in float
+}
+
+TEST_CASE("vectors held to bounds have the entries that a comparison with all finds") {
+  for (const std::size_t dim : {1U, 2U, 3U, 4U, 5U, 8U}) {
+    for (const std::size_t n : {33U, 3000U, 8300U}) {
+      for (const std::size_t n_entries : {1U, 2U, 16U, 40U, 256U}) {
+        for (const bool tied : {false, true}) {
+          if (n * n_entries * dim > 3'000'000 || n_entries > n) {
+            continue;
+          }
+          CAPTURE(dim);
+          CAPTURE(n);
+          CAPTURE(n_entries);
+          CAPTURE(tied);
+          const Vectors vectors = some_vectors(dim, n, tied);
+          Entries entries = some_entries(vectors, n_entries);
+          Lloyd lloyd(vectors);
+          for (int turn = 0; turn < 6; ++turn) {
+            const double error = lloyd.assign(entries);
+            check_assigned(vectors, entries, lloyd, error);
+            if (turn == 3) {
+              lloyd.forget();
+              lloyd.assign(entries);
+              exchange(vectors, lloyd, 2.0, 4, entries);
+            } else {
+              lloyd.move(entries, turn % 2 == 0 ? 1.8 : 1.0);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("bounds hold when entries change places") {
+  const Vectors vectors = some_vectors(2, 3000, true);
+  Entries entries = some_entries(vectors, 40);
+  Lloyd lloyd(vectors);
+  lloyd.assign(entries);
+  lloyd.move(entries);
+  lloyd.assign(entries);
+  std::vector<std::size_t> places(40);
+  Entries reversed(entries.size());
+  for (std::size_t j = 0; j < 40; ++j) {
+    places[j] = 39 - j;
+    reversed[2 * places[j]] = entries[2 * j];
+    reversed[2 * places[j] + 1] = entries[2 * j + 1];
+  }
+  lloyd.reorder(places);
+  check_assigned(vectors, reversed, lloyd, lloyd.assign(reversed));
+  lloyd.move(reversed);
+  check_assigned(vectors, reversed, lloyd, lloyd.assign(reversed));
+}
+
+TEST_CASE("a move goes to the means, which never adds to the error") {
+  const Vectors vectors = some_vectors(2, 3000, false);
+  Entries entries = some_entries(vectors, 16);
+  Lloyd lloyd(vectors);
+  double before = lloyd.assign(entries);
+  for (int turn = 0; turn < 20; ++turn) {
+    const std::vector<std::uint8_t> codes = lloyd.codes();
+    lloyd.move(entries);
+    std::vector<double> sums(entries.size());
+    std::vector<double> weights(16);
+    for (std::size_t i = 0; i < vectors.count; ++i) {
+      weights[codes[i]] += vectors.shares[i];
+      for (std::size_t d = 0; d < 2; ++d) {
+        sums[codes[i] * 2U + d] += double{vectors.shares[i]} * vectors.at(i, d);
+      }
+    }
+    for (std::size_t j = 0; j < entries.size(); ++j) {
+      // The sums are kept up in another order than these are made.
+      CHECK(entries[j] == doctest::Approx(sums[j] / weights[j / 2]).epsilon(1e-6));
+    }
+    const double error = lloyd.assign(entries);
+    CHECK(error <= before * (1 + 1e-6));  // means are rounded to floats
+    before = error;
+  }
+}
+
+TEST_CASE("a grid keeps all vectors and their importance, and its cells are means") {
+  for (const std::size_t dim : {1U, 2U}) {
+    for (const bool tied : {false, true}) {
+      const Vectors vectors = some_vectors(dim, 5000, tied);
+      const Grid grid = merge(vectors, 4);
+      std::set<std::uint32_t> places(grid.places.begin(), grid.places.end());
+      CHECK(places.size() == vectors.count);
+      REQUIRE(grid.ends.size() == grid.merged.count);
+      REQUIRE(grid.ends.back() == vectors.count);
+      CHECK(grid.merged.count > (tied ? 7U : 12U));  // of 16 cells along an element
+      std::size_t n_wrong = 0;
+      for (std::size_t cell = 0, i = 0; cell < grid.ends.size(); ++cell) {
+        double shares = 0;
+        std::vector<double> sums(dim);
+        for (; i < grid.ends[cell]; ++i) {
+          shares += grid.sorted.shares[i];
+          n_wrong += grid.sorted.shares[i] != vectors.shares[grid.places[i]] ? 1U : 0U;
+          for (std::size_t d = 0; d < dim; ++d) {
+            n_wrong += grid.sorted.at(i, d) != vectors.at(grid.places[i], d) ? 1U : 0U;
+            sums[d] += double{grid.sorted.shares[i]} * grid.sorted.at(i, d);
+          }
+        }
+        CHECK(grid.merged.shares[cell] == shares);
+        for (std::size_t d = 0; d < dim; ++d) {
+          CHECK(grid.merged.at(cell, d) == static_cast<float>(sums[d] / shares));
+        }
+      }
+      CHECK(n_wrong == 0);
+    }
+  }
+}
+
+TEST_CASE("an entry that helps nobody goes where one has too much to do") {
+  // Two entries share a narrow cluster, two wide ones share the third.
+  Vectors vectors(2, 300);
+  const std::vector<float> spread = normal_weights<float>(600, 0.01F);
+  for (std::size_t i = 0; i < 300; ++i) {
+    vectors.at(i, 0) = spread[2 * i] + (i % 3 == 0 ? 0.0F : i % 3 == 1 ? 1.0F : 1.2F);
+    vectors.at(i, 1) = spread[2 * i + 1];
+    vectors.shares[i] = 1;
+  }
+  Entries entries{-0.001F, 0, 0.001F, 0, 1.1F, 0};
+  Lloyd lloyd(vectors);
+  const double before = lloyd.assign(entries);
+  CHECK(exchange(vectors, lloyd, 0.9, 1, entries) == 1);
+  double error = lloyd.assign(entries);
+  lloyd.move(entries);
+  error = lloyd.assign(entries);
+  CHECK(error < before / 10);
+  CHECK(exchange(vectors, lloyd, 0.5, 1, entries) == 0);
+}
+
+TEST_CASE("many vectors in a grid: the error is not above that of Lloyd's iteration alone") {
+  const std::size_t n = 50'000;
+  for (const float tail : {1.0F, 30.0F}) {
+    std::vector<float> weights = normal_weights<float>(2 * n, 0.25F);
+    for (std::size_t i = 0; i < weights.size(); i += 997) {
+      weights[i] *= tail;
+    }
+    const auto result = run(weights, 1, 64, 2);
+    Vectors vectors(2, n);
+    for (std::size_t i = 0; i < n; ++i) {
+      vectors.at(i, 0) = weights[2 * i];
+      vectors.at(i, 1) = weights[2 * i + 1];
+      vectors.shares[i] = 1;
+    }
+    Entries entries = some_entries(vectors, 64);
+    Lloyd lloyd(vectors);
+    double error = lloyd.assign(entries);
+    for (int turn = 0; turn < 30; ++turn) {
+      lloyd.move(entries);
+      error = lloyd.assign(entries);
+    }
+    CHECK(squared_error(weights, result, 2) <= error);
+    std::size_t n_wrong = 0;
+    for (std::size_t i = 0; i < n; ++i) {
+      const double mine = squared_distance(&weights[2 * i], &result.luts[result.codes[i] * 2U], 2);
+      for (std::size_t j = 0; j < 64; ++j) {
+        // Two squares added up in float, each of a difference rounded once.
+        const double slack = 1 + 5 * 0x1p-23;
+        n_wrong +=
+            squared_distance(&weights[2 * i], &result.luts[2 * j], 2) * slack < mine ? 1U : 0U;
+      }
+    }
+    CHECK(n_wrong == 0);
+  }
+}
+
+TEST_CASE("what has no say among many vectors still gets the nearest entry, whatever the threads") {
+  const std::size_t n = 40'000;
+  std::vector<float> weights = normal_weights<float>(2 * n);
+  std::vector<float> importance(n);
+  for (std::size_t i = 0; i < n; ++i) {
+    importance[i] = static_cast<float>(i % 5);
+    if (i % 1000 == 1) {
+      weights[2 * i] = INFINITY;
+    }
+  }
+  const std::size_t before = set_thread_limit(1);
+  const auto one = run(weights, 1, 64, 2, importance);
+  set_thread_limit(2);
+  const auto two = run(weights, 1, 64, 2, importance);
+  set_thread_limit(before);
+  CHECK(one == two);
+  std::size_t n_wrong = 0;
+  for (std::size_t i = 0; i < n; ++i) {
+    if (i % 1000 == 1) {
+      n_wrong += one.codes[i] != 0 ? 1U : 0U;
+      continue;
+    }
+    const double mine = squared_distance(&weights[2 * i], &one.luts[one.codes[i] * 2U], 2);
+    for (std::size_t j = 0; j < 64; ++j) {
+      n_wrong += squared_distance(&weights[2 * i], &one.luts[2 * j], 2) * (1 + 5 * 0x1p-23) < mine
+                     ? 1U
+                     : 0U;
+    }
+  }
+  CHECK(n_wrong == 0);
 }
 
 TEST_CASE("the seed decides the table, and repeats it") {
