@@ -43,7 +43,7 @@ class Data:
     n_slow
         Weights that slow peers get, from the same array.
     n_vectors
-        Vectors of four of them that k-means of vectors gets.
+        Vectors of them that k-means of vectors gets.
     """
 
     n_weights: int = 32 << 20
@@ -118,7 +118,8 @@ def cases(data: Data, effort: Effort) -> dict[str, Case]:
     found |= {
         "k-means, 4 bits, exact": lambda: _palette(data, effort),
         "k-means, 4 bits, exact, groups of 16 x 768": lambda: _grouped_palette(data, effort),
-        "k-means of vectors of 4, 256 entries": lambda: _vectors(data, effort),
+        "k-means of vectors of 2, 256 entries": lambda: _vectors(data, effort, 2),
+        "k-means of vectors of 4, 256 entries": lambda: _vectors(data, effort, 4),
     }
     for name, (work, n_items) in _threaded_work(data).items():
         found[f"two threads: {name}"] = partial(
@@ -448,9 +449,9 @@ def _palettes(
     )
 
 
-def _vectors(data: Data, effort: Effort) -> Line:
-    rows = data.weights[: 4 * data.n_vectors].reshape(1, -1)
-    vectors = rows.reshape(-1, 4).astype(np.float32)
+def _vectors(data: Data, effort: Effort, dim: int) -> Line:
+    rows = data.weights[: dim * data.n_vectors].reshape(1, -1)
+    vectors = rows.reshape(-1, dim).astype(np.float32)
 
     latest: dict[str, KMeans] = {}
 
@@ -458,7 +459,7 @@ def _vectors(data: Data, effort: Effort) -> Line:
         latest["peer"] = KMeans(256, n_init=1, random_state=0).fit(vectors)
 
     def work() -> tuple[Array, Array]:
-        return _core.kmeans_vector(rows, 256, 4, 0, None)
+        return _core.kmeans_vector(rows, 256, dim, 0, None)
 
     contenders = [
         _ours(work, len(vectors)),
@@ -466,7 +467,7 @@ def _vectors(data: Data, effort: Effort) -> Line:
     ]
     times = alternate(contenders, effort, CLOCKS["cpu"])
     luts, codes = work()
-    chosen = luts.reshape(256, 4)[codes.reshape(-1)].astype(np.float64)
+    chosen = luts.reshape(256, dim)[codes.reshape(-1)].astype(np.float64)
     peer = latest["peer"]
     return Line(
         item="vector",

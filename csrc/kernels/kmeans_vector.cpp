@@ -30,23 +30,32 @@ struct Fit {
 };
 
 constexpr int kMaxTurns = 100;
-constexpr double kLeastGain = 1e-4;  // of the error, for another turn
 
 // Takes turns until one gains less than `least_gain` of the error.
 Fit refine(Lloyd& lloyd, Entries entries, double least_gain) {
-  // Entries go beyond the means of their vectors, on the way that they would go in turns to come:
-  // half as many turns, and better minima.
+  // Entries go beyond the means of their vectors, and on the way of the turn before (Polyak 1964,
+  // "Some methods of speeding up the convergence of iteration methods"): half as many turns, and
+  // better minima.
   constexpr double kStride = 1.8;
+  constexpr double kMomentum = 0.6;
   Fit best;
+  Entries moves(entries.size());
   for (int turn = 0; turn < kMaxTurns; ++turn) {
     const double error = lloyd.assign(entries);
     const bool is_settled = error > (1 - least_gain) * best.error;
-    if (error < best.error) {
+    const bool is_best = error < best.error;
+    if (is_best) {
       best = {entries, error};
     }
+    const Entries before = entries;
     const std::size_t n_empty = lloyd.move(entries, kStride);
     if (error == 0 || (is_settled && n_empty == 0)) {
       break;
+    }
+    const double momentum = is_best && n_empty == 0 ? kMomentum : 0;
+    for (std::size_t i = 0; i < entries.size(); ++i) {
+      entries[i] = static_cast<float>(entries[i] + momentum * moves[i]);
+      moves[i] = n_empty == 0 ? entries[i] - before[i] : 0;
     }
   }
   return best;
@@ -55,7 +64,7 @@ Fit refine(Lloyd& lloyd, Entries entries, double least_gain) {
 // Refines roughly, then again and again with some entries exchanged, while that helps.
 Fit search(Lloyd& lloyd, const Vectors& vectors, Entries entries) {
   constexpr int kRounds = 10;
-  constexpr double kRoughGain = 2e-3;
+  constexpr double kRoughGain = 4e-3;
   constexpr double kLittle = 1.2;  // see `exchange`
   constexpr double kStricter = 0.85;
   constexpr std::size_t kPerMove = 16;
@@ -110,15 +119,17 @@ struct Table {
 
 // Rounding moves entries, and sorting them gives vectors halfway between two to the other one: both
 // may leave entries away from their means. So table and assignment are improved in turn again, of
-// the table as it will be stored, while that gains enough.
+// the table as it will be stored, while that gains much: the rest is a matter of entries that go to
+// their means.
 template <typename T>
 Table settle(Lloyd& lloyd, std::size_t dim, Entries entries, float factor) {
+  constexpr double kGain = 1e-3;
   Table best;
   double least = std::numeric_limits<double>::infinity();
   for (int turn = 0; turn < kMaxTurns; ++turn) {
     entries = rounded<T>(entries, dim, factor, lloyd);
     const double error = lloyd.assign(entries);
-    const bool is_settled = error > (1 - kLeastGain) * least;
+    const bool is_settled = error > (1 - kGain) * least;
     if (error < least) {
       best.entries = entries;
       best.codes = lloyd.codes();
@@ -132,17 +143,49 @@ Table settle(Lloyd& lloyd, std::size_t dim, Entries entries, float factor) {
   return best;
 }
 
-// One vector of each of `n` equal stretches.
+// Some vectors, drawn half by their shares and half by what they would add to the error of one
+// entry at the mean, so that those far out are among them; shares make up for the chances (Bachem,
+// Lucic, Krause 2018, "Scalable k-means clustering via lightweight coresets").
 Vectors sample(const Vectors& vectors, std::size_t n, Random& random) {
-  Vectors result(vectors.dim, n);
+  const std::size_t dim = vectors.dim;
+  double shares = 0;
+  std::vector<double> mean(dim);
+  for (std::size_t i = 0; i < vectors.count; ++i) {
+    shares += vectors.shares[i];
+    for (std::size_t d = 0; d < dim; ++d) {
+      mean[d] += double{vectors.shares[i]} * vectors.at(i, d);
+    }
+  }
+  for (double& element : mean) {
+    element /= shares;
+  }
+  double error = 0;
+  std::vector<double> parts(vectors.count);
+  for (std::size_t i = 0; i < vectors.count; ++i) {
+    for (std::size_t d = 0; d < dim; ++d) {
+      const double away = vectors.at(i, d) - mean[d];
+      parts[i] += vectors.shares[i] * away * away;
+    }
+    error += parts[i];
+  }
+  const auto chance_of = [&](std::size_t i) {
+    return (vectors.shares[i] / shares + parts[i] / error) / 2;
+  };
+  Vectors result(dim, n);
+  std::size_t drawn = 0;
+  double chance = chance_of(0);
+  double sum = chance;
   for (std::size_t i = 0; i < n; ++i) {
     const double place = (static_cast<double>(i) + random.unit()) / static_cast<double>(n);
-    const std::size_t from = std::min(
-        static_cast<std::size_t>(place * static_cast<double>(vectors.count)), vectors.count - 1);
-    for (std::size_t d = 0; d < vectors.dim; ++d) {
-      result.at(i, d) = vectors.at(from, d);
+    while (sum <= place && drawn + 1 < vectors.count) {
+      chance = chance_of(++drawn);
+      sum += chance;
     }
-    result.shares[i] = vectors.shares[from];
+    for (std::size_t d = 0; d < dim; ++d) {
+      result.at(i, d) = vectors.at(drawn, d);
+    }
+    result.shares[i] =
+        static_cast<float>(vectors.shares[drawn] / (chance * static_cast<double>(n)));
   }
   return result;
 }
@@ -156,7 +199,7 @@ Entries cluster_some(const Vectors& vectors, const Vectors& drawn, std::size_t n
   constexpr double kRoughGain = 0.01;  // shows which starts are good
   // Starts differ the less the more entries there are. Few vectors have room for more of them.
   constexpr std::size_t kMost = 32;
-  const std::size_t n_least = n_entries < 64 ? 8 : n_entries < kMaxEntries ? 6 : 1;
+  const std::size_t n_least = n_entries < kMaxEntries ? 8 : 1;
   const std::size_t n_roomy = n_least * kRoom / std::max<std::size_t>(1, vectors.count);
   std::vector<Fit> fits(std::clamp(n_roomy, n_least, kMost));
   const auto for_each = [&](const auto& body) {
@@ -178,6 +221,12 @@ Entries cluster_some(const Vectors& vectors, const Vectors& drawn, std::size_t n
     fits[i] = search(lloyd, vectors, std::move(fits[i].entries));
   });
   return std::min_element(fits.begin(), fits.end(), is_better)->entries;
+}
+
+// The same for the cells of a grid, with starts drawn from the cells of a coarser one.
+Entries cluster_cells(const Vectors& cells, std::size_t n_entries, std::size_t n_bits,
+                      std::uint64_t seed) {
+  return cluster_some(cells, merge(cells, n_bits).merged, n_entries, seed);
 }
 
 // What is nearest to the vectors of a cell hardly differs from what is nearest to their mean.
@@ -208,13 +257,23 @@ template <typename T>
 Table cluster_by_grid(const Vectors& vectors, std::size_t n_entries, std::uint64_t seed,
                       float factor) {
   constexpr std::size_t kLeastBits = 5;
-  constexpr std::size_t kCoarser = 2;  // bits, for starts from many cells
+  constexpr std::size_t kCoarser = 2;      // bits, for starts from many cells
+  constexpr std::size_t kPerFineCell = 2;  // vectors, for a finer grid between search and vectors
+  constexpr double kLeastGain = 1.5e-4;
   const std::size_t n_bits =
       std::max<std::size_t>(kLeastBits, (std::bit_width(kPerEntry * n_entries) - 1) / vectors.dim);
-  const Grid grid = merge(vectors, n_bits);
-  const bool is_coarser = n_bits > kLeastBits;
-  const Grid coarse = merge(grid.merged, is_coarser ? n_bits - kCoarser : n_bits);
-  Entries entries = cluster_some(grid.merged, coarse.merged, n_entries, seed);
+  const std::size_t n_start_bits = n_bits > kLeastBits ? n_bits - kCoarser : n_bits;
+  const bool is_finer = vectors.count > kPerFineCell << (n_bits + 1) * vectors.dim;
+  const Grid grid = merge(vectors, is_finer ? n_bits + 1 : n_bits);
+  Entries entries;
+  if (is_finer) {
+    const Grid coarser = merge(grid.merged, n_bits);
+    Lloyd of_cells(grid.merged);
+    entries = cluster_cells(coarser.merged, n_entries, n_start_bits, seed);
+    entries = refine(of_cells, std::move(entries), kLeastGain).entries;
+  } else {
+    entries = cluster_cells(grid.merged, n_entries, n_start_bits, seed);
+  }
   Lloyd lloyd(grid.sorted);
   guess_by_cells(grid, entries, lloyd);
   entries = refine(lloyd, std::move(entries), kLeastGain).entries;
@@ -230,6 +289,7 @@ Table cluster_by_grid(const Vectors& vectors, std::size_t n_entries, std::uint64
 template <typename T>
 Table cluster(const Vectors& vectors, std::size_t n_entries, std::uint64_t seed, float factor) {
   constexpr std::size_t kLeast = 8192;
+  constexpr double kLeastGain = 1e-4;
   const std::size_t n_some = std::max(kLeast, kPerEntry * n_entries);
   if (vectors.dim <= kMaxGridDim && vectors.count > 2 * n_some) {
     return cluster_by_grid<T>(vectors, n_entries, seed, factor);

@@ -19,8 +19,8 @@ struct VectorSettings {
 /// to `codes` the index of the entry nearest to each vector.
 ///
 /// Greedy k-means++, Lloyd iterations and exchanges of entries on a part of the vectors or on the
-/// cells of a grid; then Lloyd iterations on all, the last of them with the table as it is stored,
-/// until one gains less than 1e-4 of the error: a local minimum, repeatable from the seed. Entries
+/// cells of a grid; then Lloyd iterations on all until one gains less than 1.5e-4 of the error, the
+/// last of them with the table as it is stored: a local minimum, repeatable from the seed. Entries
 /// ascend lexicographically. A row of no more distinct vectors than entries gets exactly those, the
 /// last one repeated; an empty row gets zeros. Codes are the first of the nearest entries as
 /// rounded to `T`, by squared distances added up in float, element by element, the row multiplied

@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <numeric>
+#include <utility>
 
 #include "core/vectorize.h"
 
@@ -73,6 +74,41 @@ Cells cut(const float* values, std::size_t n, const std::vector<std::size_t>& pl
   return cells;
 }
 
+// The cells along a curve that goes from each to one beside it: in ascending order for one element,
+// along Hilbert's curve for two. Interleaved bits in ascending order would jump.
+std::vector<std::uint32_t> curve(std::size_t dim, std::size_t n_bits) {
+  static_assert(kMaxGridDim == 2);
+  if (dim == 1) {
+    std::vector<std::uint32_t> cells(std::size_t{1} << n_bits);
+    std::iota(cells.begin(), cells.end(), 0U);
+    return cells;
+  }
+  struct Quadrant {
+    std::uint8_t bits;
+    std::uint8_t way;  // on which the curve goes through it
+  };
+  // The ways: up, right and down; the same mirrored at either diagonal; and turned around.
+  constexpr Quadrant kQuadrants[4][4] = {{{0, 1}, {2, 0}, {3, 0}, {1, 2}},
+                                         {{0, 0}, {1, 1}, {3, 1}, {2, 3}},
+                                         {{3, 3}, {2, 2}, {0, 2}, {1, 0}},
+                                         {{3, 2}, {1, 3}, {0, 3}, {2, 1}}};
+  std::vector<std::uint32_t> cells{0};
+  std::vector<std::uint8_t> ways{0};
+  for (std::size_t bit = 0; bit < n_bits; ++bit) {
+    std::vector<std::uint32_t> finer;
+    std::vector<std::uint8_t> finer_ways;
+    for (std::size_t i = 0; i < cells.size(); ++i) {
+      for (const Quadrant& quadrant : kQuadrants[ways[i]]) {
+        finer.push_back(cells[i] << 2 | quadrant.bits);
+        finer_ways.push_back(quadrant.way);
+      }
+    }
+    cells = std::move(finer);
+    ways = std::move(finer_ways);
+  }
+  return cells;
+}
+
 MILPRESS_VECTORIZE
 void find_bins(const float* values, std::size_t n, float least, float scale, std::int32_t* bins) {
   for (std::size_t i = 0; i < n; ++i) {
@@ -89,7 +125,7 @@ Grid merge(const Vectors& vectors, std::size_t n_bits) {
   const std::size_t n = vectors.count;
   const std::size_t n_cells = std::size_t{1} << n_bits * dim;
   const std::vector<std::size_t> places = sample(vectors);
-  // Bits of the elements' cells are interleaved, so that what is near in order is near.
+  // A cell is numbered by the bits of its place along each element, interleaved.
   std::vector<std::uint32_t> cells(n);
   std::vector<std::int32_t> bins(n);
   for (std::size_t d = 0; d < dim; ++d) {
@@ -107,13 +143,17 @@ Grid merge(const Vectors& vectors, std::size_t n_bits) {
       cells[i] |= of_element.cell[static_cast<std::size_t>(bins[i])];
     }
   }
-  std::vector<std::uint32_t> ends(n_cells + 1);
+  std::vector<std::uint32_t> ends(n_cells);
   for (const std::uint32_t cell : cells) {
-    ++ends[cell + 1];
+    ++ends[cell];
   }
   const auto n_merged =
       ends.size() - static_cast<std::size_t>(std::count(ends.begin(), ends.end(), 0U));
-  std::partial_sum(ends.begin(), ends.end(), ends.begin());
+  const std::vector<std::uint32_t> order = curve(dim, n_bits);
+  std::uint32_t n_before = 0;
+  for (const std::uint32_t cell : order) {
+    n_before += std::exchange(ends[cell], n_before);
+  }
   Grid grid{Vectors(dim, n), std::vector<std::uint32_t>(n), Vectors(dim, n_merged), {}};
   for (std::size_t i = 0; i < n; ++i) {
     const std::uint32_t place = ends[cells[i]]++;
@@ -124,7 +164,8 @@ Grid merge(const Vectors& vectors, std::size_t n_bits) {
     }
   }
   std::vector<double> sums(dim);
-  for (std::size_t cell = 0, begin = 0; cell < n_cells; ++cell) {
+  std::size_t begin = 0;
+  for (const std::uint32_t cell : order) {
     const std::size_t end = ends[cell];
     if (begin == end) {
       continue;

@@ -10,7 +10,8 @@ namespace milpress {
 
 constexpr std::size_t kMaxGridDim = 2;  // cells of more elements hold hardly a vector each
 
-/// Vectors in an order in which those near one another stand together: by the cells of a grid.
+/// Vectors in an order in which those near one another stand together: by the cells of a grid,
+/// along a curve that goes from each to one beside it.
 struct Grid {
   Vectors sorted;
   std::vector<std::uint32_t> places;  // of each of them before

@@ -18,6 +18,7 @@ namespace milpress {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr std::size_t kEntryLanes = 32;  // entries handled side by side
 
 // Consecutive vectors, and what the comparison with their bounds finds.
 struct Stretch {
@@ -335,9 +336,7 @@ double Lloyd::assign(const Entries& entries) {
     add(total_.weights, pieces_[p].weights);
     add(total_.n_near, pieces_[p].n_near);
     total_.error += pieces_[p].error;
-    total_.n_changed += pieces_[p].n_changed;
   }
-  n_changed_ = total_.n_changed;
   return total_.error;
 }
 
@@ -361,7 +360,6 @@ void Lloyd::assign_piece(std::size_t begin, std::size_t end, Moments& piece) {
     place += static_cast<std::uint32_t>(begin);
   }
   piece.error = stretch.error;
-  piece.n_changed = 0;
   const bool is_anew = piece.sums.empty() || !is_even_;
   compare(places, !is_anew, piece);
   if (is_anew) {
@@ -393,12 +391,9 @@ void Lloyd::compare(std::span<const std::uint32_t> places, bool counts, Moments&
       error += double{vectors_.shares[place]} * double{batch.distances[i]};
       distances_[place] = batch.distances[i];
       others_[place] = std::sqrt(batch.others[i]) * less;
-      if (code != codes_[place] && place < vectors_.count) {
-        if (counts) {
-          piece.add(vectors_, place, codes_[place], -1);
-          piece.add(vectors_, place, code, 1);
-        }
-        ++piece.n_changed;
+      if (counts && code != codes_[place] && place < vectors_.count) {
+        piece.add(vectors_, place, codes_[place], -1);
+        piece.add(vectors_, place, code, 1);
       }
       codes_[place] = code;
     }

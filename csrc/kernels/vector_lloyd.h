@@ -36,9 +36,8 @@ class Lloyd {
   /// Makes entry j of the last `assign` entry `places[j]`.
   void reorder(std::span<const std::size_t> places);
 
-  /// Of the last `assign`: how many vectors changed entries, the code of each, the squared distance
-  /// from its entry, and what no other entry is nearer than, not squared.
-  std::size_t n_changed() const { return n_changed_; }
+  /// Of the last `assign`: the code of each vector, the squared distance from its entry, and what
+  /// no other entry is nearer than, not squared.
   const std::vector<std::uint8_t>& codes() const { return codes_; }
   const std::vector<float>& distances() const { return distances_; }
   const std::vector<float>& others() const { return others_; }
@@ -50,7 +49,6 @@ class Lloyd {
     std::vector<double> weights;      // of shares
     std::vector<std::size_t> n_near;  // vectors
     double error = 0;
-    std::size_t n_changed = 0;
 
     void clear(std::size_t n_entries, std::size_t dim);
     void add(const Vectors& vectors, std::size_t i, std::size_t code, int sign);
@@ -69,7 +67,6 @@ class Lloyd {
   std::vector<float> others_;
   std::vector<Moments> pieces_;
   Moments total_;
-  std::size_t n_changed_ = 0;
   int n_turns_ = 0;
   bool is_even_ = false;  // no vector counts far more than another
 };

@@ -43,8 +43,6 @@ class NearestTwo {
 /// By how much, relatively, a squared distance in floats, or what is made of it, can be off; ample.
 constexpr float distance_slack(std::size_t dim) { return static_cast<float>(dim + 8) * 0x1p-22F; }
 
-constexpr std::size_t kEntryLanes = 32;  // entries handled side by side
-
 /// Entries as a structure of arrays, each `kEntryStride` long, with infinities after the last.
 std::vector<float> by_element(const Entries& entries, std::size_t dim);
 constexpr std::size_t kEntryStride = kMaxEntries;

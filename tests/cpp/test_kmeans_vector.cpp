@@ -497,6 +497,23 @@ TEST_CASE("a grid keeps all vectors and their importance, and its cells are mean
   }
 }
 
+TEST_CASE("cells that follow one another lie side by side") {
+  // A vector for each cell, in rows.
+  Vectors vectors(2, 16 * 16);
+  for (std::size_t i = 0; i < vectors.count; ++i) {
+    vectors.at(i, 0) = static_cast<float>(i % 16);
+    vectors.at(i, 1) = static_cast<float>(i / 16);
+    vectors.shares[i] = 1;
+  }
+  const Grid grid = merge(vectors, 4);
+  REQUIRE(grid.merged.count == vectors.count);
+  for (std::size_t i = 1; i < grid.merged.count; ++i) {
+    const float across = grid.merged.at(i, 0) - grid.merged.at(i - 1, 0);
+    const float along = grid.merged.at(i, 1) - grid.merged.at(i - 1, 1);
+    CHECK(std::abs(across) + std::abs(along) == 1);
+  }
+}
+
 TEST_CASE("an entry that helps nobody goes where one has too much to do") {
   // Two entries share a narrow cluster, two wide ones share the third.
   Vectors vectors(2, 300);
@@ -583,6 +600,24 @@ TEST_CASE("what has no say among many vectors still gets the nearest entry, what
     }
   }
   CHECK(n_wrong == 0);
+}
+
+TEST_CASE("rare vectors of many elements far out get entries, though a sample shapes the table") {
+  // Two behind one another in each of eight directions, which would share an entry if the sample
+  // had neither.
+  const std::size_t n = 60'000;
+  std::vector<float> weights = normal_weights<float>(4 * n, 0.0625F);
+  for (std::size_t j = 0; j < 16; ++j) {
+    for (std::size_t d = 0; d < 4; ++d) {
+      const float away = j < 8 ? 16.0F : 20.0F;
+      weights[4 * (j * 3701 + 5) + d] = (j >> (d % 3) & 1) != 0 ? away : -away;
+    }
+  }
+  const auto result = run(weights, 1, 64, 4);
+  for (std::size_t j = 0; j < 16; ++j) {
+    const std::size_t i = j * 3701 + 5;
+    CHECK(squared_distance(&weights[4 * i], &result.luts[4U * result.codes[i]], 4) == 0);
+  }
 }
 
 TEST_CASE("the seed decides the table, and repeats it") {
