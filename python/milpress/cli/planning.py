@@ -43,8 +43,12 @@ def plan(
         option("Calibration", "Samples (.npz or folder): score weights by the model's outputs."),
     ] = None,
     metric: Annotated[
-        str, option("Calibration", "Error of the outputs: snr, cosine or kl.")
-    ] = "snr",
+        str, option("Calibration", "Error of the outputs: auto, snr, cosine or kl.")
+    ] = "auto",
+    random: Annotated[
+        int,
+        option("Calibration", "Without samples, run the model on N random inputs; 0 for none."),
+    ] = 16,
     exact: Annotated[
         bool,
         option(
@@ -83,6 +87,7 @@ def plan(
         weight_threshold=weight_threshold,
         sample_data=calibration_data,
         metric=metric,
+        random_samples=random,
         exact=exact,
         facts=facts or (),
         use_cache=cache,

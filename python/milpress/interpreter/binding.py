@@ -19,6 +19,7 @@ from milpress.interpreter.operator import Call, Operator
 from milpress.mil import opset, proto, values
 from milpress.mil.decode import is_constexpr
 from milpress.mil.graph import Node
+from milpress.mil.lookups import lookup_sizes
 from milpress.mil.opset import Opset
 from milpress.mil.program import ProgramGraph
 from milpress.mil.values import TensorType, WeightSource
@@ -165,6 +166,7 @@ class Function:
     name, inputs included: more than one slot if nested blocks use the name for different values. A
     type is ``None`` where a value is no tensor. ``operands`` are slots that stand for what weights
     are multiplied by inside an op, which is no value of the program, by names that no value has.
+    ``lookups`` are the inputs that are indices of lookups, with the rows of their smallest table.
     """
 
     inputs: dict[str, FunctionInput]
@@ -175,6 +177,7 @@ class Function:
     names: dict[int, str]
     watchable: dict[str, tuple[list[int], TensorType | None]]
     operands: dict[str, list[int]]
+    lookups: dict[str, int]
 
     def slots_named(self, name: str) -> Sequence[int]:
         """Return the slots of the values or operands of a name."""
@@ -222,6 +225,7 @@ class Binder:
             raise PackageError(msg)
         self._body = function.block_specializations[function.opset]
         graph = ProgramGraph(function, self._body, source)
+        self._lookups = lookup_sizes(graph, (item.name for item in function.inputs))
         # The graph lists its nodes in the order in which this class walks the blocks.
         self._nodes = iter(graph.nodes)
         self._decoder = graph.decoder
@@ -245,6 +249,7 @@ class Binder:
             names=self._stored_names,
             watchable=self._watchable,
             operands=self._operands,
+            lookups=self._lookups,
         )
 
     def _slot(self, value: Any = None, kind: TensorType | None = None) -> int:

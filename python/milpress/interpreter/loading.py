@@ -82,7 +82,11 @@ class Loader:
             function_name=name,
             function=function,
             inputs=tuple(
-                described(item, function.inputs[item.name].type) for item in description.input
+                replace(
+                    described(item, function.inputs[item.name].type),
+                    n_rows=function.lookups.get(item.name),
+                )
+                for item in description.input
             ),
             outputs=tuple(described(item, outputs[item.name]) for item in description.output),
         )

@@ -61,6 +61,8 @@ class Feature:
         Where an input comes from that is no input of the package, in words; else empty.
     is_unused
         Whether nothing that is run takes it: it may be given, and is not looked at.
+    n_rows
+        Of an input that is an index of lookups: how many rows the smallest of the tables has.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Feature:
     default_shape: tuple[int, ...] = ()
     origin: str = ""
     is_unused: bool = False
+    n_rows: int | None = None
 
     @property
     def is_required(self) -> bool:

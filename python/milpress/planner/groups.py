@@ -140,6 +140,21 @@ def axes_of(weight: Weight) -> tuple[int, int]:
     return weight.channel_axes or (0, 1)
 
 
+def is_looked_up(weight: Weight) -> bool:
+    """Whether rows of a weight are looked up, along its output channels."""
+    return any(
+        use.node.op.type == "gather"
+        and use.parameter == "x"
+        and (weight.graph.scalar(use.node, "axis") or 0) == axes_of(weight)[0]
+        for use in weight.node.uses
+    )
+
+
+def is_multiplied(weight: Weight) -> bool:
+    """Whether a weight is used for anything but lookups."""
+    return any(use.node.op.type != "gather" for use in weight.node.uses)
+
+
 def _planned_weights(package: Package, min_size: int) -> Iterator[tuple[Weight, str]]:
     """Yield the weights that are large enough, and why one can't be treated."""
     any_treatment = _request(PalettizeConfig(bits=8), min_size)

@@ -14,7 +14,7 @@ from milpress.mil.package import Package
 from milpress.mil.program import Weight
 from milpress.planner import scores
 from milpress.planner.cache import ScoreCache, cache_key
-from milpress.planner.groups import WeightGroup, axes_of
+from milpress.planner.groups import WeightGroup, axes_of, is_looked_up, is_multiplied
 from milpress.planner.menu import KEEP
 from milpress.planner.scores import Score
 from milpress.progress import Progress, shown
@@ -65,8 +65,11 @@ def _scores_of(
         weight = group.weights[i]
         digest = _digest(weight, package)
         treatments = {name: group.choices[name].treatments[i] for name in by_format}
+        uses = is_looked_up(weight), is_multiplied(weight)
         keys = {
-            treatment: cache_key(scores.VERSION, digest, treatment_dict(treatment), sample_size)
+            treatment: cache_key(
+                scores.VERSION, digest, *uses, treatment_dict(treatment), sample_size
+            )
             for treatment in treatments.values()
         }
         known: dict[Treatment, Score] = {}
@@ -76,18 +79,37 @@ def _scores_of(
                 known[treatment] = Score(numbers[0], numbers[1], bool(numbers[2]))
         missing = [treatment for treatment in keys if treatment not in known]
         if missing:
-            output, inputs = axes_of(weight)
-            known |= scores.scores_of(
-                weight.dense(),
-                missing,
-                channel_axis=output,
-                input_axis=inputs,
-                sample_size=sample_size,
-            )
+            known |= _tried(weight, missing, sample_size)
             computed |= {keys[each]: [*map(float, known[each])] for each in missing}
         for name, treatment in treatments.items():
             by_format[name].append(known[treatment])
     return {name: Score.mean(each) for name, each in by_format.items()}, computed
+
+
+def _tried(
+    weight: Weight, treatments: Sequence[Treatment], sample_size: int | None
+) -> dict[Treatment, Score]:
+    """Return the error that each treatment makes in a weight, by all that it is used for."""
+    output, inputs = axes_of(weight)
+    array = weight.dense()
+    if not is_looked_up(weight):
+        return scores.scores_of(
+            array, treatments, channel_axis=output, input_axis=inputs, sample_size=sample_size
+        )
+    looked_up = scores.lookup_scores_of(array, treatments, channel_axis=output, input_axis=inputs)
+    if not is_multiplied(weight):
+        return looked_up
+    multiplied = scores.scores_of(
+        array, treatments, channel_axis=output, input_axis=inputs, sample_size=sample_size
+    )
+    return {
+        each: Score(
+            1.0,
+            score.relative + looked_up[each].relative,
+            score.sampled or looked_up[each].sampled,
+        )
+        for each, score in multiplied.items()
+    }
 
 
 def _digest(weight: Weight, package: Package) -> str:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from milpress.errors import ConfigError, UnsupportedError
+from milpress.errors import (
+    ConfigError,
+    ExecutionError,
+    InputError,
+    UnsupportedError,
+    UnsupportedOpError,
+)
 from milpress.kernels.threads import thread_limit
 from milpress.mil.package import Package
 from milpress.mil.raising import raise_opsets
@@ -20,11 +27,12 @@ from milpress.planner.measuring import measure
 from milpress.planner.menu import menu
 from milpress.planner.plan import Plan
 from milpress.planner.problem import Goal, Problem
-from milpress.progress import Progress
+from milpress.progress import Progress, shown
 from milpress.recipe import DEFAULT_MIN_SIZE
 
 if TYPE_CHECKING:
     from milpress.interpreter.sensitivity import OutputMetric
+    from milpress.planner.calibrated import Calibrated
     from milpress.samples.data import Data
 
 
@@ -41,7 +49,8 @@ def plan(
     target: str | None = None,
     min_size: int = DEFAULT_MIN_SIZE,
     sample_data: Data | None = None,
-    metric: OutputMetric = "snr",
+    random_samples: int = 16,
+    metric: OutputMetric = "auto",
     exact: bool = False,
     facts: Sequence[str | os.PathLike[str]] = (),
     use_cache: bool = True,
@@ -89,9 +98,14 @@ def plan(
         Samples of the model's inputs, see `Samples`; needs torch. A few dozen
         suffice. Of several functions, those that the samples suit are run; a weight that none of
         them reaches counts as without samples.
+    random_samples
+        Without samples, how many random inputs the model is run on, to see which weights move its
+        outputs; needs torch: without it, or with 0, weights count by themselves.
     metric
         With samples, what is kept small: ``"snr"``, the squared error of the outputs over their
-        squares; ``"cosine"``, 1 minus their cosine; ``"kl"``, the divergence of probabilities.
+        squares; ``"cosine"``, 1 minus their cosine; ``"kl"``, the divergence of probabilities;
+        ``"auto"``, the divergence where outputs are probabilities or logits over a vocabulary, else
+        the squared error.
     exact
         Whether every treatment is tried on the whole of each weight, not on a part of large ones;
         with samples, whether the model is run with every treatment of every weight.
@@ -128,6 +142,9 @@ def plan(
     """
     started = time.perf_counter()
     goal = Goal.of(target_bits, target_size, min_snr)
+    if random_samples < 0:
+        msg = f"random_samples must be at least 0, got {random_samples}"
+        raise ConfigError(msg)
     if max_formats is not None and max_formats < 1:
         msg = f"max_formats must be at least 1, got {max_formats}"
         raise ConfigError(msg)
@@ -149,7 +166,6 @@ def plan(
         )
         planned = _with_choices(groups, package)
         problem = Problem(package, groups, goal, target=target, min_size=min_size)
-        errors = None
         if sample_data is not None:
             from milpress.planner.calibrated import calibrate
 
@@ -163,12 +179,49 @@ def plan(
                 cache=kept_scores,
                 progress=progress,
             )
-            errors = calibrated.errors
-            notes += calibrated.notes
+            result = problem.plan(
+                calibrated.errors,
+                max_formats,
+                [*notes, *calibrated.notes],
+                scored_by="outputs",
+                others=calibrated.others,
+                run=calibrated.run,
+            )
+        else:
+            seen, remarks = _by_random(package, planned, random_samples, kept_scores, progress)
+            result = problem.plan(
+                None,
+                max_formats,
+                [*notes, *remarks],
+                others=() if seen is None else seen.others,
+                run=None if seen is None else seen.run,
+            )
     if use_cache and not kept_scores.is_writable:
-        notes.append(f"scores could not be kept in {path}")
-    result = problem.plan(errors, max_formats, notes)
+        note = f"scores could not be kept in {path}"
+        result = replace(result, notes=(*result.notes, note))
     return replace(result, seconds=time.perf_counter() - started)
+
+
+def _by_random(
+    package: Package,
+    groups: Sequence[WeightGroup],
+    n: int,
+    kept_scores: ScoreCache,
+    progress: Progress | bool | None,
+) -> tuple[Calibrated | None, Sequence[str]]:
+    """Return what random inputs show, if the model can be run, and what there is to note."""
+    if n == 0:
+        return None, ()
+    if importlib.util.find_spec("torch") is None:
+        return None, ["weights count by themselves; with torch, random inputs show which matter"]
+    from milpress.planner.calibrated import by_random
+
+    try:
+        with shown(progress) as note:
+            seen = by_random(package, groups, n, kept_scores, note)
+    except (ExecutionError, InputError, UnsupportedError, UnsupportedOpError) as error:
+        return None, [f"weights count by themselves, as random inputs show nothing: {error}"]
+    return seen, seen.notes
 
 
 def _with_choices(groups: Sequence[WeightGroup], package: Package) -> list[WeightGroup]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -23,6 +23,10 @@ from milpress.show import decibels
 _MOST_TRIES = 8
 # The part of a budget that meets it.
 _MET = 0.99
+Errors: TypeAlias = Sequence[Mapping[str, float]]
+# Returns the error of the outputs with a format for each group.
+Run: TypeAlias = Callable[[Sequence[str]], float]
+_MOST_UNIFORM = 3
 _Kind: TypeAlias = Literal["bits", "size", "snr"]
 
 
@@ -73,7 +77,7 @@ class Problem:
         self._size = sum(group.size for group in groups)
         self._package_bytes: dict[tuple[str, ...], int] = {}
 
-    def formats(self, errors: Sequence[Mapping[str, float]]) -> tuple[str, ...]:
+    def formats(self, errors: Errors) -> tuple[str, ...]:
         """Return formats for the errors of outputs, the rest of the package's size being guessed.
 
         Parameters
@@ -85,15 +89,33 @@ class Problem:
 
     def plan(
         self,
-        errors: Sequence[Mapping[str, float]] | None,
+        errors: Errors | None,
         max_formats: int | None,
         notes: Sequence[str],
+        *,
+        scored_by: Literal["weights", "outputs"] = "weights",
+        others: Sequence[Errors] = (),
+        run: Run | None = None,
     ) -> Plan:
-        """Return the plan of least error, of outputs if their errors are given, else of weights."""
-        groups = self._choices(errors)
+        """Return the plan of least error; by those of weights if no others are given.
+
+        With ``run``, plans by ``others`` and the best uniform settings of no larger size are run
+        too, and the plan is what does best.
+        """
+        every = groups = self._choices(errors)
         if max_formats is not None:
             groups = self._with_few_formats(groups, max_formats)
         solution = self._solve(groups)
+        if run is not None:
+            plans = list(self._other_plans(others, every, max_formats))
+            uniform = self._uniform(every, solution)
+            # Only real samples can tell that something far smaller is better.
+            if scored_by == "weights" and self._meets(solution):
+                plans, uniform = (
+                    [one for one in some if self._meets(one)] for some in (plans, uniform)
+                )
+            solution, note = _best([solution, *plans, *uniform[:_MOST_UNIFORM]], run)
+            notes = [*notes, note]
         choices = dict(zip(self._open, solution.choices, strict=True))
         n_package = self._size_of(solution)
         n_bytes = solution.n_bytes + self._fixed_bytes
@@ -117,13 +139,13 @@ class Problem:
             package_bytes=n_package,
             bits_per_weight=bits,
             snr_db=_snr_db(solution.error),
-            scored_by="weights" if errors is None else "outputs",
+            scored_by=scored_by,
             curve=curve,
             knee=search.knee(_compressed_part(points, groups)),
             notes=(*notes, *self._remarks(n_package, bits, points)),
         )
 
-    def _choices(self, errors: Sequence[Mapping[str, float]] | None) -> Groups:
+    def _choices(self, errors: Errors | None) -> Groups:
         """Return the choices of all groups that have some, each with its error."""
         whole = sum(group.share for group in self._open)
         if errors is None:
@@ -135,6 +157,43 @@ class Problem:
             [choice._replace(error=known.get(name, 0.0)) for name, choice in group.choices.items()]
             for group, known in zip(self._open, errors, strict=True)
         ]
+
+    def _other_plans(
+        self, others: Sequence[Errors], groups: Groups, max_formats: int | None
+    ) -> Iterator[Solution]:
+        """Yield the plans by errors that are counted otherwise."""
+        for errors in others if self._goal.kind != "snr" else ():
+            choices = self._choices(errors)
+            if max_formats is not None:
+                choices = self._with_few_formats(choices, max_formats)
+            yield _solution(groups, self._solve(choices).formats)
+
+    def _uniform(self, groups: Groups, solution: Solution) -> list[Solution]:
+        """Return the uniform settings within the budget, those of least error first."""
+        names = list(dict.fromkeys(one.format for choices in groups for one in choices))
+        found = []
+        for name in names:
+            formats = [_like(name, choices) for choices in groups]
+            if name != KEEP and None not in formats:
+                uniform = _solution(groups, [each or "" for each in formats])
+                if self._fits(uniform, solution):
+                    found.append(uniform)
+        return sorted(found, key=lambda one: one.error)
+
+    def _meets(self, solution: Solution) -> bool:
+        """Whether a solution takes what it may, but for a hundredth."""
+        if self._goal.kind == "size":
+            return self._size_of(solution) >= _MET * self._goal.number
+        bits = 8 * (solution.n_bytes + self._fixed_bytes) / self._size
+        return self._goal.kind == "snr" or bits >= _MET * self._goal.number
+
+    def _fits(self, other: Solution, solution: Solution) -> bool:
+        """Whether another solution is within the budget that one is made for."""
+        if other.n_bytes <= solution.n_bytes or self._goal.kind == "snr":
+            return self._goal.kind != "snr"
+        if self._goal.kind == "size":
+            return self._size_of(other) <= self._goal.number
+        return 8 * (other.n_bytes + self._fixed_bytes) <= self._goal.number * self._size
 
     def _solve(self, groups: Groups) -> Solution:
         if self._goal.kind == "bits":
@@ -261,6 +320,33 @@ class Problem:
         if 8 * most / self._size <= bits:
             return ["the budget is more than all weights take with the least error"]
         return ["no choice within 1 % of the budget has as little error as this smaller one"]
+
+
+def _best(solutions: Sequence[Solution], run: Run) -> tuple[Solution, str]:
+    """Return the solution whose outputs have the least error, the first of equals, and which."""
+    distinct = list({solution.formats: solution for solution in solutions}.values())
+    errors = [run(solution.formats) for solution in distinct]
+    best = min(range(len(distinct)), key=errors.__getitem__)
+    snr = f"{_snr_db(errors[best]):.1f} dB"
+    note = f"the model was run with {len(distinct)} plans and uniform settings: {snr} at best"
+    return distinct[best], note
+
+
+def _solution(groups: Groups, formats: Sequence[str]) -> Solution:
+    return Solution(
+        tuple(
+            next(choice for choice in choices if choice.format == name)
+            for choices, name in zip(groups, formats, strict=True)
+        )
+    )
+
+
+def _like(name: str, choices: Sequence[Choice]) -> str | None:
+    """Return a format that some weight has, or what comes nearest to it among its choices."""
+    known = {choice.format for choice in choices}
+    bits = re.sub(r"\D*(\d).*", r"\1", name)
+    nearest = (name, f"palette-{bits}", f"int{bits}", KEEP)
+    return next((each for each in nearest if each in known), None)
 
 
 def _planned(group: WeightGroup, choice: Choice | None) -> list[PlannedWeight]:

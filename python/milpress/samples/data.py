@@ -22,16 +22,22 @@ Data: TypeAlias = (
     "str | os.PathLike[str] | RandomSamples | Mapping[str, Any] | Iterable[Mapping[str, Any]]"
 )
 _MOST_RANDOM = 10**9
+# Of random pixels, about those of photographs.
+_MEAN_PIXEL = 128
+_PIXEL_DEVIATION = 64
+_PICTURE_RANK = 4
 
 
 @dataclass(frozen=True, slots=True)
 class RandomSamples:
     """Random inputs, where there are no real ones.
 
-    They show whether a model runs and that nothing is broken. They say little of how it will do:
-    activations are not those of real inputs.
+    They show whether a model runs, that nothing is broken, and roughly which of its weights matter.
+    They say little of how it will do: activations are not those of real inputs.
 
-    Floats are normal with a deviation of 1, pixels even from 0 to 255, other integers 0 or 1.
+    Arrays of four dimensions and pixels are noise of which large structures have most, as in
+    photographs (its amplitude falls with the frequency); other floats are normal with a deviation
+    of 1. Integers that are looked up in a table name any of its rows; others are 1, as in a mask.
 
     Parameters
     ----------
@@ -208,10 +214,27 @@ def opened(
 def _random_array(feature: Feature, rng: np.random.Generator) -> NDArray[Any]:
     shape = _typical_shape(feature)
     if feature.kind == "image":
-        return rng.integers(0, 256, shape)
+        pixels = _MEAN_PIXEL + _PIXEL_DEVIATION * _picture_like(shape, rng)
+        return np.asarray(pixels.round().clip(0, 255), np.int64)
     if feature.dtype.startswith("float"):
-        return rng.standard_normal(shape, np.float32)
-    return rng.integers(0, 2, shape)
+        is_picture = len(shape) == _PICTURE_RANK and min(shape[2:]) > 1
+        noise = _picture_like(shape, rng) if is_picture else rng.standard_normal(shape)
+        return np.asarray(noise, np.float32)
+    if feature.n_rows:
+        return np.asarray(rng.integers(0, feature.n_rows, shape))
+    return np.ones(shape, np.int64)
+
+
+def _picture_like(shape: Shape, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Return noise of mean 0 and deviation 1 whose amplitude falls with its frequency."""
+    height, width = shape[-2:]
+    rows, columns = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)
+    frequency = np.hypot(rows, columns)
+    frequency[0, 0] = np.inf
+    spectrum = np.fft.rfft2(rng.standard_normal(shape)) / frequency
+    noise = np.fft.irfft2(spectrum, (height, width))
+    deviation = noise.std(axis=(-2, -1), keepdims=True)
+    return np.asarray(noise / np.where(deviation > 0, deviation, 1))
 
 
 def _typical_shape(feature: Feature) -> Shape:
