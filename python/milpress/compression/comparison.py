@@ -20,7 +20,15 @@ from milpress.mil import proto, values
 from milpress.mil.decode import is_compressed, is_constexpr
 from milpress.mil.graph import Graph, Node, Scope
 from milpress.mil.program import ProgramGraph
-from milpress.mil.records import Promise, Step, WeightRecords, bias_digest, promise_of
+from milpress.mil.records import (
+    TUNE,
+    Promise,
+    Step,
+    TunedRecord,
+    WeightRecords,
+    array_digest,
+    promise_of,
+)
 from milpress.progress import Progress
 from milpress.show import decibels
 
@@ -39,7 +47,8 @@ class WeightCheck:
         What was checked of every element: ``nearest`` (each index names the nearest entry of its
         table), ``half_step`` (each element within half a step), ``pruned`` (zeros exactly where
         pruned, the rest equal; where it is recorded how, in the number and structure asked for, and
-        those of least magnitude), ``equal`` (same value, stored otherwise), or ``none`` (nothing,
+        those of least magnitude), ``equal`` (same value, stored otherwise), ``tuned`` (the tuned
+        arrays are those of the record, and zeros are where they should be), or ``none`` (nothing,
         but for the number of zeros that was asked for).
     snr_db
         Signal-to-noise ratio.
@@ -78,16 +87,22 @@ class Comparison:
         right: ProgramGraph,
         records: WeightRecords,
         before: WeightRecords,
+        tuned: TunedRecord,
+        tuned_before: TunedRecord,
     ) -> None:
         self._prefix = left.prefix
         self._graphs = (left, right)
         self._records = records
         self._before = before
+        self._tuned = tuned
+        self._tuned_before = tuned_before
         self._matches: dict[Node, Node] = {}
         self._sources: dict[Node, Node] = {}
         self._biases: set[Node] = set()
         self.n_unchanged = 0
         self.n_corrected = 0
+        # The tuned arrays that are as recorded, by op and parameter.
+        self.found_tuned: set[tuple[str, str]] = set()
 
     def run(self, note: Progress) -> list[WeightCheck]:
         """Compare all and return what was found of each weight; note each stored value."""
@@ -153,8 +168,9 @@ class Comparison:
         for key in sorted(set(one.op.attributes) | set(other.op.attributes)):
             if key not in one.op.attributes or key not in other.op.attributes:
                 fail(f"{where}: the attribute {key} must be unchanged")
-            self._same_value(one.op.attributes[key], other.op.attributes[key], where)
-            n_values += 1
+            n_values += self._match_values(
+                one.op.attributes[key], other.op.attributes[key], where, key
+            )
         for key in sorted(keys[0]):
             bindings = paired(
                 list(one.op.inputs[key].arguments),
@@ -168,8 +184,7 @@ class Comparison:
                         binding.name, one.scope, other_binding.name, other.scope, where
                     )
                 elif kinds == ("value", "value"):
-                    self._same_value(binding.value, other_binding.value, where)
-                    n_values += 1
+                    n_values += self._match_values(binding.value, other_binding.value, where, key)
                 else:
                     fail(f"{where}: {key} must be given in the same way")
         return n_values
@@ -185,7 +200,7 @@ class Comparison:
             fail(f"{where}: the corrected bias is not a constant")
         node = after[0]
         tensor = self._graphs[1].decoder.dense(node)
-        if bias_digest(tensor.values) != digest:
+        if array_digest(tensor.values) != digest:
             fail(f"{where}: the corrected bias differs from the one in the record")
         if before is not None and before[0].type != node.type:
             fail(f"{where}: the corrected bias must be {before[0].type}, got {node.type}")
@@ -201,6 +216,29 @@ class Comparison:
     def _kept_parts(self, node: Node) -> list[object]:
         outputs = [item.SerializeToString(deterministic=True) for item in node.op.outputs]
         return [node.op.type, outputs, len(node.op.blocks)]
+
+    def _match_values(self, one: proto.Value, other: proto.Value, where: str, key: str) -> int:
+        """Check that two values are the same, or of one type if tuned; return how many are same."""
+        digest = self._tuned.digest(where, key)
+        if digest is None or digest == self._tuned_before.digest(where, key):
+            self._same_value(one, other, where)
+            return 1
+        types = [value.type.SerializeToString(deterministic=True) for value in (one, other)]
+        if types[0] != types[1] or values.is_blob(one) != values.is_blob(other):
+            fail(f"{where}: the tuned {key} must be of the type and shape that it had")
+        return 0
+
+    def _check_tuned(self, node: Node) -> int:
+        """Check that tuned arrays of an op are as recorded; return how many there are."""
+        where = f"{self._prefix}{node.name}"
+        recorded = self._tuned.arrays.get(where, {})
+        for parameter, digest in recorded.items():
+            value = values.held(node.op, parameter)
+            array = None if value is None else values.read(value, self._graphs[1].source).values
+            if array is None or array_digest(array) != digest:
+                fail(f"{where}: the tuned {parameter} differs from the one in the record")
+            self.found_tuned.add((where, parameter))
+        return len(recorded)
 
     def _same_value(self, one: proto.Value, other: proto.Value, where: str) -> None:
         if not values.is_blob(one) or not values.is_blob(other):
@@ -252,9 +290,20 @@ class Comparison:
             return self._check_as_recorded(one, other, name)
 
     def _check_as_recorded(self, one: Node, other: Node, name: str) -> WeightCheck | int:
+        n_tuned = sum(self._check_tuned(node) for node in (other, *self._parts(other, 1)))
         steps = self._steps(name)
+        if steps and TUNE in steps[-1] and not n_tuned:
+            fail(f"{name}: the record says that it was tuned, but not what came of it")
         if is_constexpr(one) == is_constexpr(other) and not (is_constexpr(one) and steps):
             return self._check_unchanged(one, other, name)
+        if all(TUNE in step for step in steps) and is_constexpr(other) and steps:
+            self._check_unchanged(one, other, name)
+            dense = [
+                graph.decoder.dense(node).values
+                for graph, node in zip(self._graphs, (one, other), strict=True)
+            ]
+            signal, noise, _ = fidelity(*dense)
+            return WeightCheck(name=name, promise="tuned", signal=signal, noise=noise)
         if one.type != other.type:
             fail(f"{name}: the decoded weight must be {one.type}, got {other.type}")
         source = self._graphs[0].decoder.dense(one).values
@@ -323,4 +372,5 @@ class Comparison:
         signal, noise, wrong = judge(source, value, promise, steps)
         if wrong:
             fail(f"{name}: {wrong}")
-        return WeightCheck(name=name, promise=promise, signal=signal, noise=noise)
+        kept = "tuned" if TUNE in steps[-1] else promise
+        return WeightCheck(name=name, promise=kept, signal=signal, noise=noise)

@@ -15,7 +15,7 @@ from milpress.formats.fidelity import fidelity
 from milpress.formats.palette import reassigned
 from milpress.formats.rows import Floats, packed_mask, spread, unpacked_mask
 from milpress.formats.sparse import n_pruned
-from milpress.mil.records import Promise, Step, promise_of
+from milpress.mil.records import Promise, Step, is_tuned, promise_of
 
 
 class Judgement(NamedTuple):
@@ -134,6 +134,9 @@ def _wrong_zeros(source: Floats, value: Compressed, steps: tuple[Step, ...]) -> 
     settings = steps[place]["prune"]
     if "feedback" in settings:
         return too_few_zeros(value.dense() == 0, settings)
+    if isinstance(value, Sparse) and is_tuned(steps):
+        kept = value.mask()
+        return _judge_zeros(source, value.bitmask, source[kept], settings).wrong
     if not isinstance(value, Masked):
         return _another_kind(value)
     if place > 0:
@@ -163,6 +166,9 @@ def _wrong_zeros_of_codes(source: Floats, value: Masked, steps: tuple[Step, ...]
             # The codes that were dropped are known.
             return _judge_pruned(reassigned(inner, source).dense(), value, settings).wrong
     zero, shown = value.dense() == 0, _by_vectors(value, settings)
+    if is_tuned(steps):
+        # What the dropped codes stood for is not known any more.
+        return too_few_zeros(zero, shown)
     return too_few_zeros(zero, shown) or too_many_zeros(
         zero, _may_be_zero(source, inner, coding), shown
     )

@@ -18,11 +18,12 @@ from milpress.compression.writer import WeightWriter, Written, bias_of, is_own
 from milpress.errors import UnsupportedError, weight_errors
 from milpress.formats import Custom, PalettizeConfig
 from milpress.kernels.threads import in_order
+from milpress.mil import values
 from milpress.mil.decode import is_constexpr
 from milpress.mil.graph import Node
 from milpress.mil.package import Package
 from milpress.mil.program import ProgramGraph, Weight
-from milpress.mil.records import WeightRecords
+from milpress.mil.records import TunedRecord, WeightRecords
 from milpress.progress import Progress, shown
 from milpress.recipe import describe, treatment_dict
 
@@ -84,7 +85,29 @@ class Loop:
             note(n_bytes, n_bytes, "")
         if any(report.status == "compressed" for report in reports):
             records.write(self.package.model)
+            self._forget_tuned(records)
         return reports
+
+    def _forget_tuned(self, records: WeightRecords) -> None:
+        """Take out of the record of tuning what is stored otherwise now."""
+        tuned = TunedRecord.of(self.package.model)
+        if not tuned.arrays:
+            return
+        held = {
+            (f"{graph.prefix}{node.name}", parameter)
+            for graph in self.package.graphs
+            for node in graph.nodes
+            if f"{graph.prefix}{node.name}" in tuned.arrays
+            and not _is_corrected(node, graph, records)
+            for parameter in tuned.arrays[f"{graph.prefix}{node.name}"]
+            if values.held(node.op, parameter) is not None
+        }
+        tuned.arrays = {
+            op: kept
+            for op, parameters in tuned.arrays.items()
+            if (kept := {name: each for name, each in parameters.items() if (op, name) in held})
+        }
+        tuned.write(self.package.model)
 
     def _jobs(self, sizes: Mapping[Node, int]) -> dict[Node, Job]:
         """Return what is to be done to each weight that is treated, in the order of writing."""
@@ -238,6 +261,14 @@ class _GraphPass:
             if is_fed_back:
                 next(iter(step.values()))["feedback"] = True
         self.records.add(name, weight.name, steps)
+
+
+def _is_corrected(node: Node, graph: ProgramGraph, records: WeightRecords) -> bool:
+    """Whether a constant is a bias whose digest is in the record of corrected ones."""
+    return any(
+        use.parameter == "bias" and f"{graph.prefix}{use.node.name}" in records.biases
+        for use in node.uses
+    )
 
 
 def _n_threads(jobs: Iterable[Job]) -> int | None:

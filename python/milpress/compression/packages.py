@@ -28,7 +28,7 @@ from milpress.mil.decode import is_constexpr, is_part
 from milpress.mil.digest import content_digest
 from milpress.mil.package import Package, n_package_bytes
 from milpress.mil.raising import raise_opsets
-from milpress.mil.records import TREATMENTS, forget
+from milpress.mil.records import TREATMENTS, TUNED, forget
 from milpress.mil.staging import check_destination
 from milpress.progress import Progress, shown
 from milpress.recipe import Recipe
@@ -347,6 +347,7 @@ def decompress_package(
             msg = f"{package.path}: no weight is compressed, so there is nothing to decompress"
             raise UnsupportedError(msg)
         forget(package.model, TREATMENTS)
+        forget(package.model, TUNED)
         verification, size = writer.commit(compare_packages if run.verify else None)
     return _report(package, destination, weights, [], size, verification, started)
 

@@ -12,7 +12,15 @@ from milpress.errors import fail_verification as fail
 from milpress.mil import opset, proto, raising
 from milpress.mil.activation_pairs import strip
 from milpress.mil.package import Package, pipeline_models
-from milpress.mil.records import ACTIVATIONS, TREATMENTS, ActivationRecord, WeightRecords, forget
+from milpress.mil.records import (
+    ACTIVATIONS,
+    TREATMENTS,
+    TUNED,
+    ActivationRecord,
+    TunedRecord,
+    WeightRecords,
+    forget,
+)
 from milpress.plain import json
 from milpress.plain.files import system_errors
 from milpress.progress import Progress, shown
@@ -36,12 +44,15 @@ class Verification:
         Biases that were to be corrected, and are as recorded.
     n_quantized
         Quantized activations: pairs of ops that one package has beyond the other, as recorded.
+    n_tuned
+        Tuned arrays (tables, scales, biases), which are as recorded.
     """
 
     weights: tuple[WeightCheck, ...]
     n_unchanged: int
     n_corrected: int = 0
     n_quantized: int = 0
+    n_tuned: int = 0
 
     @property
     def signal(self) -> float:
@@ -64,14 +75,15 @@ class Verification:
         snr = "" if self.snr_db is None else f", SNR {human_snr(self.snr_db)} dB"
         pairs = f"; {self.n_quantized} quantized activations" if self.n_quantized else ""
         biases = f"; {self.n_corrected} biases corrected" if self.n_corrected else ""
+        tuned = f"; {self.n_tuned} arrays tuned" if self.n_tuned else ""
         return (
-            f"verified: {len(self.weights)} weights decoded{snr}{pairs}{biases}; "
+            f"verified: {len(self.weights)} weights decoded{snr}{pairs}{biases}{tuned}; "
             f"{self.n_unchanged} stored values and the graph unchanged"
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the findings as JSON can hold them."""
-        counts = json.record(self, "n_unchanged", "n_corrected", "n_quantized")
+        counts = json.record(self, "n_unchanged", "n_corrected", "n_quantized", "n_tuned")
         weights = [json.record(check, "name", "promise", "snr_db") for check in self.weights]
         return {"version": 1, **counts, "weights": weights}
 
@@ -123,17 +135,24 @@ def compare_packages(
     _compare_files(original, compressed)
     records = WeightRecords.of(compressed.model)
     before = WeightRecords.of(original.model)
+    tuned = TunedRecord.of(compressed.model)
+    tuned_before = TunedRecord.of(original.model)
     _raise_like(original, compressed)
     n_pairs = _without_pairs(original, compressed)
     _compare_rest(original, compressed)
     checks: list[WeightCheck] = []
     n_unchanged = n_corrected = 0
+    unseen = set(tuned.beyond(tuned_before))
+    n_tuned = len(unseen)
     pairs = paired(list(original.graphs), list(compressed.graphs), "blocks of functions")
     for left, right in pairs:
-        comparison = Comparison(left, right, records, before)
+        comparison = Comparison(left, right, records, before, tuned, tuned_before)
         checks.extend(comparison.run(note))
         n_unchanged += comparison.n_unchanged
         n_corrected += comparison.n_corrected
+        unseen -= comparison.found_tuned
+    for op, parameter in sorted(unseen):
+        fail(f"{op}: the record says that its {parameter} was tuned, but the model has none")
     checked = {check.name for check in checks}
     for source, record in records.by_source.items():
         known = before.by_source.get(source)
@@ -148,6 +167,7 @@ def compare_packages(
         n_unchanged=n_unchanged,
         n_corrected=n_corrected,
         n_quantized=n_pairs,
+        n_tuned=n_tuned,
     )
 
 
@@ -224,6 +244,7 @@ def _compare_rest(original: Package, compressed: Package) -> None:
         model.CopyFrom(package.model)
         forget(model, TREATMENTS)
         forget(model, ACTIVATIONS)
+        forget(model, TUNED)
         _strip(model)
         stripped.append(model.SerializeToString(deterministic=True))
     if stripped[0] != stripped[1]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,7 +19,7 @@ from milpress.mil import decode, encode, proto, values
 from milpress.mil.graph import Node, named_bindings, new_const
 from milpress.mil.package import Package
 from milpress.mil.program import Weight
-from milpress.mil.records import bias_digest
+from milpress.mil.records import array_digest
 from milpress.mil.staging import Counter, Sink, Staged
 from milpress.mil.values import blob_values
 
@@ -66,6 +66,7 @@ class WeightWriter:
         self._default_file = next(iter(package.weight_files), None)
         self._copied: dict[tuple[str, int, int], int] = {}
         self._written: dict[Any, Written] = {}
+        self._replaced: dict[tuple[str, int], int] = {}
 
     def commit(self, check: Callable[[Package, Package], _T] | None) -> tuple[_T | None, int]:
         """Finish the package, check it and move it to its destination.
@@ -101,6 +102,39 @@ class WeightWriter:
                     where.fileName, blob, kind.dtype.blob or 0, padding_bits
                 )
             where.offset = self._copied[key]
+
+    def replace(self, node: Node, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Write what an op stores as it is, but for parameters that have other numbers.
+
+        These are stored where and as they were; those that share a blob get one again.
+        """
+        op = node.op
+        held = {name: values.held(op, name) for name in arrays}
+        places = {}
+        for name, value in held.items():
+            if value is not None and values.is_blob(value):
+                places[name] = (value.blobFileValue.fileName, value.blobFileValue.offset)
+                # Set aside, so that its old numbers are not copied.
+                value.ClearField("blobFileValue")
+        self.copy(node)
+        for name, value in held.items():
+            if value is None:
+                msg = f"{node.name}: the op holds no {name}"
+                raise KeyError(msg)
+            dtype, _ = values.stored_type(value)
+            place = places.get(name)
+            if place is None:
+                values.write(value, values.Tensor(dtype, arrays[name]))
+                continue
+            if place not in self._replaced:
+                payload, padding_bits = values.packed(values.Tensor(dtype, arrays[name]))
+                self._replaced[place] = self._sink.write(
+                    place[0], dtype.blob or 0, payload, padding_bits
+                )
+            value.blobFileValue.fileName, value.blobFileValue.offset = (
+                place[0],
+                self._replaced[place],
+            )
 
     def compress(self, job: Job, outcome: Outcome, *, may_grow: bool) -> Written:
         """Turn a weight's op into the last ``constexpr`` op of what treatments made of it.
@@ -187,7 +221,7 @@ class WeightWriter:
             weight.graph.insert_before(layer, [op])
             del layer.op.inputs["bias"].arguments[:]
             layer.op.inputs["bias"].arguments.add(name=name)
-        return bias_digest(after)
+        return array_digest(after)
 
     def store_const(self, tensor: values.Tensor, node: Node, file_name: str | None) -> None:
         """Turn an op into the ``const`` op of a tensor; its name stays."""

@@ -3,11 +3,13 @@
 Each is one JSON text under a key of its own. That of weights lists, for each list of treatments in
 the recipe's words, the weights it was done to, each by its name in the source and the name of the
 result, and a digest of each corrected bias by the name of its layer; that of activations lists the
-pairs of ops that were inserted::
+pairs of ops that were inserted; that of tuning, the digest of each array that was tuned, by the op
+that stores it and the parameter::
 
     {"version": 1, "treatments": [
         {"steps": [{"palettize": {...}}], "weights": {"w": "w_palettized"}}]}
     {"version": 1, "settings": [{...}], "pairs": {"dequantize_0": "quantize_0"}}
+    {"version": 1, "arrays": {"w_palettized": {"lut": "0123..."}}}
 """
 
 from __future__ import annotations
@@ -28,6 +30,10 @@ from milpress.plain import json
 
 TREATMENTS = "com.milpress.treatments"
 ACTIVATIONS = "com.milpress.activations"
+TUNED = "com.milpress.tuned"
+
+# What `tune` adds to the steps of a weight: from then on nothing is promised of its elements.
+TUNE = "tune"
 
 # What pruning is judged by, and the types of its numbers.
 _PRUNING = {
@@ -54,10 +60,12 @@ def promise_of(steps: Sequence[Step]) -> Promise:
 
     Palettized values, or vectors without scales, have the nearest entry, unclipped quantized ones
     are within half a step, pruned ones are zero and the others equal; pruning may come first,
-    though not of vectors. Elsewhere, and where errors were fed back, nothing is promised but the
-    number of zeros, and the signal-to-noise ratio says what was lost.
+    though not of vectors. Elsewhere, and where errors were fed back or values were tuned, nothing
+    is promised but the number of zeros, and the signal-to-noise ratio says what was lost.
     """
     if any("feedback" in settings for step in steps for settings in step.values()):
+        return "none"
+    if is_tuned(steps):
         return "none"
     coding = [step for step in steps if "prune" not in step]
     if not coding:
@@ -71,6 +79,11 @@ def promise_of(steps: Sequence[Step]) -> Promise:
             is_free |= len(steps) > 1 or palettize.get("channel_scale", False)
         return "none" if is_free else "nearest"
     return "none" if "range" in coding[0]["quantize"] else "half_step"
+
+
+def is_tuned(steps: Sequence[Step]) -> bool:
+    """Whether tables, scales or values of a weight were tuned."""
+    return any(TUNE in step for step in steps)
 
 
 @dataclass(slots=True)
@@ -160,21 +173,68 @@ class ActivationRecord:
         _store(model, ACTIVATIONS, settings=self.settings, pairs=self.pairs)
 
 
+@dataclass(slots=True)
+class TunedRecord:
+    """The digest of each tuned array, by the name of the op that stores it and its parameter.
+
+    Names begin with the functions or models that they are in, like those of weights.
+    """
+
+    arrays: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: proto.Model) -> TunedRecord:
+        """Return the record of a model; an empty one where there is none.
+
+        Raises
+        ------
+        PackageError
+            If the record is not of the form that `write` gives it.
+        """
+        record = cls()
+        with _stored(model, TUNED, {"version": 1, "arrays": {}}) as data:
+            record.arrays = {
+                str(op): {str(name): str(digest) for name, digest in parameters.items()}
+                for op, parameters in data["arrays"].items()
+            }
+        return record
+
+    def write(self, model: proto.Model) -> None:
+        """Write the record into a model, or take it out if it is empty."""
+        if self.arrays:
+            _store(model, TUNED, arrays=self.arrays)
+        else:
+            forget(model, TUNED)
+
+    def digest(self, op: str, parameter: str) -> str | None:
+        """Return the digest of an array, if it was tuned."""
+        return self.arrays.get(op, {}).get(parameter)
+
+    def beyond(self, before: TunedRecord) -> dict[tuple[str, str], str]:
+        """Return what an earlier record of the same package lacks or has otherwise."""
+        return {
+            (op, name): digest
+            for op, parameters in self.arrays.items()
+            for name, digest in parameters.items()
+            if before.digest(op, name) != digest
+        }
+
+
 def forget(model: proto.Model, key: str) -> None:
     """Remove a record."""
     model.description.metadata.userDefined.pop(key, None)
 
 
-def bias_digest(bias: NDArray[Any]) -> str:
-    """Return what the record of a corrected bias keeps of it."""
-    return hashlib.sha256(np.ascontiguousarray(bias).tobytes()).hexdigest()[:32]
+def array_digest(array: NDArray[Any]) -> str:
+    """Return what the record of a corrected bias or of a tuned array keeps of it."""
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:32]
 
 
 def _step(data: Any) -> Step:
     """Return a step of which `verify` can read what it goes by."""
     ((kind, settings),) = data.items()
     settings = dict(settings.items())
-    if kind not in ("palettize", "quantize", "prune"):
+    if kind not in ("palettize", "quantize", "prune", TUNE):
         msg = f"the treatment {kind!r}"
         raise ValueError(msg)
     if kind == "prune":

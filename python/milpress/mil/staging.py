@@ -127,8 +127,12 @@ class Staged:
             for writer in self._writers.values():
                 writer.close()
             self._writers.clear()
-            target = self._path_of(self._source.model_path)
-            target.write_bytes(model.SerializeToString(deterministic=True))
+        self.write_model(model.SerializeToString(deterministic=True))
+
+    def write_model(self, data: bytes) -> None:
+        """Write the model as it is serialized."""
+        with system_errors(self._destination):
+            self._path_of(self._source.model_path).write_bytes(data)
 
     def commit(self) -> None:
         """Move the package to its destination; an existing one is deleted once that is done."""
@@ -226,6 +230,20 @@ def _restore(folder: Path, destination: Path) -> None:
     previous = folder / "previous.mlpackage"
     if previous.exists() and not destination.exists():
         previous.rename(destination)
+
+
+def save_copy(package: Package, destination: Path, *, force: bool) -> None:
+    """Copy a package, byte for byte.
+
+    Raises
+    ------
+    CompressionError
+        If the destination can't be written.
+    """
+    with Staged(package, destination, force=force) as staged:
+        staged.copy_rest(set())
+        staged.write_model(package.model_bytes)
+        staged.commit()
 
 
 def save_changed(package: Package, destination: Path) -> None:

@@ -223,6 +223,16 @@ def _unpacked(data: NDArray[np.uint8], dtype: DType, shape: tuple[int, ...]) -> 
     return unpack(data, dtype.bits, math.prod(shape)).reshape(shape)
 
 
+def packed(tensor: Tensor) -> tuple[NDArray[np.uint8], int]:
+    """Return the bytes of a tensor as they are stored, and how many bits at the end are none's."""
+    dtype, array = tensor
+    flat = np.ascontiguousarray(array).reshape(-1)
+    payload = (
+        flat.view(np.uint8) if dtype.bits >= 8 else _core.pack(flat.view(np.uint8), dtype.bits)
+    )
+    return payload, payload.size * 8 - flat.size * dtype.bits
+
+
 def write(
     value: proto.Value,
     tensor: Tensor,
@@ -237,23 +247,21 @@ def write(
     files of the opset don't hold.
     """
     dtype, array = tensor
-    flat = np.ascontiguousarray(array).reshape(-1)
-    payload = (
-        flat.view(np.uint8) if dtype.bits >= 8 else _core.pack(flat.view(np.uint8), dtype.bits)
-    )
+    payload, padding = packed(tensor)
     value.Clear()
     set_type(value.type, dtype, array.shape)
     suits = dtype.blob is not None and (
         opset is None or opset.has_blocks or dtype.name in _EARLY_BLOB_TYPES
     )
-    if suits and file_name is not None and sink is not None and flat.size >= _MIN_BLOB_ELEMENTS:
-        padding = payload.size * 8 - flat.size * dtype.bits
+    if suits and file_name is not None and sink is not None and array.size >= _MIN_BLOB_ELEMENTS:
         value.blobFileValue.fileName = file_name
         value.blobFileValue.offset = sink.write(file_name, dtype.blob or 0, payload, padding)
     elif dtype.immediate == "bytes":
         value.immediateValue.tensor.bytes.values = payload.tobytes()
     else:
-        getattr(value.immediateValue.tensor, dtype.immediate).values.extend(flat.tolist())
+        getattr(value.immediateValue.tensor, dtype.immediate).values.extend(
+            array.reshape(-1).tolist()
+        )
 
 
 def immediate(array: Any) -> proto.Value:
@@ -292,6 +300,16 @@ def read_scalar(value: proto.Value) -> float | bool | None:
         return None
     numbers = getattr(tensor, field).values
     return numbers[0] if len(numbers) == 1 else None
+
+
+def held(op: proto.Operation, parameter: str) -> proto.Value | None:
+    """Return what an op itself holds for a parameter; ``None`` if it is named, or there is none."""
+    if parameter in op.attributes:
+        return op.attributes[parameter]
+    if parameter not in op.inputs or len(op.inputs[parameter].arguments) != 1:
+        return None
+    binding = op.inputs[parameter].arguments[0]
+    return binding.value if binding.WhichOneof("choice") == "value" else None
 
 
 def blob_values(op: proto.Operation) -> Iterator[proto.Value]:
