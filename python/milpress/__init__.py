@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from milpress.planner.planning import plan
     from milpress.recipe import Recipe
     from milpress.samples.data import RandomSamples
+    from milpress.tuning.config import TuneConfig
+    from milpress.tuning.report import TuneReport
+    from milpress.tuning.tuning import tune
 
 __all__ = [
     "Calibration",
@@ -38,6 +41,8 @@ __all__ = [
     "RandomSamples",
     "Recipe",
     "Report",
+    "TuneConfig",
+    "TuneReport",
     "Verification",
     "calibrate",
     "compress",
@@ -57,6 +62,7 @@ __all__ = [
     "rescale",
     "run",
     "torch",
+    "tune",
     "verify",
 ]
 
@@ -73,6 +79,8 @@ _HOMES = {
     "RandomSamples": "milpress.samples.data",
     "Recipe": "milpress.recipe",
     "Report": "milpress.compression.report",
+    "TuneConfig": "milpress.tuning.config",
+    "TuneReport": "milpress.tuning.report",
     "Verification": "milpress.compression.verification",
     "calibrate": "milpress.calibration.calibrating",
     "compress": "milpress.compression.packages",
@@ -84,6 +92,7 @@ _HOMES = {
     "plan": "milpress.planner",
     "rescale": "milpress.compression.rescaling",
     "run": "milpress.engines.running",
+    "tune": "milpress.tuning.tuning",
     "verify": "milpress.compression.verification",
 }
 

@@ -147,6 +147,15 @@ CALLS: dict[str, Callable[..., Any]] = {
     "milpress.plan": lambda s, **p: milpress.plan(
         s.package, target_bits=8, sample_data=s.samples, use_cache=False, **p
     ),
+    "milpress.tune": lambda s, **p: milpress.tune(
+        s.package,
+        s.compressed,
+        s.new(),
+        s.samples,
+        config=milpress.TuneConfig(steps=3, batch=1),
+        force=True,
+        **p,
+    ),
     "milpress.verify": lambda s, **p: milpress.verify(s.package, s.compressed, **p),
     "milpress.planner.plan": lambda s, **p: milpress.planner.plan(
         s.package, target_bits=8, use_cache=False, **p

@@ -210,7 +210,7 @@ def test_help_and_version():
     [
         [],
         *([name] for name in ("inspect", "compress", "decompress", "verify", "plan", "lint")),
-        *([name] for name in ("rescale", "run", "evaluate", "report", "bench")),
+        *([name] for name in ("rescale", "tune", "run", "evaluate", "report", "bench")),
         *(["bench", name] for name in ("run", "suite", "compare", "validate")),
     ],
     ids=" ".join,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from milpress._version import __version__
-from milpress.cli import measuring, packages, planning, running
+from milpress.cli import measuring, packages, planning, running, tuning
 
 
 class Command(typer.core.TyperCommand):
@@ -51,6 +51,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "plan": planning.plan,
     "lint": planning.lint,
     "rescale": planning.rescale,
+    "tune": tuning.tune,
     "run": running.run,
     "evaluate": running.evaluate,
     "report": measuring.report,

@@ -1,0 +1,1 @@
+"""Tuning: the tables, scales and biases of a compressed package, distilled from its original."""
