@@ -36,7 +36,7 @@ from milpress.mil.records import TUNED
 from milpress.recipe import Recipe, Select, Step
 from milpress.tuning.arrays import find_arrays
 from milpress.tuning.config import KINDS
-from milpress.tuning.forms import floats_of, gradient_of, with_floats
+from milpress.tuning.forms import Layout, floats_of, gradient_of, with_floats
 
 # Each form that a weight is stored in, and what makes it.
 FORMS: dict[str, tuple[f.Treatment, ...]] = {
@@ -288,6 +288,10 @@ def test_an_interrupted_run_is_not_dropped_or_mixed_up(compressed, tmp_path):
     (tmp_path / "out.mlpackage.milpress-tune" / "run.json").write_text("[]")
     with pytest.raises(ConfigError, match="not of an interrupted run"):
         milpress.tune(source, before, out, SAMPLES, config=QUICK, resume=True)
+    (tmp_path / "out.mlpackage.milpress-tune" / "run.json").unlink()
+    with pytest.raises(DestinationError, match="not of an interrupted run; move it elsewhere"):
+        milpress.tune(source, before, out, SAMPLES, config=QUICK, force=True)
+    (tmp_path / "out.mlpackage.milpress-tune" / "run.json").touch()
     milpress.tune(source, before, out, SAMPLES, config=QUICK, force=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.mlpackage"]
 
@@ -783,3 +787,16 @@ def test_the_package_says_what_can_be_tuned(compressed):
         ("tables", "lut"),
         ("tables", "lut"),
     ]
+
+
+@given(rng=floats, n=st.integers(1, 5), folded=st.sampled_from([(), (1,), None]))
+def test_numbers_are_laid_out_and_gradients_gathered_likewise(rng, n, folded):
+    """A number that stands for all of a row has the sum of their gradients."""
+    layout = Layout((n,) if folded is None else folded, (1, n, 1))
+    array = rng.integers(-8, 9, layout.stored).astype(np.float32)
+    gradient = rng.integers(-8, 9, layout.held).astype(np.float64)
+    assert float((layout.unfold(array) * gradient).sum()) == float(
+        (array * layout.fold(gradient)).sum()
+    )
+    assert layout.unfold(array).shape == layout.held
+    assert layout.fold(gradient).shape == layout.stored

@@ -121,3 +121,7 @@ class Weight:
         if self._budget.admits(tensor.nbytes):
             self._kept = tensor
         return tensor
+
+    def release(self) -> None:
+        """Let go of the tensor; it is decoded again when it is needed."""
+        self._kept = None

@@ -21,6 +21,9 @@ from milpress.mil.features import Probabilities
 Distance: TypeAlias = Literal["mse", "kl", "kl of probabilities"]
 Arrays: TypeAlias = dict[str, NDArray[np.float32]]
 
+# What results depend on beside the samples and the settings.
+TORCH_VERSION = str(torch.__version__)
+
 _LEAST_PROBABILITY = 2.0**-24
 # Probabilities rounded to float16 add up to 1 up to half a last place; twice that.
 _SUM_TOLERANCE = 2.0**-10
@@ -122,10 +125,11 @@ class Student:
         kinds: Mapping[str, tuple[Distance, float]],
     ) -> float:
         """Add the gradient of the distances, times their shares, and return their sum."""
-        distances = self._distances(sample, expected, kinds)
-        total = torch.stack(list(distances.values())).sum()
-        if total.requires_grad and bool(torch.isfinite(total)):
-            torch.autograd.backward(total)
+        with repeatable(self._device):
+            distances = self._distances(sample, expected, kinds)
+            total = torch.stack(list(distances.values())).sum()
+            if total.requires_grad and bool(torch.isfinite(total)):
+                torch.autograd.backward(total)
         return float(total.detach())
 
     def _parameter(self, name: str) -> nn.Parameter:

@@ -13,7 +13,7 @@ from torch import Tensor
 from milpress.errors import ConfigError, InputError, UnsupportedError
 from milpress.interpreter import features as io
 from milpress.interpreter.binding import Observe, Replace
-from milpress.interpreter.constants import Budget, held_as
+from milpress.interpreter.constants import Budget, Weight, held_as
 from milpress.interpreter.layers import Layer, layers
 from milpress.interpreter.loading import Loader
 from milpress.interpreter.module import PipelineModule, ProgramModule
@@ -288,6 +288,13 @@ class Program:
             },
             {name: self._exported(value, "", as_torch) for name, value in kept.items()},
         )
+
+    def release(self) -> None:
+        """Let go of decoded weights that are kept between runs."""
+        for model in self._models:
+            for stored in model.function.stored:
+                if isinstance(stored, Weight):
+                    stored.release()
 
     def to_torch(self) -> ProgramModule | PipelineModule:
         """Return the program as a torch module, whose weights are its parameters and buffers.

@@ -15,6 +15,7 @@ from milpress.plain import json
 from milpress.plain.arrays import Arrays, read_arrays, write_arrays
 from milpress.plain.files import system_errors
 
+_HEAD = "run.json"
 _STATE = "state.npz"
 
 
@@ -59,6 +60,7 @@ class WorkFolder:
             )
             raise DestinationError(msg)
         else:
+            self._check_deletable()
             self.clear()
 
     def lesson(self, i: int) -> Lesson | None:
@@ -98,20 +100,23 @@ class WorkFolder:
     def clear(self) -> None:
         """Delete the folder."""
         with system_errors(self.path):
-            if self.path.is_symlink() or self.path.is_file():
-                self.path.unlink()
-            elif self.path.exists():
+            if self.path.exists():
                 shutil.rmtree(self.path)
 
+    def _check_deletable(self) -> None:
+        if self.path.exists() and not (self.path / _HEAD).is_file():
+            msg = f"{self.path} is in the way, and not of an interrupted run; move it elsewhere"
+            raise DestinationError(msg)
+
     def _make(self) -> None:
-        head = self.path / "run.json"
+        head = self.path / _HEAD
         if not head.exists():
             with system_errors(self.path):
                 self.path.mkdir(parents=True, exist_ok=True)
                 head.write_text(json.text({"version": 1, "identity": self._identity}))
 
     def _check_own(self) -> None:
-        head = self.path / "run.json"
+        head = self.path / _HEAD
         if not head.exists():
             msg = f"{self.path}: no interrupted run to resume; leave out --resume (resume=True)"
             raise ConfigError(msg)

@@ -27,8 +27,8 @@ _EPSILON = 1e-8
 _LONGEST_GRADIENT = 1.0
 # Steps grow to their full size over this share of all.
 _WARM_UP = 0.05
-# A scale stays between these shares of what it was.
-_FACTORS = (0.1, 10.0)
+# A scale moves by less than this share of what it was, so that it keeps its sign.
+_FARTHEST = 0.9
 
 
 class Place(NamedTuple):
@@ -85,8 +85,9 @@ class Moving:
         root = np.sqrt(self.second / np.float32(1 - _BETAS[1] ** n))
         self.moved -= np.float32(rate) * mean / (root + np.float32(_EPSILON))
         if self.array.is_factor:
-            low, high = (np.float32(factor - 1) for factor in _FACTORS)
-            np.clip(self.moved, low, high, out=self.moved)
+            most = np.float32(_FARTHEST) * np.abs(self.array.stored.astype(np.float32))
+            limit = np.divide(most, self.unit, out=np.zeros_like(self.unit), where=self.unit > 0)
+            self.moved = np.asarray(np.clip(self.moved, -limit, limit), np.float32)
 
 
 class Validated(NamedTuple):
@@ -150,7 +151,10 @@ class Trainer:
             self.kept = first, first
             self.keep(self.state(*self.kept))
         start, best = self.kept
-        while self.n_done < n_steps and math.isfinite(start.loss):
+        is_finite = math.isfinite(start.loss)
+        if not is_finite:
+            self.notes.append("outputs of the compressed package are not finite: nothing to learn")
+        while is_finite and self.n_done < n_steps:
             self.seconds = time.monotonic() - began
             spent = 0.0 if self.config.time is None else self.seconds / self.config.time
             if spent >= 1:

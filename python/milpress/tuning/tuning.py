@@ -228,6 +228,9 @@ class _Job:
             else:
                 self._left[id(array)] = "no sample runs what uses it"
         self._size_biases(arrays)
+        for subject in self._subjects:
+            # The students have weights of their own.
+            subject.compressed.release()
         self.trainer = Trainer(
             config=self._config,
             students=students,
@@ -282,9 +285,9 @@ class _Job:
 
     def _identity(self) -> str:
         """Return what tells this run from others."""
-        import torch
+        from milpress.interpreter.distillation import TORCH_VERSION
 
-        digest = hashlib.sha256(repr((__version__, torch.__version__)).encode())
+        digest = hashlib.sha256(repr((__version__, TORCH_VERSION)).encode())
         digest.update(repr(replace(self._config, time=None)).encode())
         for package in (self._teacher, self._source):
             digest.update(content_digest(package).encode())
@@ -317,6 +320,7 @@ class _Job:
                             scale.add(lesson.expected[name], lesson.sample, self._mask)
                     at += 1
             del teacher
+            subject.original.release()
             own: dict[str, tuple[Distance, float]] = {}
             for name, scale in scales.items():
                 distance = distance_of(subject, self._teacher, name, self._config.loss, scale)
