@@ -319,9 +319,12 @@ def test_what_only_gets_worse_gives_the_package_back(lr, compressed, tmp_path):
 
 def test_time_ends_a_run(compressed, tmp_path):
     source, before = compressed("palette")
-    config = TuneConfig(steps=10**6, batch=1, time=0.5)
-    report = milpress.tune(source, before, tmp_path / "out.mlpackage", SAMPLES, config=config)
+    config = TuneConfig(steps=10**6, batch=4, time=2)
+    out = tmp_path / "out.mlpackage"
+    report = milpress.tune(source, before, out, SAMPLES, config=config, validation=SAMPLES)
     assert report.n_steps < 10**6
+    # Steps grow and fall with the time that is over.
+    assert report.is_better
     assert any("as the time was over" in note for note in report.notes)
 
 

@@ -117,11 +117,11 @@ class Trainer:
         What moves.
     kinds
         Of each program, how each output is compared, and what its distance is multiplied by.
-    lessons
-        Of each sample, the program that it is for, and how to get it; where each comes from is its
-        place in the list.
-    aside
-        The samples by which states are chosen, likewise.
+    learned, aside
+        The samples that are learned from, and those that states are chosen by: of each, the program
+        that it is for, and its place among all.
+    lesson
+        Returns the sample at a place, with what the original makes of it.
     keep
         Keeps a state for a run to go on from.
     """
@@ -131,8 +131,9 @@ class Trainer:
     arrays: Sequence[Moving]
     kinds: Sequence[Mapping[str, tuple[Distance, float]]]
     names: Sequence[str]
-    lessons: Sequence[tuple[int, Callable[[], Lesson]]]
-    aside: Sequence[tuple[int, Callable[[], Lesson]]]
+    learned: Sequence[tuple[int, int]]
+    aside: Sequence[tuple[int, int]]
+    lesson: Callable[[int], Lesson]
     keep: Callable[[Arrays], None]
     n_done: int = 0
     seconds: float = 0.0
@@ -145,7 +146,6 @@ class Trainer:
         """Move the arrays; return how it was at first, and the best state that was met."""
         began = time.monotonic() - self.seconds
         n_steps = self.config.steps
-        every = max(1, n_steps // _N_VALIDATIONS)
         if self.kept is None:
             first = self.validated()
             self.kept = first, first
@@ -155,24 +155,29 @@ class Trainer:
         if not is_finite:
             self.notes.append("outputs of the compressed package are not finite: nothing to learn")
         while is_finite and self.n_done < n_steps:
-            self.seconds = time.monotonic() - began
-            spent = 0.0 if self.config.time is None else self.seconds / self.config.time
-            if spent >= 1:
+            done = self._share_done(time.monotonic() - began)
+            if done >= 1:
                 self.notes.append(f"ended after {self.n_done} steps, as the time was over")
                 break
             note(self.n_done, n_steps, f"distance {best.loss:.4g}")
-            broken = self._step(max(self.n_done / n_steps, spent))
+            broken = self._step(done)
             if broken:
                 self.notes.append(broken)
                 break
             self.n_done += 1
-            if self.n_done % every == 0 and self.n_done < n_steps:
+            now = self._share_done(time.monotonic() - began)
+            if int(_N_VALIDATIONS * now) > int(_N_VALIDATIONS * done) and now < 1:
                 best = self._better(best)
                 self.seconds = time.monotonic() - began
                 self.keep(self.state(start, best))
         best = self._better(best)
         note(n_steps, n_steps, "")
         return start, best
+
+    def _share_done(self, seconds: float) -> float:
+        """Return which share of the run is over, by steps or by the time that it may take."""
+        spent = 0.0 if self.config.time is None else seconds / self.config.time
+        return max(self.n_done / self.config.steps, spent)
 
     def _better(self, best: Validated) -> Validated:
         """Return the present state if it is better than the best so far."""
@@ -184,8 +189,8 @@ class Trainer:
         arrays = [each.rounded() for each in self.arrays]
         self._set(arrays, tuned=False)
         sums: dict[str, list[float]] = {}
-        for i, lesson in self.aside:
-            sample, expected = lesson()
+        for i, at in self.aside:
+            sample, expected = self.lesson(at)
             distances = self.students[i].distances(sample, expected, self.kinds[i])
             for name, distance in distances.items():
                 sums.setdefault(self.names[i] + name, []).append(distance)
@@ -196,14 +201,12 @@ class Trainer:
         """Take a step; return what is wrong, if something is."""
         self._set([each.floats() for each in self.arrays], tuned=True)
         for k in range(self.config.batch):
-            at = self.n_done * self.config.batch + k
-            which = self._order(at)
-            i, lesson = self.lessons[which]
-            sample, expected = lesson()
+            i, at = self.learned[self._order(self.n_done * self.config.batch + k)]
+            sample, expected = self.lesson(at)
             loss = self.students[i].learn(sample, expected, self.kinds[i])
             if not math.isfinite(loss):
                 return (
-                    f"ended after {self.n_done} steps: the distance for sample {which} is not "
+                    f"ended after {self.n_done} steps: the distance for sample {at} is not "
                     "finite; try a smaller lr"
                 )
         gradients = [self._gradient(each) for each in self.arrays]
@@ -213,14 +216,14 @@ class Trainer:
         factor = min(1.0, _LONGEST_GRADIENT / max(math.sqrt(squares), 1e-30))
         rate = self.config.lr * (1 + math.cos(math.pi * done)) / 2
         # The first gradients tell little of how large they are on the average.
-        rate *= min(1.0, (self.n_done + 1) / (_WARM_UP * self.config.steps))
+        rate *= min(1.0, (done + 1 / self.config.steps) / _WARM_UP)
         for each, gradient in zip(self.arrays, gradients, strict=True):
             each.step(gradient * factor, self.n_done + 1, rate)
         return ""
 
     def _order(self, at: int) -> int:
         """Return which sample comes at a place in the order: each once before any again."""
-        n = len(self.lessons)
+        n = len(self.learned)
         rng = np.random.default_rng([self.config.seed, 1, at // n])
         return int(rng.permutation(n)[at % n])
 

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -237,8 +236,9 @@ class _Job:
             arrays=arrays,
             kinds=kinds,
             names=[subject.name for subject in self._subjects],
-            lessons=[(i, partial(self._lesson, at)) for i, at in self._split.learned],
-            aside=[(i, partial(self._lesson, at)) for i, at in self._split.aside],
+            learned=self._split.learned,
+            aside=self._split.aside,
+            lesson=self._lesson,
             keep=self.folder.keep_state,
         )
         state = self.folder.state() if resume else None
