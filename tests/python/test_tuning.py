@@ -221,7 +221,7 @@ def test_a_gradient_goes_to_an_array_by_the_adjoint_of_decoding(rng, form):
 def test_the_table_of_least_squares_is_found(tmp_path):
     """Of one linear layer, the best table for its codes is the solution of normal equations."""
 
-    @mb.program(input_specs=[mb.TensorSpec((1, 16), types.fp32)], opset_version=TARGETS["iOS18"])
+    @mb.program(input_specs=[mb.TensorSpec((24, 16), types.fp32)], opset_version=TARGETS["iOS18"])
     def prog(x: Any) -> Any:
         return mb.linear(x=x, weight=weight(24, 16, dtype=np.float32), name="y")
 
@@ -229,10 +229,10 @@ def test_the_table_of_least_squares_is_found(tmp_path):
     before, after = tmp_path / "before.mlpackage", tmp_path / "after.mlpackage"
     milpress.compress(source, before, recipe(f.PalettizeConfig(bits=2)))
     # Inputs of very different sizes, so that the table of least error of the weight is not best.
-    samples = [{"x": each["x"] * np.linspace(0.1, 3, 16, dtype=np.float32)} for each in drawn(24)]
-    config = TuneConfig(steps=400, batch=24, lr=5e-2, train=("tables",))
+    inputs = np.concatenate([each["x"] for each in drawn(24)]) * np.linspace(0.1, 3, 16)
+    samples = [{"x": inputs.astype(np.float32)}]
+    config = TuneConfig(steps=400, batch=1, lr=5e-2, train=("tables",))
     milpress.tune(source, before, after, samples, config=config, validation=samples)
-    inputs = np.concatenate([each["x"] for each in samples]).astype(np.float64)
     (dense,), (palette,) = (
         [each for each in Package(path).weights if each.size > 100] for path in (source, before)
     )
