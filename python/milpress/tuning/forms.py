@@ -17,6 +17,9 @@ from milpress.formats import Compressed, Masked, Palette, Quantized, Sparse
 from milpress.formats.palette import split_vectors
 from milpress.formats.rows import Floats, to_rows
 
+# Codes whose gradients are added up at once: as float64 they take four times their memory.
+_CHUNK = 1 << 20
+
 
 def with_floats(value: Compressed, floats: Floats) -> Compressed:
     """Return a weight with other tables, scales or kept values, of the shape of its own."""
@@ -83,10 +86,12 @@ def _of_entries(value: Palette, gradient: NDArray[np.float32]) -> NDArray[np.flo
     else:
         rows = split_vectors(gradient, size, value.vector_axis, value.group_shape)[1]
     n_entries = value.lut.shape[-2]
-    sums = np.empty((len(codes), n_entries, size))
+    sums = np.zeros((len(codes), n_entries, size))
     for i, (own, parts) in enumerate(zip(codes, rows, strict=True)):
-        for j in range(size):
-            sums[i, :, j] = np.bincount(own, parts[:, j], n_entries)
+        for start in range(0, len(own), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            for j in range(size):
+                sums[i, :, j] += np.bincount(own[chunk], parts[chunk, j], n_entries)
     return sums.reshape(value.lut.shape)
 
 
