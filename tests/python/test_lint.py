@@ -246,6 +246,31 @@ CASES: dict[str, tuple[Any, dict[str, str], list[tuple[Any, dict[str, str]]]]] =
         {"unit": "gpu"},
         [(linear_with(BLOCKS), {}), (linear_with(PALETTE), {"unit": "ane"})],
     ),
+    "vectors-of-large-tables-leave-ane": (
+        linear_with(f.PalettizeConfig(bits=8, vector_size=2)),
+        {"unit": "ane"},
+        [
+            (linear_with(f.PalettizeConfig(bits=6, vector_size=2)), {}),
+            (linear_with(f.PalettizeConfig(bits=8)), {}),
+        ],
+    ),
+    "vectors-in-groups-leave-ane": (
+        linear_with(f.PalettizeConfig(bits=4, vector_size=2, group_size=16)),
+        {"unit": "ane"},
+        [
+            (linear_with(f.PalettizeConfig(bits=4, vector_size=2)), {}),
+            (linear_with(f.PalettizeConfig(bits=4, group_size=16)), {}),
+        ],
+    ),
+    "vectors-on-older-ane": (
+        linear_with(f.PalettizeConfig(bits=6, vector_size=2)),
+        {"unit": "ane", "chip": "A17"},
+        [
+            (linear_with(f.PalettizeConfig(bits=6, vector_size=2)), {"chip": "M6"}),
+            (linear_with(f.PalettizeConfig(bits=6, vector_size=2)), {"unit": "gpu"}),
+            (linear_with(f.PalettizeConfig(bits=6)), {"chip": "A17"}),
+        ],
+    ),
     "float32-leaves-ane": (
         linear_with(dtype=np.float32),
         {"unit": "ane"},

@@ -86,7 +86,9 @@ def test_every_size_is_known_without_compressing(build, kind, target):
     for dtype in ("fp16", "fp32"):
         package = build(kind, target, dtype)
         for name, treatment in menu().items():
-            late = {"group", "block", "scale", "3"} & set(name.replace("int4", "block").split("-"))
+            late = {"group", "block", "scale", "vector", "3"} & set(
+                name.replace("int4", "block").split("-")
+            )
             if treatment is None or (late and target == "iOS17"):
                 continue
             recipe = Recipe.of(treatment, min_size=1000)
@@ -479,3 +481,37 @@ def test_the_channels_of_a_part_stand_for_all(counts, group_size, n_places):
         tried = counts[part.chosen[~part.is_top]].sum()
         if tried > 0:
             assert part.factor * tried == pytest.approx(tried + left_out.sum())
+
+
+VECTORS = ["palette-4-vector-2", "palette-6-vector-2", "palette-8-vector-2", "palette-6"]
+
+
+def test_plans_with_tables_of_vectors_are_as_large_as_the_package(model):
+    made = plan(model, target_bits=3.0, formats=VECTORS, random_samples=0)
+    assert {"palette-4-vector-2", "palette-6-vector-2"} & set(made.formats)
+    report = compressed(model, made.recipe)
+    assert report.package_bytes_after == made.package_bytes
+    assert [one.bytes_after for one in report.asked] == [one.n_bytes for one in made.weights]
+    for after, planned in zip(report.asked, made.weights, strict=True):
+        assert planned.snr_db == pytest.approx(after.snr_db, abs=0.5)
+
+
+def test_the_neural_engine_gets_vectors_only_if_asked_and_only_in_small_tables(model):
+    settings = {"target_bits": 6.5, "formats": VECTORS, "prefer": "ane", "random_samples": 0}
+    assert plan(model, **settings).formats == ("palette-6",)
+    settings["target_bits"] = 3.0
+    with pytest.raises(UnsupportedError, match="target_bits must be at least"):
+        plan(model, **settings)
+    made = plan(model, **settings, vectors=True)
+    assert "palette-6-vector-2" in made.formats
+    assert "palette-8-vector-2" not in made.formats
+    options = ["--target-bits", 3, "--prefer", "ane", "--vectors", "--random", 0, "--no-cache"]
+    options += [f"--formats={name}" for name in VECTORS]
+    shown = json.loads(run("plan", model, *options, "--upgrade-to", "iOS18", "--json").stdout)
+    assert shown["formats"] == list(made.formats)
+    out = model.with_name("vectors.mlpackage")
+    milpress.compress(model, out, made.recipe)
+    found = {one.fact.id for one in milpress.lint(out, unit="ane", chip="M6").findings}
+    assert not any("vector" in name for name in found)
+    found = {one.fact.id for one in milpress.lint(out, unit="ane", chip="A17").findings}
+    assert "vectors-on-older-ane" in found

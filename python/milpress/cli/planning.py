@@ -60,6 +60,10 @@ def plan(
     prefer: Annotated[
         str | None, option("Device", "Compute unit that the model is for: ane, gpu or cpu.")
     ] = None,
+    vectors: Annotated[
+        bool,
+        option("Device", "With --prefer ane: tables of vectors too (newer chips).", "--vectors"),
+    ] = False,
     facts: opt.FactFiles = None,
     output: Annotated[
         Path | None, option("Output", "Recipe to write (YAML).", "-o", "--output")
@@ -82,6 +86,7 @@ def plan(
         formats=formats,
         keep=keep or (),
         prefer=prefer,
+        vectors=vectors,
         max_formats=max_formats,
         target=upgrade_to,
         weight_threshold=weight_threshold,

@@ -22,6 +22,9 @@ Status: TypeAlias = Literal[
 ]
 # The effects that a recipe made for a unit keeps out of.
 AVOIDED: frozenset[Effect] = frozenset({"crash", "wrong", "leaves", "unavailable", "slow"})
+# The fact that keeps tables of vectors off the Neural Engine of chips where it is not known to
+# run them.
+ON_NEWER_CHIPS = "vectors-on-older-ane"
 _BUILT_IN = Path(__file__).with_name("facts.yaml")
 
 
@@ -50,7 +53,10 @@ class Fact:
     from_os, before_os
         The first system that it holds for, and the first that it no longer does.
     before_chip
-        The first chip of each family that it no longer holds for.
+        The first chip of each family that it no longer holds for. Where the chip is unknown, or of
+        another family, it does not hold.
+    except_chip
+        Likewise, but where the chip is not known, or of another family, it holds.
     """
 
     id: str
@@ -64,6 +70,7 @@ class Fact:
     from_os: str | None = None
     before_os: str | None = None
     before_chip: tuple[str, ...] = ()
+    except_chip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.sources:
@@ -78,7 +85,7 @@ class Fact:
                 raise ConfigError(msg)
         for system in filter(None, (self.from_os, self.before_os)):
             _generation(system)
-        for chip in self.before_chip:
+        for chip in (*self.before_chip, *self.except_chip):
             _chip(chip)
 
     def fires(self, traits: Traits, platform: Platform) -> bool:
@@ -98,12 +105,13 @@ class Fact:
             return False
         if self.from_os is not None and known is not None and known < _generation(self.from_os):
             return False
-        if not self.before_chip:
-            return True
         if platform.chip is None:
-            return False
+            return not self.before_chip
         family, number = _chip(platform.chip)
-        return any(family == f and number < n for f, n in map(_chip, self.before_chip))
+        if any(family == f and number >= n for f, n in map(_chip, self.except_chip)):
+            return False
+        before = [family == f and number < n for f, n in map(_chip, self.before_chip)]
+        return any(before) or not before
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fact as JSON can hold it."""
@@ -181,6 +189,11 @@ class Facts:
         for chip, devices in file.chips.items():
             chips[chip] = (*chips.get(chip, ()), *devices)
         return Facts({**self.by_id, **{fact.id: fact for fact in file.facts}}, chips)
+
+    def without(self, name: str) -> Facts:
+        """Return all facts but one."""
+        rest = {each: fact for each, fact in self.by_id.items() if each != name}
+        return Facts(rest, self.chips)
 
     def chip_of(self, device: str) -> str:
         """Return the chip of a device, by the identifier of its hardware.

@@ -266,10 +266,12 @@ def _has_signed_twin(
 
 def _is_mostly_codes(treatment: Treatment, n_bytes: int, size: int) -> bool:
     """Whether tables and scales take little beside the codes."""
+    bits = 0.0 if isinstance(treatment, PruneConfig) else treatment.bits or 0
     most = _MOST_FOR_SCALES
-    if isinstance(treatment, PalettizeConfig) and not treatment.channel_scale:
-        most = _MOST_FOR_GROUPS if treatment.group_size else _MOST_FOR_SCALES
-    bits = 0 if isinstance(treatment, PruneConfig) else treatment.bits or 0
+    if isinstance(treatment, PalettizeConfig):
+        bits /= treatment.vector_size
+        if treatment.vector_size > 1 or (treatment.group_size and not treatment.channel_scale):
+            most = _MOST_FOR_GROUPS
     return 8 * n_bytes / size - bits <= most
 
 

@@ -27,6 +27,8 @@ _DEFAULT = (
     "int8",
     "uint8",
     "int4-block-32",
+    # Larger tables of vectors leave the Neural Engine everywhere, and gain less.
+    *(f"palette-{bits}-vector-2" for bits in (4, 6)),
     KEEP,
 )
 # Sizes between those, for models of few weights, whose budget could not be met otherwise.
@@ -38,7 +40,9 @@ _FINE = (
     "int4-channel",
     "int8-block-32",
 )
-_PALETTE = re.compile(r"palette-(?P<bits>\d)(-group-(?P<group>\d+))?(?P<scale>-scale)?")
+_PALETTE = re.compile(
+    r"palette-(?P<bits>\d)(-vector-(?P<vector>\d+))?(-group-(?P<group>\d+))?(?P<scale>-scale)?"
+)
 _INTEGER = re.compile(
     r"(?P<dtype>u?int[48])(-block-(?P<block>\d+)|-(?P<per>channel|tensor))?(?P<offset>-offset)?"
 )
@@ -50,7 +54,8 @@ def menu(names: Sequence[str] | None = None) -> dict[str, Treatment | None]:
     Parameters
     ----------
     names
-        ``palette-BITS``, with ``-group-SIZE`` or ``-scale`` behind if wanted; ``int8``, ``uint8``,
+        ``palette-BITS``, with ``-vector-SIZE``, ``-group-SIZE`` or ``-scale`` behind if wanted, in
+        this order; ``int8``, ``uint8``,
         ``int4`` or ``uint4``, with ``-channel``, ``-tensor`` or ``-block-SIZE``, then ``-offset``;
         ``keep``; or patterns such as ``palette-*`` for those of the default menu. By default that.
 
@@ -85,7 +90,12 @@ def _treatment(name: str) -> Treatment | None:
     if parts is not None:
         bits: Any = int(parts["bits"])
         group = None if parts["group"] is None else int(parts["group"])
-        return PalettizeConfig(bits=bits, group_size=group, channel_scale=bool(parts["scale"]))
+        return PalettizeConfig(
+            bits=bits,
+            vector_size=int(parts["vector"] or 1),
+            group_size=group,
+            channel_scale=bool(parts["scale"]),
+        )
     parts = _INTEGER.fullmatch(name)
     if parts is not None:
         dtype: Any = parts["dtype"]
@@ -98,7 +108,7 @@ def _treatment(name: str) -> Treatment | None:
             range="mse" if dtype.endswith("4") else "minmax",
         )
     msg = (
-        "a format must be such as palette-4, palette-4-group-16, palette-4-scale, int8, "
-        f"int4-block-32 or keep, got {name!r}"
+        "a format must be such as palette-4, palette-4-group-16, palette-8-vector-2, "
+        f"palette-4-scale, int8, int4-block-32 or keep, got {name!r}"
     )
     raise ConfigError(msg)

@@ -105,21 +105,23 @@ def part_of(
     n_tried = max(_LEAST_RUNS, _PART_SIZE // (run * n_places))
     if 2 * n_tried >= n_runs:
         return whole(n_channels)
-    by_run = counts.reshape(n_runs, run).sum(1)
-    order = np.argsort(-by_run, kind="stable")
+    by_run = counts.astype(np.float64).reshape(n_runs, run).sum(1)
     n_top = max(1, n_tried // _TOP_SHARE)
-    below = np.sort(order[n_top:])
+    is_top = np.zeros(n_runs, np.bool_)
+    is_top[np.argsort(-by_run, kind="stable")[:n_top]] = True
+    below = np.flatnonzero(~is_top)
     ends = np.linspace(0, len(below), n_tried - n_top + 1).astype(np.intp)
     even = below[np.random.default_rng(0).integers(ends[:-1], ends[1:])]
-    runs = np.sort(np.concatenate([order[:n_top], even]))
-    is_top = np.isin(runs, order[:n_top])
+    is_tried = is_top.copy()
+    is_tried[even] = True
+    runs = np.flatnonzero(is_tried)
     tried, all_below = by_run[even].sum(), by_run[below].sum()
-    own = np.where(is_top, 1.0, len(below) / len(even))
+    own = np.where(is_top[runs], 1.0, len(below) / len(even))
     return Part(
         _channels(runs, run),
         np.repeat(own, run),
-        np.repeat(is_top, run),
-        _channels(np.setdiff1d(below, even), run),
+        np.repeat(is_top[runs], run),
+        _channels(np.flatnonzero(~is_tried), run),
         float(all_below / tried) if tried > 0 else 1.0,
     )
 

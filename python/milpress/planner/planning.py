@@ -21,7 +21,7 @@ from milpress.mil.package import Package
 from milpress.mil.raising import raise_opsets
 from milpress.planner import cache
 from milpress.planner.cache import ScoreCache
-from milpress.planner.facts import Facts, Platform, Unit
+from milpress.planner.facts import ON_NEWER_CHIPS, Facts, Platform, Unit
 from milpress.planner.groups import WeightGroup, groups_of
 from milpress.planner.measuring import measure
 from milpress.planner.menu import menu
@@ -45,6 +45,7 @@ def plan(
     formats: Sequence[str] | None = None,
     keep: Sequence[str] = (),
     prefer: Unit | None = None,
+    vectors: bool = False,
     max_formats: int | None = None,
     target: str | None = None,
     min_size: int = DEFAULT_MIN_SIZE,
@@ -88,6 +89,9 @@ def plan(
     prefer
         The compute unit that the model is for: formats that are known to crash, compute wrongly,
         run elsewhere or be slow there are left out.
+    vectors
+        With ``prefer="ane"``: whether tables of vectors are in, as far as newer Neural Engines were
+        seen to run them.
     max_formats
         At most so many different formats; ``None`` for any number.
     target
@@ -150,13 +154,14 @@ def plan(
         raise ConfigError(msg)
     package = Package(source)
     notes = raise_opsets(package, target)
+    known = Facts.load(*facts)
     groups = groups_of(
         package,
         None if formats is None else menu(formats),
         keep=keep,
         min_size=min_size,
         platform=Platform(unit=prefer),
-        facts=Facts.load(*facts),
+        facts=known.without(ON_NEWER_CHIPS) if vectors else known,
     )
     path = cache.path_for(package.path)
     kept_scores = ScoreCache(path if use_cache else None)

@@ -180,6 +180,8 @@ def _channels_together(treatment: Treatment, n_channels: int) -> int | None:
     ``None`` if it can only be tried on the whole weight.
     """
     if isinstance(treatment, PalettizeConfig) and treatment.channel_axis is None:
+        if treatment.vector_size > 1:
+            return treatment.group_size or treatment.vector_size
         return treatment.group_size or (1 if treatment.channel_scale else n_channels)
     # Integers of the whole range are quick to try, and one channel may hold most of their error.
     if isinstance(treatment, QuantizeConfig) and treatment.range == "mse":

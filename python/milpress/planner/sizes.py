@@ -72,8 +72,15 @@ def _blank(weight: Weight, treatment: Treatment) -> Compressed:
         if treatment.channel_scale:
             grid[output] = shape[output]
         bits: Any = treatment.bits
-        lut = np.zeros((*grid, 2**bits, 1), floats)
-        return Palette(codes=np.zeros(shape, np.uint8), lut=lut, bits=bits)
+        size = treatment.vector_size
+        lut = np.zeros((*grid, 2**bits, size), floats)
+        indices = [n // size if i == axis else n for i, n in enumerate(shape)]
+        return Palette(
+            codes=np.zeros(indices, np.uint8),
+            lut=lut,
+            bits=bits,
+            vector_axis=axis if size > 1 else None,
+        )
     if not isinstance(treatment, QuantizeConfig):
         msg = f"{weight.name}: a plan must palettize or quantize, got {treatment}"
         raise UnsupportedError(msg)

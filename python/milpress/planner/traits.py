@@ -56,6 +56,8 @@ class Traits:
         Type of the entries of its tables as stored.
     vector_size
         Weights that one index stands for.
+    values_per_table
+        Numbers in a table: its entries, each of so many weights as a vector has.
     scaled_floats
         Whether a ``constexpr`` op multiplies floats by a scale.
     """
@@ -72,6 +74,7 @@ class Traits:
     channels_per_table: int | None = None
     table: str | None = None
     vector_size: int | None = None
+    values_per_table: int | None = None
     scaled_floats: bool = False
 
 
@@ -114,6 +117,7 @@ def traits_after(weight: Weight, treatment: Treatment, *, stateful: bool = False
             codes=f"uint{treatment.bits}",
             table=weight.dtype.name,
             vector_size=treatment.vector_size,
+            values_per_table=2 ** (treatment.bits or 8) * treatment.vector_size,
             **_table_grid(weight, treatment),
         )
     if isinstance(treatment, PruneConfig):
@@ -211,6 +215,7 @@ def _of_palette(node: Node, weight: Weight) -> dict[str, Any]:
         "bits": bits,
         "codes": f"uint{bits}",
         "vector_size": vector_size,
+        "values_per_table": 2**bits * vector_size,
         "channels_per_table": size,
         "granularity": "per_block" if is_block else _group_name(size, n_channels),
     }
