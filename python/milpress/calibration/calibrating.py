@@ -138,7 +138,9 @@ class _LayerSums:
                 new = layer.sums(value, mask)
                 old = self._totals.get((name, key))
                 if old is not None:
-                    new = type(new)(*(one + other for one, other in zip(old, new, strict=True)))
+                    # Infinite inputs of both signs have no mean: their layer is left as it is.
+                    with np.errstate(invalid="ignore"):
+                        new = type(new)(*(one + other for one, other in zip(old, new, strict=True)))
                 self._totals[name, key] = new
 
         observe_inputs(self._program, sample, self._mask, self._by_input, observe)

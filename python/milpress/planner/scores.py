@@ -90,8 +90,9 @@ def scores_of(
             scores[treatment] = Score(signal, noise)
             continue
         part = array
-        if sample_size is not None and array.size > sample_size:
-            part = _sample(array, treatment, channel_axis, sample_size)
+        size = None if sample_size is None else sample_size * _per_entry(treatment)
+        if size is not None and array.size > size:
+            part = _sample(array, treatment, channel_axis, size)
         value = compress(part, treatment, channel_axis=channel_axis, input_axis=input_axis)
         signal, noise, _ = fidelity(part, value)
         scores[treatment] = Score(signal, noise, part.size < array.size)
@@ -137,6 +138,11 @@ def lookup_scores_of(
         relative_of_all = (1 - _WORST_SHARE) * mean + _WORST_SHARE * worst
         scores[treatment] = Score(1.0, relative_of_all, len(own.chosen) < len(rows))
     return scores
+
+
+def _per_entry(treatment: Treatment) -> int:
+    """Return how much more to try of a table of vectors, which fits a small part too well."""
+    return treatment.vector_size**2 if isinstance(treatment, PalettizeConfig) else 1
 
 
 def _bits_of_one_table(treatment: Treatment) -> int | None:
