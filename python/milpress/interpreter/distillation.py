@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from milpress.errors import ConfigError, ExecutionError
+from milpress.errors import ConfigError
 from milpress.interpreter import features as io
 from milpress.interpreter.layers import _kept
+from milpress.interpreter.module import called
 from milpress.interpreter.program import Program
-from milpress.mil.features import Probabilities
 
 # Of rows of probabilities as they are, and of others through softmax.
 Distance: TypeAlias = Literal["mse", "kl", "kl of probabilities"]
@@ -141,20 +141,10 @@ class Student:
                 io.taken(feature, sample.get(feature.name)).to(self._device)
                 for feature in self._inputs
             ]
-            self._module.reset_states()
-            try:
-                output = self._module(*inputs)
-            except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-                msg = f"the model can't compute the samples: {error}"
-                raise ExecutionError(msg) from error
-        outputs = output if isinstance(output, tuple) else (output,)
-        named = {
-            name: each.tensor if isinstance(each, Probabilities) else each
-            for name, each in zip(self._outputs, outputs, strict=True)
-        }
+            outputs = called(self._module, inputs)
         return {
             name: each
-            for name, each in named.items()
+            for name, each in zip(self._outputs, outputs, strict=True)
             if isinstance(each, Tensor) and each.is_floating_point()
         }
 

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from milpress.errors import ExecutionError
 from milpress.interpreter.binding import Frame, Function
 from milpress.interpreter.constants import Weight, held_as
 from milpress.interpreter.features import filled, passed_on
 from milpress.interpreter.states import Cell
-from milpress.mil.features import Feature
+from milpress.mil.features import Feature, Probabilities
 
 
 class ProgramModule(nn.Module):
@@ -174,6 +175,24 @@ class PipelineModule(nn.Module):
             givers |= {feature.name: feature for feature in stage.outputs}
             computed |= {feature.name for feature in stage.outputs}
         return {feature.name: known[feature.name] for feature in self._outputs}
+
+
+def called(module: ProgramModule | PipelineModule, inputs: Sequence[Tensor]) -> list[Any]:
+    """Return all outputs of a call that begins with states of zero; probabilities as a tensor.
+
+    Raises
+    ------
+    ExecutionError
+        If the inputs can't be computed.
+    """
+    module.reset_states()
+    try:
+        output = module(*inputs)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        msg = f"the model can't compute the samples: {error}"
+        raise ExecutionError(msg) from error
+    outputs = output if isinstance(output, tuple) else (output,)
+    return [each.tensor if isinstance(each, Probabilities) else each for each in outputs]
 
 
 def _one_or_all(outputs: Mapping[str, Any]) -> Any:

@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from milpress.errors import ConfigError, ExecutionError, UnsupportedError
+from milpress.errors import ConfigError, UnsupportedError
 from milpress.interpreter import features as io
+from milpress.interpreter.module import called
 from milpress.interpreter.program import Program
-from milpress.mil.features import Probabilities
 
 OutputMetric: TypeAlias = Literal["auto", "snr", "cosine", "kl"]
 Note: TypeAlias = Callable[[int, int, str], None]
@@ -247,14 +247,7 @@ class OutputError:
         return self._module.get_parameter(self._module.attributes[name])
 
     def _run(self, inputs: tuple[Tensor, ...]) -> list[Any]:
-        self._module.reset_states()
-        try:
-            output = self._module(*inputs)
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            msg = f"the model can't compute the samples: {error}"
-            raise ExecutionError(msg) from error
-        outputs = output if isinstance(output, tuple) else (output,)
-        return [each.tensor if isinstance(each, Probabilities) else each for each in outputs]
+        return called(self._module, inputs)
 
     def _points(self, outputs: Sequence[Any]) -> list[Tensor]:
         """Return the points whose squared distances are the error."""
